@@ -1,0 +1,144 @@
+"""Imports go downwards only: every module of the framework stands on a floor, in the table below.
+
+A module may import what stands on a lower floor, and what belongs to its own package. Imports
+inside functions count as well. A cycle that only type annotations need is a cycle all the same, so
+TYPE_CHECKING is refused.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "trainer"
+
+FLOORS = {
+    "__init__": 0,
+    "errors": 0,
+    "build": 1,
+    "config": 1,
+    "messages": 1,
+    "models": 2,
+    "data": 2,
+    "compress": 2,
+    "engine": 3,
+    "artifact": 3,
+    "report": 3,
+    "export": 3,
+    "phases": 4,
+    "run": 5,
+    "checks": 6,
+    "cluster": 6,
+    "sweep": 7,
+    "driver": 7,
+    "__main__": 8,
+}
+
+# A library that only one part may know: the others must work without it.
+ONLY_IN = {"ray": "cluster", "optuna": "sweep"}
+
+
+def imports(module: str, tree: ast.Module, is_package: bool) -> set[str]:
+    """Absolute dotted names of all that a module imports."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # `from . import x` in trainer/engine/ring.py starts at trainer.engine.
+            parts = module.split(".") + ["__init__"] * is_package
+            base = ".".join(parts[: -node.level]) if node.level else ""
+            source = ".".join(filter(None, [base, node.module]))
+            names |= {f"{source}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(name: str) -> str:
+    """The part of the framework that a dotted name belongs to: trainer.engine.ring -> engine."""
+    pieces = name.split(".")
+    # `from trainer import __version__` reads the package itself.
+    return pieces[1] if len(pieces) > 1 and pieces[1] != "__version__" else "__init__"
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of a module (a dotted name), one sentence each."""
+    own = part(module)
+    if own not in FLOORS:
+        return [f"{module}: {own} has no floor; give it one in tests/test_layers.py"]
+    tree = ast.parse(source)
+    found = []
+    for name in sorted(imports(module, tree, is_package)):
+        library, target = name.split(".")[0], part(name)
+        if ONLY_IN.get(library, own) != own:
+            found.append(f"{module} imports {name}: only trainer.{ONLY_IN[library]} may")
+        if library == "trainer" and target != own:
+            if target not in FLOORS:
+                found.append(f"{module} imports {name}: {target} has no floor")
+            elif FLOORS[target] >= FLOORS[own]:
+                found.append(
+                    f"{module} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[target]})"
+                )
+        if name.endswith(".TYPE_CHECKING"):
+            found.append(f"{module} imports TYPE_CHECKING")
+    if any(
+        isinstance(node, ast.Attribute) and node.attr == "TYPE_CHECKING" for node in ast.walk(tree)
+    ):
+        found.append(f"{module} uses TYPE_CHECKING")
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", modules(), ids=dotted)
+def test_imports_go_downwards(path: Path) -> None:
+    assert violations(dotted(path), path.read_text(), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("trainer.engine.loop", "import trainer.run"),
+        ("trainer.engine.loop", "from trainer import run"),
+        ("trainer.engine.loop", "from trainer.phases.prune import Prune"),
+        ("trainer.engine.loop", "from ..phases import prune"),
+        ("trainer.engine.loop", "def f():\n    import trainer.cluster.ray_group"),
+        ("trainer.engine.loop", "from trainer.report.table import table"),
+        ("trainer.models.lstm", "import trainer.data"),
+        ("trainer.engine.loop", "import trainer.unheard_of"),
+        ("trainer.unheard_of", "import os"),
+        ("trainer.run", "import ray"),
+        ("trainer.driver", "from ray.util import placement_group"),
+        ("trainer.cluster.group", "import optuna"),
+        ("trainer.config", "from typing import TYPE_CHECKING"),
+        ("trainer.config", "import typing\nif typing.TYPE_CHECKING:\n    pass"),
+    ],
+)
+def test_checker_refuses(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "is_package"),
+    [
+        ("trainer.engine.loop", "from trainer.engine.ring import ring", False),
+        ("trainer.engine.loop", "from .ring import ring\nfrom . import world", False),
+        ("trainer.engine", "from .ring import ring", True),
+        (
+            "trainer.engine.loop",
+            "from ..config import FitConfig\nfrom trainer import config",
+            False,
+        ),
+        ("trainer.config", "from trainer import __version__\nimport torch", False),
+        ("trainer.cluster.group", "import ray\nfrom ray.util import placement_group", False),
+        ("trainer.__main__", "from trainer.driver import drive", False),
+    ],
+)
+def test_checker_accepts(module: str, source: str, is_package: bool) -> None:
+    assert violations(module, source, is_package) == []

@@ -1,0 +1,3 @@
+"""Distributed training of small networks: train, prune, retrain, compress, verify."""
+
+__version__ = "0.1.0"
