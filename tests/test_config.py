@@ -1,0 +1,66 @@
+"""The schema: right settings become frozen dataclasses, wrong ones a message that names the key."""
+
+import pytest
+
+from trainer.config import ClusterConfig, Config, FitConfig, typed
+from trainer.errors import ConfigError
+
+MINIMAL = {
+    "name": "test",
+    "model": {"_target_": "trainer.models.LeNet5"},
+    "data": {"_target_": "trainer.data.mnist.mnist", "batch_size": 64},
+    "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+    "phases": {},
+}
+
+
+def test_plain_settings_become_nested_dataclasses():
+    cfg = typed(Config, {**MINIMAL, "cluster": {"workers": 3}})
+    assert cfg.cluster == ClusterConfig(workers=3)
+    assert cfg.phases == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": "x"}, ["seed", "'x'", "Integer"]),
+        ({"sed": 1}, ["sed", "known keys", "seed"]),
+        ({"cluster": {"wokers": 1}}, ["cluster.wokers", "known keys", "workers"]),
+        ({"cluster": {"workers": 0}}, ["cluster.workers=0", "at least 1"]),
+        ({"cluster": {"workers": 2, "backend": "inline"}}, ["cluster.workers=2", "inline"]),
+        ({"cluster": {"nice": 20}}, ["cluster.nice=20", "between 0 and 19"]),
+        ({"cluster": {"hang_timeout_s": float("nan")}}, ["cluster.hang_timeout_s=nan"]),
+        ({"precision": "fp8"}, ["precision=fp8", "fp32, bf16, fp16"]),
+        ({"allreduce": {"wire": "int8"}}, ["allreduce.wire=int8", "fp32"]),
+        ({"name": "../up"}, ["name='../up'"]),
+        ({"phases": [1]}, ["list"]),
+        ({"model": 3}, ["model"]),
+    ],
+)
+def test_a_wrong_value_is_named(change, said):
+    with pytest.raises(ConfigError) as error:
+        typed(Config, {**MINIMAL, **change})
+    for part in said:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epochs": -1}, "phases.train.fit.epochs=-1"),
+        ({"lr": 0}, "fit.lr=0"),
+        ({"lr": -0.1}, "fit.lr=-0.1"),
+        ({"schedule": "cosin"}, "fit.schedule=cosin"),
+        ({"accumulate": 0}, "fit.accumulate=0"),
+        ({"clip": float("inf")}, "fit.clip=inf"),
+        ({"epocs": 1}, "phases.train.epocs"),
+    ],
+)
+def test_a_wrong_fit_is_named_with_its_phase(settings, said):
+    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+        typed(FitConfig, settings, "phases.train")
+
+
+def test_a_missing_mandatory_key_is_named():
+    with pytest.raises(ConfigError, match="name"):
+        typed(Config, {key: value for key, value in MINIMAL.items() if key != "name"})

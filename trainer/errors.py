@@ -1,0 +1,24 @@
+"""The two errors that end a command with one line instead of a traceback."""
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong: nothing was started, exit code 2.
+
+    The message names the key, its value, and what would be right.
+    """
+
+
+class RunError(RuntimeError):
+    """The run failed for a reason that one line explains: exit code 1."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end. Not an Exception, so that no handler takes it for a failure.
+
+    Attributes:
+        exit_code: 128 + the signal's number.
+    """
+
+    def __init__(self, signal_name: str, number: int) -> None:
+        super().__init__(f"interrupted by {signal_name}")
+        self.exit_code = 128 + number
