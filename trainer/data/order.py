@@ -1,0 +1,39 @@
+"""The order of samples: which ones make up global batch k of an epoch, and which worker gets which.
+
+Pure functions of (n, batch size, seed, epoch): the number of workers has no say in what the global
+batches are.
+"""
+
+import torch
+from torch import Tensor
+
+from trainer.data.hashing import mix
+
+
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of range(n), int64 [n], drawn from a generator seeded with mix(seed, epoch)."""
+    generator = torch.Generator().manual_seed(mix(seed, epoch))
+    return torch.randperm(n, generator=generator)
+
+
+def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The epoch's permutation in slices of `batch_size`; the last one may be shorter.
+
+    Raises ValueError if there are no samples or the batch size is not positive.
+    """
+    if n < 1:
+        raise ValueError("there are no training samples: the data set is empty")
+    if batch_size < 1:
+        raise ValueError(f"data.batch_size={batch_size}: it must be at least 1")
+    return list(torch.split(permutation(n, seed, epoch), batch_size))
+
+
+def shard(batch: Tensor, rank: int, world_size: int) -> Tensor:
+    """The part of a batch's indices that worker `rank` of `world_size` computes.
+
+    Contiguous, in rank order, and uneven where it must be: the first len(batch) % world_size ranks
+    get one sample more, and ranks get none if there are not enough.
+    """
+    each, extra = divmod(len(batch), world_size)
+    start = rank * each + min(rank, extra)
+    return batch[start : start + each + (rank < extra)]

@@ -1,0 +1,27 @@
+"""The networks of the literature that this framework reproduces, one file each.
+
+All are plain `nn.Module`s that know nothing of the framework: a model is whatever
+`model._target_` names, built with the other settings of the `model` group.
+"""
+
+from trainer.models.alexnet import AlexNet
+from trainer.models.convnet import ConvNet
+from trainer.models.lenet5 import LeNet5
+from trainer.models.lenet300 import LeNet300
+from trainer.models.lstm import LSTMLanguageModel
+from trainer.models.resnet import ResNet, resnet18, resnet50
+from trainer.models.resnet_cifar import ResNetCifar
+from trainer.models.vgg16 import VGG16
+
+__all__ = [
+    "VGG16",
+    "AlexNet",
+    "ConvNet",
+    "LSTMLanguageModel",
+    "LeNet5",
+    "LeNet300",
+    "ResNet",
+    "ResNetCifar",
+    "resnet18",
+    "resnet50",
+]
