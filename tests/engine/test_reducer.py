@@ -1,0 +1,369 @@
+"""Averaged gradients against those that one process computes, and every way to fail."""
+
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+
+from trainer.config import AllReduceConfig
+from trainer.engine.reducer import Reducer
+from trainer.engine.world import World
+
+CPU = torch.device("cpu")
+Ranks = Callable[..., list[Any]]
+SMALL = AllReduceConfig(bucket_mb=0.001)  # several buckets, of about 256 values
+
+
+generator_in_use = threading.Lock()
+
+
+def network() -> nn.Sequential:
+    with generator_in_use, torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 40), nn.Linear(40, 3)
+        )
+
+
+def images(rank: int, count: int = 4) -> Tensor:
+    return torch.randn(count, 2, 6, 6, generator=torch.Generator().manual_seed(rank))
+
+
+def loss_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    loss: Tensor = model(inputs).square().mean()
+    return loss
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def expected_mean(model: nn.Module, size: int) -> list[Tensor]:
+    """The mean of the ranks' gradients, one after the other in this process."""
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for rank in range(size):
+        model.zero_grad()
+        loss_of(model, images(rank)).backward()
+        for total, gradient in zip(sums, gradients(model), strict=True):
+            total += gradient
+    return [total / size for total in sums]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "native"])
+@pytest.mark.parametrize(("wire", "tolerance"), [("fp32", 1e-6), ("bf16", 0.03), ("fp16", 0.003)])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gradients_are_the_mean_on_all_ranks(
+    ranks: Ranks, size: int, wire: str, tolerance: float, algorithm: str
+) -> None:
+    config = AllReduceConfig(algorithm=algorithm, wire=wire, bucket_mb=0.001)
+
+    def body(world: World) -> list[Tensor]:
+        model = network()
+        reducer = Reducer(model.parameters(), world, config)
+        for _ in range(2):  # the second step starts from the first one's views
+            reducer.zero_grad()
+            reducer.arm()
+            loss_of(model, images(world.rank)).backward()
+            reducer.finish()
+        reducer.close()
+        return gradients(model)
+
+    results = ranks(size, body)
+    assert_close(results[0], expected_mean(network(), size), tolerance)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_micro_batches_add_up(ranks: Ranks) -> None:
+    def body(world: World) -> tuple[list[Tensor], int]:
+        model = network()
+        reducer = Reducer(model.parameters(), world, SMALL)
+        reducer.zero_grad()
+        micro = images(world.rank, count=6).split(2)
+        for number, inputs in enumerate(micro, start=1):
+            if number == len(micro):
+                reducer.arm()
+            (loss_of(model, inputs) / len(micro)).backward()
+        reducer.finish()
+        reducer.close()
+        return gradients(model), reducer.sent_bytes
+
+    reference = network()
+    for rank in range(2):
+        (loss_of(reference, images(rank, count=6)) / 2).backward()
+    for result, sent_bytes in ranks(2, body):
+        assert_close(result, gradients(reference))
+        assert sent_bytes == 4 * sum(p.numel() for p in reference.parameters())
+
+
+def test_a_parameter_without_gradient_counts_as_zero(ranks: Ranks) -> None:
+    """Unused on one rank, on all, or for the whole of an empty share."""
+
+    def body(world: World) -> list[list[float]]:
+        both, one, none = (nn.Parameter(torch.ones(300)) for _ in range(3))
+        frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        reducer = Reducer([both, one, none, frozen], world, SMALL)
+        results = []
+        for step in range(2):
+            reducer.zero_grad()
+            reducer.arm()
+            if step == 0:
+                used = both.sum() + (one.sum() if world.rank == 0 else 0)
+                used.backward()
+            elif world.rank == 1:
+                (3 * both.sum()).backward()
+            reducer.finish()
+            results.append([p.grad.unique().item() for p in (both, one, none)])
+            assert frozen.grad is None
+        reducer.close()
+        return results
+
+    assert ranks(2, body) == [[[1, 0.5, 0], [1.5, 0, 0]]] * 2
+    assert ranks(1, body) == [[[1, 1, 0], [0, 0, 0]]]
+
+
+def test_gradients_of_earlier_micro_batches_are_not_lost(ranks: Ranks) -> None:
+    """A parameter that only the first micro-batch used is sent as well."""
+
+    def body(world: World) -> list[float]:
+        a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+        reducer = Reducer([a, b], world, SMALL)
+        reducer.zero_grad()
+        (a * (world.rank + 1)).backward()
+        reducer.arm()
+        b.backward()
+        reducer.finish()
+        reducer.close()
+        return [a.grad.item(), b.grad.item()]
+
+    assert ranks(2, body) == [[1.5, 1.0]] * 2
+
+
+def test_strides_are_those_of_the_parameters(ranks: Ranks) -> None:
+    def body(world: World) -> None:
+        model = network().to(memory_format=torch.channels_last)
+        reducer = Reducer(model.parameters(), world, AllReduceConfig())
+        reducer.arm()
+        loss_of(model, images(world.rank)).backward()
+        reducer.finish()
+        reducer.close()
+        for p in model.parameters():
+            assert p.grad.stride() == p.stride()
+        assert_close(gradients(model), expected_mean(network(), 2))
+
+    ranks(2, body)
+
+
+def test_gradients_can_be_clipped_and_stepped_on(ranks: Ranks) -> None:
+    def body(world: World) -> Tensor:
+        model = network()
+        reducer = Reducer(model.parameters(), world, SMALL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+        for _ in range(3):
+            reducer.zero_grad()
+            reducer.arm()
+            loss_of(model, images(world.rank)).backward()
+            reducer.finish()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            assert abs(sum(g.square().sum() for g in gradients(model)) ** 0.5 - 1e-3) < 1e-6
+            optimizer.step()
+        reducer.close()
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    first, second = ranks(2, body)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, nn.utils.parameters_to_vector(network().parameters()))
+
+
+def test_extras_are_averaged_along(ranks: Ranks) -> None:
+    def body(world: World) -> list[list[float]]:
+        parameter = nn.Parameter(torch.ones(3))
+        frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        results = []
+        for parameters in ([parameter], [frozen]):
+            reducer = Reducer(parameters, world, SMALL, extras=2)
+            reducer.extra[0], reducer.extra[1] = world.rank, 5
+            reducer.finish()
+            results.append(reducer.extra.tolist())
+            reducer.close()
+        return results
+
+    for size in (1, 2, 3):
+        assert ranks(size, body) == [[[(size - 1) / 2, 5.0]] * 2] * size
+
+
+def test_types_are_kept_apart(ranks: Ranks) -> None:
+    def body(world: World) -> list[tuple[torch.dtype, float]]:
+        types = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
+        parameters = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in types]
+        reducer = Reducer(parameters, world, AllReduceConfig())
+        reducer.arm()
+        sum((p * world.rank).double().sum() for p in parameters).backward()
+        reducer.finish()
+        reducer.close()
+        return [(p.grad.dtype, p.grad.unique().item()) for p in parameters]
+
+    types = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
+    assert ranks(2, body) == [[(dtype, 0.5) for dtype in types]] * 2
+
+
+def test_buckets_leave_in_order_while_backward_runs(ranks: Ranks) -> None:
+    """The last layer's bucket is averaged before the first layer has its gradient."""
+
+    def body(world: World) -> float:
+        first, last = nn.Parameter(torch.ones(300)), nn.Parameter(torch.ones(300))
+        seen: list[float] = []
+        averaged = threading.Event()
+
+        class Between(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
+                for _ in range(1000):  # at most 10 s
+                    if last.grad is not None and last.grad[0] == 0.5:
+                        break
+                    averaged.wait(0.01)
+                seen.append(last.grad[0].item())
+                return gradient
+
+        reducer = Reducer([first, last], world, SMALL)
+        reducer.arm()
+        (Between.apply(first) + last * world.rank).sum().backward()
+        reducer.finish()
+        reducer.close()
+        return seen[0]
+
+    assert ranks(2, body) == [0.5, 0.5]
+
+
+def test_a_second_backward_after_arming_is_refused(ranks: Ranks) -> None:
+    def body(world: World) -> None:
+        parameter = nn.Parameter(torch.ones(3))
+        reducer = Reducer([parameter], world, SMALL)
+        reducer.arm()
+        parameter.sum().backward()
+        with pytest.raises(RuntimeError, match=r"a second backward pass after Reducer\.arm"):
+            parameter.sum().backward()
+        reducer.finish()
+        reducer.close()
+
+    ranks(2, body)
+
+
+def test_what_cannot_be_averaged_is_refused(ranks: Ranks) -> None:
+    def body(world: World) -> None:
+        with pytest.raises(ValueError, match=r"shape \(3,\) is on meta, its worker on cpu"):
+            Reducer([nn.Parameter(torch.ones(3, device="meta"))], world, SMALL)
+        with pytest.raises(ValueError, match=r"torch\.complex64"):
+            Reducer([nn.Parameter(torch.ones(3, dtype=torch.complex64))], world, SMALL)
+        embedding = nn.Embedding(5, 2, sparse=True)
+        reducer = Reducer(embedding.parameters(), world, SMALL)
+        reducer.arm()
+        with pytest.raises(ValueError, match="build its layer with sparse=False"):
+            embedding(torch.tensor([1])).sum().backward()
+        reducer.close()
+
+    ranks(2, body)
+
+
+def test_ranks_with_different_models_are_told(ranks: Ranks) -> None:
+    def body(world: World) -> None:
+        model = nn.Linear(3, 4 + world.rank)
+        with pytest.raises(ValueError, match="the ranks' parameters or bucket sizes differ"):
+            Reducer(model.parameters(), world, SMALL)
+
+    ranks(2, body)
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "native"])
+def test_a_dead_rank_surfaces_in_finish(ranks: Ranks, algorithm: str) -> None:
+    config = AllReduceConfig(algorithm=algorithm, bucket_mb=0.001)
+
+    def body(world: World) -> None:
+        model = network()
+        reducer = Reducer(model.parameters(), world, config)
+        if world.rank == 1:
+            return
+        reducer.arm()
+        loss_of(model, images(world.rank)).backward()
+        with pytest.raises((ConnectionError, TimeoutError)):
+            reducer.finish()
+        reducer.close()
+        reducer.close()
+
+    ranks(2, body, timeout_s=1.0)
+
+
+def test_closing_in_the_middle_of_a_step_does_not_wait(ranks: Ranks) -> None:
+    """One rank fails in its backward pass: it can leave, and the other one learns of it."""
+
+    def body(world: World) -> None:
+        model = network()
+        reducer = Reducer(model.parameters(), world, SMALL)
+        reducer.arm()
+        if world.rank == 0:
+            loss_of(model[4], torch.ones(2, 40)).backward()
+            reducer.close()
+            assert not [t for t in threading.enumerate() if t is reducer._courier._thread]
+        else:
+            with pytest.raises(ConnectionError):
+                reducer.finish()
+            reducer.close()
+
+    ranks(2, body, timeout_s=60.0)
+
+
+def test_the_caller_keeps_its_number_of_threads(ranks: Ranks) -> None:
+    before = torch.get_num_threads()
+
+    def body(world: World) -> int:
+        reducer = Reducer([nn.Parameter(torch.ones(3))], world, SMALL)
+        reducer.close()
+        return torch.get_num_threads()
+
+    assert ranks(2, body) == [before, before]
+
+
+def _against_ddp(rank: int, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{ports[0]}", timedelta(seconds=60), world_size=2, rank=rank
+    )
+    world = World.connect(rank, 2, "127.0.0.1", ports[1], CPU, 60.0)
+    ours, theirs = network(), nn.parallel.DistributedDataParallel(network())
+    reducer = Reducer(ours.parameters(), world, SMALL)
+    for step in range(3):
+        inputs = images(2 * step + rank)
+        theirs.zero_grad()
+        loss_of(theirs, inputs).backward()
+        reducer.zero_grad()
+        reducer.arm()
+        loss_of(ours, inputs).backward()
+        reducer.finish()
+        # With two ranks there is one order of summation, so the bits agree.
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+    reducer.close()
+    world.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.integration
+def test_two_ranks_agree_with_ddp_bit_for_bit() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
+        ports = [a.getsockname()[1], b.getsockname()[1]]
+    multiprocessing.spawn(_against_ddp, (ports,), nprocs=2)

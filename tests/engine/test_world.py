@@ -1,0 +1,233 @@
+"""The group of workers: collectives, meeting, and every way in which a wait must end."""
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.engine.transport import connect_tcp
+from trainer.engine.world import TCPStore, World
+from trainer.errors import RunError
+
+CPU = torch.device("cpu")
+Ranks = Callable[..., list[Any]]
+
+
+def test_broadcast_gives_rank_0_s_values_whatever_type_and_strides(ranks: Ranks) -> None:
+    def tensors(seed: int) -> list[torch.Tensor]:
+        random = torch.Generator().manual_seed(seed)
+        return [
+            nn.Parameter(torch.randn(2, 3, 4, 5, generator=random)).to(
+                memory_format=torch.channels_last
+            ),
+            nn.Parameter(torch.randn(7, generator=random)),
+            torch.randint(0, 99, (3,), generator=random),
+            torch.rand(5, generator=random) > 0.5,
+            torch.randn((), generator=random, dtype=torch.float64),
+            torch.empty(0),
+            torch.randn(3, generator=random).bfloat16(),
+        ]
+
+    def body(world: World) -> list[torch.Tensor]:
+        mine = tensors(seed=world.rank)
+        world.broadcast(iter(mine))
+        world.broadcast([])
+        return mine
+
+    expected = tensors(seed=0)
+    for mine in ranks(3, body):
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+        assert [a.stride() for a in mine] == [b.stride() for b in expected]
+
+
+def test_all_reduce_sums_in_the_tensor_s_type(ranks: Ranks) -> None:
+    def body(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+        count = torch.tensor(2**60 + world.rank)
+        value = torch.tensor([1.0, 2.0**-40], dtype=torch.float64) * (world.rank + 1)
+        world.all_reduce(count)
+        world.all_reduce(value)
+        with pytest.raises(ValueError, match="not contiguous"):
+            world.all_reduce(torch.ones(4)[::2])
+        return count, value
+
+    for count, value in ranks(3, body):
+        assert count.item() == 3 * 2**60 + 3
+        assert value.tolist() == [6.0, 6 * 2.0**-40]
+
+
+def test_barrier_waits_for_the_last(ranks: Ranks) -> None:
+    arrived: list[int] = []
+
+    def body(world: World) -> int:
+        if world.rank == 1:
+            time.sleep(0.05)
+        arrived.append(world.rank)
+        world.barrier()
+        return len(arrived)
+
+    assert ranks(3, body) == [3, 3, 3]
+
+
+def test_a_world_of_one_leaves_tensors_alone() -> None:
+    world = World.single(CPU)
+    tensor = torch.ones(3)
+    world.broadcast([tensor])
+    world.all_reduce(tensor)
+    world.barrier()
+    assert (world.rank, world.size, world.transport.size) == (0, 1, 1)
+    assert tensor.tolist() == [1, 1, 1]
+    world.close()
+
+
+def test_a_process_can_join_group_after_group(ranks: Ranks) -> None:
+    for size in (2, 3, 2):
+        assert ranks(size, lambda world: (world.rank, world.size)) == [
+            (rank, size) for rank in range(size)
+        ]
+
+
+def test_connect_can_open_the_port_itself(threads: Ranks) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def body(rank: int) -> int:
+        world = World.connect(rank, 2, "127.0.0.1", port, CPU, 10.0)
+        world.barrier()
+        world.close()
+        return world.rank
+
+    assert threads(2, body) == [0, 1]
+
+
+def test_the_meeting_point_is_open_on_its_host_only() -> None:
+    store = World.listen("127.0.0.1", 5.0)
+    with pytest.raises(OSError, match=r"refused|assign|timed out"):
+        socket.create_connection(("127.0.0.2", store.port), 1.0).close()
+
+
+def test_a_missing_rank_ends_in_one_line() -> None:
+    store = World.listen("127.0.0.1", 0.3)
+    with pytest.raises(RunError, match=r"rank 0 could not join the group of 2 at 127\.0\.0\.1"):
+        World.connect(0, 2, "127.0.0.1", store.port, CPU, 0.3, store)
+
+
+def test_nobody_at_the_meeting_point_ends_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(RunError, match="rank 1 could not join the group of 2"):
+        World.connect(1, 2, "127.0.0.1", port, CPU, 0.3)
+
+
+def _all_reduce(world: World) -> None:
+    world.all_reduce(torch.ones(3))
+
+
+def _exchange(world: World) -> None:
+    world.transport.exchange(torch.ones(3), 1, torch.ones(3), 1).wait()
+
+
+@pytest.mark.parametrize("wait", [_all_reduce, _exchange])
+def test_a_silent_rank_ends_in_a_time_out(ranks: Ranks, wait: Callable[[World], None]) -> None:
+    enough = threading.Event()
+
+    def body(world: World) -> None:
+        if world.rank == 1:
+            enough.wait(10)
+            return
+        try:
+            with pytest.raises(TimeoutError):
+                wait(world)
+            with pytest.raises(ConnectionError):  # out of step, and so of no more use
+                wait(world)
+        finally:
+            enough.set()
+
+    ranks(2, body, timeout_s=1.0)
+
+
+def test_a_rank_that_leaves_is_noticed_at_once(ranks: Ranks) -> None:
+    def body(world: World) -> None:
+        if world.rank == 1:
+            return
+        with pytest.raises(ConnectionError, match="rank 0 lost rank 1"):
+            world.transport.exchange(torch.ones(3), 1, torch.ones(3), 1).wait()
+
+    ranks(2, body, timeout_s=30.0)
+
+
+def test_closing_ends_all_waits(ranks: Ranks) -> None:
+    def body(world: World) -> None:
+        if world.rank == 0:
+            threading.Timer(0.05, world.close).start()
+        with pytest.raises(ConnectionError):
+            world.transport.exchange(
+                torch.empty(0), 1 - world.rank, torch.empty(3), 1 - world.rank
+            ).wait()
+
+    ranks(2, body, timeout_s=30.0)
+
+
+def test_exchanges_hold_more_than_the_sockets_and_keep_their_order(ranks: Ranks) -> None:
+    def body(world: World) -> list[list[float]]:
+        other = 1 - world.rank
+        incoming = [torch.empty(3_000_000) for _ in range(2)]
+        handles = [
+            world.transport.exchange(torch.full((3_000_000,), number), other, into, other)
+            for number, into in zip((1.0, 2.0), incoming, strict=True)
+        ]
+        for handle in reversed(handles):
+            handle.wait()
+        return [into.unique().tolist() for into in incoming]
+
+    assert ranks(2, body) == [[[1.0], [2.0]]] * 2
+
+
+def test_strangers_are_turned_away(threads: Ranks) -> None:
+    store = World.listen("127.0.0.1", 5.0)
+
+    def body(rank: int) -> None:
+        mine = TCPStore("127.0.0.1", store.port, is_master=False)
+        if rank == 2:
+            host, port = mine.get("address0").decode().split()
+            with socket.create_connection((host, int(port))) as stranger:
+                stranger.sendall(bytes(20))
+                assert stranger.recv(1) == b""
+            mine.set("turned away", "")
+            return
+        if rank == 1:
+            mine.wait(["turned away"])
+        transport = connect_tcp(rank, 2, mine, "127.0.0.1", 5.0)
+        incoming = torch.zeros(2)
+        transport.exchange(torch.ones(2), 1 - rank, incoming, 1 - rank).wait()
+        assert incoming.tolist() == [1, 1]
+        transport.close()
+
+    threads(3, body)
+
+
+def _die_after_joining(port: int) -> None:
+    World.connect(1, 2, "127.0.0.1", port, CPU, 20.0)
+    os._exit(1)
+
+
+@pytest.mark.integration
+def test_a_killed_process_is_noticed_at_once() -> None:
+    store = World.listen("127.0.0.1", 60.0)
+    peer = multiprocessing.get_context("spawn").Process(
+        target=_die_after_joining, args=(store.port,)
+    )
+    peer.start()
+    world = World.connect(0, 2, "127.0.0.1", store.port, CPU, 60.0, store)
+    peer.join()
+    with pytest.raises(ConnectionError):
+        world.transport.exchange(torch.ones(3), 1, torch.ones(3), 1).wait()
+    with pytest.raises(ConnectionError):
+        world.all_reduce(torch.ones(3))
+    world.close()

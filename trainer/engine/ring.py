@@ -1,0 +1,227 @@
+"""The mean of a flat tensor over all ranks: an own ring all-reduce, and the back end's.
+
+`RingAllReduce` is the bandwidth-optimal ring of Patarasuk and Yuan (2009), written over a
+`Transport`; `NativeAllReduce` lets gloo or NCCL do it. Both round what travels to the wire type,
+count the bytes that this rank sends, and leave the same bits on every rank.
+Gradients and buckets are not known here (reducer.py).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.engine.transport import Handle, Transport
+
+WIRE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+IN_FLIGHT = 2  # exchanges under way at a time: one arrives while the one before it is added
+ONE_ROUND_BYTES = 128 * 1024  # up to so many bytes sent per rank, latency counts more than traffic
+
+
+class AllReduce(Protocol):
+    """Averages tensors over ranks; used by one thread at a time."""
+
+    sent_bytes: int  # payload that this rank has sent so far
+
+    def mean_(self, flat: Tensor) -> None:
+        """Replace `flat`, a contiguous floating 1-D tensor, by its mean over all ranks.
+
+        Every rank calls it, with the same length and type. On CUDA the work is only put on the
+        current stream. Raises ValueError for any other tensor, ConnectionError when a rank is
+        gone, TimeoutError when one is silent.
+        """
+
+
+class RingAllReduce:
+    """Reduce-scatter, then all-gather, around a ring of point-to-point sends.
+
+    The tensor is cut into N chunks, one per rank. In N-1 hops every rank sends a partial sum to its
+    right neighbour and adds its own values to the one that comes from the left; then each rank owns
+    one finished chunk, and N-1 more hops hand these around. A rank sends 2 (N-1)/N of the payload,
+    the least possible. Chunks travel in segments, so that one segment is added while the next one
+    arrives. Where sending everything to everybody costs at most ONE_ROUND_BYTES, one round does it:
+    each rank adds all values, in the order of ranks.
+
+    Sums are FP32 (FP64 for FP64 tensors); what travels is rounded to `wire`. For an fp16 wire the
+    values are divided by N before, so that sums fit wherever the values do; otherwise the finished
+    sum is divided. Inf and NaN reach all ranks. Equal inputs give equal bits.
+
+    Error: let u be the unit roundoff of the sums (2^-24; FP64: 2^-53) and w that of the wire (fp16
+    2^-11, bf16 2^-8, fp32 2^-24, but 0 for FP32 sums on an fp32 wire). On its way around the ring a
+    value passes at most N-1 additions and one division, each a factor 1 + d with |d| <= u, and N
+    roundings to the wire: N-1 as part of a partial sum, one as part of the finished mean. (In one
+    round it is a single rounding.) So for each element
+
+        |result - mean| <= ((1 + u)^N (1 + w)^N - 1) * mean of |x_i|
+
+    and N * 2^-25 more on an fp16 wire, N * 2^-126 on others, for what falls below the normal
+    numbers. A tensor that is narrower than the sums rounds once more, when the mean is stored.
+    """
+
+    def __init__(self, transport: Transport, wire: torch.dtype, segment_bytes: int) -> None:
+        self.sent_bytes = 0
+        self._transport = transport
+        self._wire = wire
+        self._segment_bytes = segment_bytes
+        self._buffers = _Buffers()
+
+    def mean_(self, flat: Tensor) -> None:
+        _check(flat)
+        size = self._transport.size
+        if size == 1 or flat.numel() == 0:
+            return
+        total = _widened(flat, self._buffers)
+        if self._wire == torch.float16:
+            total.div_(size)
+        if (size - 1) * total.numel() * self._wire.itemsize <= ONE_ROUND_BYTES:
+            self._one_round(total)
+        else:
+            self._ring(total)
+        if total is not flat:
+            flat.copy_(total)
+
+    def _one_round(self, total: Tensor) -> None:
+        rank, size = self._transport.rank, self._transport.size
+        length = total.numel()
+        rows = self._buffers.get("rows", size * length, self._wire, total.device)
+        rows = rows.view(size, length)
+        rows[rank].copy_(total)
+        handles = []
+        for distance in range(1, size):
+            source = (rank - distance) % size
+            handles.append(self._exchange(rows[rank], rank + distance, rows[source], source))
+        for handle in handles:
+            handle.wait()
+        total.copy_(rows[0])
+        for row in rows[1:]:
+            total.add_(row)
+        if self._wire != torch.float16:
+            total.div_(size)
+
+    def _ring(self, total: Tensor) -> None:
+        rank, size = self._transport.rank, self._transport.size
+        exact = self._wire == total.dtype  # sums travel as they are, without copies
+        longest = -(-total.numel() // size) * self._wire.itemsize
+        segments = -(-longest // self._segment_bytes)
+        room = -(-total.numel() // (size * segments)) + 1  # elements of the longest segment
+        inbox = self._buffers.get("inbox", IN_FLIGHT * room, self._wire, total.device)
+        outbox = (
+            inbox if exact else self._buffers.get("outbox", len(inbox), self._wire, total.device)
+        )
+
+        def launch(step: int) -> tuple[Handle, int, Tensor, Tensor]:
+            """Start the exchange of one segment in one hop."""
+            hop, segment = divmod(step, segments)
+            slot = step % IN_FLIGHT * room
+            mine = _piece(total, size, (rank - hop) % size, segments, segment)
+            theirs = _piece(total, size, (rank - hop - 1) % size, segments, segment)
+            arriving = inbox[slot : slot + len(theirs)]
+            if exact:
+                leaving = mine
+                if hop >= size - 1:
+                    arriving = theirs  # finished values need no sum, nor a stop on the way
+            else:
+                leaving = outbox[slot : slot + len(mine)].copy_(mine)
+                if hop == size - 1:
+                    mine.copy_(leaving)  # the owner keeps what all others get
+            handle = self._exchange(leaving, rank + 1, arriving, rank - 1)
+            return handle, hop, arriving, theirs
+
+        def land(handle: Handle, hop: int, arrived: Tensor, theirs: Tensor) -> None:
+            """Add what one exchange has brought, or keep it if it is finished."""
+            handle.wait()
+            if hop >= size - 1:
+                if not exact:
+                    theirs.copy_(arrived)
+                return
+            theirs.add_(arrived)
+            if hop == size - 2 and self._wire != torch.float16:
+                theirs.div_(size)
+
+        steps = 2 * (size - 1) * segments
+        lag = min(IN_FLIGHT, segments)  # a segment must have landed before its next hop
+        under_way: deque[tuple[Handle, int, Tensor, Tensor]] = deque()
+        for step in range(steps + lag):
+            if step >= lag:
+                land(*under_way.popleft())
+            if step < steps:
+                under_way.append(launch(step))
+
+    def _exchange(self, leaving: Tensor, to: int, arriving: Tensor, source: int) -> Handle:
+        size = self._transport.size
+        self.sent_bytes += leaving.nbytes
+        return self._transport.exchange(leaving, to % size, arriving, source % size)
+
+
+class NativeAllReduce:
+    """The back end's own all-reduce: `reduce` sums a tensor over `size` ranks, in place.
+
+    The values are rounded to `wire` before and, by gloo, after each addition; for an fp16 wire they
+    are divided by N first. `sent_bytes` is not measured but computed, as 2 (N-1)/N of the payload,
+    the traffic of a ring.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], None], size: int, wire: torch.dtype) -> None:
+        self.sent_bytes = 0
+        self._reduce = reduce
+        self._size = size
+        self._wire = wire
+        self._buffers = _Buffers()
+
+    def mean_(self, flat: Tensor) -> None:
+        _check(flat)
+        if self._size == 1 or flat.numel() == 0:
+            return
+        total = _widened(flat, self._buffers)
+        if self._wire == torch.float16:
+            total.div_(self._size)
+        travels = total
+        if self._wire != total.dtype:
+            travels = self._buffers.get("travels", len(flat), self._wire, flat.device).copy_(total)
+        self._reduce(travels)
+        self.sent_bytes += 2 * (self._size - 1) * travels.nbytes // self._size
+        if travels is not total:
+            total.copy_(travels)
+        if self._wire != torch.float16:
+            total.div_(self._size)
+        if total is not flat:
+            flat.copy_(total)
+
+
+class _Buffers:
+    """Work memory that is kept from call to call and only ever grows."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        kept = self._kept.get((name, dtype))
+        if kept is None or len(kept) < length:
+            kept = self._kept[name, dtype] = torch.empty(length, dtype=dtype, device=device)
+        return kept[:length]
+
+
+def _check(flat: Tensor) -> None:
+    if flat.dim() != 1 or not flat.is_contiguous() or not flat.is_floating_point():
+        raise ValueError(
+            f"cannot average a tensor of shape {tuple(flat.shape)}, strides {flat.stride()} and "
+            f"type {flat.dtype}: it must be contiguous, 1-D and of a floating type"
+        )
+
+
+def _widened(flat: Tensor, buffers: _Buffers) -> Tensor:
+    """`flat` itself if sums may be kept in its type, else an FP32 copy."""
+    if flat.dtype in (torch.float32, torch.float64):
+        return flat
+    return buffers.get("total", len(flat), torch.float32, flat.device).copy_(flat)
+
+
+def _piece(total: Tensor, chunks: int, chunk: int, segments: int, segment: int) -> Tensor:
+    """One of `segments` almost equal parts of one of `chunks` almost equal parts of `total`."""
+    length = len(total)
+    start, stop = chunk * length // chunks, (chunk + 1) * length // chunks
+    length = stop - start
+    return total[start + segment * length // segments : start + (segment + 1) * length // segments]

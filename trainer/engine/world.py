@@ -1,0 +1,188 @@
+"""The group of workers as one of them sees it: its rank, and what all of them do together.
+
+Built on torch's process groups themselves, not on its global default group, so that a warm worker
+can join group after group, and a test can run all ranks in one process. Only CUDA needs the default
+group, for NCCL's batched sends. Gradients take another way (reducer.py, over `World.transport`).
+"""
+
+import contextlib
+import socket
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
+from trainer.errors import RunError
+
+
+class World:
+    """One rank's place in a group of `size` ranks; made by `single` or `connect`.
+
+    All ranks call the same methods in the same order, with tensors of the same shapes and types.
+    Every wait ends, at the latest after the time-out given to `connect`: with TimeoutError when
+    nothing came, with ConnectionError when a rank is known to be gone. The group is of no use after
+    that; close it. In a group of one, every collective leaves its tensors alone.
+    """
+
+    def __init__(
+        self, rank: int, size: int, device: torch.device, transport: Transport, gloo: Any
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.transport = transport  # for the algorithms of ring.py; not while a collective runs
+        self._gloo = gloo  # a ProcessGroupGloo, whose methods torch's type stubs leave out
+        self._store: Store | None = None
+
+    @classmethod
+    def single(cls, device: torch.device) -> "World":
+        """The group of one: no process group, no connection."""
+        return cls(0, 1, device, TcpTransport(0, {}, 0.0), None)
+
+    @staticmethod
+    def listen(host: str, timeout_s: float) -> TCPStore:
+        """Open the meeting point of a new group; for the process that will be rank 0.
+
+        `host` is an address of this machine that the other ranks can reach; only there it listens.
+        The system picks the port, so nobody can take it in between: tell `.port` to all ranks, and
+        give the store itself to rank 0's `connect`. Raises OSError if `host` is not ours.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family)
+        port = listener.getsockname()[1]
+        return TCPStore(
+            host,
+            port,
+            is_master=True,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    @classmethod
+    def connect(
+        cls,
+        rank: int,
+        size: int,
+        host: str,
+        port: int,
+        device: torch.device,
+        timeout_s: float,
+        store: TCPStore | None = None,
+    ) -> "World":
+        """Join the group that meets at `host`:`port`; returns when all `size` ranks are there.
+
+        `store` is what `listen` returned, on rank 0; without it rank 0 opens `port` itself. All
+        traffic is bound to the network interface that leads to `host`, which is the loopback for
+        127.0.0.1. `timeout_s` (seconds) limits this call and each later wait. On CUDA this sets the
+        process's current device, and torch's default process group is NCCL's. Raises RunError.
+        """
+        limit = timedelta(seconds=timeout_s)
+        try:
+            if store is None:
+                store = TCPStore(
+                    host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False
+                )
+            address = _own_address(host, port)
+            gloo = _gloo(rank, size, PrefixStore("gloo", store), address, limit)
+            transport: Transport
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                nccl = PrefixStore("nccl", store)
+                dist.init_process_group(
+                    "nccl",
+                    store=nccl,
+                    rank=rank,
+                    world_size=size,
+                    timeout=limit,
+                    device_id=device,
+                )
+                transport = NcclTransport()
+            else:
+                tcp = PrefixStore("tcp", store)
+                transport = connect_tcp(rank, size, tcp, address, timeout_s)
+            world = cls(rank, size, device, transport, gloo)
+            world._store = store  # rank 0's serves the others: keep it
+            world.barrier()
+        except (RuntimeError, OSError) as error:
+            raise RunError(
+                f"rank {rank} could not join the group of {size} at {host}:{port} "
+                f"within {timeout_s} s: {error}"
+            ) from error
+        return world
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks rank 0's values, in place; any types, shapes and strides, one device."""
+        targets = list(tensors)
+        if self.size == 1 or not targets:
+            return
+        parts = [target.detach().reshape(-1).view(torch.uint8) for target in targets]
+        flat = torch.cat(parts)
+        with self._named_errors("broadcast"):
+            if flat.is_cuda:
+                dist.broadcast(flat, 0)
+            else:
+                options = dist.BroadcastOptions()
+                options.rootRank = 0
+                self._gloo.broadcast([flat], options).wait()
+        values = torch.split(flat, [len(part) for part in parts])
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value.clone().view(target.dtype).view(target.shape))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a contiguous tensor over all ranks, in its own type, in place; by gloo or NCCL."""
+        if self.size == 1:
+            return
+        if not tensor.is_contiguous():
+            raise ValueError(f"cannot sum a tensor of strides {tensor.stride()}: not contiguous")
+        with self._named_errors("all-reduce"):
+            if tensor.is_cuda:
+                dist.all_reduce(tensor)
+            else:
+                self._gloo.allreduce([tensor], dist.AllreduceOptions()).wait()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            with self._named_errors("barrier"):
+                self._gloo.barrier().wait()
+
+    def close(self) -> None:
+        """Leave the group at once, without waiting for the others; more than once does no harm."""
+        if isinstance(self.transport, TcpTransport):
+            self.transport.close()
+        elif dist.is_initialized():
+            dist.destroy_process_group()
+        self._gloo = self._store = None
+
+    @contextlib.contextmanager
+    def _named_errors(self, what: str) -> Iterator[None]:
+        """Turn the back end's RuntimeError into the two errors that this class promises."""
+        try:
+            yield
+        except RuntimeError as error:
+            kind = TimeoutError if "imed out" in str(error) else ConnectionError
+            raise kind(f"{what} failed on rank {self.rank} of {self.size}: {error}") from error
+
+
+def _gloo(rank: int, size: int, store: Store, address: str, limit: timedelta) -> Any:
+    """A gloo group on the interface that owns `address`; left alone, it trusts the host's name."""
+    group: Any = dist.ProcessGroupGloo
+    options = group._Options()
+    options._timeout = limit
+    options._devices = [group.create_device(hostname=address)]
+    return group(store, rank, size, options)
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address of this machine from which packets to `host` leave. Sends nothing."""
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
