@@ -1,0 +1,159 @@
+"""Weights that are computed from what is learnt instead: the base of all, masked, and packed.
+
+A `Compression` sits on a weight through torch.nn.utils.parametrize, so that every use of
+`module.weight` gets the dense weight while the optimizer, the reducer and the checkpoint see only
+what is learnt. `install` and `fold` (trainer.compress.install) put them on a model and turn them
+back into plain parameters.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
+
+
+class Compression(nn.Module):
+    """A weight that is written from a learnt tensor into one persistent buffer.
+
+    Writing into the same memory again costs a tenth of making a fresh dense tensor each step. It is
+    done at every use, without asking whether the learnt tensor changed: fused optimizers and
+    broadcasts change tensors without raising their version, so any such cache can go stale
+    silently. The write does not count as an in-place change for autograd either, since between a
+    forward pass and its backward it writes what is there already. (So autograd cannot notice an
+    optimizer step between the two, as it cannot with any fused optimizer.)
+
+    The buffer is one-dimensional, in the order of the weight's memory: a later
+    `model.to(memory_format=...)` cannot reorder it.
+    """
+
+    dense: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        """Args: weight: of any shape and memory format, which both are kept."""
+        super().__init__()
+        like = torch.zeros_like(weight, requires_grad=False)
+        self.size = like.size()
+        self.stride = like.stride()
+        self._by_stride = sorted(range(like.ndim), key=lambda dim: -self.stride[dim])
+        self.register_buffer("dense", self.flat(like), persistent=False)
+        self.handles: list[RemovableHandle] = []
+        self._held = False
+        self._written = False
+
+    def learnt(self, weight: Tensor) -> Tensor:
+        """The first value of the learnt tensor, for `weight` in its shape."""
+        raise NotImplementedError
+
+    def write(self, learnt: Tensor) -> None:
+        """Bring `self.dense` up to date."""
+        raise NotImplementedError
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the learnt tensor from that of the weight."""
+        raise NotImplementedError
+
+    def forward(self, learnt: Tensor) -> Tensor:
+        """The dense weight, differentiable with respect to `learnt`."""
+        return cast(Tensor, _Materialise.apply(learnt, self))
+
+    def materialise(self, learnt: Tensor) -> Tensor:
+        """The dense weight: a view of the buffer, in the shape and strides of the weight."""
+        if not self._written:
+            self.write(learnt)
+            self._written = self._held
+        return self.dense.detach().as_strided(self.size, self.stride)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """`tensor`, of the weight's shape, as one dimension in the order of the weight's memory."""
+        return tensor.permute(self._by_stride).reshape(-1)
+
+    def hold(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook: write once for the whole forward pass of `module`, not at each use."""
+        self._held, self._written = True, False
+
+    def release(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook: the end of `hold`."""
+        self._held, self._written = False, False
+
+
+class Masked(Compression):
+    """weight = learnt where the mask is true, else +0; the gradient reaches the pruned ones too.
+
+    The dense gradient lets a pruned weight grow until a new mask takes it back: dynamic network
+    surgery (Guo et al., NIPS 2016, arXiv:1608.04493).
+    """
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        """Args: mask: bool, in the shape of `weight`; saved in checkpoints."""
+        super().__init__(weight)
+        self.register_buffer("mask", torch.zeros_like(weight, dtype=torch.bool).copy_(mask))
+        self.register_buffer("zero", weight.new_zeros(()), persistent=False)
+
+    def learnt(self, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+    def write(self, learnt: Tensor) -> None:
+        weight = self.dense.data.as_strided(self.size, self.stride)
+        torch.where(self.mask, learnt, cast(Tensor, self.zero), out=weight)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Packed(Compression):
+    """The learnt tensor holds the survivors alone, one after another; all others are zero.
+
+    Optimizer state, gradient and all-reduce shrink with the density, and momentum, weight decay or
+    rounding cannot touch a pruned weight, since there is none. (Singh & Bhatele, SAMO, IPDPS 2023.)
+    The index costs 8 bytes a survivor and is not saved: the phase that starts again from the same
+    weights finds it again.
+    """
+
+    index: Tensor
+
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        """Args: mask: bool, in the shape of `weight`: which survive."""
+        super().__init__(weight)
+        self.register_buffer("index", self.flat(mask).nonzero().squeeze(1), persistent=False)
+
+    def learnt(self, weight: Tensor) -> Tensor:
+        return self.flat(weight).take(self.index)
+
+    def write(self, learnt: Tensor) -> None:
+        self.dense.data.index_copy_(0, self.index, learnt)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        return self.flat(grad.to_dense()).take(self.index)  # an embedding's may be sparse
+
+
+def compression(module: nn.Module, name: str) -> Compression | None:
+    """What is installed on `module.name`; None where it is a plain parameter."""
+    if not is_parametrized(module, name):
+        return None
+    first = cast(nn.ModuleDict, module.parametrizations)[name][0]  # type: ignore[index]
+    return first if isinstance(first, Compression) else None
+
+
+def parameter_behind(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that the optimizer sees for `module.name`: itself, or what makes it."""
+    if compression(module, name) is None:
+        return module._parameters[name]
+    made = cast(nn.ModuleDict, module.parametrizations)[name]
+    return next(made.parameters(recurse=False))
+
+
+class _Materialise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, learnt: Tensor, compression: Compression) -> Tensor:
+        ctx.compression = compression
+        return compression.materialise(learnt)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.compression.gradient(grad), None

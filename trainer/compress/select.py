@@ -1,0 +1,102 @@
+"""Which tensors of a model are weights that can be compressed, and how patterns name them.
+
+Names are logical ("fc1.weight", "lstm.weight_hh_l0"): the same before, in and after a phase, and
+never those of the parametrizations that a phase installs.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple, TypeVar, cast
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from trainer.compress.parametrize import parameter_behind
+from trainer.errors import ConfigError
+
+T = TypeVar("T")
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # theirs may have two dimensions and are no weights either
+
+
+class Place(NamedTuple):
+    """Where a model uses a weight."""
+
+    module: nn.Module
+    name: str  # attribute of the module
+
+    @property
+    def value(self) -> Tensor:
+        """The weight as the forward pass sees it."""
+        return cast(Tensor, getattr(self.module, self.name))
+
+    @property
+    def learnt(self) -> nn.Parameter:
+        """The parameter that the optimizer sees: the weight itself, or what makes it."""
+        return cast(nn.Parameter, parameter_behind(self.module, self.name))
+
+
+def weights(model: nn.Module) -> dict[str, list[Place]]:
+    """All compressible weights by logical name, in the order of the model's modules.
+
+    Those are the non-empty floating parameters with two or more dimensions, whatever the module;
+    biases and norms are exempt, and so is what the model itself parametrizes (weight_norm). A
+    weight tied under several names is one entry, named by its first place, with all its places.
+    """
+    found: dict[str, list[Place]] = {}
+    first: dict[int, str] = {}
+    for prefix, module in _modules(model):
+        for name in module._parameters:
+            parameter = parameter_behind(module, name)
+            if parameter is None or isinstance(module, _NORMS):
+                continue
+            place = Place(module, name)
+            if id(parameter) in first:
+                found[first[id(parameter)]].append(place)
+                continue
+            value = place.value
+            if value.is_floating_point() and value.ndim >= 2 and value.numel() > 0:
+                first[id(parameter)] = f"{prefix}.{name}" if prefix else name
+                found[first[id(parameter)]] = [place]
+    return found
+
+
+def match(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+    """The value of every name that a pattern matches; where several do, the last pattern wins.
+
+    Args:
+        patterns: shell patterns (*, ?, [abc]) on the name of a weight ("fc1.weight") or of its
+            module ("fc1").
+        names: logical names of weights.
+
+    Raises:
+        ConfigError: a pattern that matches no name.
+    """
+    names = list(names)
+    result: dict[str, T] = {}
+    for pattern, value in patterns.items():
+        hit = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(module_of(n), pattern)]
+        if not hit:
+            raise ConfigError(
+                f"pattern {pattern!r} matches no weight; there are {', '.join(names)}"
+            )
+        result.update(dict.fromkeys(hit, value))
+    return {name: result[name] for name in names if name in result}
+
+
+def module_of(name: str) -> str:
+    """ "fc1" of "fc1.weight"; empty for a weight of the model itself."""
+    return name.rpartition(".")[0]
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside parametrizations."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, ParametrizationList) or is_parametrized(module):
+            lists = module if isinstance(module, ParametrizationList) else module.parametrizations
+            inside.update(id(m) for m in cast(nn.Module, lists).modules())
+        if id(module) not in inside:
+            yield name, module

@@ -1,0 +1,9 @@
+"""What training may do to a model: train, prune, retrain, or a phase of your own."""
+
+from trainer.phases.base import Phase
+from trainer.phases.build import build_phases, check_order
+from trainer.phases.prune import Prune
+from trainer.phases.retrain import Retrain
+from trainer.phases.train import Train
+
+__all__ = ["Phase", "Prune", "Retrain", "Train", "build_phases", "check_order"]

@@ -1,0 +1,50 @@
+"""What a phase is: what happens to a model before, during and after a stretch of training.
+
+Phases know nothing of one another. They find plain weights and leave plain weights; what one did to
+them shows in their values (pruned is zero) and nowhere else.
+"""
+
+from typing import ClassVar
+
+from torch import nn
+
+from trainer.config import FitConfig
+from trainer.engine.world import World
+
+
+class Phase:
+    """The base of all phases. Overwrite what you need; alone, it just trains.
+
+    Every rank runs the same phase on the same bits, and every rank must end each method with the
+    same bits in its model.
+    """
+
+    kind: ClassVar[str]  # what summary.json calls it
+    makes: ClassVar[frozenset[str]] = frozenset()  # what later phases must keep, such as "zeros"
+    keeps: ClassVar[frozenset[str]] = frozenset()  # what its training does not destroy
+    fit: FitConfig  # how it trains; epochs 0: not at all
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse settings that do not fit `model`. Called before anything starts.
+
+        Args:
+            model: perhaps on the meta device: shapes and names without values.
+
+        Raises:
+            ConfigError: names the setting, its value and what would be right.
+        """
+
+    def enter(self, model: nn.Module, world: World) -> None:
+        """Prepare the model for training, in place. The optimizer is made afterwards.
+
+        Must not depend on chance, so that a resumed run that enters again gets the same model.
+        """
+
+    def after_step(self, model: nn.Module, world: World, step: int, total: int) -> None:
+        """Called after each optimizer step: `step` of `total` are done (the first is 1).
+
+        May change values in place, but not replace parameters: the optimizer knows those.
+        """
+
+    def leave(self, model: nn.Module) -> None:
+        """Turn everything that `enter` installed back into plain weights."""

@@ -1,0 +1,53 @@
+"""From the configured mapping of phases to the phases, checked one by one and in their order."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.build import build
+from trainer.config import FitConfig
+from trainer.errors import ConfigError
+from trainer.phases.base import Phase
+
+
+def build_phases(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Phase]:
+    """The phases by name, in order.
+
+    Args:
+        settings: by name, a `_target_` (a subclass of Phase) and its arguments; `fit` is a plain
+            mapping of FitConfig's fields.
+
+    Raises:
+        ConfigError: no phases, a wrong setting, or an order that check_order refuses.
+    """
+    if not settings:
+        raise ConfigError("phases: there are none; an experiment needs at least one, such as train")
+    phases = {name: _build(f"phases.{name}", chosen) for name, chosen in settings.items()}
+    check_order(phases)
+    return phases
+
+
+def _build(key: str, settings: Mapping[str, Any]) -> Phase:
+    fit = settings.get("fit")
+    if not isinstance(fit, Mapping):
+        raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
+    fit = {"_target_": f"{FitConfig.__module__}.{FitConfig.__qualname__}", **fit}
+    build(f"{key}.fit", fit, FitConfig)  # alone first: its errors then name their place
+    return build(key, {**settings, "fit": fit}, Phase)
+
+
+def check_order(phases: Mapping[str, Phase]) -> None:
+    """Refuse an order in which the training of a phase destroys what an earlier one made.
+
+    Raises:
+        ConfigError: names both phases and what to do.
+    """
+    made: dict[str, str] = {}
+    for name, phase in phases.items():
+        trains = phase.fit.epochs > 0
+        for what, maker in made.items():
+            if trains and what not in phase.keeps:
+                raise ConfigError(
+                    f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}: "
+                    f"use retrain in its place, or move it before {maker!r}"
+                )
+        made.update(dict.fromkeys(phase.makes, name))
