@@ -1,0 +1,48 @@
+"""Small trainings that every rank of a group executes."""
+
+import copy
+
+import torch
+from torch import nn
+
+from trainer.config import AllReduceConfig, FitConfig
+from trainer.data.split import TensorSplit
+from trainer.engine.evaluate import evaluate
+from trainer.engine.loop import fit
+from trainer.engine.precision import Precision
+from trainer.engine.runtime import Runtime
+
+
+def problem(samples=70, features=6, classes=3):
+    """A split whose last batch is short, and a net without batch norm and dropout."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(samples, features, generator=generator)
+    targets = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long()
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(features, 8), nn.Tanh(), nn.Linear(8, classes))
+    return TensorSplit(inputs, targets), model
+
+
+def runtime(world, batch_size=16, precision="fp32", optimizer=None, **allreduce):
+    return Runtime(
+        world=world,
+        precision=Precision(precision, world.device),
+        allreduce=AllReduceConfig(**allreduce),
+        optimizer=optimizer or {"_target_": "torch.optim.SGD", "lr": 0.2, "momentum": 0.9},
+        batch_size=batch_size,
+        seed=5,
+    )
+
+
+def train(world, settings, **options):
+    """Fit, then yield (weights, losses, bytes sent, metrics)."""
+    split, model = problem()
+    run = runtime(world, **options)
+    losses, sent = [], 0
+    for step in fit(model, split, FitConfig(**settings), run):
+        loss = step.loss.double()
+        world.all_reduce(loss)
+        losses.append(loss.item() / world.size)
+        sent = step.sent_bytes
+    metrics = evaluate(model, split, run)
+    yield copy.deepcopy(model.state_dict()), losses, sent, metrics

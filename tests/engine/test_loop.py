@@ -1,0 +1,171 @@
+"""The loop: what it trains, in which order, and that the number of workers does not matter."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from tests.engine import bodies
+from trainer.cluster import open_group
+from trainer.config import ClusterConfig, FitConfig
+from trainer.data.order import global_batches
+from trainer.data.split import TensorSplit
+from trainer.engine.evaluate import evaluate
+from trainer.engine.loop import fit, steps_in
+from trainer.engine.world import World
+
+ALONE = World.single(torch.device("cpu"))
+
+
+def alone(settings, **options):
+    (result,) = bodies.train(ALONE, settings, **options)
+    return result
+
+
+def test_it_is_the_loop_that_one_would_write_by_hand():
+    split, model = bodies.problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, fused=True)
+    losses = []
+    for epoch in range(3):
+        for batch in global_batches(len(split), 16, 5, epoch):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(split.inputs[batch]), split.targets[batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    weights, ours, sent, _ = alone({"epochs": 3, "schedule": "constant"})
+    assert ours == losses
+    assert sent == 0
+    for key, value in model.state_dict().items():
+        assert torch.equal(weights[key], value)
+
+
+def test_nothing_to_train():
+    split, model = bodies.problem()
+    assert list(fit(model, split, FitConfig(epochs=0), bodies.runtime(ALONE))) == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"), [(2, None, (5, 10)), (2, 7, (5, 7)), (2, 99, (5, 10))]
+)
+def test_steps(epochs, max_steps, expected):
+    assert steps_in(70, 16, FitConfig(epochs=epochs, max_steps=max_steps)) == expected
+
+
+def test_epochs_end_where_they_should():
+    split, model = bodies.problem()
+    steps = list(fit(model, split, FitConfig(epochs=2, max_steps=7), bodies.runtime(ALONE)))
+    assert [step.step for step in steps if step.epoch_ends] == [5, 7]
+    assert [step.samples for step in steps[:5]] == [16, 16, 16, 16, 6]
+    assert [step.epoch for step in steps] == [0] * 5 + [1] * 2
+
+
+def test_a_later_phase_sees_later_permutations():
+    seen = []
+
+    class Recorder(TensorSplit):
+        def batches(self, order, epoch):
+            order = list(order)
+            seen.append((epoch, torch.cat(order).tolist()))
+            return super().batches(order, epoch)
+
+    split, model = bodies.problem()
+    split = Recorder(split.inputs, split.targets)
+    for _ in fit(model, split, FitConfig(epochs=1), bodies.runtime(ALONE), epochs_before=4):
+        pass
+    ((epoch, order),) = seen
+    assert epoch == 4
+    assert order == torch.cat(global_batches(70, 16, 5, 4)).tolist()
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    whole, losses, _, _ = alone({"epochs": 2})
+    pieces, piece_losses, _, _ = alone({"epochs": 2, "accumulate": 3})
+    assert piece_losses == pytest.approx(losses, rel=1e-5)
+    for key in whole:
+        torch.testing.assert_close(pieces[key], whole[key], rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_depends_on_seed_step_and_rank_alone():
+    def once(disturb):
+        split, _ = bodies.problem()
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 3))
+        losses = []
+        for step in fit(model, split, FitConfig(epochs=1), bodies.runtime(ALONE)):
+            losses.append(step.loss.item())
+            torch.rand(disturb)
+        return losses
+
+    assert once(0) == once(17)
+
+
+def test_clipping_bounds_the_step():
+    split, model = bodies.problem()
+    before = [p.detach().clone() for p in model.parameters()]
+    run = bodies.runtime(ALONE, optimizer={"_target_": "torch.optim.SGD", "lr": 1.0})
+    settings = FitConfig(epochs=1, max_steps=1, clip=1e-3, schedule="constant")
+    list(fit(model, split, settings, run))
+    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_evaluation_counts_every_sample_once_and_keeps_the_mode():
+    split, model = bodies.problem()
+    model.train()
+    metrics = evaluate(model, split, bodies.runtime(ALONE, batch_size=16))
+    logits = model(split.inputs)
+    assert metrics.accuracy == (logits.argmax(1) == split.targets).double().mean().item()
+    exact = nn.functional.cross_entropy(logits.double(), split.targets).item()
+    assert metrics.loss == pytest.approx(exact, rel=1e-6)
+    assert model.training
+
+
+@pytest.fixture(scope="module")
+def group(shared_ray):
+    opened = open_group(ClusterConfig(workers=3, cpus_per_worker=0.5))
+    opened.start()
+    yield opened
+    opened.stop()
+
+
+def together(group, settings, **options):
+    return group.run(partial(bodies.train, settings=settings, **options))
+
+
+@pytest.mark.integration
+class TestWorkers:
+    @pytest.mark.parametrize("algorithm", ["ring", "native"])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_three_workers_equal_one(self, group, algorithm, accumulate):
+        settings = {"epochs": 3, "accumulate": accumulate}
+        weights, losses, _, metrics = alone(settings)
+        ((theirs, their_losses, sent, their_metrics),) = together(
+            group, settings, algorithm=algorithm, bucket_mb=1e-4
+        )
+        assert their_losses == pytest.approx(losses, rel=1e-4)
+        for key in weights:
+            torch.testing.assert_close(theirs[key], weights[key], rtol=1e-4, atol=1e-5)
+        assert their_metrics.accuracy == metrics.accuracy
+        assert their_metrics.loss == pytest.approx(metrics.loss, rel=1e-4)
+        payload = 4 * sum(value.numel() for value in weights.values())
+        # The ring sends so small a message to both others at once.
+        factor = 2 if algorithm == "ring" else 4 / 3
+        assert sent == pytest.approx(factor * payload, rel=0.1)
+
+    def test_a_batch_smaller_than_the_number_of_workers(self, group):
+        """70 samples in batches of 3: the last one holds 1, so two workers have nothing to do."""
+        settings = {"epochs": 1}
+        weights, losses, _, _ = alone(settings, batch_size=3)
+        ((theirs, their_losses, _, _),) = together(group, settings, batch_size=3)
+        assert their_losses == pytest.approx(losses, rel=1e-4)
+        for key in weights:
+            torch.testing.assert_close(theirs[key], weights[key], rtol=1e-4, atol=1e-5)
+
+    def test_fp16_scaling_skips_on_all_workers_alike(self, group):
+        settings = {"epochs": 2}
+        ((first, _, _, _),) = together(group, settings, precision="fp16", wire="fp16")
+        ((again, _, _, _),) = together(group, settings, precision="fp16", wire="fp16")
+        assert all(torch.equal(first[key], again[key]) for key in first)
+        assert all(value.isfinite().all() for value in first.values())

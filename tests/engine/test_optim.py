@@ -1,0 +1,86 @@
+"""Optimizers by name, and schedules as functions of the step."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.config import FitConfig
+from trainer.engine.optim import build_optimizer, lr_factor, set_lr
+from trainer.errors import ConfigError
+
+
+def one_parameter():
+    return [nn.Parameter(torch.ones(3))]
+
+
+def test_fused_is_used_where_it_exists():
+    assert build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1}, one_parameter()).defaults[
+        "fused"
+    ]
+    lbfgs = build_optimizer({"_target_": "torch.optim.LBFGS", "lr": 0.1}, one_parameter())
+    assert "fused" not in lbfgs.defaults
+
+
+def test_fused_can_be_refused():
+    settings = {"_target_": "torch.optim.Adam", "lr": 0.1, "fused": False}
+    assert build_optimizer(settings, one_parameter()).defaults["fused"] is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"_target_": "torch.optim.Sgd", "lr": 0.1}, r"optimizer\._target_=torch\.optim\.Sgd"),
+        ({"_target_": "torch.nn.Linear", "lr": 0.1}, "not a torch.optim.Optimizer"),
+        (
+            {"_target_": "torch.optim.SGD", "lr": 0.1, "momentun": 0.9},
+            r"optimizer\.momentun.*momentum",
+        ),
+        ({"_target_": "torch.optim.SGD", "lr": -0.1}, r"optimizer\.lr=-0\.1"),
+        ({"_target_": "torch.optim.SGD", "lr": "fast"}, r"optimizer\.lr=fast"),
+        ({"_target_": "torch.optim.SGD"}, r"optimizer\.lr=None"),
+        ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": -1}, "momentum"),
+        ({"lr": 0.1}, "_target_"),
+    ],
+)
+def test_wrong_settings_are_named(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        build_optimizer(settings, one_parameter())
+
+
+def test_warm_up_reaches_the_peak_at_its_last_step():
+    fit = FitConfig(epochs=4, warmup_epochs=1)
+    factors = [lr_factor(step, 40, 10, fit) for step in range(40)]
+    assert factors[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert factors[10] == 1
+    assert all(a > b for a, b in pairwise(factors[10:]))
+
+
+def test_cosine_is_the_published_formula():
+    fit = FitConfig(epochs=1)
+    for step in (0, 25, 50, 99):
+        assert lr_factor(step, 100, 100, fit) == pytest.approx(
+            (1 + math.cos(math.pi * step / 100)) / 2
+        )
+
+
+def test_step_drops_at_the_epoch():
+    fit = FitConfig(epochs=6, schedule="step", step_epochs=2, step_gamma=0.1)
+    factors = [lr_factor(step, 60, 10, fit) for step in range(60)]
+    assert factors[19] == 1
+    assert factors[20] == pytest.approx(0.1)
+    assert factors[59] == pytest.approx(0.01)
+
+
+def test_constant_stays():
+    assert {lr_factor(step, 9, 3, FitConfig(schedule="constant")) for step in range(9)} == {1.0}
+
+
+def test_set_lr_reaches_tensor_rates_too():
+    tensor = torch.optim.Adam(
+        one_parameter(), lr=torch.tensor(0.1), foreach=False, capturable=False
+    )
+    set_lr(tensor, 0.5)
+    assert tensor.param_groups[0]["lr"].item() == 0.5

@@ -1,0 +1,87 @@
+"""Autocast and loss scaling, for real on the CPU."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.engine.precision import Precision
+from trainer.engine.runtime import cross_entropy
+
+CPU = torch.device("cpu")
+
+
+def learn(name, steps=40, clip=None):
+    """A small classifier of four separable clusters; returns the losses."""
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 8)
+    targets = (inputs[:, :2] > 0).long() @ torch.tensor([1, 2])
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    precision = Precision(name, CPU, initial_scale=2.0**10)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with precision.autocast():
+            loss = cross_entropy(model(inputs), targets)
+        precision.backward(loss)
+        assert precision.step(optimizer, model.parameters(), clip).applied
+        losses.append(loss.item())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    return losses
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_mixed_precision_learns_like_fp32(name, clip):
+    exact, mixed = learn("fp32", clip=clip), learn(name, clip=clip)
+    assert mixed != exact
+    assert mixed[-1] == pytest.approx(exact[-1], abs=0.03)
+    assert exact[-1] < 0.1
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_computes_in_the_type_it_says(name, dtype):
+    with Precision(name, CPU).autocast():
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+def test_small_gradients_survive_fp16_only_by_scaling():
+    """A gradient of 1e-6 on each of 1 weight is below fp16's smallest subnormal / 2 per sample."""
+    weight = nn.Parameter(torch.ones(1, 1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    gradients = {}
+    for scale in (1.0, 2.0**14):
+        precision = Precision("fp16", CPU, initial_scale=scale)
+        weight.grad = None
+        with precision.autocast():
+            loss = (torch.full((1, 1), 1e-4) @ weight).float().sum() * 1e-5
+        precision.backward(loss)
+        precision.scaler.unscale_(optimizer)
+        gradients[scale] = weight.grad.item()
+    assert gradients[1.0] == 0
+    assert gradients[2.0**14] == pytest.approx(1e-9, rel=0.01)
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_a_step_with_inf_or_nan_is_skipped_and_the_scale_halved(poison):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    precision = Precision("fp16", CPU, initial_scale=8.0)
+    precision.backward((weight * torch.tensor([1.0, poison])).sum())
+    assert not precision.step(optimizer, [weight], clip=1.0).applied
+    assert weight.tolist() == [1, 1]
+    assert precision.scaler.get_scale() == 4
+    optimizer.zero_grad()
+    precision.backward(weight.sum())
+    assert precision.step(optimizer, [weight], clip=None).applied
+    assert weight.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_clipping_acts_on_the_unscaled_gradient():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision = Precision("fp16", CPU, initial_scale=2.0**8)
+    precision.backward((weight * 3).sum())
+    update = precision.step(optimizer, [weight], clip=1.0)
+    assert update.grad_norm.item() == pytest.approx(6.0)
+    assert weight.norm().item() == pytest.approx(1.0, rel=1e-5)

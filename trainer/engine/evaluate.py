@@ -1,0 +1,43 @@
+"""Loss and accuracy of a model on a split, each sample once, shared out over all workers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainer.data.order import shard
+from trainer.data.split import Split
+from trainer.engine.runtime import Runtime, cross_entropy
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over every target of a split (a language model has one per position)."""
+
+    loss: float  # nats
+    accuracy: float  # fraction in [0, 1]
+
+
+def evaluate(model: nn.Module, split: Split, runtime: Runtime) -> Metrics:
+    """Evaluate in the run's precision; the model comes back in the mode that it was in.
+
+    The workers' sums are added as float64, in which counts are exact; loss differs between worker
+    counts by rounding alone.
+    """
+    world = runtime.world
+    share = shard(torch.arange(len(split)), world.rank, world.size)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, targets
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in split.batches(share.split(runtime.batch_size) if len(share) else (), None):
+            inputs, targets = runtime.place_batch(*batch)
+            with runtime.precision.autocast():
+                logits = model(inputs)
+            sums[0] += cross_entropy(logits.float(), targets, reduction="sum").double()
+            sums[1] += (logits.argmax(-1) == targets).sum()
+            sums[2] += targets.numel()
+    model.train(training)
+    world.all_reduce(sums)
+    loss, correct, count = sums.tolist()
+    return Metrics(loss=loss / count, accuracy=correct / count)

@@ -1,0 +1,78 @@
+"""Optimizers by name, and learning-rate schedules as pure functions of the step."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.build import check_arguments, target
+from trainer.config import FitConfig
+from trainer.errors import ConfigError
+
+
+def build_optimizer(
+    settings: Mapping[str, Any], parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that `settings` describe, fused where torch has a fused kernel for it.
+
+    Args:
+        settings: `_target_` (a subclass of torch.optim.Optimizer) and its keyword arguments.
+        parameters: all on one device.
+
+    Raises:
+        ConfigError: unknown class, an argument that it lacks, or a value that it refuses.
+    """
+    kind = target("optimizer", settings)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ConfigError(
+            f"optimizer._target_={settings['_target_']}: it is not a torch.optim.Optimizer"
+        )
+    check_arguments("optimizer", kind, settings)
+    options = {key: value for key, value in settings.items() if key != "_target_"}
+    lr = options.get("lr")
+    if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
+        raise ConfigError(f"optimizer.lr={lr}: it must be a number above 0")
+    parameters = list(parameters)
+    if "fused" not in options and _fused_works(kind, parameters):
+        options["fused"] = True
+    try:
+        return kind(parameters, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"optimizer: {kind.__name__} refuses its settings: {error}") from error
+
+
+def _fused_works(kind: type[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> bool:
+    """Whether `kind` has a fused kernel for the device and type of the parameters."""
+    try:
+        kind([torch.zeros(1, dtype=p.dtype, device=p.device) for p in parameters[:1]], fused=True)  # type: ignore[call-arg]
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def lr_factor(step: int, total: int, steps_per_epoch: int, fit: FitConfig) -> float:
+    """The factor on the peak learning rate at `step` (0 is the first) of `total` steps.
+
+    Warm-up rises linearly to 1 and reaches it at its last step; the schedule takes over there:
+    `cosine` falls to 0 at `total` (Loshchilov & Hutter, ICLR 2017, without restarts), `step`
+    multiplies by `step_gamma` every `step_epochs` epochs counted from the start, `constant` stays.
+    """
+    warmup = round(fit.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return (step + 1) / warmup
+    if fit.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if fit.schedule == "step":
+        return float(fit.step_gamma ** (step // (fit.step_epochs * steps_per_epoch)))
+    return 1.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

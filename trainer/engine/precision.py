@@ -1,0 +1,67 @@
+"""Mixed precision: which type the arithmetic has, and how gradients survive it.
+
+Parameters, gradients and optimizer state stay FP32 (the master weights); `autocast` runs the
+forward pass in bf16 or fp16 where that is safe. fp16 has 5 exponent bits, so the loss is scaled up
+before backward, the gradient is unscaled before clipping and weight decay, and a step whose
+gradient holds Inf or NaN is skipped and the scale halved (Micikevicius et al., ICLR 2018). The
+decision is taken on the averaged gradient, which has the same bits on every rank: all agree.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What came of one optimizer step."""
+
+    applied: bool  # False: skipped, the gradient had Inf or NaN
+    grad_norm: Tensor | None  # L2 norm before clipping, 0-dim; None where nothing is clipped
+
+
+class Precision:
+    """Autocast and loss scaling of one run.
+
+    Args:
+        name: fp32, bf16 or fp16.
+        device: where the model lives; CPU and CUDA behave alike.
+        initial_scale: fp16 only: the loss scale to start from; it adapts.
+    """
+
+    def __init__(self, name: str, device: torch.device, initial_scale: float = 2.0**16) -> None:
+        self.name = name
+        self.device = device
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=initial_scale, enabled=name == "fp16"
+        )
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context for the forward pass and the loss."""
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.name])
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the (scaled) gradient of `loss`, 0-dim."""
+        self.scaler.scale(loss).backward()
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+        clip: float | None,
+    ) -> Update:
+        """Unscale, clip to an L2 norm of `clip`, and apply or skip the gradient."""
+        self.scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(parameters, clip) if clip is not None else None
+        before = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return Update(applied=self.scaler.get_scale() >= before, grad_norm=norm)

@@ -1,0 +1,46 @@
+"""What stays the same over all phases of a run, and how a batch gets to the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.config import AllReduceConfig
+from trainer.engine.precision import Precision
+from trainer.engine.world import World
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The world that trains, its arithmetic, and the settings that every phase shares."""
+
+    world: World
+    precision: Precision
+    allreduce: AllReduceConfig
+    optimizer: Mapping[str, Any]
+    batch_size: int  # global: over all workers
+    seed: int
+    channels_last: bool = False
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device and memory format of this run."""
+        memory_format = torch.channels_last if self.channels_last else torch.preserve_format
+        return model.to(device=self.world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+    def place_batch(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Move a batch to the device; 4-D inputs also to the memory format of the model."""
+        inputs = inputs.to(self.world.device, non_blocking=True)
+        if self.channels_last and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, targets.to(self.world.device, non_blocking=True)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of logits [..., classes] against integer targets [...].
+
+    Every leading dimension counts alike, so a language model's [batch, time, vocabulary] works.
+    """
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
