@@ -1,0 +1,64 @@
+"""Bodies that the worker groups of the tests execute."""
+
+import os
+import signal
+import time
+
+import torch
+
+from trainer.errors import ConfigError
+
+
+def ranks(world, n):
+    """Yield n messages, each with the sum of all ranks."""
+    for i in range(n):
+        total = torch.tensor([float(world.rank)])
+        world.all_reduce(total)
+        yield i, world.rank, world.size, total.item()
+
+
+def environment(world):
+    """How this worker is set up."""
+    yield torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, 0), os.getpid(), os.getcwd()
+
+
+def slow(world):
+    """Two messages with a second between them, stamped when they were made."""
+    yield time.time()
+    time.sleep(1)
+    yield time.time()
+
+
+def raises_on_last(world):
+    """The last rank raises while the others wait for it."""
+    yield "before"
+    world.barrier()
+    if world.rank == world.size - 1:
+        raise KeyError("lost key")
+    world.barrier()
+
+
+def wrong_config(world):
+    yield "before"
+    raise ConfigError("data.root=/nowhere: there is no such folder")
+
+
+class Unpicklable(Exception):
+    """Cannot be rebuilt from its arguments."""
+
+    def __init__(self, a, b):
+        super().__init__("odd")
+
+
+def raises_unpicklable(world):
+    yield "before"
+    raise Unpicklable(1, 2)
+
+
+def dies_on_last(world):
+    """The last rank is killed while the others wait for it."""
+    yield "before"
+    world.barrier()
+    if world.rank == world.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.barrier()

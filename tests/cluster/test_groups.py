@@ -1,0 +1,132 @@
+"""One contract for all worker groups: the Ray actors, and this process alone."""
+
+import time
+
+import pytest
+
+from tests.cluster import bodies
+from trainer.cluster import WorkerFailed, open_group
+from trainer.config import ClusterConfig
+from trainer.errors import ConfigError
+
+KINDS = [
+    pytest.param(ClusterConfig(workers=1, backend="inline"), id="inline"),
+    pytest.param(
+        ClusterConfig(workers=2, cpus_per_worker=0.25), id="ray", marks=pytest.mark.integration
+    ),
+]
+
+
+def started(request):
+    if request.param.backend == "ray":
+        request.getfixturevalue("shared_ray")
+    opened = open_group(request.param)
+    opened.start()
+    return opened
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def group(request):
+    """One group for all bodies that end well."""
+    opened = started(request)
+    yield opened
+    opened.stop()
+
+
+@pytest.fixture(params=KINDS)
+def doomed(request):
+    """A group of its own for a body that fails."""
+    opened = started(request)
+    yield opened
+    opened.stop()
+
+
+def test_rank_0_is_heard_and_all_ranks_run(group):
+    everyone = sum(range(group.size))
+    assert list(group.run(bodies.ranks, 3)) == [(i, 0, group.size, everyone) for i in range(3)]
+
+
+def test_a_group_stays_warm(group):
+    first, second = (list(group.run(bodies.environment)) for _ in range(2))
+    assert first == second  # the process id included
+
+
+def test_every_rank_has_a_node(group):
+    assert len(group.nodes) == group.size
+    assert all(group.nodes)
+
+
+def test_messages_arrive_while_the_body_runs(group):
+    stream = group.run(bodies.slow)
+    next(stream)
+    heard_first = time.time()
+    made_second = next(stream)
+    assert heard_first < made_second
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "detail"),
+    [
+        (bodies.raises_on_last, "KeyError: 'lost key'", 'raise KeyError("lost key")'),
+        (bodies.raises_unpicklable, "Unpicklable: odd", "raise Unpicklable(1, 2)"),
+    ],
+)
+def test_a_failure_comes_with_its_rank_node_and_whole_traceback(doomed, body, reason, detail):
+    stream = doomed.run(body)
+    assert next(stream) == "before"
+    with pytest.raises(WorkerFailed) as error:
+        list(stream)
+    assert reason in str(error.value)
+    assert detail in error.value.detail
+    assert error.value.node == doomed.nodes[error.value.rank]
+    if body is bodies.raises_on_last:
+        assert error.value.rank == doomed.size - 1
+
+
+def test_a_wrong_configuration_stays_one(doomed):
+    with pytest.raises(ConfigError, match=r"data\.root=/nowhere: there is no such folder"):
+        list(doomed.run(bodies.wrong_config))
+    doomed.stop()  # may be called twice: the fixture does it again
+    with pytest.raises(RuntimeError, match=r"start\(\)"):
+        list(doomed.run(bodies.ranks, 1))
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
+class TestRay:
+    def test_a_killed_worker_is_told_at_once(self):
+        group = open_group(ClusterConfig(workers=2, cpus_per_worker=0.25))
+        group.start()
+        try:
+            begun = time.monotonic()
+            with pytest.raises(WorkerFailed, match=r"worker 1 on .*: the process died"):
+                list(group.run(bodies.dies_on_last))
+            assert time.monotonic() - begun < 50  # the peer's collective alone would wait 60 s
+        finally:
+            group.stop()
+
+    def test_threads_and_niceness_are_as_configured(self):
+        group = open_group(ClusterConfig(workers=1, cpus_per_worker=0.25, threads=2, nice=5))
+        group.start()
+        try:
+            ((threads, niceness, _, _),) = group.run(bodies.environment)
+            assert (threads, niceness) == (2, 5)
+        finally:
+            group.stop()
+
+    def test_more_workers_than_room_says_what_is_missing(self):
+        group = open_group(ClusterConfig(workers=64, start_timeout_s=0.5))
+        try:
+            with pytest.raises(ConfigError, match=r"cluster\.workers=64.*64 CPU needed, .* free"):
+                group.start()
+        finally:
+            group.stop()
+
+    def test_more_gpu_workers_than_gpus(self):
+        group = open_group(ClusterConfig(workers=2, device="cuda", gpus_per_worker=8))
+        try:
+            with pytest.raises(ConfigError, match=r"cluster\.device=cuda: 16 GPUs are needed"):
+                group.start()
+        finally:
+            group.stop()

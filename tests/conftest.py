@@ -1,0 +1,25 @@
+"""What holds for all tests: hypothesis sets no deadlines, and repeats itself exactly in CI."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from trainer.cluster.environment import prepare_environment
+from trainer.config import ClusterConfig
+
+settings.register_profile("trainer", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("trainer")
+
+
+@pytest.fixture(scope="session")
+def shared_ray():
+    """One private Ray with two CPUs for all tests that need one; starting it takes seconds."""
+    cfg = ClusterConfig(workers=2)
+    prepare_environment(cfg)
+    from trainer.cluster.session import RaySession
+
+    session = RaySession(cfg)
+    session.open()
+    yield
+    session.close()

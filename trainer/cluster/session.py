@@ -1,0 +1,122 @@
+"""Which Ray to use: an existing cluster where one is named, else a private one of our own.
+
+The private one listens on loopback only, asks every connection for a token that exists nowhere but
+in the environment of its processes, keeps its files in a folder of its own, and is gone with all of
+that when the session ends, or when this process dies (trainer.cluster.reaper).
+"""
+
+import logging
+import math
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import ray
+
+from trainer.cluster import reaper
+from trainer.cluster.environment import cluster_address
+from trainer.config import ClusterConfig
+from trainer.errors import RunError
+
+KNOCK_TIMEOUT_S = 10.0
+SOCKET_PATH_MAX = 103  # characters of a Unix socket's path, on macOS; Linux takes 107
+RAY_PATH_LENGTH = 85  # of /trainer-xxxxxxxx/session_DATE_TIME_PID/sockets/plasma_store
+
+
+class RaySession:
+    """One connection to Ray, opened by `open` and ended by `close`."""
+
+    def __init__(self, cfg: ClusterConfig) -> None:
+        self._cfg = cfg
+        self._ours = False
+        self._folder: str | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether this session starts a Ray of its own."""
+        return cluster_address(self._cfg) is None
+
+    @property
+    def ends_ray(self) -> bool:
+        """Whether closing this session ends every process of Ray."""
+        return self._folder is not None
+
+    def open(self) -> None:
+        """Connect, or start and connect. A Ray that this process already uses is used as it is.
+
+        Raises:
+            RunError: no Ray answers at the address.
+        """
+        if ray.is_initialized():
+            return
+        self._ours = True
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            if self.private:
+                self._start()
+            else:
+                self._connect()
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in the place
+
+    def close(self) -> None:
+        """Disconnect; a private Ray ends, and its folder goes."""
+        if self._ours:
+            ray.shutdown()
+            self._ours = False
+        if self._reaper:
+            self._reaper.communicate()  # closes the pipe and waits until all is gone
+            self._folder = self._reaper = None
+
+    def _start(self) -> None:
+        needed = math.ceil(self._cfg.workers * self._cfg.cpus_per_worker)
+        self._folder = tempfile.mkdtemp(prefix="trainer-", dir=_short_folder())
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", reaper.__file__, self._folder],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # a signal to our process group must not end it first
+        )
+        ray.init(
+            address="local",
+            num_cpus=max(needed, 1),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            _temp_dir=self._folder,
+        )
+
+    def _connect(self) -> None:
+        address = cluster_address(self._cfg)
+        try:
+            _knock(address)
+            ray.init(address=address, logging_level=logging.ERROR, runtime_env=self._runtime_env())
+        except Exception as error:
+            raise RunError(
+                f"no Ray cluster answers at {address} (cluster.address or RAY_ADDRESS): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+    def _runtime_env(self) -> dict[str, Any]:
+        """The same for every worker of the job, so that Ray starts none of them twice."""
+        env: dict[str, Any] = {}
+        if self._cfg.working_dir:
+            env["working_dir"] = self._cfg.working_dir
+        if self._cfg.py_modules:
+            env["py_modules"] = list(self._cfg.py_modules)
+        return env
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
+
+
+def _short_folder() -> str:
+    """Where temporary files go, unless its path leaves no room for the names of Ray's sockets."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= SOCKET_PATH_MAX - RAY_PATH_LENGTH else "/tmp"
