@@ -28,6 +28,7 @@ def test_plain_settings_become_nested_dataclasses():
         ({"cluster": {"wokers": 1}}, ["cluster.wokers", "known keys", "workers"]),
         ({"cluster": {"workers": 0}}, ["cluster.workers=0", "at least 1"]),
         ({"cluster": {"workers": 2, "backend": "inline"}}, ["cluster.workers=2", "inline"]),
+        ({"cluster": {"address": "ray://head:10001"}}, ["cluster.address=ray://", "host:port"]),
         ({"cluster": {"nice": 20}}, ["cluster.nice=20", "between 0 and 19"]),
         ({"cluster": {"hang_timeout_s": float("nan")}}, ["cluster.hang_timeout_s=nan"]),
         ({"precision": "fp8"}, ["precision=fp8", "fp32, bf16, fp16"]),
@@ -35,6 +36,8 @@ def test_plain_settings_become_nested_dataclasses():
         ({"name": "../up"}, ["name='../up'"]),
         ({"phases": [1]}, ["list"]),
         ({"model": 3}, ["model"]),
+        ({"data": {"batch_size": 0}}, ["data.batch_size=0", "above 0"]),
+        ({"data": {"batch_size": 1}}, ["data.batch_size=1", "cluster.workers=2"]),
     ],
 )
 def test_a_wrong_value_is_named(change, said):

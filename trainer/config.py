@@ -146,6 +146,11 @@ class ClusterConfig:
         at_least("cluster.threads", self.threads, 1)
         at_least("cluster.start_timeout_s", self.start_timeout_s, 0, excluded=True)
         at_least("cluster.hang_timeout_s", self.hang_timeout_s, 0, excluded=True)
+        if self.address and self.address.startswith("ray://"):
+            raise ConfigError(
+                f"cluster.address={self.address}: Ray Client cannot stream results; run on a node "
+                "of the cluster (ray job submit) and give host:port or auto"
+            )
         if not 0 <= self.nice <= 19:
             raise ConfigError(f"cluster.nice={self.nice}: it must be between 0 and 19")
         if self.backend == "inline" and self.workers != 1:
@@ -174,4 +179,12 @@ class Config:
         if not self.name or any(c in self.name for c in "/\\\0") or self.name in (".", ".."):
             raise ConfigError(f"name={self.name!r}: it must be usable as the name of a folder")
         at_least("seed", self.seed, 0)
+        batch_size = self.data.get("batch_size")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"data.batch_size={batch_size}: it must be a whole number above 0")
+        if batch_size < self.cluster.workers:
+            raise ConfigError(
+                f"data.batch_size={batch_size} with cluster.workers={self.cluster.workers}: the "
+                "global batch is shared out, so it must hold at least one sample per worker"
+            )
         one_of("precision", self.precision, PRECISIONS)

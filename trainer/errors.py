@@ -9,7 +9,15 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The run failed for a reason that one line explains: exit code 1."""
+    """The run failed for a reason that one line explains: exit code 1.
+
+    Attributes:
+        detail: more for the log, such as a worker's traceback; may be empty.
+    """
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail
 
 
 class Interrupted(BaseException):

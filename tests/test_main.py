@@ -1,0 +1,280 @@
+"""The command: what it lists, what it refuses and how, what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from trainer.__main__ import conf_dir, main
+from trainer.models import LeNet300
+
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+
+# What makes any shipped experiment small: one inline worker, a few steps of each phase.
+TINY = [
+    "cluster=inline",
+    "hydra.run.dir=run",
+    "cluster.threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, with the signal handlers and random state of the tests kept."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def shrunk(name):
+    """Overrides that let experiment `name` end in seconds, every phase included."""
+    composed = yaml.safe_load(capture(["+experiment=" + name, "--cfg"]))
+    overrides = [f"+experiment={name}", *TINY]
+    for phase, settings in composed["phases"].items():
+        if settings["fit"]["epochs"]:
+            overrides += [f"phases.{phase}.fit.epochs=1", f"phases.{phase}.fit.max_steps=3"]
+    if composed["data"]["_target_"].endswith("mnist"):
+        overrides += ["data.train=200", "data.validation=100", "data.test=100"]
+    else:
+        Path("short.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+        overrides += ["data.path=short.txt", "data.context=16"]
+    return overrides, composed
+
+
+def capture(arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_alone_it_lists_the_experiments_and_how_to_start_one(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    assert "python -m trainer +experiment=NAME" in said
+    for name in EXPERIMENTS:
+        (line,) = [line for line in said.splitlines() if line.split()[:1] == [name]]
+        assert len(line.split()) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["+experiment=nonsense"], ["experiment/nonsense", "smoke"]),
+        (["+experiment=smoke", "sed=1"], ["sed"]),
+        (["+experiment=smoke", "seed=one"], ["seed", "'one'"]),
+        (["+experiment=smoke", "precision=fp8"], ["precision/fp8", "bf16"]),
+        (["+experiment=smoke", "cluster.workers=0"], ["cluster.workers=0"]),
+        (["+experiment=smoke", "cluster.wokers=1"], ["wokers"]),
+        (["+experiment=smoke", "phases.prune.sparsity=1"], ["phases.prune", "sparsity=1"]),
+        (["+experiment=smoke", "phases.prune.sparsity=-0.1"], ["sparsity=-0.1"]),
+        (["+experiment=smoke", "phases.train.fit.epochs=-1"], ["phases.train.fit", "epochs=-1"]),
+        (["+experiment=smoke", "+phases.train.sparsity=0.5"], ["phases.train.sparsity"]),
+        (["+experiment=smoke", "optimizer.lr=-1"], ["optimizer.lr=-1"]),
+        (["+experiment=smoke", "optimizer._target_=torch.optim.None"], ["optimizer._target_"]),
+        (["+experiment=smoke", "model._target_=no.such.Net"], ["model._target_=no.such.Net"]),
+        (["+experiment=smoke", "+model.depth=3"], ["model.depth", "classes"]),
+        (["+experiment=smoke", "data._target_=trainer.data.none"], ["data._target_"]),
+        (["+experiment=smoke", "data.batch_size=1"], ["data.batch_size=1", "cluster.workers=2"]),
+        (["+experiment=smoke", "data.batch_size=0"], ["data.batch_size=0"]),
+        (["+experiment=smoke", "cluster.backend=inline"], ["cluster.workers=2", "inline"]),
+        (["+experiment=smoke", "+phases.prune.overrides.conv9=0.5"], ["conv9", "conv1.weight"]),
+        (["name=bare"], ["phases", "none"]),
+        (["seed=1"], ["name"]),
+        (["+experiment=smoke", "--config-dir", "nowhere"], ["nowhere"]),
+        (["+experiment=smoke", "=="], ["=="]),
+    ],
+)
+def test_a_wrong_configuration_ends_in_one_line_and_leaves_nothing(
+    arguments, said, capsys, tmp_path
+):
+    extra = [] if any("cluster" in a or "batch" in a for a in arguments) else ["cluster=inline"]
+    assert main([*arguments, *extra]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("wrong configuration: ")
+    assert message.count("\n") == 1
+    for part in said:
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_cannot_be_read_is_a_wrong_configuration(capsys, tmp_path):
+    assert main(["+experiment=smoke", "data.root=/no/where", *TINY]) == 2
+    assert "/no/where" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_shipped_experiment_runs(name):
+    overrides, composed = shrunk(name)
+    assert main(overrides) == 0
+    run = Path("run")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["error"] is None
+    assert [p["name"] for p in summary["phases"]] == list(composed["phases"])
+    assert 0 <= summary["accuracy"] <= 1
+    for phase in summary["phases"]:
+        expected = 3 if composed["phases"][phase["name"]]["fit"]["epochs"] else 0
+        assert phase["steps"] == expected
+        assert phase["sent_bytes_per_step"] == 0
+    assert len(list((run / "checkpoints").iterdir())) == len(summary["phases"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == [p["name"] for p in summary["phases"] if p["steps"]]
+    assert list((run / "tensorboard").iterdir())
+    assert not (run / ".hydra").exists()
+    assert not list(run.glob("**/*.part"))
+    weights = load_file(run / "model.safetensors")
+    zeros = sum(int((value == 0).sum()) for value in weights.values())
+    nonzero = sum(value.numel() for value in weights.values()) - zeros
+    assert nonzero == summary["phases"][-1]["nonzero"]
+
+
+def test_the_model_file_loads_into_the_plain_class_and_the_config_runs_again():
+    overrides, _ = shrunk("prune_lenet300")
+    assert main(overrides) == 0
+    model = LeNet300()
+    model.load_state_dict(load_file("run/model.safetensors"))
+    assert (model.fc1.weight == 0).double().mean() > 0.9
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["phases"]["prune"]["sparsity"] == 0.92
+    assert main([*overrides, "hydra.run.dir=run"]) == 0  # a name already taken gets a suffix
+    again = load_file("run-2/model.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "from trainer.models import LeNet300\n"
+        "class Net(LeNet300):\n"
+        "    def forward(self, x):\n"
+        "        raise ArithmeticError('out of order')\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        overrides, _ = shrunk("lenet300")
+        assert main([*overrides, "model._target_=broken.Net"]) == 1
+    finally:
+        sys.path.remove(str(tmp_path))
+    said = capsys.readouterr().err
+    assert "worker 0 on" in said
+    assert "ArithmeticError: out of order" in said
+    assert said.count("\n") == 1
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "out of order" in summary["error"]
+    assert "raise ArithmeticError('out of order')" in Path("run/log.txt").read_text()
+
+
+def test_own_experiments_live_in_a_folder_of_their_own(tmp_path):
+    folder = tmp_path / "my conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\n# My own\ndefaults:\n  - lenet300\n  - _self_\nname: mine\nseed: 7\n"
+    )
+    said = capture(["+experiment=mine", "--config-dir", "my conf", "--cfg"])
+    assert yaml.safe_load(said)["seed"] == 7
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "--config-dir", "my conf"], capture_output=True, text=True
+    )
+    assert "My own" in done.stdout
+
+
+@pytest.fixture
+def short_tmp():
+    """A temporary folder with a path that Ray's sockets fit in."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def children(pid):
+    """All living descendants of a process."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+    parents = {int(p): int(pp) for p, pp in (line.split() for line in listed.splitlines())}
+    found, border = set(), {pid}
+    while border:
+        border = {p for p, parent in parents.items() if parent in border} - found
+        found |= border
+    return found
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not Path("/proc").exists(), reason="counts processes under /proc")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_nothing_stays_behind_after_a_signal(number, code, short_tmp):
+    """Two Ray workers, interrupted in the middle of training."""
+    environment = {**os.environ, "TMPDIR": short_tmp}
+    endless = ["phases.train.fit.epochs=500", "optimizer.lr=0.001"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "+experiment=smoke", "hydra.run.dir=run", *endless],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    metrics = Path("run/metrics.jsonl")
+    deadline = time.monotonic() + 90
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert metrics.exists()
+    family = children(process.pid)
+    assert len(family) > 2
+    segments = set(Path("/dev/shm").iterdir())
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    deadline = time.monotonic() + 30
+    while alive(family) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive(family) == []
+    assert list(Path(short_tmp).glob("trainer-*")) == []
+    if number != signal.SIGKILL:
+        assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
+    assert set(Path("/dev/shm").iterdir()) <= segments
+
+
+@pytest.mark.integration
+def test_two_ray_workers_run_smoke(tmp_path):
+    said = capture(["+experiment=smoke", "hydra.run.dir=run", "data.train=1000"])
+    assert "2 workers on cpu" in said
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["workers"] == 2
+    assert len(summary["nodes"]) == 2
+    train, prune, retrain = summary["phases"]
+    assert train["sent_bytes_per_step"] == 4 * train["learnable"]
+    assert retrain["sent_bytes_per_step"] == 4 * retrain["learnable"]
+    assert retrain["learnable"] < 0.12 * train["learnable"]
+    assert prune["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert retrain["sparsity"] >= prune["sparsity"]
+
+
+@pytest.mark.integration
+def test_no_cluster_at_the_address(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "+experiment=smoke", "cluster.address=127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 1
+    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr

@@ -1,0 +1,146 @@
+"""The command: compose a configuration, check it, run it, and say how it ended.
+
+    python -m trainer                                   the experiments, a line each
+    python -m trainer +experiment=NAME [key=value ...]
+
+Exit codes: 0 done, 1 failed, 2 wrong configuration (nothing was started), 130 and 143 interrupted.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config import Config, typed
+from trainer.driver import drive
+from trainer.errors import ConfigError, Interrupted, RunError
+
+DONE, FAILED, WRONG_CONFIG = 0, 1, 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line says and return the exit code."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        if not options.overrides and not options.cfg:
+            print(_list_experiments(options.config_dir))
+            return WRONG_CONFIG
+        plain, run_dir = _compose(options.overrides, options.config_dir)
+        cfg = typed(Config, plain)
+        if options.cfg:
+            print(OmegaConf.to_yaml(OmegaConf.create(plain)), end="")
+            return DONE
+        _listen_to_signals()
+        drive(cfg, plain, run_dir)
+    except ConfigError as error:
+        print(f"wrong configuration: {error}", file=sys.stderr)
+        return WRONG_CONFIG
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILED
+    except Interrupted as error:
+        print(str(error), file=sys.stderr)
+        return error.exit_code
+    return DONE
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Train a network and make it small. Without arguments: list the experiments.",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Hydra overrides: +experiment=NAME picks an experiment, key=value changes a setting",
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="more configuration: your experiments")
+    parser.add_argument("--cfg", action="store_true", help="print the configuration; run nothing")
+    return parser
+
+
+def _compose(overrides: list[str], config_dir: str | None) -> tuple[dict[str, Any], Path]:
+    """Compose with Hydra. Returns the plain configuration and the wanted run directory.
+
+    Raises:
+        ConfigError: whatever Hydra or OmegaConf object to.
+    """
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
+        overrides = [
+            *overrides,
+            f"hydra.searchpath=[{json.dumps(str(Path(config_dir).resolve()))}]",
+        ]
+    try:
+        with initialize_config_dir(str(conf_dir()), job_name="trainer", version_base="1.3"):
+            composed = compose("config", overrides, return_hydra_config=True)
+            HydraConfig.instance().set_config(composed)
+            run_dir = Path(composed.hydra.run.dir)
+            OmegaConf.set_struct(composed, False)
+            del composed["hydra"]
+            plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_told(error)) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}, run_dir
+
+
+def _told(error: Exception) -> str:
+    """The message of a Hydra error and what caused it, on one line."""
+    text = str(error).partition("Config search path")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if error.__cause__ and str(error.__cause__) not in str(error):
+        lines.append(str(error.__cause__).splitlines()[0])
+    return " ".join(lines)
+
+
+def _list_experiments(config_dir: str | None) -> str:
+    """A line each: the name, and the first comment of its file."""
+    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    files = sorted(f for folder in folders for f in (folder / "experiment").glob("*.yaml"))
+    width = max((len(f.stem) for f in files), default=0)
+    lines = [f"  {f.stem:{width}}  {_first_comment(f)}" for f in files]
+    return "\n".join(
+        ["Experiments (start one with: python -m trainer +experiment=NAME [key=value ...])", *lines]
+    )
+
+
+def _first_comment(file: Path) -> str:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and not line.startswith("# @"):
+            return line.removeprefix("# ")
+    return ""
+
+
+def _listen_to_signals() -> None:
+    """Make SIGINT and SIGTERM raise Interrupted, so that everything is put away on the way out."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(signal.Signals(number).name, number)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

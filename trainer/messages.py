@@ -1,0 +1,97 @@
+"""What a run tells whoever watches it: plain records, from rank 0 to the driver, in order."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Every worker has its model and its data."""
+
+    workers: int
+    device: str  # what rank 0 trains on
+    parameters: int
+    train: int  # training samples
+    validation: int
+    test: int
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase has been entered; its first step comes next."""
+
+    index: int  # 0 is the first
+    name: str
+    kind: str
+    epochs: int
+    steps: int
+    learnable: int  # numbers that the optimizer sees
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where rank 0 is, a few times a second; loss is of its share of the batch."""
+
+    phase: str
+    epoch: int  # 1 is the first
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    images_per_second: float  # samples, over all workers
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """Means over an epoch, over all workers."""
+
+    phase: str
+    epoch: int  # 1 is the first
+    step: int
+    train_loss: float
+    loss: float  # validation
+    accuracy: float  # validation, fraction
+    lr: float
+    sparsity: float
+    images_per_second: float
+    skipped: int  # steps that loss scaling skipped
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """One entry of `phases` in summary.json."""
+
+    name: str
+    kind: str
+    seconds: float
+    steps: int
+    train_loss: float | None  # of the last epoch; None where nothing was trained
+    accuracy: float  # validation, fraction
+    loss: float  # validation, nats
+    parameters: int
+    learnable: int
+    nonzero: int
+    sparsity: float
+    sent_bytes_per_step: int  # per worker
+    images_per_second: float | None
+
+
+@dataclass(frozen=True)
+class PhaseEnded:
+    """A phase has been folded back to plain weights."""
+
+    index: int
+    record: PhaseRecord
+    weights: bytes  # the model's state_dict as a safetensors file
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The final model on the test set, measured once."""
+
+    accuracy: float
+    loss: float
+
+
+Message = RunStarted | PhaseStarted | Progress | EpochEnded | PhaseEnded | RunEnded

@@ -1,0 +1,102 @@
+"""Live progress in the terminal; plain lines where the output is a file or a pipe."""
+
+from types import TracebackType
+
+from rich.console import Console as Terminal
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bars,
+)
+
+from trainer.messages import EpochEnded, Message, PhaseEnded, PhaseStarted, Progress, RunStarted
+
+
+class Console:
+    """Shows the messages of a run. A context manager: the live bar ends with it."""
+
+    def __init__(self, terminal: Terminal | None = None) -> None:
+        self.terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self._live = self.terminal.is_terminal
+        self._bars = Bars(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.terminal,
+            transient=True,
+            disable=not self._live,
+        )
+        self._bar: TaskID | None = None
+
+    def __enter__(self) -> "Console":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line above the live bar."""
+        self.terminal.print(line, markup=False)
+
+    def on(self, message: Message) -> str | None:
+        """Show one message; returns the line that was printed, if any."""
+        line = describe(message)
+        match message:
+            case PhaseStarted() if message.steps:
+                self._bar = self._bars.add_task(message.name, total=message.steps, numbers="")
+            case Progress() if self._bar is not None:
+                numbers = (
+                    f"epoch {message.epoch}/{message.epochs}  loss {message.loss:.4f}  "
+                    f"{message.images_per_second:,.0f} samples/s"
+                )
+                self._bars.update(self._bar, completed=message.step, numbers=numbers)
+            case PhaseEnded() if self._bar is not None:
+                self._bars.remove_task(self._bar)
+                self._bar = None
+        if line:
+            self.say(line)
+        return line
+
+
+def describe(message: Message) -> str | None:
+    """One line for what is worth keeping in a log; None for mere progress."""
+    match message:
+        case RunStarted():
+            workers = f"{message.workers} worker" + "s" * (message.workers > 1)
+            return (
+                f"{workers} on {message.device}, {message.parameters:,} parameters, "
+                f"{message.train:,} training, {message.validation:,} validation, "
+                f"{message.test:,} test samples"
+            )
+        case PhaseStarted():
+            todo = "no training"
+            if message.steps:
+                todo = f"{message.epochs} epochs, {message.steps:,} steps"
+            return f"{message.name} ({message.kind}): {todo}, {message.learnable:,} to learn"
+        case EpochEnded():
+            return (
+                f"{message.phase} epoch {message.epoch}: train loss {message.train_loss:.4f}, "
+                f"validation loss {message.loss:.4f}, accuracy {message.accuracy:.2%}, "
+                f"sparsity {message.sparsity:.1%}, {message.images_per_second:,.0f} samples/s"
+                + (f", {message.skipped} steps skipped" if message.skipped else "")
+            )
+        case PhaseEnded():
+            record = message.record
+            return (
+                f"{record.name} done in {record.seconds:.1f} s: accuracy {record.accuracy:.2%}, "
+                f"{record.nonzero:,} of {record.parameters:,} parameters are not zero"
+            )
+    return None

@@ -1,0 +1,44 @@
+"""Learning curves for TensorBoard: events in RUN_DIR/tensorboard, steps counted over all phases."""
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.messages import EpochEnded, Message, PhaseEnded, Progress, RunEnded
+
+
+class Curves:
+    """Writes the messages of a run as scalars."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = SummaryWriter(str(folder))
+        self._before = 0  # steps of the phases that ended
+
+    def on(self, message: Message) -> None:
+        """Write what the message says, at its step of the run."""
+        match message:
+            case Progress():
+                self._add(message.step, {"train/loss": message.loss, "train/lr": message.lr})
+            case EpochEnded():
+                self._add(
+                    message.step,
+                    {
+                        "epoch/train_loss": message.train_loss,
+                        "epoch/validation_loss": message.loss,
+                        "epoch/validation_accuracy": message.accuracy,
+                        "epoch/sparsity": message.sparsity,
+                        "epoch/samples_per_second": message.images_per_second,
+                    },
+                )
+            case PhaseEnded():
+                self._before += message.record.steps
+            case RunEnded():
+                self._add(0, {"test/accuracy": message.accuracy, "test/loss": message.loss})
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._writer.close()
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, self._before + step)
