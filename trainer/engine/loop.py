@@ -77,7 +77,7 @@ def fit(
                 set_lr(optimizer, lr)
                 _seed_step(runtime, epochs_before * per_epoch + step)
                 reducer.zero_grad()
-                loss = torch.zeros((), device=world.device)
+                loss: Tensor | None = None
                 if not share:
                     reducer.arm()
                 for number, micro in enumerate(share, start=1):
@@ -89,7 +89,7 @@ def fit(
                     if number == len(share):
                         reducer.arm()
                     precision.backward(part)
-                    loss += part.detach()
+                    loss = part.detach() if loss is None else loss + part.detach()
                 reducer.finish()
                 update = precision.step(optimizer, parameters, cfg.clip)
                 step += 1
@@ -99,7 +99,7 @@ def fit(
                     epoch=epoch,
                     epoch_ends=step % per_epoch == 0 or step == total,
                     samples=len(batch),
-                    loss=loss,
+                    loss=torch.zeros((), device=world.device) if loss is None else loss,
                     lr=lr,
                     applied=update.applied,
                     sent_bytes=reducer.sent_bytes,

@@ -16,13 +16,17 @@ from rich.progress import (
 
 from trainer.messages import EpochEnded, Message, PhaseEnded, PhaseStarted, Progress, RunStarted
 
+PLAIN_WIDTH = 120  # columns where the output is no terminal
+
 
 class Console:
     """Shows the messages of a run. A context manager: the live bar ends with it."""
 
     def __init__(self, terminal: Terminal | None = None) -> None:
-        self.terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self.terminal = terminal or Terminal(highlight=False)
         self._live = self.terminal.is_terminal
+        if not self._live:
+            self.terminal.width = PLAIN_WIDTH
         self._bars = Bars(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -49,7 +53,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """Print one line above the live bar."""
-        self.terminal.print(line, markup=False)
+        self.terminal.print(line, markup=False, soft_wrap=True)
 
     def on(self, message: Message) -> str | None:
         """Show one message; returns the line that was printed, if any."""

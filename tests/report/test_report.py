@@ -1,0 +1,161 @@
+"""What a person sees of a run, and what it leaves: fed with messages, no training needed."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console as Terminal
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.errors import ConfigError
+from trainer.messages import (
+    EpochEnded,
+    PhaseEnded,
+    PhaseRecord,
+    PhaseStarted,
+    Progress,
+    RunEnded,
+    RunStarted,
+)
+from trainer.report.console import Console
+from trainer.report.curves import Curves
+from trainer.report.directory import RunDirectory
+from trainer.report.summary import Summary, megabytes, table
+
+RECORD = PhaseRecord(
+    name="train",
+    kind="train",
+    seconds=2.5,
+    steps=20,
+    train_loss=0.25,
+    accuracy=0.975,
+    loss=0.1,
+    parameters=1000,
+    learnable=1000,
+    nonzero=80,
+    sparsity=0.92,
+    sent_bytes_per_step=4000,
+    images_per_second=512.0,
+)
+MESSAGES = [
+    RunStarted(workers=2, device="cpu", parameters=1000, train=640, validation=64, test=64),
+    PhaseStarted(
+        index=0, name="train", kind="train", epochs=2, steps=20, learnable=1000, sparsity=0.0
+    ),
+    Progress("train", epoch=1, epochs=2, step=5, steps=20, loss=0.5, lr=0.1, images_per_second=9.0),
+    EpochEnded("train", 1, 10, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, skipped=3),
+    EpochEnded("train", 2, 20, 0.25, 0.1, 0.975, 0.0, 0.92, 512.0, skipped=0),
+    PhaseEnded(index=0, record=RECORD, weights=b""),
+    RunEnded(accuracy=0.96, loss=0.12),
+]
+
+
+def shown(is_terminal):
+    out = io.StringIO()
+    with Console(Terminal(file=out, force_terminal=is_terminal, width=120)) as console:
+        for message in MESSAGES:
+            console.on(message)
+    return out.getvalue()
+
+
+def test_plain_output_has_a_line_for_what_matters_and_none_for_progress():
+    lines = shown(is_terminal=False).splitlines()
+    assert len(lines) == 5
+    assert "2 workers on cpu, 1,000 parameters, 640 training" in lines[0]
+    assert "2 epochs, 20 steps" in lines[1]
+    assert "epoch 1: train loss 0.3000" in lines[2]
+    assert "3 steps skipped" in lines[2]
+    assert "skipped" not in lines[3]
+    assert "80 of 1,000 parameters are not zero" in lines[4]
+    assert "\x1b" not in shown(is_terminal=False)
+
+
+def test_a_terminal_gets_a_live_bar_too():
+    assert "\x1b" in shown(is_terminal=True)
+
+
+def test_the_summary_is_complete_at_any_moment():
+    summary = Summary("mine", seed=3, precision="bf16")
+    early = summary.as_dict("failed", "worker 1 died")
+    assert early["status"] == "failed"
+    assert early["error"] == "worker 1 died"
+    assert early["accuracy"] is None
+    assert early["phases"] == []
+    for message in MESSAGES:
+        summary.on(message)
+    done = summary.as_dict("done")
+    assert set(early) | {"device"} == set(done)
+    assert (done["name"], done["seed"], done["precision"], done["workers"]) == (
+        "mine",
+        3,
+        "bf16",
+        2,
+    )
+    assert (done["accuracy"], done["loss"], done["restarts"]) == (0.96, 0.12, 0)
+    assert done["phases"][0]["sent_bytes_per_step"] == 4000
+    json.dumps(done)
+
+
+def test_the_table_shows_every_phase_and_the_test_error():
+    summary = Summary("mine", 3, "bf16")
+    for message in MESSAGES:
+        summary.on(message)
+    out = Terminal(file=io.StringIO(), width=120)
+    out.print(table(summary.as_dict("done")))
+    text = out.file.getvalue()
+    for part in ("mine: done", "train", "97.50%", "8.0%", "4 kB", "error 4.00%"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1720000, "1.72 MB"), (2.5e10, "25 GB")]
+)
+def test_bytes_for_people(count, text):
+    assert megabytes(count) == text
+
+
+def test_curves_count_steps_over_all_phases(tmp_path):
+    curves = Curves(tmp_path)
+    for message in [*MESSAGES[:-1], *MESSAGES[1:]]:
+        curves.on(message)
+    curves.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    losses = events.Scalars("epoch/validation_loss")
+    assert [(e.step, round(e.value, 6)) for e in losses] == [
+        (10, 0.2), (20, 0.1), (30, 0.2), (40, 0.1)
+    ]  # fmt: skip
+    assert [e.step for e in events.Scalars("train/loss")] == [5, 25]
+    assert [e.step for e in events.Scalars("test/accuracy")] == [40]
+
+
+def test_a_taken_name_gets_a_suffix_and_discard_removes_what_was_made(tmp_path):
+    wanted = tmp_path / "outputs" / "mine" / "now"
+    first = RunDirectory.claim(wanted)
+    second = RunDirectory.claim(wanted)
+    third = RunDirectory.claim(wanted)
+    assert [d.path.name for d in (first, second, third)] == ["now", "now-2", "now-3"]
+    third.write_config({"a": 1})
+    third.discard()
+    second.discard()
+    assert [p.name for p in wanted.parent.iterdir()] == ["now"]
+    first.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_a_wrong_configuration(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*file/run"):
+        RunDirectory.claim(tmp_path / "file" / "run")
+
+
+def test_files_appear_whole(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write_checkpoint(2, "prune", b"weights")
+    directory.write_model(b"model")
+    directory.append_metrics({"a": 1})
+    directory.append_metrics({"a": 2})
+    assert (tmp_path / "checkpoints" / "02-prune.safetensors").read_bytes() == b"weights"
+    assert (tmp_path / "model.safetensors").read_bytes() == b"model"
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
+    assert not list(tmp_path.glob("**/*.part"))
