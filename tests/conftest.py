@@ -3,10 +3,13 @@
 import os
 
 import pytest
+import torch
 from hypothesis import settings
 
 from trainer.cluster.environment import prepare_environment
 from trainer.config import ClusterConfig
+
+torch.set_num_threads(1)  # small tensors, and other processes beside this one
 
 settings.register_profile("trainer", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("trainer")

@@ -18,6 +18,8 @@ FLOORS = {
     "build": 1,
     "config": 1,
     "messages": 1,
+    "sealed": 1,
+    "signals": 1,
     "models": 2,
     "data": 2,
     "compress": 2,

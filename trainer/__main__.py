@@ -2,17 +2,16 @@
 
     python -m trainer                                   the experiments, a line each
     python -m trainer +experiment=NAME [key=value ...]
+    python -m trainer resume=RUN_DIR                    go on where it stopped
 
 Exit codes: 0 done, 1 failed, 2 wrong configuration (nothing was started), 130 and 143 interrupted.
 """
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -20,12 +19,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from trainer.config import Config, typed
-from trainer.driver import drive
-from trainer.errors import ConfigError, Interrupted, RunError
+from trainer.driver import drive, resume
+from trainer.errors import ConfigError, Interrupted, RunError, first_line
+from trainer.report.directory import RunDirectory
+from trainer.signals import Signals
 
 DONE, FAILED, WRONG_CONFIG = 0, 1, 2
+RESUMABLE = ("cluster.", "checkpoint.")  # settings that do not make a resumed run another run
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,18 +39,26 @@ def main(arguments: Sequence[str]) -> int:
         if not options.overrides and not options.cfg:
             print(_list_experiments(options.config_dir))
             return WRONG_CONFIG
-        plain, run_dir = _compose(options.overrides, options.config_dir)
+        folder = _folder_to_resume(options.overrides)
+        if folder is not None:
+            plain = _resumed(folder, options.overrides[1:])
+        else:
+            plain, run_dir = _compose(options.overrides, options.config_dir)
         cfg = typed(Config, plain)
         if options.cfg:
             print(OmegaConf.to_yaml(OmegaConf.create(plain)), end="")
             return DONE
-        _listen_to_signals()
-        drive(cfg, plain, run_dir)
+        signals = Signals()
+        signals.install()
+        if folder is not None:
+            resume(cfg, folder, signals)
+        else:
+            drive(cfg, plain, run_dir, signals)
     except ConfigError as error:
-        print(f"wrong configuration: {error}", file=sys.stderr)
+        print(f"wrong configuration: {_told(error)}", file=sys.stderr)
         return WRONG_CONFIG
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {_told(error)}", file=sys.stderr)
         return FAILED
     except Interrupted as error:
         print(str(error), file=sys.stderr)
@@ -87,10 +98,8 @@ def _compose(overrides: list[str], config_dir: str | None) -> tuple[dict[str, An
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
-        overrides = [
-            *overrides,
-            f"hydra.searchpath=[{json.dumps(str(Path(config_dir).resolve()))}]",
-        ]
+        folder = json.dumps(str(Path(config_dir).resolve()), ensure_ascii=False)
+        overrides = [*overrides, f"hydra.searchpath=[{folder}]"]
     try:
         with initialize_config_dir(str(conf_dir()), job_name="trainer", version_base="1.3"):
             composed = compose("config", overrides, return_hydra_config=True)
@@ -101,6 +110,8 @@ def _compose(overrides: list[str], config_dir: str | None) -> tuple[dict[str, An
             plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_told(error)) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"a configuration file cannot be read: {_told(error)}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}, run_dir
 
@@ -110,8 +121,37 @@ def _told(error: Exception) -> str:
     text = str(error).partition("Config search path")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if error.__cause__ and str(error.__cause__) not in str(error):
-        lines.append(str(error.__cause__).splitlines()[0])
+        lines.append(first_line(error.__cause__))
     return " ".join(lines)
+
+
+def _folder_to_resume(arguments: list[str]) -> Path | None:
+    """The folder of resume=RUN_DIR, which must come first; any path will do."""
+    for number, argument in enumerate(arguments):
+        if argument.startswith("resume="):
+            arguments.insert(0, arguments.pop(number))
+            return Path(argument.removeprefix("resume="))
+    return None
+
+
+def _resumed(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The configuration of the run in `folder`, with what may be changed changed.
+
+    Raises:
+        ConfigError: there is no run, or an override would make it another one.
+    """
+    plain = RunDirectory(folder).read_config()
+    for override in overrides:
+        if not override.startswith(RESUMABLE):
+            allowed = ", ".join(f"{prefix}*" for prefix in RESUMABLE)
+            raise ConfigError(f"{override}: with resume=, only {allowed} can be changed")
+    try:
+        changed = OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides))
+        result = OmegaConf.to_container(changed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_told(error)) from error
+    assert isinstance(result, dict)
+    return {str(key): value for key, value in result.items()}
 
 
 def _list_experiments(config_dir: str | None) -> str:
@@ -130,16 +170,6 @@ def _first_comment(file: Path) -> str:
         if line.startswith("# ") and not line.startswith("# @"):
             return line.removeprefix("# ")
     return ""
-
-
-def _listen_to_signals() -> None:
-    """Make SIGINT and SIGTERM raise Interrupted, so that everything is put away on the way out."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(signal.Signals(number).name, number)
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def target(key: str, settings: Mapping[str, Any]) -> Any:
     try:
         return get_method(str(path))
     except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise ConfigError(f"{key}._target_={path}: it cannot be imported: {reason}") from error
 
 
@@ -66,7 +66,10 @@ def build(key: str, settings: Mapping[str, Any], expected: type[T], **extra: Any
 
 def _accepted(made: Any) -> list[str] | None:
     """Names of the keyword arguments that a callable takes; None where it takes any."""
-    parameters = inspect.signature(made).parameters
+    try:
+        parameters = inspect.signature(made).parameters
+    except (TypeError, ValueError):  # some built-in classes have none
+        return None
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return None
     return list(parameters)

@@ -12,28 +12,31 @@ from trainer.config import Config
 from trainer.engine.optim import build_optimizer
 from trainer.errors import ConfigError
 from trainer.phases import build_phases
-from trainer.run import build_model
+from trainer.run import build_model, check_phases, data_settings
 
 
 def check(cfg: Config) -> None:
     """Raise ConfigError for the first thing that is wrong with `cfg`."""
     phases = build_phases(cfg.phases)
     build_optimizer(cfg.optimizer, [nn.Parameter(torch.zeros(1))])
-    data = {key: value for key, value in cfg.data.items() if key != "batch_size"}
+    data = data_settings(cfg)
     check_arguments("data", target("data", data), data)
+    check_arguments("model", target("model", cfg.model), cfg.model)
     model = _meta_model(cfg)
     if model is not None:
-        for phase in phases.values():
-            phase.check(model)
+        check_phases(phases, model)
 
 
 def _meta_model(cfg: Config) -> nn.Module | None:
-    """The model without memory; None where it can only be built with, which the workers will do."""
+    """The model without memory; None where it cannot be built so, but perhaps for real.
+
+    The workers build it for real, and check the phases against it before they train.
+    """
     try:
         with torch.device("meta"):
             return build_model(cfg)
     except ConfigError as error:
-        refused = error.__cause__ and error.__cause__.__cause__
-        if isinstance(refused, NotImplementedError | RuntimeError):
-            return None
-        raise
+        instantiation = error.__cause__
+        if instantiation is None or isinstance(instantiation.__cause__, ValueError):
+            raise
+        return None

@@ -8,9 +8,10 @@ raise `ConfigError`.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from trainer.errors import ConfigError
@@ -38,11 +39,18 @@ def at_least(key: str, value: float | None, low: float, *, excluded: bool = Fals
         raise ConfigError(f"{key}={value}: it must be {'above' if excluded else 'at least'} {low}")
 
 
+def file_name(key: str, value: str) -> None:
+    """Refuse what cannot be part of a file's name. Raises ConfigError."""
+    if not value or any(c in value for c in "/\\\0") or value in (".", ".."):
+        raise ConfigError(f"{key}={value!r}: it must be usable as the name of a file")
+
+
 def typed(schema: type[T], settings: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `schema` from plain settings, every key and type checked.
 
     Args:
-        schema: a dataclass; its `__post_init__` may check values.
+        schema: a dataclass, not frozen (OmegaConf could not fill it in); its `__post_init__` may
+            check values.
         settings: what a configuration file says; nested mappings become nested dataclasses.
         where: dotted key of the settings, for messages.
 
@@ -50,29 +58,23 @@ def typed(schema: type[T], settings: Mapping[str, Any], where: str = "") -> T:
         ConfigError: names the key, its value, and what is known or expected.
     """
     try:
-        node = OmegaConf.structured(schema)
-        _thaw(node)
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(node, dict(settings))))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(settings))
+        return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, str(error.full_key or "")) if part)
         message = f"{key}: {str(error).splitlines()[0]}"
         if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
-            message += f"; known keys: {', '.join(f.name for f in fields(error.object_type))}"
+            message += f"; known keys: {', '.join(_keys(error.object_type))}"
         raise ConfigError(message) from error
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}" if where else str(error)) from error
 
 
-def _thaw(node: DictConfig) -> None:
-    """Let settings be merged into frozen dataclasses' nodes; what they make is frozen anyway."""
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and is_dataclass(OmegaConf.get_type(child)):
-            _thaw(child)
+def _keys(schema: Any) -> list[str]:
+    return [field.name for field in fields(schema) if field.init]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FitConfig:
     """How a phase trains. `epochs: 0` means that there is nothing to train."""
 
@@ -98,7 +100,7 @@ class FitConfig:
         at_least("fit.max_steps", self.max_steps, 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class AllReduceConfig:
     """How gradients are averaged over the workers."""
 
@@ -114,7 +116,21 @@ class AllReduceConfig:
         at_least("allreduce.segment_kb", self.segment_kb, 1)
 
 
-@dataclass(frozen=True)
+@dataclass
+class CheckpointConfig:
+    """When the state of a phase is kept, besides its end. Both may be set, or neither."""
+
+    every_steps: int | None = None  # optimizer steps; null: not by steps
+    every_seconds: float | None = 60.0  # null: not by time
+    keep: int = 2  # so many of the latest ones; ends of phases are kept anyway
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every_steps", self.every_steps, 1)
+        at_least("checkpoint.every_seconds", self.every_seconds, 0, excluded=True)
+        at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass
 class ClusterConfig:
     """Which processes train, and on what."""
 
@@ -128,8 +144,9 @@ class ClusterConfig:
     gpus_per_worker: float = (
         1.0  # GPUs that Ray reserves for a worker on device=cuda; may be a fraction
     )
-    threads: int | None = None  # torch threads of a worker; null: cpus_per_worker, at least 1
+    threads: int | None = None  # torch threads of a worker; null: cpus_per_worker; inline: all CPUs
     nice: int = 0  # niceness of the worker processes (Ray's own default is 15)
+    max_restarts: int = 3  # how often a run starts again after a worker was lost
     start_timeout_s: float = 60.0  # seconds to wait until the cluster has room for all workers
     hang_timeout_s: float = 60.0  # seconds without a sign of life after which a collective gives up
     working_dir: str | None = (
@@ -143,14 +160,20 @@ class ClusterConfig:
         one_of("cluster.device", self.device, ("auto", "cpu", "cuda"))
         at_least("cluster.cpus_per_worker", self.cpus_per_worker, 0, excluded=True)
         at_least("cluster.gpus_per_worker", self.gpus_per_worker, 0, excluded=True)
+        if self.device == "cuda" and self.workers > 1 and self.gpus_per_worker < 1:
+            raise ConfigError(
+                f"cluster.gpus_per_worker={self.gpus_per_worker:g} with cluster.workers="
+                f"{self.workers}: NCCL takes one GPU per rank; use whole GPUs, or one worker"
+            )
+        for path in (self.working_dir, *self.py_modules):
+            if path and "://" not in path and not Path(path).exists():
+                raise ConfigError(
+                    f"cluster.working_dir or py_modules: there is no file or folder {path}"
+                )
         at_least("cluster.threads", self.threads, 1)
+        at_least("cluster.max_restarts", self.max_restarts, 0)
         at_least("cluster.start_timeout_s", self.start_timeout_s, 0, excluded=True)
         at_least("cluster.hang_timeout_s", self.hang_timeout_s, 0, excluded=True)
-        if self.address and self.address.startswith("ray://"):
-            raise ConfigError(
-                f"cluster.address={self.address}: Ray Client cannot stream results; run on a node "
-                "of the cluster (ray job submit) and give host:port or auto"
-            )
         if not 0 <= self.nice <= 19:
             raise ConfigError(f"cluster.nice={self.nice}: it must be between 0 and 19")
         if self.backend == "inline" and self.workers != 1:
@@ -160,7 +183,7 @@ class ClusterConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Config:
     """One run. Nested mappings with a `_target_` stay plain: their class checks its own keys."""
 
@@ -174,13 +197,16 @@ class Config:
     channels_last: bool = False
     allreduce: AllReduceConfig = field(default_factory=AllReduceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or any(c in self.name for c in "/\\\0") or self.name in (".", ".."):
-            raise ConfigError(f"name={self.name!r}: it must be usable as the name of a folder")
-        at_least("seed", self.seed, 0)
+        file_name("name", self.name)
+        for phase in self.phases:
+            file_name("phases", str(phase))
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed}: it must be at least 0 and below 2^63")
         batch_size = self.data.get("batch_size")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise ConfigError(f"data.batch_size={batch_size}: it must be a whole number above 0")
         if batch_size < self.cluster.workers:
             raise ConfigError(

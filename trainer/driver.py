@@ -1,7 +1,9 @@
 """One run as its driver sees it: start the workers, keep what they report, end with a summary.
 
 The driver owns the disk: workers send messages and bytes, and write nothing. Ray takes seconds to
-start; torch, the user's classes and the checks that need them are imported meanwhile.
+start; torch, the user's classes and the checks that need them are imported meanwhile. A worker that
+is lost costs the steps since the last checkpoint; whether to start again is decided by
+trainer.cluster.restart.
 """
 
 import traceback
@@ -10,69 +12,108 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainer.cluster import Body, WorkerGroup, open_group
+from trainer.cluster import Body, Loss, WorkerFailed, WorkerGroup, open_group, why_not_restart
 from trainer.config import Config
-from trainer.errors import ConfigError, Interrupted, RunError
-from trainer.messages import EpochEnded, Message, PhaseEnded
+from trainer.errors import ConfigError, Interrupted, RunError, first_line
+from trainer.messages import (
+    Checkpoint,
+    EpochEnded,
+    Message,
+    PhaseEnded,
+    RunStopped,
+)
+from trainer.report.checkpoints import Checkpoints, Point
 from trainer.report.console import Console
 from trainer.report.directory import RunDirectory, as_json
 from trainer.report.summary import Summary, table
+from trainer.signals import Signals
 
 
-def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path) -> None:
+def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path, signals: Signals) -> None:
     """Run `cfg` from start to end and leave its results in a run directory.
 
     Args:
         cfg: the typed configuration.
         plain: the same as plain values, for config.yaml.
         wanted: the run directory; a name already taken gets a suffix.
+        signals: the first one saves and ends the run, the second one ends it at once.
 
     Raises:
         ConfigError: found before any phase began; no directory is left behind.
         RunError: the run failed; its directory holds the summary and the log.
-        Interrupted: likewise.
+        Interrupted: likewise, and the run can be resumed.
     """
     directory = RunDirectory.claim(wanted)
     try:
         directory.write_config(plain)
-        with Console() as console:
-            summary = _Run(cfg, directory, console).execute()
-            console.terminal.print(table(summary))
-            console.say(f"results in {directory.path}")
+        _drive(cfg, directory, signals)
     except ConfigError:
         directory.discard()
         raise
+    except OSError as error:
+        raise RunError(f"{directory.path}: it cannot be written to: {error}") from error
+
+
+def resume(cfg: Config, folder: Path, signals: Signals) -> None:
+    """Go on with the run in `folder` where it stopped; a finished one shows its summary again.
+
+    Raises as `drive`; the folder stays in any case.
+    """
+    directory = RunDirectory(folder.absolute())
+    summary = directory.read_summary()
+    if summary and summary["status"] == "done":
+        with Console() as console:
+            console.terminal.print(table(summary))
+            console.say(f"the run in {directory.path} is done")
+        return
+    _drive(cfg, directory, signals)
+
+
+def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
+    with directory.locked(), Console() as console:
+        summary = _Run(cfg, directory, console, signals).execute()
+        console.terminal.print(table(summary))
+        console.say(f"results in {directory.path}")
 
 
 class _Run:
     """Where the messages of one run go: terminal, log, metrics, curves, summary, checkpoints."""
 
-    def __init__(self, cfg: Config, directory: RunDirectory, console: Console) -> None:
+    def __init__(
+        self, cfg: Config, directory: RunDirectory, console: Console, signals: Signals
+    ) -> None:
         self.cfg = cfg
         self.directory = directory
         self.console = console
+        self.signals = signals
+        self.names = list(cfg.phases)
         self.summary = Summary(cfg.name, cfg.seed, cfg.precision)
+        self.checkpoints = Checkpoints(directory.path, cfg.checkpoint.keep)
+        self.started = False  # from the first message on, a directory is never discarded
 
     def execute(self) -> dict[str, Any]:
         """Start the workers, run, stop them. Returns the summary, which is also on disk."""
-        group = open_group(self.cfg.cluster)
+        group: WorkerGroup | None = None
         try:
+            group = open_group(self.cfg.cluster)
             self._train(group)
-        except ConfigError:
-            raise
+            self.checkpoints.wait()
+            return self._end("done")
         except Interrupted as error:
             self._end("interrupted", str(error))
             raise
         except Exception as error:
-            self.directory.log(getattr(error, "detail", "") or traceback.format_exc())
-            self._end("failed", _first_line(error))
-            if isinstance(error, RunError):
+            if isinstance(error, ConfigError) and not self.started:
                 raise
-            raise RunError(f"{type(error).__name__}: {_first_line(error)}") from error
-        else:
-            return self._end("done")
+            self.directory.log(getattr(error, "detail", "") or traceback.format_exc())
+            self._end("failed", first_line(error))
+            raise RunError(
+                f"{first_line(error)} (more in {self.directory.path}/log.txt)"
+            ) from error
         finally:
-            group.stop()
+            self.checkpoints.close()
+            if group:
+                group.stop()
 
     def _train(self, group: WorkerGroup) -> None:
         with ThreadPoolExecutor(1) as background:
@@ -82,27 +123,80 @@ class _Run:
             except RunError:
                 ready.result()  # a wrong configuration would explain more
                 raise
-            body, curves_type = ready.result()
+            body, curves_type, start_type = ready.result()
         self.summary.nodes = group.nodes
-        curves = curves_type(self.directory.path / "tensorboard")
+        self.curves = curves_type(self.directory.path / "tensorboard")
+        losses: list[Loss] = []
         try:
-            for message in group.run(body, self.cfg):
-                self._on(message)
-                curves.on(message)
+            with self.signals.asking(group.stop_asked.set):
+                while True:
+                    point = self._rewind()
+                    start = start_type(point.phase, point.weights, point.within)
+                    try:
+                        self._follow(group, body, start)
+                        return
+                    except WorkerFailed as lost:
+                        self._start_again(group, lost, losses)
         finally:
-            curves.close()
+            self.curves.close()
+
+    def _follow(self, group: WorkerGroup, body: Body, start: Any) -> None:
+        """Take in all messages of one attempt."""
+        for message in group.run(body, self.cfg, start):
+            self._on(message)
+            if isinstance(message, RunStopped):
+                self.checkpoints.wait()
+                raise self.signals.interrupted()
+
+    def _start_again(self, group: WorkerGroup, lost: WorkerFailed, losses: list[Loss]) -> None:
+        """Start the workers again, or raise `lost`."""
+        losses.append(lost.loss)
+        reason = why_not_restart(losses, self.cfg.cluster.max_restarts)
+        if reason is not None:
+            lost.add_note(reason)
+            raise lost
+        self.summary.restarts += 1
+        self.directory.log(lost.detail)
+        self._say(f"{lost}; starting again from the last checkpoint (restart {len(losses)})")
+        self.checkpoints.wait()
+        group.restart()
+
+    def _rewind(self) -> Point:
+        """Find the last checkpoint, and forget all that was reported after it."""
+        point = self.checkpoints.latest(self.names, self._say)
+        done = {name: index for index, name in enumerate(self.names)}
+
+        def before(entry: Mapping[str, Any]) -> bool:
+            return (done[entry["phase"]], entry["step"]) <= (point.phase, point.step)
+
+        self.directory.cut_metrics(before)
+        self.summary.restore(point.records)
+        if point.phase or point.step:
+            self.curves.go_on(sum(record["steps"] for record in point.records), point.step)
+            name = self.names[min(point.phase, len(self.names) - 1)]
+            self._say(f"going on after step {point.step:,} of {name}")
+        return point
 
     def _on(self, message: Message) -> None:
+        self.started = True
         self.summary.on(message)
+        self.curves.on(message)
         if line := self.console.on(message):
             self.directory.log(line)
         match message:
             case EpochEnded():
                 self.directory.append_metrics(as_json(message))
+            case Checkpoint():
+                name = self.names[message.phase]
+                self.checkpoints.within_phase(message.phase, name, message.step, message.content)
             case PhaseEnded():
-                name = message.record.name
-                self.directory.write_checkpoint(message.index + 1, name, message.weights)
+                record = as_json(message.record)
+                self.checkpoints.phase_ended(message.index, record, message.weights)
                 self.directory.write_model(message.weights)
+
+    def _say(self, line: str) -> None:
+        self.console.say(line)
+        self.directory.log(line)
 
     def _end(self, status: str, error: str | None = None) -> dict[str, Any]:
         summary = self.summary.as_dict(status, error)
@@ -110,15 +204,11 @@ class _Run:
         return summary
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _imports_and_checks(cfg: Config) -> tuple[Body, Any]:
+def _imports_and_checks(cfg: Config) -> tuple[Body, Any, Any]:
     """The heavy imports, and every check that can be made before workers exist."""
     from trainer.checks import check
     from trainer.report.curves import Curves
-    from trainer.run import experiment
+    from trainer.run import Start, experiment
 
     check(cfg)
-    return experiment, Curves
+    return experiment, Curves, Start

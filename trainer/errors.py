@@ -1,4 +1,10 @@
-"""The two errors that end a command with one line instead of a traceback."""
+"""The errors that end a command with one line instead of a traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something; its class where none does."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 class ConfigError(ValueError):
@@ -18,6 +24,10 @@ class RunError(RuntimeError):
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
         self.detail = detail
+
+
+class Diverged(RunError):
+    """The loss became NaN or infinite; training again would do the same."""
 
 
 class Interrupted(BaseException):

@@ -87,6 +87,20 @@ class PhaseEnded:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Where a phase stands, in all that is needed to go on from there."""
+
+    phase: int  # index, 0 is the first
+    step: int  # of the phase
+    content: bytes  # trainer.engine.checkpoint.pack
+
+
+@dataclass(frozen=True)
+class RunStopped:
+    """The run was asked to stop, and did: nothing later than the last checkpoint was done."""
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The final model on the test set, measured once."""
 
@@ -94,4 +108,13 @@ class RunEnded:
     loss: float
 
 
-Message = RunStarted | PhaseStarted | Progress | EpochEnded | PhaseEnded | RunEnded
+Message = (
+    RunStarted
+    | PhaseStarted
+    | Progress
+    | EpochEnded
+    | Checkpoint
+    | PhaseEnded
+    | RunStopped
+    | RunEnded
+)

@@ -6,44 +6,57 @@ the driver, so that the body needs no rank-specific branches.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from trainer.build import build
 from trainer.compress.counts import counts
-from trainer.config import Config
+from trainer.config import CheckpointConfig, Config
 from trainer.data.split import Splits
-from trainer.engine.checkpoint import to_bytes
-from trainer.engine.evaluate import Metrics, evaluate
+from trainer.engine.checkpoint import pack, to_bytes, unpack
+from trainer.engine.clock import PhaseClock
+from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import StepResult, fit, steps_in
-from trainer.engine.precision import Precision
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
+from trainer.errors import ConfigError, Diverged
 from trainer.messages import (
-    EpochEnded,
+    Checkpoint,
     Message,
     PhaseEnded,
     PhaseRecord,
     PhaseStarted,
-    Progress,
     RunEnded,
     RunStarted,
+    RunStopped,
 )
 from trainer.phases import Phase, build_phases
 
-PROGRESS_EVERY_S = 0.2
+GO_ON, KEEP, STOP = 0, 1, 2  # what rank 0 may ask of all ranks after a step
 
 
-def experiment(world: World, cfg: Config) -> Iterator[Message]:
-    """Run all phases of `cfg` on this worker and measure the result on the test set."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on."""
+
+    phase: int  # index of the first phase to run
+    weights: bytes | None = None  # what the phase before it left; None: the initial weights
+    within: bytes | None = None  # `Checkpoint.content` of that phase; None: from its beginning
+
+
+def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
+    """Run the phases of `cfg` on this worker, and measure the result on the test set."""
     torch.manual_seed(cfg.seed)
     data = build_data(cfg)
     phases = build_phases(cfg.phases)
     runtime = Runtime(
         world=world,
-        precision=Precision(cfg.precision, world.device),
+        precision=cfg.precision,
         allreduce=cfg.allreduce,
         optimizer=cfg.optimizer,
         batch_size=int(cfg.data["batch_size"]),
@@ -51,6 +64,9 @@ def experiment(world: World, cfg: Config) -> Iterator[Message]:
         channels_last=cfg.channels_last,
     )
     model = runtime.place(build_model(cfg))
+    check_phases(phases, model)
+    if start.weights is not None:
+        model.load_state_dict(safetensors.torch.load(start.weights))
     world.broadcast(_tensors(model))
     yield RunStarted(
         workers=world.size,
@@ -62,61 +78,102 @@ def experiment(world: World, cfg: Config) -> Iterator[Message]:
     )
     epochs_before = 0
     for index, (name, phase) in enumerate(phases.items()):
-        yield from _run_phase(index, name, phase, model, data, runtime, epochs_before)
+        if index >= start.phase:
+            if _should_stop(world):
+                yield RunStopped()
+                return
+            within = unpack(start.within) if start.within and index == start.phase else None
+            run = _PhaseRun(index, name, phase, model, data, runtime, epochs_before, cfg.checkpoint)
+            yield from run.messages(within)
+            if run.stopped:
+                return
         epochs_before += phase.fit.epochs
     metrics = evaluate(model, data.test, runtime)
     yield RunEnded(accuracy=metrics.accuracy, loss=metrics.loss)
 
 
-def _run_phase(
-    index: int,
-    name: str,
-    phase: Phase,
-    model: nn.Module,
-    data: Splits,
-    runtime: Runtime,
-    epochs_before: int,
-) -> Iterator[Message]:
-    """Enter, train, leave one phase, and say how it went."""
-    world, cfg = runtime.world, phase.fit
-    started = time.monotonic()
-    phase.enter(model, world)
-    entered = counts(model)
-    _, total = steps_in(len(data.train), runtime.batch_size, cfg)
-    yield PhaseStarted(
-        index=index,
-        name=name,
-        kind=phase.kind,
-        epochs=cfg.epochs,
-        steps=total,
-        learnable=entered.learnable,
-        sparsity=entered.sparsity,
-    )
-    clock = _Clock(world)
-    last: StepResult | None = None
-    for last in fit(model, data.train, cfg, runtime, epochs_before):
-        phase.after_step(model, world, last.step, last.total)
-        clock.count(last)
-        if clock.progress_due():
-            yield clock.progress(name, cfg.epochs, last)
-        if last.epoch_ends and last.step < last.total:
-            clock.end_epoch()
-            metrics = evaluate(model, data.validation, runtime)
-            yield clock.epoch(name, last, metrics, counts(model).sparsity)
-    if last:
-        clock.end_epoch()
-    phase.leave(model)
-    left = counts(model)
-    metrics = evaluate(model, data.validation, runtime)  # of the plain weights that stay
-    if last:
-        yield clock.epoch(name, last, metrics, left.sparsity)
-    yield PhaseEnded(
-        index=index,
-        record=PhaseRecord(
-            name=name,
+@dataclass
+class _PhaseRun:
+    """One phase of a run: entered, trained, left."""
+
+    index: int
+    name: str
+    phase: Phase
+    model: nn.Module
+    data: Splits
+    runtime: Runtime
+    epochs_before: int
+    checkpoint: CheckpointConfig
+    stopped: bool = False
+
+    def messages(self, within: Mapping[str, Any] | None) -> Iterator[Message]:
+        """Run the phase and say how it goes.
+
+        Args:
+            within: go on from this state (of `_state`); None: begin.
+        """
+        model, phase, cfg, world = self.model, self.phase, self.phase.fit, self.runtime.world
+        world.pulse.phase, world.pulse.step = self.index, within["fit"]["step"] if within else 0
+        clock = PhaseClock(world)
+        phase.enter(model, world)
+        if within is not None:
+            model.load_state_dict(within["model"])
+            clock.load(within["clock"])
+        entered = counts(model)
+        _, total = steps_in(len(self.data.train), self.runtime.batch_size, cfg)
+        yield PhaseStarted(
+            index=self.index,
+            name=self.name,
             kind=phase.kind,
-            seconds=time.monotonic() - started,
-            steps=last.step if last else 0,
+            epochs=cfg.epochs,
+            steps=total,
+            learnable=entered.learnable,
+            sparsity=entered.sparsity,
+        )
+        last: StepResult | None = None
+        try:
+            for last in fit(
+                model,
+                self.data.train,
+                cfg,
+                self.runtime,
+                self.epochs_before,
+                within and within["fit"],
+                lambda: self._ask(clock),
+            ):
+                phase.after_step(model, world, last.step, last.total)
+                clock.count(last)
+                if clock.progress_due():
+                    yield clock.progress(self.name, cfg.epochs, last)
+                if last.step == last.total:
+                    continue
+                if last.epoch_ends:
+                    clock.end_epoch()
+                    metrics = evaluate(model, self.data.validation, self.runtime)
+                    yield clock.epoch(self.name, last, metrics, counts(model).sparsity)
+                every = self.checkpoint.every_steps
+                if last.asked != GO_ON or (every and last.step % every == 0):
+                    state = {"clock": clock.state(), "fit": last.state()}
+                    yield self._keep(last.step, state)
+                    clock.kept = time.monotonic()
+                if last.asked == STOP:
+                    self.stopped = True
+                    yield RunStopped()
+                    return
+        except Diverged as error:
+            raise Diverged(f"phase {self.name}: {error}") from error
+        if last:
+            clock.end_epoch()
+        phase.leave(model)
+        left = counts(model)
+        metrics = evaluate(model, self.data.validation, self.runtime)  # of the plain weights
+        if last:
+            yield clock.epoch(self.name, last, metrics, left.sparsity)
+        record = PhaseRecord(
+            name=self.name,
+            kind=phase.kind,
+            seconds=clock.seconds(),
+            steps=total,
             train_loss=clock.train_loss,
             accuracy=metrics.accuracy,
             loss=metrics.loss,
@@ -126,103 +183,59 @@ def _run_phase(
             sparsity=left.sparsity,
             sent_bytes_per_step=last.sent_bytes if last else 0,
             images_per_second=clock.overall(),
-        ),
-        weights=to_bytes(model.state_dict()) if world.rank == 0 else b"",
-    )
-
-
-class _Clock:
-    """Loss and speed of the epoch that runs. Evaluation does not count as training time."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.train_loss: float | None = None
-        self._speed = 0.0
-        self._skipped = 0
-        self._all_samples = 0
-        self._all_seconds = 0.0
-        self._said = time.monotonic()
-        self._start_epoch()
-
-    def _start_epoch(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self._samples = 0
-        self._applied = 0
-        self._steps = 0
-        self._started = time.monotonic()
-
-    def count(self, step: StepResult) -> None:
-        """Add one step."""
-        self._loss += step.loss * step.samples
-        self._samples += step.samples
-        self._steps += 1
-        self._applied += step.applied
-
-    def progress_due(self) -> bool:
-        """Whether the last progress was said long enough ago."""
-        now = time.monotonic()
-        if now - self._said < PROGRESS_EVERY_S:
-            return False
-        self._said = now
-        return True
-
-    def progress(self, phase: str, epochs: int, step: StepResult) -> Progress:
-        """Where this worker is now."""
-        return Progress(
-            phase=phase,
-            epoch=step.epoch + 1,
-            epochs=epochs,
-            step=step.step,
-            steps=step.total,
-            loss=step.loss.item(),
-            lr=step.lr,
-            images_per_second=self._samples / max(time.monotonic() - self._started, 1e-9),
         )
+        weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
+        yield PhaseEnded(index=self.index, record=record, weights=weights)
 
-    def end_epoch(self) -> None:
-        """Close the epoch: its mean loss over all workers. A collective call."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        self._all_samples += self._samples
-        self._all_seconds += seconds
-        self._speed = self._samples / seconds
-        self._skipped = self._steps - self._applied
-        self.world.all_reduce(self._loss)
-        self.train_loss = self._loss.item() / (self._samples * self.world.size)
-        self._start_epoch()
+    def _ask(self, clock: PhaseClock) -> int:
+        """What this rank asks: rank 0 hears the driver and watches the time."""
+        world, every = self.runtime.world, self.checkpoint.every_seconds
+        if world.rank != 0:
+            return GO_ON
+        if world.stop.is_set():
+            return STOP
+        return KEEP if every and time.monotonic() - clock.kept >= every else GO_ON
 
-    def epoch(
-        self, phase: str, step: StepResult, validation: Metrics, sparsity: float
-    ) -> EpochEnded:
-        """The epoch that was closed last, and the start of the next one's time."""
-        self._started = time.monotonic()
-        assert self.train_loss is not None
-        return EpochEnded(
-            phase=phase,
-            epoch=step.epoch + 1,
-            step=step.step,
-            train_loss=self.train_loss,
-            loss=validation.loss,
-            accuracy=validation.accuracy,
-            lr=step.lr,
-            sparsity=sparsity,
-            images_per_second=self._speed,
-            skipped=self._skipped,
-        )
-
-    def overall(self) -> float | None:
-        """Samples per second of the whole phase; None where nothing was trained."""
-        return self._all_samples / self._all_seconds if self._all_seconds else None
+    def _keep(self, step: int, state: Mapping[str, Any]) -> Checkpoint:
+        content = b""
+        if self.runtime.world.rank == 0:
+            content = pack({"model": self.model.state_dict(), **state})
+        return Checkpoint(phase=self.index, step=step, content=content)
 
 
 def build_data(cfg: Config) -> Splits:
     """The three splits. Raises ConfigError where the settings or the data are wrong."""
-    settings = {key: value for key, value in cfg.data.items() if key != "batch_size"}
-    return build("data", settings, Splits, seed=cfg.seed)
+    splits = build("data", data_settings(cfg), Splits, seed=cfg.seed)
+    for name in ("train", "validation", "test"):
+        if len(getattr(splits, name)) == 0:
+            raise ConfigError(f"data: the {name} split is empty; give it at least one sample")
+    return splits
+
+
+def data_settings(cfg: Config) -> dict[str, Any]:
+    """The settings that the data's target takes."""
+    return {key: value for key, value in cfg.data.items() if key != "batch_size"}
 
 
 def build_model(cfg: Config) -> nn.Module:
     """The model, weights drawn from the random state as it is. Raises ConfigError."""
     return build("model", cfg.model, nn.Module)
+
+
+def check_phases(phases: Mapping[str, Phase], model: nn.Module) -> None:
+    """Hold the phases' settings against the model. Raises ConfigError."""
+    for name, phase in phases.items():
+        try:
+            phase.check(model)
+        except ConfigError as error:
+            raise ConfigError(f"phases.{name}: {error}") from error
+
+
+def _should_stop(world: World) -> bool:
+    """Whether rank 0 was asked to stop; the same answer on all ranks."""
+    asked = torch.tensor(int(world.rank == 0 and world.stop.is_set()), device=world.device)
+    world.all_reduce(asked)
+    return bool(asked)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

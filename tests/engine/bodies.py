@@ -9,7 +9,6 @@ from trainer.config import AllReduceConfig, FitConfig
 from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit
-from trainer.engine.precision import Precision
 from trainer.engine.runtime import Runtime
 
 
@@ -26,7 +25,7 @@ def problem(samples=70, features=6, classes=3):
 def runtime(world, batch_size=16, precision="fp32", optimizer=None, **allreduce):
     return Runtime(
         world=world,
-        precision=Precision(precision, world.device),
+        precision=precision,
         allreduce=AllReduceConfig(**allreduce),
         optimizer=optimizer or {"_target_": "torch.optim.SGD", "lr": 0.2, "momentum": 0.9},
         batch_size=batch_size,

@@ -20,13 +20,16 @@ def test_fused_is_used_where_it_exists():
     assert build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1}, one_parameter()).defaults[
         "fused"
     ]
-    lbfgs = build_optimizer({"_target_": "torch.optim.LBFGS", "lr": 0.1}, one_parameter())
-    assert "fused" not in lbfgs.defaults
+    rmsprop = build_optimizer({"_target_": "torch.optim.RMSprop", "lr": 0.1}, one_parameter())
+    assert "fused" not in rmsprop.defaults
 
 
-def test_fused_can_be_refused():
-    settings = {"_target_": "torch.optim.Adam", "lr": 0.1, "fused": False}
-    assert build_optimizer(settings, one_parameter()).defaults["fused"] is False
+@pytest.mark.parametrize("choice", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
+def test_a_kernel_of_ones_own_choice(choice):
+    settings = {"_target_": "torch.optim.Adam", "lr": 0.1, **choice}
+    defaults = build_optimizer(settings, one_parameter()).defaults
+    assert not defaults["fused"]
+    assert {key: defaults[key] for key in choice} == choice
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,7 @@ def test_fused_can_be_refused():
         ({"_target_": "torch.optim.SGD"}, r"optimizer\.lr=None"),
         ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": -1}, "momentum"),
         ({"lr": 0.1}, "_target_"),
+        ({"_target_": "torch.optim.LBFGS", "lr": 0.1}, "closure"),
     ],
 )
 def test_wrong_settings_are_named(settings, said):

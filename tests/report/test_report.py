@@ -2,12 +2,13 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console as Terminal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 from trainer.messages import (
     EpochEnded,
     PhaseEnded,
@@ -151,11 +152,37 @@ def test_a_folder_that_cannot_be_made_is_a_wrong_configuration(tmp_path):
 
 def test_files_appear_whole(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.write_checkpoint(2, "prune", b"weights")
     directory.write_model(b"model")
-    directory.append_metrics({"a": 1})
+    directory.append_metrics({"a": 1, "loss": float("nan")})
     directory.append_metrics({"a": 2})
-    assert (tmp_path / "checkpoints" / "02-prune.safetensors").read_bytes() == b"weights"
     assert (tmp_path / "model.safetensors").read_bytes() == b"model"
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1, "loss": null}\n{"a": 2}\n'
     assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_metrics_are_cut_back_and_a_torn_line_goes(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for step in range(4):
+        directory.append_metrics({"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 0, "los')
+    directory.cut_metrics(lambda entry: entry["step"] < 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_two_drivers_do_not_share_a_run(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write_config({})
+    with (
+        directory.locked(),
+        pytest.raises(RunError, match="another process"),
+        RunDirectory(tmp_path).locked(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("folder", [".", "", "/"])
+def test_a_run_needs_a_folder_of_its_own(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="folder of the run's own"):
+        RunDirectory.claim(Path(folder))

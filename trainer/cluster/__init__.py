@@ -6,9 +6,10 @@ imports the rest meanwhile.
 
 from trainer.cluster.environment import prepare_environment
 from trainer.cluster.group import Body, WorkerFailed, WorkerGroup
+from trainer.cluster.restart import Loss, why_not_restart
 from trainer.config import ClusterConfig
 
-__all__ = ["Body", "WorkerFailed", "WorkerGroup", "open_group"]
+__all__ = ["Body", "Loss", "WorkerFailed", "WorkerGroup", "open_group", "why_not_restart"]
 
 
 def open_group(cfg: ClusterConfig) -> WorkerGroup:

@@ -1,9 +1,11 @@
 """What every worker group is: start once, run bodies on all workers, stop."""
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from trainer.cluster.restart import Loss
 from trainer.errors import RunError
 
 Body = Callable[..., Iterator[Any]]
@@ -17,7 +19,9 @@ class Failure:
     reason: str
     detail: str
     wrong_config: bool = False
+    final: bool = False  # doing it again would end in the same way
     peer: bool = False  # only a consequence: another worker went away first
+    place: tuple[int, int] | None = None  # phase and step; None: not known
 
 
 class WorkerFailed(RunError):
@@ -27,19 +31,33 @@ class WorkerFailed(RunError):
         rank: which one.
         node: host name it ran on.
         detail: its whole traceback, or what is known of its death.
+        loss: what decides whether to start again (trainer.cluster.restart).
     """
 
-    def __init__(self, rank: int, node: str, reason: str, detail: str) -> None:
+    def __init__(
+        self,
+        rank: int,
+        node: str,
+        reason: str,
+        detail: str,
+        place: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(f"worker {rank} on {node}: {reason}", detail)
         self.rank = rank
         self.node = node
+        self.loss = Loss(reason, place)
 
 
 class WorkerGroup(Protocol):
     """A gang of warm workers with ranks 0 to size - 1."""
 
     size: int
-    nodes: list[str]  # host name of each rank, once started
+
+    @property
+    def nodes(self) -> list[str]:
+        """Host name of each rank, once started."""
+
+    stop_asked: threading.Event  # set it, and the body ends at its next step
 
     def start(self) -> None:
         """Start the workers and connect them, once; afterwards every `run` is warm.
@@ -52,12 +70,19 @@ class WorkerGroup(Protocol):
     def run(self, body: Body, *args: Any) -> Iterator[Any]:
         """Execute `body(world, *args)` on every worker and yield what rank 0 yields, as it does.
 
-        The group can run again after a body that ended. After one that failed, or whose iterator
-        was closed early, it must be stopped.
+        The group can run again after a body that ended; after one that failed it must be restarted
+        or stopped, after one whose iterator was closed early it must be stopped.
 
         Raises:
             ConfigError: a worker raised it; the message is the worker's.
-            WorkerFailed: a worker raised anything else, or died.
+            RunError: likewise; running again would end in the same way.
+            WorkerFailed: a worker raised anything else, died, or hung.
+        """
+
+    def restart(self) -> None:
+        """After WorkerFailed: replace the workers that are lost, keep the others, connect anew.
+
+        Raises as `start`.
         """
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from trainer.cluster.group import Body, WorkerFailed
 from trainer.config import ClusterConfig
 from trainer.engine.world import World
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 
 
 class InlineGroup:
@@ -21,6 +22,7 @@ class InlineGroup:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self.nodes = [socket.gethostname()]
+        self.stop_asked = threading.Event()
         self._cfg = cfg
         self._world: World | None = None
 
@@ -34,6 +36,7 @@ class InlineGroup:
         device = "cuda" if has_cuda and self._cfg.device != "cpu" else "cpu"
         torch.set_num_threads(self._cfg.threads or os.cpu_count() or 1)
         self._world = World.single(torch.device(device))
+        self._world.stop = self.stop_asked
 
     def run(self, body: Body, *args: Any) -> Iterator[Any]:
         """Iterate over the body here."""
@@ -41,11 +44,15 @@ class InlineGroup:
             raise RuntimeError("start() the group before run()")
         try:
             yield from body(self._world, *args)
-        except ConfigError:
+        except (ConfigError, RunError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise WorkerFailed(0, self.nodes[0], reason, traceback.format_exc()) from error
+            place = self._world.pulse.place
+            raise WorkerFailed(0, self.nodes[0], reason, traceback.format_exc(), place) from error
+
+    def restart(self) -> None:
+        """This process is still there."""
 
     def stop(self) -> None:
         """Nothing was started."""

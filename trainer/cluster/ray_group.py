@@ -1,26 +1,47 @@
-"""Data-parallel workers as Ray actors: gang-scheduled, started once, killed together."""
+"""Data-parallel workers as Ray actors: started as a gang, watched, replaced when lost."""
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from trainer.cluster.group import Body, Failure, WorkerFailed
 from trainer.cluster.session import RaySession
+from trainer.cluster.watch import Watch
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError, RunError
 
-ROOT_CAUSE_WAIT_S = 1.0
-"""How long other workers may still report when one only says that a peer went away."""
+ROOT_CAUSE_WAIT_S = 1.0  # how long others may still report when one says that a peer went away
+LOOK_EVERY_S = 0.5  # between two looks at signals and signs of life
+IDLE_WAIT_S = 5.0  # how long a worker may take to come back from a failed body
+COLLECTIVE_FACTOR = 2.0  # collectives time out later than the watch, which knows whose fault it is
 
+START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 
 _END = object()
+
+
+@dataclass
+class _Rank:
+    """One worker as the driver knows it."""
+
+    actor: Any
+    node: str = ""  # host name
+    node_id: str = ""
+    pid: int = 0
 
 
 class RayGroup:
@@ -28,52 +49,54 @@ class RayGroup:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self.size = cfg.workers
+        self.stop_asked = threading.Event()
         self._cfg = cfg
         self._session = RaySession(cfg)
         self._placement: PlacementGroup | None = None
-        self._workers: list[Any] = []
-        self.nodes: list[str] = []
+        self._device = "cpu"
+        self._ranks: list[_Rank] = []
+
+    @property
+    def nodes(self) -> list[str]:
+        """Host name of each rank."""
+        return [rank.node for rank in self._ranks]
 
     def start(self) -> None:
         """Connect to Ray, reserve room for all workers at once, start them, connect them."""
         self._session.open()
-        from trainer.cluster.worker import Worker  # imports torch: not before Ray is on its way
+        self._device = self._choose_device()
+        self._placement = self._reserve(self._bundle())
+        self._ranks = [_Rank(self._new_actor(rank)) for rank in range(self.size)]
+        self._connect()
 
-        device = self._device()
-        bundle = {"CPU": self._cfg.cpus_per_worker}
-        if device == "cuda":
-            bundle["GPU"] = self._cfg.gpus_per_worker
-        self._placement = self._reserve(bundle)
-        threads = self._cfg.threads or max(1, int(self._cfg.cpus_per_worker))
-        paths = [os.getcwd(), *sys.path] if self._session.private else []
-        actor = ray.remote(Worker)
-        self._workers = [
-            actor.options(
-                num_cpus=self._cfg.cpus_per_worker,
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
-            ).remote(rank, self.size, threads, self._cfg.nice, paths)
-            for rank in range(self.size)
-        ]
-        try:
-            self.nodes = self._on_all("node")
-            loopback = "127.0.0.1" if self._session.private else None
-            host, port = ray.get(self._workers[0].listen.remote(loopback, self._cfg.hang_timeout_s))
-            self._on_all("connect", host, port, device, self._cfg.hang_timeout_s)
-        except RayError as error:
-            last = str(error).strip().splitlines()[-1]
-            raise RunError(f"the workers did not start: {last}", str(error)) from error
+    def restart(self) -> None:
+        """Replace the workers that are lost; the others stay warm."""
+        idle = [rank.actor.identity.remote() for rank in self._ranks]
+        deadline = time.monotonic() + IDLE_WAIT_S
+        for number, (rank, ref) in enumerate(zip(self._ranks, idle, strict=True)):
+            try:
+                ray.get(ref, timeout=max(0, deadline - time.monotonic()))
+            except (RayActorError, GetTimeoutError):
+                self._kill(rank)
+                self._ranks[number] = _Rank(self._new_actor(number))
+        self._connect()
 
     def run(self, body: Body, *args: Any) -> Iterator[Any]:
         """Stream what rank 0 yields; the first failure ends the gang."""
-        if not self._workers:
+        if not self._ranks:
             raise RuntimeError("start() the group before run()")
+        shared = [ray.put(arg) for arg in args]
         streams = {
-            worker.run.options(num_returns="streaming").remote(body, *args): rank
-            for rank, worker in enumerate(self._workers)
+            rank.actor.run.options(num_returns="streaming").remote(body, *shared): number
+            for number, rank in enumerate(self._ranks)
         }
+        watch = _Signs([rank.actor for rank in self._ranks], self._cfg.hang_timeout_s)
+        told_to_stop = False
         while streams:
-            for stream in _ready(streams):
+            if self.stop_asked.is_set() and not told_to_stop:
+                told_to_stop = True
+                self._ranks[0].actor.stop_soon.remote()
+            for stream in _ready(streams, LOOK_EVERY_S):
                 message = _receive(stream)
                 if message is _END:
                     del streams[stream]
@@ -83,6 +106,12 @@ class RayGroup:
                     raise error
                 else:
                     yield message
+            if (hung := watch.look()) is not None:
+                place = watch.place(hung)
+                reason = f"no sign of life for cluster.hang_timeout_s={self._cfg.hang_timeout_s:g}"
+                detail = f"it was last heard of in phase, step {place}"
+                self._kill(self._ranks[hung])
+                raise WorkerFailed(hung, self.nodes[hung], f"{reason}; {detail}", detail, place)
 
     def stop(self) -> None:
         """Kill the actors (the only sure way out of a stuck collective), free their room.
@@ -91,32 +120,80 @@ class RayGroup:
         would not answer.
         """
         if self._placement and not self._session.ends_ray:
-            for worker in self._workers:
-                ray.kill(worker)
-            remove_placement_group(self._placement)
-        self._workers, self._placement = [], None
+            with contextlib.suppress(RayError):  # the cluster may be gone
+                for rank in self._ranks:
+                    ray.kill(rank.actor)
+                remove_placement_group(self._placement)
+        self._ranks, self._placement = [], None
         self._session.close()
+
+    def _new_actor(self, rank: int) -> Any:
+        from trainer.cluster.worker import CONTROL, Worker  # imports torch: Ray starts before that
+
+        bundle = self._bundle()
+        threads = self._cfg.threads or max(1, int(self._cfg.cpus_per_worker))
+        paths = [os.getcwd(), *sys.path] if self._session.private else []
+        assert self._placement is not None
+        return (
+            ray.remote(concurrency_groups={CONTROL: 1})(Worker)  # type: ignore[call-overload]
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
+            )
+            .remote(rank, self.size, threads, self._cfg.nice, paths)
+        )
+
+    def _connect(self) -> None:
+        """Learn who the workers are, and let them meet."""
+        timeout_s = COLLECTIVE_FACTOR * self._cfg.hang_timeout_s
+        try:
+            identities = self._on_all("identity")
+            for rank, identity in zip(self._ranks, identities, strict=True):
+                rank.node, rank.node_id, rank.pid = identity
+            loopback = "127.0.0.1" if self._session.private else None
+            host, port = ray.get(self._ranks[0].actor.listen.remote(loopback, timeout_s))
+            if self._device == "cuda" and not all(self._on_all("sees_cuda")):
+                self._device = self._without_cuda("torch sees no GPU on some worker's node")
+            self._on_all("connect", host, port, self._device, timeout_s)
+        except RayError as error:
+            last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise RunError(f"the workers did not start: {last}", str(error)) from error
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every worker at once and wait for all answers."""
-        answers: list[Any] = ray.get([getattr(w, method).remote(*args) for w in self._workers])
-        return answers
+        answers = [getattr(rank.actor, method).remote(*args) for rank in self._ranks]
+        return list(ray.get(answers, timeout=START_WAIT_S))
 
-    def _device(self) -> str:
+    def _without_cuda(self, reason: str) -> str:
+        """cpu, unless CUDA is insisted on: then a ConfigError."""
+        if self._cfg.device == "cuda":
+            raise ConfigError(
+                f"cluster.device=cuda: {reason}; use fewer workers or cluster.device=cpu"
+            )
+        return "cpu"
+
+    def _bundle(self) -> dict[str, float]:
+        """What Ray reserves for one worker."""
+        bundle = {"CPU": self._cfg.cpus_per_worker}
+        if self._device == "cuda":
+            bundle["GPU"] = self._cfg.gpus_per_worker
+        return bundle
+
+    def _choose_device(self) -> str:
         """cpu or cuda. Raises ConfigError where CUDA is asked for and the cluster lacks it."""
         if self._cfg.device == "cpu":
             return "cpu"
         wanted = self._cfg.workers * self._cfg.gpus_per_worker
         found = ray.cluster_resources().get("GPU", 0)
-        if found >= wanted:
-            return "cuda"
-        if self._cfg.device == "cuda":
-            raise ConfigError(
-                f"cluster.workers={self._cfg.workers} x cluster.gpus_per_worker="
-                f"{self._cfg.gpus_per_worker:g} on cluster.device=cuda: {wanted:g} GPUs are needed "
-                f"and {found:g} found; use fewer workers or cluster.device=cpu"
+        if found < wanted:
+            return self._without_cuda(
+                f"{wanted:g} GPUs are needed (cluster.workers={self._cfg.workers} x "
+                f"cluster.gpus_per_worker={self._cfg.gpus_per_worker:g}), {found:g} found"
             )
-        return "cpu"
+        if self.size > 1 and self._cfg.gpus_per_worker < 1:
+            return self._without_cuda("NCCL takes one GPU per rank")
+        return "cuda"
 
     def _reserve(self, bundle: dict[str, float]) -> PlacementGroup:
         """Wait for one placement group that holds every worker."""
@@ -137,6 +214,13 @@ class RayGroup:
         if any(amount * self.size > total.get(kind, 0) for kind, amount in bundle.items()):
             raise ConfigError(message)
         raise RunError(message)
+
+    def _kill(self, rank: _Rank) -> None:
+        """End a worker that may not be able to end itself: a stopped process hears no request."""
+        ray.kill(rank.actor)
+        if rank.pid:
+            on_its_node = NodeAffinitySchedulingStrategy(rank.node_id, soft=False)
+            _kill_process.options(scheduling_strategy=on_its_node).remote(rank.pid)
 
     def _aftermath(
         self, rank: int, failure: Failure, streams: Mapping[Any, int]
@@ -165,10 +249,43 @@ class RayGroup:
                 break
         if failure.wrong_config:
             return late, ConfigError(failure.reason)
-        return late, WorkerFailed(rank, self.nodes[rank], failure.reason, failure.detail)
+        if failure.final:
+            return late, RunError(failure.reason, failure.detail)
+        node = self.nodes[rank]
+        return late, WorkerFailed(rank, node, failure.reason, failure.detail, failure.place)
 
 
-def _ready(streams: Mapping[Any, int], timeout: float | None = None) -> list[Any]:
+class _Signs:
+    """Asks every worker for signs of life, and has them watched."""
+
+    def __init__(self, actors: list[Any], timeout_s: float) -> None:
+        self._actors = actors
+        self._watch = Watch(len(actors), timeout_s, time.monotonic())
+        self._asked: dict[Any, int] = {}
+
+    def look(self) -> int | None:
+        """Take in what was answered, ask again, and say which rank hangs, if any."""
+        if self._asked:
+            for ref in _ready(self._asked, 0):
+                rank = self._asked.pop(ref)
+                sign = _receive(iter([ref]))
+                if not isinstance(sign, Failure) and sign is not None:
+                    self._watch.heard(rank, sign, time.monotonic())
+        for rank in set(range(len(self._actors))) - set(self._asked.values()):
+            self._asked[self._actors[rank].sign.remote()] = rank
+        return self._watch.hung(time.monotonic())
+
+    def place(self, rank: int) -> tuple[int, int] | None:
+        """Phase and step at which `rank` was when last heard of."""
+        return self._watch.place(rank)
+
+
+@ray.remote(num_cpus=0)
+def _kill_process(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def _ready(streams: Mapping[Any, int], timeout: float) -> list[Any]:
     """The streams that have something to say, after waiting for the first of them."""
     ready, _ = ray.wait(list(streams), timeout=timeout, fetch_local=False)
     return ready

@@ -19,7 +19,7 @@ import ray
 from trainer.cluster import reaper
 from trainer.cluster.environment import cluster_address
 from trainer.config import ClusterConfig
-from trainer.errors import RunError
+from trainer.errors import ConfigError, RunError, first_line
 
 KNOCK_TIMEOUT_S = 10.0
 SOCKET_PATH_MAX = 103  # characters of a Unix socket's path, on macOS; Linux takes 107
@@ -76,7 +76,7 @@ class RaySession:
         needed = math.ceil(self._cfg.workers * self._cfg.cpus_per_worker)
         self._folder = tempfile.mkdtemp(prefix="trainer-", dir=_short_folder())
         self._reaper = subprocess.Popen(
-            [sys.executable, "-I", reaper.__file__, self._folder],
+            [sys.executable, "-P", reaper.__file__, self._folder],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a signal to our process group must not end it first
         )
@@ -90,13 +90,18 @@ class RaySession:
 
     def _connect(self) -> None:
         address = cluster_address(self._cfg)
+        if address and address.startswith(("ray://", "http://", "https://")):
+            raise ConfigError(
+                f"cluster.address or RAY_ADDRESS={address}: results cannot be streamed through it; "
+                "run on a node of the cluster (ray job submit) and give host:port or auto"
+            )
         try:
             _knock(address)
             ray.init(address=address, logging_level=logging.ERROR, runtime_env=self._runtime_env())
         except Exception as error:
             raise RunError(
                 f"no Ray cluster answers at {address} (cluster.address or RAY_ADDRESS): "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
 
     def _runtime_env(self) -> dict[str, Any]:

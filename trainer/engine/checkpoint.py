@@ -1,18 +1,71 @@
-"""Weights as bytes: the content of a safetensors file, made by a worker, written by the driver."""
+"""Tensors and states as the bytes of a safetensors file: nothing is pickled.
 
+The tensors of a nested state are those of the file; the rest of the state is JSON in its metadata.
+Workers make such bytes, the driver writes them (trainer.sealed).
+"""
+
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
+from trainer.sealed import split
 
-def to_bytes(state: Mapping[str, Tensor]) -> bytes:
-    """A state_dict as the content of a safetensors file.
+STATE = "state"
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Named tensors as the content of a safetensors file.
 
     Tied tensors are written under each of their names, so that `load_state_dict` takes the file
     as it is.
     """
     separate = {
-        key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()
+        key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()
     }
-    return safetensors.torch.save(separate, metadata={"format": "pt"})
+    return safetensors.torch.save(separate, metadata={"format": "pt", **(metadata or {})})
+
+
+def pack(state: Mapping[str, Any]) -> bytes:
+    """A nested state of mappings, lists, tensors and plain values as a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _strip(state, "", tensors)
+    return to_bytes(tensors, {STATE: json.dumps(skeleton)})
+
+
+def unpack(content: bytes) -> dict[str, Any]:
+    """The state that `pack` was given; tuples come back as lists."""
+    tensors = safetensors.torch.load(content)
+    header, _ = split(content)
+    state: dict[str, Any] = _fill(json.loads(header["__metadata__"][STATE]), tensors)
+    return state
+
+
+def _strip(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON skeleton of a state; its tensors go into `tensors` under their paths."""
+    if isinstance(node, Tensor):
+        tensors[path] = node
+        return {"tensor": path}
+    if isinstance(node, Mapping):
+        pairs = [[key, _strip(value, f"{path}/{key}", tensors)] for key, value in node.items()]
+        return {"mapping": pairs}
+    if isinstance(node, list | tuple):
+        return {"list": [_strip(value, f"{path}/{i}", tensors) for i, value in enumerate(node)]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"value": node}
+    raise TypeError(f"{path}: a {type(node).__name__} cannot be kept in a checkpoint")
+
+
+def _fill(node: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "mapping":
+            return {key: _fill(value, tensors) for key, value in content}
+        case "list":
+            return [_fill(value, tensors) for value in content]
+        case _:
+            return content

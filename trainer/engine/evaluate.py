@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.data.order import shard
 from trainer.data.split import Split
@@ -21,10 +21,13 @@ class Metrics:
 def evaluate(model: nn.Module, split: Split, runtime: Runtime) -> Metrics:
     """Evaluate in the run's precision; the model comes back in the mode that it was in.
 
+    Buffers such as batch norm's running statistics differ between ranks, which saw different
+    samples: rank 0's count, here and in every checkpoint.
     The workers' sums are added as float64, in which counts are exact; loss differs between worker
     counts by rounding alone.
     """
-    world = runtime.world
+    world, precision = runtime.world, runtime.arithmetic()
+    world.broadcast(_running_statistics(model))
     share = shard(torch.arange(len(split)), world.rank, world.size)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, targets
     training = model.training
@@ -32,8 +35,9 @@ def evaluate(model: nn.Module, split: Split, runtime: Runtime) -> Metrics:
     with torch.no_grad():
         for batch in split.batches(share.split(runtime.batch_size) if len(share) else (), None):
             inputs, targets = runtime.place_batch(*batch)
-            with runtime.precision.autocast():
+            with precision.autocast():
                 logits = model(inputs)
+            world.pulse.beat()
             sums[0] += cross_entropy(logits.float(), targets, reduction="sum").double()
             sums[1] += (logits.argmax(-1) == targets).sum()
             sums[2] += targets.numel()
@@ -41,3 +45,10 @@ def evaluate(model: nn.Module, split: Split, runtime: Runtime) -> Metrics:
     world.all_reduce(sums)
     loss, correct, count = sums.tolist()
     return Metrics(loss=loss / count, accuracy=correct / count)
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that checkpoints keep."""
+    parameters = {id(p) for p in model.parameters()}
+    state = model.state_dict(keep_vars=True)
+    return [tensor for tensor in state.values() if id(tensor) not in parameters]

@@ -6,18 +6,25 @@ every worker weighs its share so that the mean over workers is the mean over the
 short last batches and empty shares too.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import FitConfig
+from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import Split
-from trainer.engine.optim import build_optimizer, lr_factor, set_lr
+from trainer.engine.optim import build_optimizer, load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime, cross_entropy
+from trainer.errors import Diverged
+
+Ask = Callable[[], int]
+"""What this rank wants all ranks to hear after the step: a small number, 0 for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,8 @@ class StepResult:
     lr: float
     applied: bool  # False: skipped by loss scaling
     sent_bytes: int  # gradient bytes that this worker sent
+    asked: int  # the sum of what the ranks asked; the same on all
+    state: Callable[[], dict[str, Any]]  # what `fit` needs to go on from here
 
 
 def steps_in(samples: int, batch_size: int, cfg: FitConfig) -> tuple[int, int]:
@@ -43,7 +52,13 @@ def steps_in(samples: int, batch_size: int, cfg: FitConfig) -> tuple[int, int]:
 
 
 def fit(
-    model: nn.Module, split: Split, cfg: FitConfig, runtime: Runtime, epochs_before: int = 0
+    model: nn.Module,
+    split: Split,
+    cfg: FitConfig,
+    runtime: Runtime,
+    epochs_before: int = 0,
+    start: Mapping[str, Any] | None = None,
+    ask: Ask = lambda: 0,
 ) -> Iterator[StepResult]:
     """Train `model` in place on `split`, yielding after every optimizer step.
 
@@ -54,22 +69,36 @@ def fit(
         runtime: world, precision, and what all phases share.
         epochs_before: epochs of earlier phases; order, augmentation and dropout go by the epoch of
             the run, so that no phase repeats what another saw.
+        start: go on from this `StepResult.state`, with the model as it was then.
+        ask: called on each rank in each step; all ranks get the sum.
+
+    Raises:
+        Diverged: the loss is NaN or infinite; all ranks raise it in the same step.
     """
     per_epoch, total = steps_in(len(split), runtime.batch_size, cfg)
     if total == 0:
         return
-    world, precision = runtime.world, runtime.precision
+    world, precision = runtime.world, runtime.arithmetic()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(runtime.optimizer, parameters)
     peak = cfg.lr if cfg.lr is not None else float(runtime.optimizer["lr"])
-    reducer = Reducer(parameters, world, runtime.allreduce)
-    model.train()
     step = 0
+    if start is not None:
+        step = start["step"]
+        load_state(optimizer, start["optimizer"])
+        precision.scaler.load_state_dict(start["scaler"])
+
+    def state() -> dict[str, Any]:
+        scaler = precision.scaler.state_dict()
+        return {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler}
+
+    reducer = Reducer(parameters, world, runtime.allreduce, extras=2)
+    model.train()
     try:
-        for epoch in range(cfg.epochs):
+        for epoch in range(step // per_epoch, cfg.epochs):
             run_epoch = epochs_before + epoch
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
-            batches = batches[: total - step]
+            batches = batches[step % per_epoch :][: total - step]
             shares = [_micro_batches(b, world.rank, world.size, cfg.accumulate) for b in batches]
             loaded = split.batches((micro for share in shares for micro in share), run_epoch)
             for batch, share in zip(batches, shares, strict=True):
@@ -77,8 +106,10 @@ def fit(
                 set_lr(optimizer, lr)
                 _seed_step(runtime, epochs_before * per_epoch + step)
                 reducer.zero_grad()
-                loss: Tensor | None = None
+                asked = float(ask())
+                loss = torch.zeros((), device=world.device)
                 if not share:
+                    reducer.extra.copy_(torch.tensor([0.0, asked]))
                     reducer.arm()
                 for number, micro in enumerate(share, start=1):
                     inputs, targets = runtime.place_batch(*next(loaded))
@@ -86,24 +117,37 @@ def fit(
                         part = cross_entropy(model(inputs), targets)
                     weight = len(micro) * world.size / len(batch)
                     part = part if weight == 1 else part * weight
+                    loss += part.detach()
                     if number == len(share):
+                        reducer.extra.copy_(torch.stack([loss, loss.new_tensor(asked)]))
                         reducer.arm()
                     precision.backward(part)
-                    loss = part.detach() if loss is None else loss + part.detach()
                 reducer.finish()
+                mean_loss, mean_asked = reducer.extra.tolist()
+                if not math.isfinite(mean_loss):
+                    raise Diverged(
+                        f"the loss is {mean_loss} in step {step + 1} (epoch {epoch + 1}) at "
+                        f"a learning rate of {lr:g}: lower optimizer.lr, warm up, or clip"
+                    )
                 update = precision.step(optimizer, parameters, cfg.clip)
                 step += 1
+                world.pulse.step = step
+                world.pulse.beat()
                 yield StepResult(
                     step=step,
                     total=total,
                     epoch=epoch,
                     epoch_ends=step % per_epoch == 0 or step == total,
                     samples=len(batch),
-                    loss=torch.zeros((), device=world.device) if loss is None else loss,
+                    loss=loss,
                     lr=lr,
                     applied=update.applied,
                     sent_bytes=reducer.sent_bytes,
+                    asked=round(mean_asked * world.size),
+                    state=state,
                 )
+                if step == total:
+                    return
     finally:
         reducer.close()
 
@@ -116,7 +160,7 @@ def _micro_batches(batch: Tensor, rank: int, size: int, accumulate: int) -> list
 
 def _seed_step(runtime: Runtime, step: int) -> None:
     """Seed dropout by (seed, step of the run, rank): a resumed run draws the same numbers."""
-    mixed = hash((runtime.seed, step, runtime.world.rank)) & 0x7FFF_FFFF_FFFF_FFFF
+    mixed = mix(runtime.seed, step, runtime.world.rank)
     if runtime.world.device.type == "cuda":
         torch.cuda.manual_seed(mixed)
     else:

@@ -1,7 +1,8 @@
 """Optimizers by name, and learning-rate schedules as pure functions of the step."""
 
+import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from trainer.build import check_arguments, target
 from trainer.config import FitConfig
 from trainer.errors import ConfigError
+
+OWN_KERNELS = {"fused", "foreach", "differentiable"}  # settings that choose among kernels
 
 
 def build_optimizer(
@@ -35,12 +38,23 @@ def build_optimizer(
     if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
         raise ConfigError(f"optimizer.lr={lr}: it must be a number above 0")
     parameters = list(parameters)
-    if "fused" not in options and _fused_works(kind, parameters):
+    if "closure" in _needed(kind.step):
+        raise ConfigError(
+            f"optimizer._target_={settings['_target_']}: it evaluates the loss several times "
+            "a step (a closure), which data-parallel training does not offer"
+        )
+    if not OWN_KERNELS & options.keys() and _fused_works(kind, parameters):
         options["fused"] = True
     try:
         return kind(parameters, **options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {kind.__name__} refuses its settings: {error}") from error
+
+
+def _needed(function: Callable[..., Any]) -> set[str]:
+    """The arguments that a function cannot do without."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.default is inspect.Parameter.empty}
 
 
 def _fused_works(kind: type[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> bool:
@@ -50,6 +64,19 @@ def _fused_works(kind: type[torch.optim.Optimizer], parameters: list[nn.Paramete
     except (RuntimeError, TypeError, ValueError):
         return False
     return True
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict`, with the moments in the memory format of their parameters.
+
+    Files keep tensors contiguous; fused kernels walk parameter and moments as they lie in memory,
+    and would pair the wrong values of a channels_last weight.
+    """
+    optimizer.load_state_dict(dict(state))
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def lr_factor(step: int, total: int, steps_per_epoch: int, fit: FitConfig) -> float:

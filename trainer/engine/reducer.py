@@ -101,7 +101,8 @@ class Reducer:
             for position in sorted(bucket.missing):
                 bucket.take(position)
         self._launch_complete()
-        self._courier.wait()
+        with self._world.pulse.waits():
+            self._courier.wait()
         for bucket in self._buckets:
             bucket.reset()
         self._launched = 0

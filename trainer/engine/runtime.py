@@ -18,7 +18,7 @@ class Runtime:
     """The world that trains, its arithmetic, and the settings that every phase shares."""
 
     world: World
-    precision: Precision
+    precision: str  # fp32, bf16 or fp16
     allreduce: AllReduceConfig
     optimizer: Mapping[str, Any]
     batch_size: int  # global: over all workers
@@ -29,6 +29,10 @@ class Runtime:
         """Move a model to the device and memory format of this run."""
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         return model.to(device=self.world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+    def arithmetic(self) -> Precision:
+        """Autocast and a fresh loss scaler, in this run's precision."""
+        return Precision(self.precision, self.world.device)
 
     def place_batch(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Move a batch to the device; 4-D inputs also to the memory format of the model."""

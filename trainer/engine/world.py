@@ -7,6 +7,7 @@ group, for NCCL's batched sends. Gradients take another way (reducer.py, over `W
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,34 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
 from trainer.errors import RunError
+
+
+class Pulse:
+    """Signs of life of one rank, for whoever watches it from another thread."""
+
+    def __init__(self) -> None:
+        self.beats = 0  # steps and batches done
+        self.waiting = False  # for other ranks, whose fault a standstill then is
+        self.phase = 0
+        self.step = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Phase and step that are being done."""
+        return self.phase, self.step
+
+    def beat(self) -> None:
+        """Say that something was done."""
+        self.beats += 1
+
+    @contextlib.contextmanager
+    def waits(self) -> Iterator[None]:
+        """Mark a wait for other ranks."""
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
 
 
 class World:
@@ -36,6 +65,8 @@ class World:
         self.size = size
         self.device = device
         self.transport = transport  # for the algorithms of ring.py; not while a collective runs
+        self.pulse = Pulse()
+        self.stop = threading.Event()  # set from outside: the run should end at its next step
         self._gloo = gloo  # a ProcessGroupGloo, whose methods torch's type stubs leave out
         self._store: Store | None = None
 
@@ -165,7 +196,8 @@ class World:
     def _named_errors(self, what: str) -> Iterator[None]:
         """Turn the back end's RuntimeError into the two errors that this class promises."""
         try:
-            yield
+            with self.pulse.waits():
+                yield
         except RuntimeError as error:
             kind = TimeoutError if "imed out" in str(error) else ConnectionError
             raise kind(f"{what} failed on rank {self.rank} of {self.size}: {error}") from error

@@ -1,10 +1,11 @@
 """From the configured mapping of phases to the phases, checked one by one and in their order."""
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
-from trainer.build import build
-from trainer.config import FitConfig
+from trainer.build import target
+from trainer.config import typed
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
 
@@ -30,9 +31,12 @@ def _build(key: str, settings: Mapping[str, Any]) -> Phase:
     fit = settings.get("fit")
     if not isinstance(fit, Mapping):
         raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
-    fit = {"_target_": f"{FitConfig.__module__}.{FitConfig.__qualname__}", **fit}
-    build(f"{key}.fit", fit, FitConfig)  # alone first: its errors then name their place
-    return build(key, {**settings, "fit": fit}, Phase)
+    kind = target(key, settings)
+    if not (isinstance(kind, type) and issubclass(kind, Phase) and is_dataclass(kind)):
+        raise ConfigError(
+            f"{key}._target_={settings['_target_']}: a phase is a dataclass that derives from Phase"
+        )
+    return typed(kind, {k: v for k, v in settings.items() if k != "_target_"}, key)
 
 
 def check_order(phases: Mapping[str, Phase]) -> None:

@@ -1,7 +1,7 @@
 """Pruning by magnitude: at once, or along a ramp during training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -42,13 +42,15 @@ class Prune(Phase):
     sparsity: float  # fraction of the weights that end as zero, in [0, 1)
     scope: str = "layer"  # layer: every layer reaches the sparsity | global: all of them together
     min_density: float = 0.01  # smallest fraction that any layer keeps, in [0, 1]
-    overrides: Mapping[str, float] = field(default_factory=dict)  # sparsity by name pattern
+    overrides: dict[str, float] = field(default_factory=dict)  # sparsity by name pattern
     schedule: str = "oneshot"  # oneshot | cubic
     begin: float = 0.0  # cubic: start of the ramp, a fraction of the fit's steps
     end: float = 0.75  # cubic: end of the ramp, likewise
     interval: int = 10  # cubic: steps between two masks
-    include: Sequence[str] = ("*",)  # name patterns of the weights to prune
-    exempt: Sequence[str] = ()  # name patterns of those not to prune after all
+    include: list[str] = field(
+        default_factory=lambda: ["*"]
+    )  # name patterns of the weights to prune
+    exempt: list[str] = field(default_factory=list)  # name patterns of those not to prune after all
     _present: dict[str, int] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:

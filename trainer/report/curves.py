@@ -11,6 +11,7 @@ class Curves:
     """Writes the messages of a run as scalars."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._writer = SummaryWriter(str(folder))
         self._before = 0  # steps of the phases that ended
 
@@ -34,6 +35,12 @@ class Curves:
                 self._before += message.record.steps
             case RunEnded():
                 self._add(0, {"test/accuracy": message.accuracy, "test/loss": message.loss})
+
+    def go_on(self, before: int, step: int) -> None:
+        """Go on from `step` of the phase after `before` steps; hide what was written later."""
+        self._writer.close()
+        self._writer = SummaryWriter(str(self._folder), purge_step=before + step + 1)
+        self._before = before
 
     def close(self) -> None:
         """Write what is still in memory."""

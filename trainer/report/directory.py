@@ -1,16 +1,19 @@
 """The run directory: everything that a run leaves on disk, written by the driver alone."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 
 
 class RunDirectory:
@@ -27,7 +30,10 @@ class RunDirectory:
         Raises:
             ConfigError: the folder cannot be made.
         """
-        candidate, number = wanted.absolute(), 1
+        wanted = candidate = wanted.resolve()
+        number = 1
+        if wanted == Path.cwd() or not wanted.name:
+            raise ConfigError(f"hydra.run.dir={wanted}: it must be a folder of the run's own")
         new_parents = [parent for parent in candidate.parents if not parent.exists()]
         while True:
             try:
@@ -50,26 +56,66 @@ class RunDirectory:
             except OSError:  # another run has moved in
                 return
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second driver out. Raises RunError where one is at work already."""
+        with (self.path / "config.yaml").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{self.path}: another process is at work on this run") from error
+            yield
+
+    def read_config(self) -> dict[str, Any]:
+        """What `write_config` wrote. Raises ConfigError where there is no run."""
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"resume={self.path}: there is no run to go on with: {error}"
+            ) from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"resume={self.path}: {path} holds no configuration")
+        return config
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json; None where the run has not ended yet."""
+        try:
+            summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return summary
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: all that is needed to run the same again."""
         self._replace("config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json."""
-        self._replace("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        self._replace("summary.json", (_json(summary, indent=2) + "\n").encode())
 
     def append_metrics(self, entry: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps(entry))
+        self._append("metrics.jsonl", _json(entry))
+
+    def cut_metrics(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Leave only the lines of metrics.jsonl that `keep` wants; a line cut short goes too."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                wanted = keep(json.loads(line))
+            except ValueError:  # the run was killed while it wrote
+                continue
+            kept += [line] if wanted else []
+        self._replace("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
 
     def log(self, text: str) -> None:
         """Lines of log.txt."""
         self._append("log.txt", text)
-
-    def write_checkpoint(self, number: int, name: str, weights: bytes) -> None:
-        """The weights at the end of a phase: checkpoints/01-train.safetensors and so on."""
-        (self.path / "checkpoints").mkdir(exist_ok=True)
-        self._replace(f"checkpoints/{number:02d}-{name}.safetensors", weights)
 
     def write_model(self, weights: bytes) -> None:
         """model.safetensors: the weights that the run ended with."""
@@ -83,6 +129,22 @@ class RunDirectory:
         aside = self.path / f"{name}.part"
         aside.write_bytes(content)
         os.replace(aside, self.path / name)
+
+
+def _json(record: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON text; what is NaN or infinite, for which JSON has no word, is null."""
+    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list():
+            return [_finite(item) for item in value]
+    return value
 
 
 def as_json(record: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """summary.json and the table at the end: the run in a few numbers, gathered from its messages."""
 
+import statistics
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -15,9 +17,14 @@ class Summary:
     def __init__(self, name: str, seed: int, precision: str) -> None:
         self._started = time.monotonic()
         self._facts: dict[str, Any] = {"name": name, "seed": seed, "precision": precision}
+        self.restarts = 0
         self.nodes: list[str] = []  # host name of each rank
         self._phases: list[PhaseRecord] = []
         self._test: RunEnded | None = None
+
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take over the records of phases that ended earlier."""
+        self._phases = [PhaseRecord(**record) for record in records]
 
     def on(self, message: Message) -> None:
         """Take in one message of the run."""
@@ -36,17 +43,16 @@ class Summary:
             status: done, failed, interrupted or limits.
             error: one line, where the run did not end well.
         """
-        trained = [p for p in self._phases if p.images_per_second]
-        speed = max((p.images_per_second or 0 for p in trained), default=None)
+        speeds = [p.images_per_second for p in self._phases if p.images_per_second]
         return {
             **self._facts,
             "status": status,
             "error": error,
             "workers": self._facts.get("workers"),
             "nodes": self.nodes,
-            "restarts": 0,
+            "restarts": self.restarts,
             "seconds": round(time.monotonic() - self._started, 3),
-            "images_per_second": speed,
+            "images_per_second": statistics.harmonic_mean(speeds) if speeds else None,
             "accuracy": self._test.accuracy if self._test else None,
             "loss": self._test.loss if self._test else None,
             "phases": [as_json(p) for p in self._phases],

@@ -1,0 +1,91 @@
+"""Checkpoints: what goes in comes out, and what was damaged is found."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from trainer.engine.checkpoint import pack, to_bytes, unpack
+from trainer.sealed import DamagedError, read_sealed, write_sealed
+
+
+def sealed(path, content, about):
+    with path.open("wb") as file:
+        write_sealed(file, content, about)
+    return path
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and (a == b or a != a)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_an_optimizer_comes_back_bit_for_bit(kind):
+    parameters = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(()))]
+    optimizer = kind(parameters, lr=0.1)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert equal(unpack(pack(state)), state)
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+
+
+@given(
+    st.dictionaries(
+        st.text() | st.integers(),
+        st.recursive(values, lambda n: st.lists(n) | st.dictionaries(st.text(), n)),
+    )
+)
+def test_any_plain_state_comes_back(state):
+    assert equal(unpack(pack(state)), state)
+
+
+def test_what_cannot_be_kept_is_named():
+    with pytest.raises(TypeError, match="/a/b: a set"):
+        pack({"a": {"b": {1}}})
+
+
+def test_tied_and_strided_tensors_are_an_ordinary_state_dict(tmp_path):
+    weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    path = sealed(tmp_path / "x", to_bytes({"a": weight, "b": weight}), {})
+    loaded = load_file(path)
+    assert torch.equal(loaded["a"], weight)
+    assert torch.equal(loaded["b"], weight)
+
+
+def test_a_sealed_file_says_what_it_is_about(tmp_path):
+    content = pack({"step": 3, "weights": torch.arange(5.0)})
+    path = sealed(tmp_path / "x", content, {"phase": 1, "name": "prune"})
+    read, about = read_sealed(path)
+    assert about == {"phase": 1, "name": "prune"}
+    assert equal(unpack(read), {"step": 3, "weights": torch.arange(5.0)})
+
+
+@given(st.data())
+def test_any_damage_is_found(tmp_path_factory, data):
+    buffer = io.BytesIO()
+    write_sealed(buffer, pack({"w": torch.arange(6.0), "n": 1}), {"phase": 0})
+    whole = bytearray(buffer.getvalue())
+    if data.draw(st.booleans(), "cut"):
+        damaged = bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    else:
+        position = data.draw(st.integers(0, len(whole) - 1))
+        whole[position] ^= 1 << data.draw(st.integers(0, 7))
+        damaged = bytes(whole)
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(damaged)
+    with pytest.raises(DamagedError):
+        read_sealed(path)

@@ -1,0 +1,134 @@
+"""Loss and speed of a phase, epoch by epoch, from the steps that one worker saw."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainer.engine.evaluate import Metrics
+from trainer.engine.loop import StepResult
+from trainer.engine.world import World
+from trainer.messages import EpochEnded, Progress
+
+PROGRESS_EVERY_S = 0.2
+
+
+class PhaseClock:
+    """Loss and speed of a phase. Evaluation does not count as training time."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.train_loss: float | None = None  # of the last whole epoch
+        self.kept = time.monotonic()  # when the last checkpoint was made
+        self._started = time.monotonic()
+        self._before = 0.0  # seconds of the phase before it was resumed
+        self._speed = 0.0
+        self._skipped = 0
+        self._all_samples = 0
+        self._all_seconds = 0.0
+        self._said = time.monotonic()
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self._samples = 0
+        self._applied = 0
+        self._steps = 0
+        self._epoch_started = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """All that outlives an interruption. A collective call: the loss is gathered on rank 0."""
+        self.world.all_reduce(self._loss)
+        if self.world.rank != 0:
+            self._loss.zero_()
+        return {
+            "loss": self._loss.item(),
+            "samples": self._samples,
+            "applied": self._applied,
+            "steps": self._steps,
+            "train_loss": self.train_loss,
+            "seconds": self.seconds(),
+            "epoch_seconds": time.monotonic() - self._epoch_started,
+            "all_samples": self._all_samples,
+            "all_seconds": self._all_seconds,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        if self.world.rank == 0:
+            self._loss.fill_(state["loss"])
+        self._samples, self._applied, self._steps = (
+            state[key] for key in ("samples", "applied", "steps")
+        )
+        self.train_loss = state["train_loss"]
+        self._before = state["seconds"]
+        self._epoch_started = time.monotonic() - state["epoch_seconds"]
+        self._all_samples, self._all_seconds = state["all_samples"], state["all_seconds"]
+
+    def seconds(self) -> float:
+        """Seconds that the phase has taken."""
+        return self._before + time.monotonic() - self._started
+
+    def count(self, step: StepResult) -> None:
+        """Add one step."""
+        self._loss += step.loss * step.samples
+        self._samples += step.samples
+        self._steps += 1
+        self._applied += step.applied
+
+    def progress_due(self) -> bool:
+        """Whether the last progress was said long enough ago."""
+        now = time.monotonic()
+        if now - self._said < PROGRESS_EVERY_S:
+            return False
+        self._said = now
+        return True
+
+    def progress(self, phase: str, epochs: int, step: StepResult) -> Progress:
+        """Where this worker is now."""
+        return Progress(
+            phase=phase,
+            epoch=step.epoch + 1,
+            epochs=epochs,
+            step=step.step,
+            steps=step.total,
+            loss=step.loss.item(),
+            lr=step.lr,
+            images_per_second=self._samples / max(time.monotonic() - self._epoch_started, 1e-9),
+        )
+
+    def end_epoch(self) -> None:
+        """Close the epoch: its mean loss over all workers. A collective call."""
+        self.world.all_reduce(self._loss)
+        total = self._loss.item()  # waits for what the device still has to do
+        seconds = max(time.monotonic() - self._epoch_started, 1e-9)
+        self.train_loss = total / (self._samples * self.world.size)
+        self._all_samples += self._samples
+        self._all_seconds += seconds
+        self._speed = self._samples / seconds
+        self._skipped = self._steps - self._applied
+        self._start_epoch()
+
+    def epoch(
+        self, phase: str, step: StepResult, validation: Metrics, sparsity: float
+    ) -> EpochEnded:
+        """The epoch that was closed last, and the start of the next one's time."""
+        self._epoch_started = time.monotonic()
+        assert self.train_loss is not None
+        return EpochEnded(
+            phase=phase,
+            epoch=step.epoch + 1,
+            step=step.step,
+            train_loss=self.train_loss,
+            loss=validation.loss,
+            accuracy=validation.accuracy,
+            lr=step.lr,
+            sparsity=sparsity,
+            images_per_second=self._speed,
+            skipped=self._skipped,
+        )
+
+    def overall(self) -> float | None:
+        """Samples per second of the whole phase; None where nothing was trained."""
+        return self._all_samples / self._all_seconds if self._all_seconds else None
