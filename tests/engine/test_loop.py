@@ -1,5 +1,6 @@
 """The loop: what it trains, in which order, and that the number of workers does not matter."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit, steps_in
 from trainer.engine.world import World
+from trainer.errors import Diverged
 
 ALONE = World.single(torch.device("cpu"))
 
@@ -122,6 +124,119 @@ def test_evaluation_counts_every_sample_once_and_keeps_the_mode():
     assert model.training
 
 
+def same_on_all(results):
+    """Whether all ranks ended with the same bits in every tensor."""
+    first, *others = results
+    return all(torch.equal(first[key], other[key]) for other in others for key in first)
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16"])
+def test_all_ranks_end_with_the_same_bits(ranks, wire):
+    def body(world):
+        ((weights, _, _, _),) = bodies.train(world, {"epochs": 2}, wire=wire, bucket_mb=1e-4)
+        return weights
+
+    assert same_on_all(ranks(3, body))
+
+
+def test_inf_on_one_rank_is_skipped_by_all(ranks):
+    """fp16: the last rank's gradient overflows in one step; loss scaling skips it everywhere."""
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.full_like(gradient, float("inf"))
+
+    def body(world):
+        split, model = bodies.problem()
+        run = bodies.runtime(world, precision="fp16")
+        applied, weights = [], []
+        plain = model.forward
+        if world.rank == world.size - 1:
+            model.forward = lambda x: Overflow.apply(plain(x))
+        for step in fit(model, split, FitConfig(epochs=1, max_steps=3), run):
+            model.forward = plain
+            applied.append(step.applied)
+            weights.append(copy.deepcopy(model.state_dict()))
+        return applied, weights
+
+    results = ranks(2, body)
+    assert [applied for applied, _ in results] == [[False, True, True]] * 2
+    assert same_on_all([weights[-1] for _, weights in results])
+    _, untouched = bodies.problem()
+    assert same_on_all([untouched.state_dict(), results[0][1][0]])
+
+
+def test_what_one_rank_asks_all_hear_in_the_same_step(ranks):
+    def body(world):
+        split, model = bodies.problem()
+        calls = iter(range(100))
+
+        def ask():
+            return 2 if world.rank == 0 and next(calls) == 3 else 0
+
+        settings = FitConfig(epochs=2)
+        steps = fit(model, split, settings, bodies.runtime(world, wire="bf16"), ask=ask)
+        return [step.asked for step in steps]
+
+    assert ranks(3, body) == [[0, 0, 0, 2, 0, 0, 0, 0, 0, 0]] * 3
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all_in_the_same_step(ranks):
+    def body(world):
+        split, model = bodies.problem()
+        done = []
+
+        def train():
+            for step in fit(model, split, FitConfig(epochs=1), bodies.runtime(world)):
+                done.append(step.step)
+                if step.step == 2 and world.rank == 1:
+                    split.inputs.fill_(float("nan"))
+
+        with pytest.raises(Diverged, match=r"step 3 .*learning rate of 0\.1"):
+            train()
+        return done
+
+    assert ranks(2, body) == [[1, 2], [1, 2]]
+
+
+def test_running_statistics_are_those_of_rank_0_when_evaluated(ranks):
+    def body(world):
+        split, _ = bodies.problem()
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        run = bodies.runtime(world)
+        list(fit(model, split, FitConfig(epochs=1), run))
+        before = copy.deepcopy(model.state_dict())
+        return before, evaluate(model, split, run), copy.deepcopy(model.state_dict())
+
+    (own0, metrics0, state0), (own1, metrics1, state1) = ranks(2, body)
+    assert not torch.equal(own0["1.running_mean"], own1["1.running_mean"])
+    assert same_on_all([state0, state1])
+    assert metrics0 == metrics1
+    split, _ = bodies.problem()
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model.load_state_dict(state0)
+    alone_metrics = evaluate(model, split, bodies.runtime(ALONE))
+    assert alone_metrics.accuracy == metrics0.accuracy
+    assert alone_metrics.loss == pytest.approx(metrics0.loss, rel=1e-6)
+
+
+def test_nothing_is_drawn_after_the_last_step(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "trainer.engine.loop.global_batches",
+        lambda *args: drawn.append(args) or global_batches(*args),
+    )
+    split, model = bodies.problem()
+    list(fit(model, split, FitConfig(epochs=1000, max_steps=3), bodies.runtime(ALONE)))
+    assert len(drawn) == 1
+
+
 @pytest.fixture(scope="module")
 def group(shared_ray):
     opened = open_group(ClusterConfig(workers=3, cpus_per_worker=0.5))
@@ -162,10 +277,3 @@ class TestWorkers:
         assert their_losses == pytest.approx(losses, rel=1e-4)
         for key in weights:
             torch.testing.assert_close(theirs[key], weights[key], rtol=1e-4, atol=1e-5)
-
-    def test_fp16_scaling_skips_on_all_workers_alike(self, group):
-        settings = {"epochs": 2}
-        ((first, _, _, _),) = together(group, settings, precision="fp16", wire="fp16")
-        ((again, _, _, _),) = together(group, settings, precision="fp16", wire="fp16")
-        assert all(torch.equal(first[key], again[key]) for key in first)
-        assert all(value.isfinite().all() for value in first.values())

@@ -7,6 +7,7 @@ gradient holds Inf or NaN is skipped and the scale halved (Micikevicius et al., 
 decision is taken on the averaged gradient, which has the same bits on every rank: all agree.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Update:
     """What came of one optimizer step."""
 
     applied: bool  # False: skipped, the gradient had Inf or NaN
-    grad_norm: Tensor | None  # L2 norm before clipping, 0-dim; None where nothing is clipped
+    grad_norm: Tensor | None  # L2 norm before clipping, 0-dim; None where it was not needed
 
 
 class Precision:
@@ -58,10 +59,20 @@ class Precision:
         parameters: Iterable[nn.Parameter],
         clip: float | None,
     ) -> Update:
-        """Unscale, clip to an L2 norm of `clip`, and apply or skip the gradient."""
+        """Unscale, clip to an L2 norm of `clip`, and apply or skip the gradient.
+
+        The optimizer is not called for a gradient that is skipped. GradScaler.step would leave that
+        to fused kernels, and torch's fused SGD (2.13) then starts from an uninitialised momentum if
+        the very first step is skipped, as it often is in fp16.
+        """
+        if not self.scaler.is_enabled():
+            norm = clip_grad_norm_(parameters, clip) if clip is not None else None
+            optimizer.step()
+            return Update(applied=True, grad_norm=norm)
         self.scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(parameters, clip) if clip is not None else None
-        before = self.scaler.get_scale()
-        self.scaler.step(optimizer)
+        norm = clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        applied = bool(norm.isfinite())
+        if applied:
+            optimizer.step()
         self.scaler.update()
-        return Update(applied=self.scaler.get_scale() >= before, grad_norm=norm)
+        return Update(applied=applied, grad_norm=norm)
