@@ -114,11 +114,10 @@ class _PhaseRun:
         """
         model, phase, cfg, world = self.model, self.phase, self.phase.fit, self.runtime.world
         world.pulse.phase, world.pulse.step = self.index, within["fit"]["step"] if within else 0
-        clock = PhaseClock(world)
+        started = time.monotonic()
         phase.enter(model, world)
         if within is not None:
             model.load_state_dict(within["model"])
-            clock.load(within["clock"])
         entered = counts(model)
         _, total = steps_in(len(self.data.train), self.runtime.batch_size, cfg)
         yield PhaseStarted(
@@ -130,6 +129,9 @@ class _PhaseRun:
             learnable=entered.learnable,
             sparsity=entered.sparsity,
         )
+        clock = PhaseClock(world, started)
+        if within is not None:
+            clock.load(within["clock"])
         last: StepResult | None = None
         try:
             for last in fit(

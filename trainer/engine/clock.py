@@ -17,11 +17,12 @@ PROGRESS_EVERY_S = 0.2
 class PhaseClock:
     """Loss and speed of a phase. Evaluation does not count as training time."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, started: float) -> None:
+        """Args: started: when the phase began, by time.monotonic(); its first epoch begins now."""
         self.world = world
         self.train_loss: float | None = None  # of the last whole epoch
         self.kept = time.monotonic()  # when the last checkpoint was made
-        self._started = time.monotonic()
+        self._started = started
         self._before = 0.0  # seconds of the phase before it was resumed
         self._speed = 0.0
         self._skipped = 0
@@ -72,7 +73,7 @@ class PhaseClock:
 
     def count(self, step: StepResult) -> None:
         """Add one step."""
-        self._loss += step.loss * step.samples
+        self._loss.add_(step.loss, alpha=step.samples)
         self._samples += step.samples
         self._steps += 1
         self._applied += step.applied

@@ -27,7 +27,7 @@ Ask = Callable[[], int]
 """What this rank wants all ranks to hear after the step: a small number, 0 for nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
     """One optimizer step, as this worker saw it."""
 
@@ -93,6 +93,7 @@ def fit(
         return {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler}
 
     reducer = Reducer(parameters, world, runtime.allreduce, extras=2)
+    loss_slot, asked_slot = reducer.extra.unbind()
     model.train()
     try:
         for epoch in range(step // per_epoch, cfg.epochs):
@@ -106,10 +107,10 @@ def fit(
                 set_lr(optimizer, lr)
                 _seed_step(runtime, epochs_before * per_epoch + step)
                 reducer.zero_grad()
-                asked = float(ask())
-                loss = torch.zeros((), device=world.device)
+                asked_slot.fill_(ask())
+                loss: Tensor | None = None
                 if not share:
-                    reducer.extra.copy_(torch.tensor([0.0, asked]))
+                    loss = loss_slot.zero_().clone()
                     reducer.arm()
                 for number, micro in enumerate(share, start=1):
                     inputs, targets = runtime.place_batch(*next(loaded))
@@ -117,11 +118,12 @@ def fit(
                         part = cross_entropy(model(inputs), targets)
                     weight = len(micro) * world.size / len(batch)
                     part = part if weight == 1 else part * weight
-                    loss += part.detach()
+                    loss = part.detach() if loss is None else loss + part.detach()
                     if number == len(share):
-                        reducer.extra.copy_(torch.stack([loss, loss.new_tensor(asked)]))
+                        loss_slot.copy_(loss)
                         reducer.arm()
                     precision.backward(part)
+                assert loss is not None
                 reducer.finish()
                 mean_loss, mean_asked = reducer.extra.tolist()
                 if not math.isfinite(mean_loss):
