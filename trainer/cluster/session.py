@@ -15,6 +15,7 @@ import tempfile
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from trainer.cluster import reaper
 from trainer.cluster.environment import cluster_address
@@ -99,6 +100,11 @@ class RaySession:
             _knock(address)
             ray.init(address=address, logging_level=logging.ERROR, runtime_env=self._runtime_env())
         except Exception as error:
+            if _refused(error):
+                raise RunError(
+                    f"the Ray cluster at {address} refuses the token: set RAY_AUTH_MODE=token, and "
+                    "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own"
+                ) from error
             raise RunError(
                 f"no Ray cluster answers at {address} (cluster.address or RAY_ADDRESS): "
                 f"{first_line(error)}"
@@ -119,6 +125,15 @@ def _knock(address: str | None) -> None:
     host, _, port = (address or "").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is about the token."""
+    while error is not None:
+        if isinstance(error, AuthenticationError) or "Unauthenticated" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _short_folder() -> str:

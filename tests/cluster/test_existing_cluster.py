@@ -1,0 +1,153 @@
+"""On a Ray cluster that was there before: by its address, and as a job submitted to it.
+
+The cluster is one node with folder, ports and token of its own, on the loopback interface. It is
+ended by the reaper that ends private Rays, so that it goes even if these tests are killed.
+"""
+
+import importlib.util
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trainer.cluster import reaper
+
+pytestmark = pytest.mark.integration
+
+HAS_JOBS = importlib.util.find_spec("aiohttp_cors") is not None
+SCRIPTS = Path(sys.executable).parent
+SHORT = [
+    *("+experiment=smoke", "cluster.start_timeout_s=90", "phases.train.fit.epochs=1"),
+    *("data.train=200", "data.validation=100", "data.test=100"),
+]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray node. `environ` is what its owner has set: the token, and where ray is."""
+
+    folder: Path
+    address: str
+    dashboard: str
+    environ: Mapping[str, str]
+
+    def call(self, *command: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env={**self.environ, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=100,
+        )
+
+    def train(self, *arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trainer", *SHORT, *arguments]
+        return self.call(*command, f"cluster.address={self.address}", cwd=cwd, **environ)
+
+    def secret_in(self, *places: Path) -> list[Path]:
+        """The files below `places` that hold the token."""
+        secret = self.environ["RAY_AUTH_TOKEN"].encode()
+        files = [path for place in places for path in place.rglob("*") if path.is_file()]
+        return [path for path in files if secret in path.read_bytes()]
+
+    def processes(self) -> list[psutil.Process]:
+        """Those whose command line names the folder."""
+        found = psutil.process_iter(["cmdline"])
+        return [p for p in found if str(self.folder) in " ".join(p.info["cmdline"] or ())]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Not pytest's tmp_path: Ray's sockets need a short path.
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    port, dashboard, client, agent = free_ports(4)
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environ = inherited | {
+        "HOME": str(folder),  # no token of the user's own may be found, or be written there
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind the loopback interface only
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    cluster = Cluster(folder, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environ)
+    command = [sys.executable, "-P", reaper.__file__, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as undertaker:
+        started = cluster.call(
+            *("ray", "start", "--head", "--num-cpus=2", "--num-gpus=0"),
+            *(f"--port={port}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
+            *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+            *(f"--include-dashboard={HAS_JOBS}", "--object-store-memory=100000000"),
+            cwd=folder,
+        )
+        try:
+            assert started.returncode == 0, started.stdout
+            assert environ["RAY_AUTH_TOKEN"] not in started.stdout
+            yield cluster
+        finally:
+            undertaker.communicate()
+    deadline = time.monotonic() + 10
+    while cluster.processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cluster.processes() == []
+    assert not folder.exists()
+
+
+def test_joins_by_address_and_leaves_the_cluster_as_it_was(cluster, tmp_path):
+    before = {process.pid for process in cluster.processes()}
+    done = cluster.train("hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "2 workers on cpu" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["workers"]) == ("done", 2)
+    assert before <= {process.pid for process in cluster.processes()}
+    assert cluster.environ["RAY_AUTH_TOKEN"] not in done.stdout
+    assert cluster.secret_in(tmp_path, cluster.folder) == []
+
+
+def test_without_the_token_nobody_is_let_in(cluster, tmp_path):
+    # Ray asks again and again, twenty times by default.
+    done = cluster.train(cwd=tmp_path, RAY_AUTH_TOKEN="wrong", RAY_NUM_REDIS_GET_RETRIES="1")
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("failed: ")
+    assert cluster.address in done.stdout
+
+
+@pytest.mark.skipif(
+    not HAS_JOBS, reason="ray job submit is in ray[default]: pip install .[cluster]"
+)
+def test_runs_as_a_submitted_job(cluster, tmp_path):
+    """The job joins its own cluster by RAY_ADDRESS, and workers get the folder's code."""
+    code, results = tmp_path / "code", tmp_path / "results"
+    code.mkdir()
+    (code / "mynet.py").write_text("from trainer.models import LeNet300 as Net\n")
+    submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(code)]
+    command = ["python", "-m", "trainer", *SHORT, "model={_target_: mynet.Net}"]
+    done = cluster.call(
+        *submit, "--", *command, "cluster.workers=2", f"hydra.run.dir={results}", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 workers on cpu" in done.stdout
+    assert json.loads((results / "summary.json").read_text())["status"] == "done"
+    assert cluster.environ["RAY_AUTH_TOKEN"] not in done.stdout
+    assert cluster.secret_in(tmp_path, cluster.folder) == []
