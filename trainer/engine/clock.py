@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.engine.evaluate import Metrics
 from trainer.engine.loop import StepResult
@@ -12,6 +13,7 @@ from trainer.engine.world import World
 from trainer.messages import EpochEnded, Progress
 
 PROGRESS_EVERY_S = 0.2
+SUM_EVERY = 1000  # steps whose losses are kept before they are summed
 
 
 class PhaseClock:
@@ -32,7 +34,8 @@ class PhaseClock:
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self._loss = 0.0
+        self._losses: list[tuple[Tensor, int]] = []  # of steps that are not in the sum yet
         self._samples = 0
         self._applied = 0
         self._steps = 0
@@ -40,11 +43,10 @@ class PhaseClock:
 
     def state(self) -> dict[str, Any]:
         """All that outlives an interruption. A collective call: the loss is gathered on rank 0."""
-        self.world.all_reduce(self._loss)
-        if self.world.rank != 0:
-            self._loss.zero_()
+        total = self._total_loss()
+        self._loss = total if self.world.rank == 0 else 0.0
         return {
-            "loss": self._loss.item(),
+            "loss": self._loss,
             "samples": self._samples,
             "applied": self._applied,
             "steps": self._steps,
@@ -58,7 +60,7 @@ class PhaseClock:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         if self.world.rank == 0:
-            self._loss.fill_(state["loss"])
+            self._loss = state["loss"]
         self._samples, self._applied, self._steps = (
             state[key] for key in ("samples", "applied", "steps")
         )
@@ -73,10 +75,27 @@ class PhaseClock:
 
     def count(self, step: StepResult) -> None:
         """Add one step."""
-        self._loss.add_(step.loss, alpha=step.samples)
+        self._losses.append((step.loss, step.samples))
+        if len(self._losses) == SUM_EVERY:
+            self._sum_losses()
         self._samples += step.samples
         self._steps += 1
         self._applied += step.applied
+
+    def _sum_losses(self) -> None:
+        """Add up what `count` has put aside, in order: the sum does not depend on when it is done."""
+        if self._losses:
+            losses = torch.stack([loss for loss, _ in self._losses]).tolist()
+            for loss, (_, samples) in zip(losses, self._losses, strict=True):
+                self._loss += loss * samples
+            self._losses.clear()
+
+    def _total_loss(self) -> float:
+        """The loss of all workers' samples so far. A collective call."""
+        self._sum_losses()
+        total = torch.tensor(self._loss, dtype=torch.float64, device=self.world.device)
+        self.world.all_reduce(total)
+        return total.item()
 
     def progress_due(self) -> bool:
         """Whether the last progress was said long enough ago."""
@@ -101,8 +120,7 @@ class PhaseClock:
 
     def end_epoch(self) -> None:
         """Close the epoch: its mean loss over all workers. A collective call."""
-        self.world.all_reduce(self._loss)
-        total = self._loss.item()  # waits for what the device still has to do
+        total = self._total_loss()  # waits for what the device still has to do
         seconds = max(time.monotonic() - self._epoch_started, 1e-9)
         self.train_loss = total / (self._samples * self.world.size)
         self._all_samples += self._samples

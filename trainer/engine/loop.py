@@ -157,7 +157,8 @@ def fit(
 def _micro_batches(batch: Tensor, rank: int, size: int, accumulate: int) -> list[Tensor]:
     """This rank's share of a global batch, in at most `accumulate` non-empty pieces."""
     share = shard(batch, rank, size)
-    return [piece for piece in share.tensor_split(accumulate) if len(piece)]
+    pieces = share.tensor_split(accumulate) if accumulate > 1 else (share,)
+    return [piece for piece in pieces if len(piece)]
 
 
 def _seed_step(runtime: Runtime, step: int) -> None:

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Update:
     """What came of one optimizer step."""
 
