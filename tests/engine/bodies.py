@@ -1,6 +1,7 @@
 """Small trainings that every rank of a group executes."""
 
 import copy
+import threading
 
 import torch
 from torch import nn
@@ -12,13 +13,17 @@ from trainer.engine.loop import fit
 from trainer.engine.runtime import Runtime
 
 
+BUILDING = threading.Lock()  # ranks that are threads share torch's random state
+
+
 def problem(samples=70, features=6, classes=3):
     """A split whose last batch is short, and a net without batch norm and dropout."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(samples, features, generator=generator)
     targets = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long()
-    torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(features, 8), nn.Tanh(), nn.Linear(8, classes))
+    with BUILDING:
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(features, 8), nn.Tanh(), nn.Linear(8, classes))
     return TensorSplit(inputs, targets), model
 
 

@@ -207,8 +207,9 @@ def test_a_loss_that_is_nan_on_one_rank_ends_all_in_the_same_step(ranks):
 def test_running_statistics_are_those_of_rank_0_when_evaluated(ranks):
     def body(world):
         split, _ = bodies.problem()
-        torch.manual_seed(4)
-        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        with bodies.BUILDING:
+            torch.manual_seed(4)
+            model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
         run = bodies.runtime(world)
         list(fit(model, split, FitConfig(epochs=1), run))
         before = copy.deepcopy(model.state_dict())

@@ -83,7 +83,7 @@ class PhaseClock:
         self._applied += step.applied
 
     def _sum_losses(self) -> None:
-        """Add up what `count` has put aside, in order: the sum does not depend on when it is done."""
+        """Add up what `count` has put aside, in order: it does not matter when this is done."""
         if self._losses:
             losses = torch.stack([loss for loss, _ in self._losses]).tolist()
             for loss, (_, samples) in zip(losses, self._losses, strict=True):
