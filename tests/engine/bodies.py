@@ -12,7 +12,6 @@ from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit
 from trainer.engine.runtime import Runtime
 
-
 BUILDING = threading.Lock()  # ranks that are threads share torch's random state
 
 
