@@ -171,7 +171,8 @@ def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):
         assert main([*overrides, "model._target_=broken.Net"]) == 1
     finally:
         sys.path.remove(str(tmp_path))
-    said = capsys.readouterr().err
+    shown, said = capsys.readouterr()
+    assert "not starting again: the same error came again at the same step" in shown
     assert "worker 0 on" in said
     assert "ArithmeticError: out of order" in said
     assert said.count("\n") == 1

@@ -256,7 +256,7 @@ class TestWorkers:
         return [int(pid) for pid, _, args in rows if int(pid) in below and "ray::Worker" in args]
 
     def test_a_killed_and_a_stopped_worker_cost_nothing_but_time(self, tmp_path, monkeypatch):
-        """One run undisturbed; one whose workers are killed, frozen, and then interrupted."""
+        """One run undisturbed; one in which one worker is killed and the other frozen."""
         monkeypatch.chdir(tmp_path)
         assert self.start("undisturbed").wait(100) == 0
         run = self.start("disturbed")

@@ -153,7 +153,7 @@ class _Run:
         losses.append(lost.loss)
         reason = why_not_restart(losses, self.cfg.cluster.max_restarts)
         if reason is not None:
-            lost.add_note(reason)
+            self._say(f"not starting again: {reason}")
             raise lost
         self.summary.restarts += 1
         self.directory.log(lost.detail)

@@ -22,7 +22,7 @@ def write_sealed(file: BinaryIO, content: bytes, about: Mapping[str, Any]) -> No
     """Write `content`, the bytes of a safetensors file, with its seal.
 
     Args:
-        about: plain values for `read_about`, stored as JSON beside the seal.
+        about: plain values that `read_sealed` gives back, stored as JSON beside the seal.
     """
     header, data = split(content)
     header["__metadata__"]["about"] = json.dumps(about)
