@@ -18,7 +18,7 @@ from trainer.__main__ import main
 from trainer.cluster.inline import InlineGroup
 from trainer.config import ClusterConfig, Config, typed
 from trainer.engine.world import World
-from trainer.messages import Checkpoint, PhaseEnded, RunEnded, RunStopped
+from trainer.messages import Checkpoint, PhaseEnded, RunStopped
 from trainer.run import Start, experiment
 
 FIT = {"epochs": 2, "schedule": "cosine"}
@@ -31,7 +31,11 @@ PHASES = {
         "interval": 2,
         "fit": FIT,
     },
-    "retrain": {"_target_": "trainer.phases.Retrain", "fit": {**FIT, "accumulate": 2, "clip": 1.0}},
+    "retrain": {
+        "_target_": "trainer.phases.Retrain",
+        "fit": {**FIT, "accumulate": 2, "clip": 1.0, "distill": {"weight": 0.5}},
+    },
+    "share": {"_target_": "trainer.phases.Share", "bits": 2, "fit": {**FIT, "lr": 0.001}},
 }
 STEPS = 8  # per phase: two epochs of 50 samples in batches of 16
 
@@ -61,26 +65,25 @@ def config(**changes):
 
 
 def run(cfg, start=None, stop_at=None):
-    """(weights, metrics, place to go on from) of a run that is asked to stop at a step."""
+    """(weights, validation, place to go on from) of a run that is asked to stop at a step."""
     world = World.single(torch.device("cpu"))
     if stop_at is not None and stop_at[1] == 0:
         world.stop.set()
     start = start or Start(0)
-    weights, found, test = start.weights, None, None
+    weights, found, validation = start.weights, None, None
     phase = start.phase
     for message in experiment(world, cfg, start):
         if isinstance(message, PhaseEnded):
             weights, phase = message.weights, message.index + 1
+            validation = (message.record.accuracy, message.record.loss)
         if isinstance(message, Checkpoint):
             found = message
-        if isinstance(message, RunEnded):
-            test = (message.accuracy, message.loss)
         if isinstance(message, RunStopped):
             within = found.content if found and found.phase == phase else None
-            return weights, test, Start(phase, weights, within)
+            return weights, None, Start(phase, weights, within)
         if stop_at and world.pulse.place >= (stop_at[0], stop_at[1]):
             world.stop.set()
-    return weights, test, None
+    return weights, validation, None
 
 
 @pytest.mark.parametrize(
@@ -114,12 +117,12 @@ def test_a_run_stopped_many_times_ends_in_the_same_bits():
     cfg = config()
     undisturbed, test, _ = run(cfg)
     start, stops = None, 0
-    for phase in range(3):
+    for phase in range(len(PHASES)):
         for step in (1, 3, 5):
             _, _, start = run(cfg, start, (phase, step))
             stops += start is not None
     weights, again, _ = run(cfg, start)
-    assert stops == 9
+    assert stops == 3 * len(PHASES)
     assert (weights, again) == (undisturbed, test)
 
 

@@ -4,7 +4,8 @@
     python -m trainer +experiment=NAME [key=value ...]
     python -m trainer resume=RUN_DIR                    go on where it stopped
 
-Exit codes: 0 done, 1 failed, 2 wrong configuration (nothing was started), 130 and 143 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong configuration (nothing was started), 3 done but a limit was
+missed, 130 and 143 interrupted.
 """
 
 import argparse
@@ -23,12 +24,16 @@ from yaml import YAMLError
 
 from trainer.config import Config, typed
 from trainer.driver import drive, resume
-from trainer.errors import ConfigError, Interrupted, RunError, first_line
+from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
 from trainer.report.directory import RunDirectory
 from trainer.signals import Signals
 
-DONE, FAILED, WRONG_CONFIG = 0, 1, 2
-RESUMABLE = ("cluster.", "checkpoint.")  # settings that do not make a resumed run another run
+DONE, FAILED, WRONG_CONFIG, LIMITS = 0, 1, 2, 3
+RESUMABLE = (
+    "cluster.",
+    "checkpoint.",
+    "limits.",
+)  # settings that do not make a resumed run another run
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,6 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     except RunError as error:
         print(f"failed: {_told(error)}", file=sys.stderr)
         return FAILED
+    except LimitsMissed as error:
+        print(f"limits missed: {error}", file=sys.stderr)
+        return LIMITS
     except Interrupted as error:
         print(str(error), file=sys.stderr)
         return error.exit_code

@@ -12,12 +12,27 @@ from trainer.config import Config
 from trainer.engine.optim import build_optimizer
 from trainer.errors import ConfigError
 from trainer.phases import build_phases
+from trainer.phases.stages import check_teachers, stages
 from trainer.run import build_model, check_phases, data_settings
 
 
-def check(cfg: Config) -> None:
-    """Raise ConfigError for the first thing that is wrong with `cfg`."""
+def check(cfg: Config) -> nn.Module | None:
+    """Raise ConfigError for the first thing that is wrong with `cfg`.
+
+    Returns:
+        The model on the meta device; None where it cannot be built so, but perhaps for real.
+    """
     phases = build_phases(cfg.phases)
+    check_teachers(phases, cfg.init_from is not None)
+    if (
+        cfg.limits.max_accuracy_drop is not None
+        and stages(phases)[0].phase < 0
+        and not cfg.init_from
+    ):
+        raise ConfigError(
+            f"limits.max_accuracy_drop={cfg.limits.max_accuracy_drop:g}: there is no dense model "
+            "to compare with; put a train phase first, or set init_from"
+        )
     build_optimizer(cfg.optimizer, [nn.Parameter(torch.zeros(1))])
     data = data_settings(cfg)
     check_arguments("data", target("data", data), data)
@@ -25,6 +40,7 @@ def check(cfg: Config) -> None:
     model = _meta_model(cfg)
     if model is not None:
         check_phases(phases, model)
+    return model
 
 
 def _meta_model(cfg: Config) -> nn.Module | None:

@@ -75,6 +75,19 @@ def _keys(schema: Any) -> list[str]:
 
 
 @dataclass
+class DistillConfig:
+    """How much a phase learns from the experiment's own dense model."""
+
+    weight: float = 0.0  # of the teacher in the loss, in [0, 1]; 0: labels alone
+    temperature: float = 4.0  # that softens the outputs of both
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"weight={self.weight}: it must be between 0 and 1")
+        at_least("temperature", self.temperature, 0, excluded=True)
+
+
+@dataclass
 class FitConfig:
     """How a phase trains. `epochs: 0` means that there is nothing to train."""
 
@@ -87,6 +100,7 @@ class FitConfig:
     accumulate: int = 1  # micro-batches per optimizer step
     clip: float | None = None  # maximum L2 norm of the whole gradient; null: no clipping
     max_steps: int | None = None  # stop after so many optimizer steps; null: epochs decide
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         at_least("fit.epochs", self.epochs, 0)
@@ -128,6 +142,33 @@ class CheckpointConfig:
         at_least("checkpoint.every_steps", self.every_steps, 1)
         at_least("checkpoint.every_seconds", self.every_seconds, 0, excluded=True)
         at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass
+class ArtifactConfig:
+    """The compressed model file that a run leaves."""
+
+    make: bool = False  # write model.dcz at the end and measure what it decodes to
+    numbers: str = "fp16"  # type of codebooks, biases and norms in it: fp16 (where it fits) | fp32
+    coder: str = "auto"  # of positions and indices: auto (the smallest) | huffman | ans | context
+
+    def __post_init__(self) -> None:
+        one_of("artifact.numbers", self.numbers, ("fp16", "fp32"))
+        one_of("artifact.coder", self.coder, ("auto", "huffman", "ans", "context"))
+
+
+@dataclass
+class LimitsConfig:
+    """What the result must reach; a run that misses a limit ends with exit code 3."""
+
+    max_accuracy_drop: float | None = None  # test accuracy below the dense model's, as a fraction
+    min_ratio: float | None = None  # 4 bytes per parameter / bytes of model.dcz
+    max_megabytes: float | None = None  # of model.dcz, in 10^6 bytes
+
+    def __post_init__(self) -> None:
+        at_least("limits.max_accuracy_drop", self.max_accuracy_drop, 0)
+        at_least("limits.min_ratio", self.min_ratio, 0, excluded=True)
+        at_least("limits.max_megabytes", self.max_megabytes, 0, excluded=True)
 
 
 @dataclass
@@ -192,12 +233,15 @@ class Config:
     data: dict[str, Any]
     optimizer: dict[str, Any]
     phases: dict[str, dict[str, Any]]
+    init_from: str | None = None  # file with the initial weights: .safetensors, .pt or .dcz
     seed: int = 0
     precision: str = "fp32"
     channels_last: bool = False
     allreduce: AllReduceConfig = field(default_factory=AllReduceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def __post_init__(self) -> None:
         file_name("name", self.name)
@@ -214,3 +258,9 @@ class Config:
                 "global batch is shared out, so it must hold at least one sample per worker"
             )
         one_of("precision", self.precision, PRECISIONS)
+        for limit in ("min_ratio", "max_megabytes"):
+            if getattr(self.limits, limit) is not None and not self.artifact.make:
+                raise ConfigError(
+                    f"limits.{limit}={getattr(self.limits, limit)}: it judges the compressed file; "
+                    "set artifact.make=true"
+                )

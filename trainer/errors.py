@@ -30,6 +30,10 @@ class Diverged(RunError):
     """The loss became NaN or infinite; training again would do the same."""
 
 
+class LimitsMissed(Exception):
+    """The run ended, but its result misses a limit of the configuration: exit code 3."""
+
+
 class Interrupted(BaseException):
     """A signal asked the run to end. Not an Exception, so that no handler takes it for a failure.
 

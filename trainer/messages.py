@@ -101,11 +101,12 @@ class RunStopped:
 
 
 @dataclass(frozen=True)
-class RunEnded:
-    """The final model on the test set, measured once."""
+class Measured:
+    """One model on the test set."""
 
-    accuracy: float
-    loss: float
+    name: str
+    accuracy: float  # fraction
+    loss: float  # nats
 
 
 Message = (
@@ -116,5 +117,5 @@ Message = (
     | Checkpoint
     | PhaseEnded
     | RunStopped
-    | RunEnded
+    | Measured
 )

@@ -5,6 +5,7 @@ two phases is plain weights. What a watcher should know is yielded as messages; 
 the driver, so that the body needs no rank-specific branches.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.engine.clock import PhaseClock
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import StepResult, fit, steps_in
+from trainer.engine.objective import Distilled, Objective, supervised
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
 from trainer.errors import ConfigError, Diverged
@@ -31,11 +33,11 @@ from trainer.messages import (
     PhaseEnded,
     PhaseRecord,
     PhaseStarted,
-    RunEnded,
     RunStarted,
     RunStopped,
 )
 from trainer.phases import Phase, build_phases
+from trainer.phases.stages import stages
 
 GO_ON, KEEP, STOP = 0, 1, 2  # what rank 0 may ask of all ranks after a step
 
@@ -47,22 +49,15 @@ class Start:
     phase: int  # index of the first phase to run
     weights: bytes | None = None  # what the phase before it left; None: the initial weights
     within: bytes | None = None  # `Checkpoint.content` of that phase; None: from its beginning
+    baseline: bytes | None = None  # what the dense stage left; None: `weights`, or still to come
 
 
 def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
-    """Run the phases of `cfg` on this worker, and measure the result on the test set."""
+    """Run the phases of `cfg` on this worker. The test set is not touched (trainer.measure)."""
     torch.manual_seed(cfg.seed)
     data = build_data(cfg)
     phases = build_phases(cfg.phases)
-    runtime = Runtime(
-        world=world,
-        precision=cfg.precision,
-        allreduce=cfg.allreduce,
-        optimizer=cfg.optimizer,
-        batch_size=int(cfg.data["batch_size"]),
-        seed=cfg.seed,
-        channels_last=cfg.channels_last,
-    )
+    runtime = build_runtime(world, cfg)
     model = runtime.place(build_model(cfg))
     check_phases(phases, model)
     if start.weights is not None:
@@ -77,19 +72,22 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
         test=len(data.test),
     )
     epochs_before = 0
+    baseline, teacher = stages(phases)[0].phase, None
     for index, (name, phase) in enumerate(phases.items()):
         if index >= start.phase:
-            if _should_stop(world):
+            if should_stop(world):
                 yield RunStopped()
                 return
+            if index > baseline and teacher is None:
+                teacher = _teacher(model, list(phases.values())[index:], start.baseline)
             within = unpack(start.within) if start.within and index == start.phase else None
-            run = _PhaseRun(index, name, phase, model, data, runtime, epochs_before, cfg.checkpoint)
+            run = _PhaseRun(
+                index, name, phase, model, teacher, data, runtime, epochs_before, cfg.checkpoint
+            )
             yield from run.messages(within)
             if run.stopped:
                 return
         epochs_before += phase.fit.epochs
-    metrics = evaluate(model, data.test, runtime)
-    yield RunEnded(accuracy=metrics.accuracy, loss=metrics.loss)
 
 
 @dataclass
@@ -100,6 +98,7 @@ class _PhaseRun:
     name: str
     phase: Phase
     model: nn.Module
+    teacher: nn.Module | None  # to distil from, where the phase does
     data: Splits
     runtime: Runtime
     epochs_before: int
@@ -142,6 +141,7 @@ class _PhaseRun:
                 self.epochs_before,
                 within and within["fit"],
                 lambda: self._ask(clock),
+                self._objective(),
             ):
                 phase.after_step(model, world, last.step, last.total)
                 clock.count(last)
@@ -189,6 +189,13 @@ class _PhaseRun:
         weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
         yield PhaseEnded(index=self.index, record=record, weights=weights)
 
+    def _objective(self) -> Objective:
+        distill = self.phase.fit.distill
+        if not distill.weight:
+            return supervised
+        assert self.teacher is not None  # check_teachers
+        return Distilled(self.teacher, distill.weight, distill.temperature)
+
     def _ask(self, clock: PhaseClock) -> int:
         """What this rank asks: rank 0 hears the driver and watches the time."""
         world, every = self.runtime.world, self.checkpoint.every_seconds
@@ -203,6 +210,19 @@ class _PhaseRun:
         if self.runtime.world.rank == 0:
             content = pack({"model": self.model.state_dict(), **state})
         return Checkpoint(phase=self.index, step=step, content=content)
+
+
+def build_runtime(world: World, cfg: Config) -> Runtime:
+    """The world with what all phases share."""
+    return Runtime(
+        world=world,
+        precision=cfg.precision,
+        allreduce=cfg.allreduce,
+        optimizer=cfg.optimizer,
+        batch_size=int(cfg.data["batch_size"]),
+        seed=cfg.seed,
+        channels_last=cfg.channels_last,
+    )
 
 
 def build_data(cfg: Config) -> Splits:
@@ -233,7 +253,21 @@ def check_phases(phases: Mapping[str, Phase], model: nn.Module) -> None:
             raise ConfigError(f"phases.{name}: {error}") from error
 
 
-def _should_stop(world: World) -> bool:
+def _teacher(model: nn.Module, left: list[Phase], weights: bytes | None) -> nn.Module | None:
+    """A copy of the dense model, if one of the phases that are left learns from it.
+
+    Args:
+        model: the dense one, or one of its kind where `weights` are given.
+    """
+    if not any(phase.fit.distill.weight for phase in left):
+        return None
+    teacher = copy.deepcopy(model)
+    if weights is not None:
+        teacher.load_state_dict(safetensors.torch.load(weights))
+    return teacher
+
+
+def should_stop(world: World) -> bool:
     """Whether rank 0 was asked to stop; the same answer on all ranks."""
     asked = torch.tensor(int(world.rank == 0 and world.stop.is_set()), device=world.device)
     world.all_reduce(asked)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.engine.objective import cross_entropy
 from trainer.engine.precision import Precision
-from trainer.engine.runtime import cross_entropy
 
 CPU = torch.device("cpu")
 

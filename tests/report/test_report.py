@@ -11,17 +11,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer.errors import ConfigError, RunError
 from trainer.messages import (
     EpochEnded,
+    Measured,
     PhaseEnded,
     PhaseRecord,
     PhaseStarted,
     Progress,
-    RunEnded,
     RunStarted,
 )
 from trainer.report.console import Console
 from trainer.report.curves import Curves
 from trainer.report.directory import RunDirectory
-from trainer.report.summary import Summary, megabytes, table
+from trainer.report.summary import Summary, megabytes, phase_table
 
 RECORD = PhaseRecord(
     name="train",
@@ -47,7 +47,7 @@ MESSAGES = [
     EpochEnded("train", 1, 10, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, skipped=3),
     EpochEnded("train", 2, 20, 0.25, 0.1, 0.975, 0.0, 0.92, 512.0, skipped=0),
     PhaseEnded(index=0, record=RECORD, weights=b""),
-    RunEnded(accuracy=0.96, loss=0.12),
+    Measured("dense", accuracy=0.96, loss=0.12),
 ]
 
 
@@ -84,6 +84,8 @@ def test_the_summary_is_complete_at_any_moment():
     assert early["phases"] == []
     for message in MESSAGES:
         summary.on(message)
+    assert summary.tested["dense"].accuracy == 0.96
+    summary.result = {"accuracy": 0.96, "loss": 0.12}
     done = summary.as_dict("done")
     assert set(early) | {"device"} == set(done)
     assert (done["name"], done["seed"], done["precision"], done["workers"]) == (
@@ -102,7 +104,8 @@ def test_the_table_shows_every_phase_and_the_test_error():
     for message in MESSAGES:
         summary.on(message)
     out = Terminal(file=io.StringIO(), width=120)
-    out.print(table(summary.as_dict("done")))
+    summary.result = {"accuracy": 0.96, "loss": 0.12}
+    out.print(phase_table(summary.as_dict("done")))
     text = out.file.getvalue()
     for part in ("mine: done", "train", "97.50%", "8.0%", "4 kB", "error 4.00%"):
         assert part in text
@@ -127,7 +130,7 @@ def test_curves_count_steps_over_all_phases(tmp_path):
         (10, 0.2), (20, 0.1), (30, 0.2), (40, 0.1)
     ]  # fmt: skip
     assert [e.step for e in events.Scalars("train/loss")] == [5, 25]
-    assert [e.step for e in events.Scalars("test/accuracy")] == [40]
+    assert [e.step for e in events.Scalars("test/dense_accuracy")] == [40]
 
 
 def test_a_taken_name_gets_a_suffix_and_discard_removes_what_was_made(tmp_path):

@@ -1,4 +1,4 @@
-"""Weights that are computed from what is learnt instead: the base of all, masked, and packed.
+"""Weights that are computed from what is learnt instead: masked, packed, shared, and their base.
 
 A `Compression` sits on a weight through torch.nn.utils.parametrize, so that every use of
 `module.weight` gets the dense weight while the optimizer, the reducer and the checkpoint see only
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
+
+from trainer.compress.codebooks import Codebook
 
 
 class Compression(nn.Module):
@@ -129,6 +131,41 @@ class Packed(Compression):
 
     def gradient(self, grad: Tensor) -> Tensor:
         return self.flat(grad.to_dense()).take(self.index)  # an embedding's may be sparse
+
+
+class Shared(Compression):
+    """The learnt tensor is a codebook: every survivor has the value of its cluster, all others are
+    zero.
+
+    The gradient of a value is the sum over its cluster (Han, Mao & Dally, Deep Compression, ICLR
+    2016, arXiv:1510.00149, section 3.3), so that optimizer state, gradients and all-reduce are a
+    few numbers per layer. Zero is no entry: a learnt zero would drift, and the sparsity with it.
+    """
+
+    index: Tensor
+    sizes: Tensor
+
+    def __init__(self, weight: Tensor, codebook: Codebook) -> None:
+        """Args: codebook: of `weight`, codes in its shape."""
+        super().__init__(weight)
+        self._values = codebook.values
+        codes, order = self.flat(codebook.codes).sort(stable=True)
+        sizes = codes.bincount(minlength=len(codebook.values) + 1)
+        # Cluster by cluster, in one fixed order: sums are the same in each run, also on a GPU.
+        self.register_buffer("index", order[int(sizes[0]) :].clone(), persistent=False)
+        self.register_buffer("sizes", sizes[1:], persistent=False)
+        self._lengths = sizes[1:].tolist()
+
+    def learnt(self, weight: Tensor) -> Tensor:
+        return self._values.clone()
+
+    def write(self, learnt: Tensor) -> None:
+        values = learnt.repeat_interleave(self.sizes, output_size=len(self.index))
+        self.dense.data.index_copy_(0, self.index, values)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        taken = self.flat(grad.to_dense()).take(self.index)
+        return torch.stack([piece.sum() for piece in taken.split(self._lengths)])
 
 
 def compression(module: nn.Module, name: str) -> Compression | None:

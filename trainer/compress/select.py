@@ -84,6 +84,22 @@ def match(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
     return {name: result[name] for name in names if name in result}
 
 
+def choose(
+    model: nn.Module, include: Iterable[str], exempt: Iterable[str]
+) -> dict[str, list[Place]]:
+    """The weights that a pattern of `include` matches and none of `exempt`; see `match`.
+
+    Raises:
+        ConfigError: a pattern that matches no weight, or no weight is left.
+    """
+    places = weights(model)
+    wanted = match(dict.fromkeys(include, True) | dict.fromkeys(exempt, False), places)
+    chosen = {name: found for name, found in places.items() if wanted.get(name)}
+    if not chosen:
+        raise ConfigError(f"include={[*include]}, exempt={[*exempt]}: no weight is left")
+    return chosen
+
+
 def module_of(name: str) -> str:
     """ "fc1" of "fc1.weight"; empty for a weight of the model itself."""
     return name.rpartition(".")[0]

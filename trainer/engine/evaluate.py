@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from trainer.data.order import shard
 from trainer.data.split import Split
-from trainer.engine.runtime import Runtime, cross_entropy
+from trainer.engine.objective import cross_entropy
+from trainer.engine.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from trainer.config import FitConfig
 from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import Split
+from trainer.engine.objective import Objective, supervised
 from trainer.engine.optim import build_optimizer, load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
-from trainer.engine.runtime import Runtime, cross_entropy
+from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
 
 Ask = Callable[[], int]
@@ -59,6 +60,7 @@ def fit(
     epochs_before: int = 0,
     start: Mapping[str, Any] | None = None,
     ask: Ask = lambda: 0,
+    objective: Objective = supervised,
 ) -> Iterator[StepResult]:
     """Train `model` in place on `split`, yielding after every optimizer step.
 
@@ -71,6 +73,7 @@ def fit(
             the run, so that no phase repeats what another saw.
         start: go on from this `StepResult.state`, with the model as it was then.
         ask: called on each rank in each step; all ranks get the sum.
+        objective: what is minimised.
 
     Raises:
         Diverged: the loss is NaN or infinite; all ranks raise it in the same step.
@@ -115,7 +118,7 @@ def fit(
                 for number, micro in enumerate(share, start=1):
                     inputs, targets = runtime.place_batch(*next(loaded))
                     with precision.autocast():
-                        part = cross_entropy(model(inputs), targets)
+                        part = objective(model, inputs, targets)
                     weight = len(micro) * world.size / len(batch)
                     part = part if weight == 1 else part * weight
                     loss = part.detach() if loss is None else loss + part.detach()

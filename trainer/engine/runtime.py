@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trainer.config import AllReduceConfig
 from trainer.engine.precision import Precision
@@ -40,11 +39,3 @@ class Runtime:
         if self.channels_last and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, targets.to(self.world.device, non_blocking=True)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of logits [..., classes] against integer targets [...].
-
-    Every leading dimension counts alike, so a language model's [batch, time, vocabulary] works.
-    """
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)

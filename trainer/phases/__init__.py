@@ -1,9 +1,10 @@
-"""What training may do to a model: train, prune, retrain, or a phase of your own."""
+"""What training may do to a model: train, prune, retrain, share, or a phase of your own."""
 
 from trainer.phases.base import Phase
 from trainer.phases.build import build_phases, check_order
 from trainer.phases.prune import Prune
 from trainer.phases.retrain import Retrain
+from trainer.phases.share import Share
 from trainer.phases.train import Train
 
-__all__ = ["Phase", "Prune", "Retrain", "Train", "build_phases", "check_order"]
+__all__ = ["Phase", "Prune", "Retrain", "Share", "Train", "build_phases", "check_order"]

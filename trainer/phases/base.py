@@ -21,8 +21,12 @@ class Phase:
 
     kind: ClassVar[str]  # what summary.json calls it
     makes: ClassVar[frozenset[str]] = frozenset()  # what later phases must keep, such as "zeros"
-    keeps: ClassVar[frozenset[str]] = frozenset()  # what its training does not destroy
     fit: FitConfig  # how it trains; epochs 0: not at all
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        """What its training does not destroy, such as "zeros"."""
+        return frozenset()
 
     def check(self, model: nn.Module) -> None:
         """Refuse settings that do not fit `model`. Called before anything starts.

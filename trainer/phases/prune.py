@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from trainer.compress.install import fold, install
 from trainer.compress.masks import cubic_sparsity, largest, share
 from trainer.compress.parametrize import Masked, compression
-from trainer.compress.select import Place, match, weights
+from trainer.compress.select import Place, choose, match, weights
 from trainer.config import FitConfig, one_of
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
-from trainer.phases.retrain import pack
+from trainer.phases.retrain import preserve
 
 
 @dataclass
@@ -36,7 +36,6 @@ class Prune(Phase):
 
     kind: ClassVar[str] = "prune"
     makes: ClassVar[frozenset[str]] = frozenset({"zeros"})
-    keeps: ClassVar[frozenset[str]] = frozenset({"zeros"})
 
     fit: FitConfig
     sparsity: float  # fraction of the weights that end as zero, in [0, 1)
@@ -52,6 +51,10 @@ class Prune(Phase):
     )  # name patterns of the weights to prune
     exempt: list[str] = field(default_factory=list)  # name patterns of those not to prune after all
     _present: dict[str, int] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        return frozenset({"zeros"})
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, ("layer", "global"))
@@ -93,7 +96,7 @@ class Prune(Phase):
             for name, mask in masks.items():
                 values[name].masked_fill_(~mask, 0)
         if self.fit.epochs:
-            pack(model, world)  # what is not masked keeps the zeros that it has
+            preserve(model, world)  # what is not masked keeps the zeros that it has
 
     def after_step(self, model: nn.Module, world: World, step: int, total: int) -> None:
         if self.schedule == "oneshot":
@@ -112,15 +115,7 @@ class Prune(Phase):
 
     def _chosen(self, model: nn.Module) -> dict[str, list[Place]]:
         """The weights to prune. Raises ConfigError where the settings do not fit them."""
-        places = weights(model)
-        wanted = match(
-            dict.fromkeys(self.include, True) | dict.fromkeys(self.exempt, False), places
-        )
-        chosen = {name: found for name, found in places.items() if wanted.get(name)}
-        if not chosen:
-            raise ConfigError(
-                f"include={[*self.include]}, exempt={[*self.exempt]}: no weight is left"
-            )
+        chosen = choose(model, self.include, self.exempt)
         sizes = {name: found[0].value.numel() for name, found in chosen.items()}
         _, pool, keep = self._targets(sizes, sizes, 1.0)
         if sum(self._floor(sizes[name]) for name in pool) > keep:

@@ -1,14 +1,16 @@
-"""Training of what pruning left, and of nothing else."""
+"""Training of what pruning and sharing left, and of nothing else."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
 
+from trainer.compress.codebooks import codebook_of
 from trainer.compress.install import fold, install
-from trainer.compress.parametrize import Packed, compression
+from trainer.compress.parametrize import Compression, Packed, Shared, compression
 from trainer.compress.select import weights
-from trainer.config import FitConfig
+from trainer.config import FitConfig, one_of
 from trainer.engine.world import World
 from trainer.phases.base import Phase
 
@@ -19,34 +21,49 @@ class Retrain(Phase):
 
     The learnable parameter of a weight that has zeros is the vector of its other values, so that
     optimizer state, gradients, all-reduce and checkpoints shrink with the density. Weights without
-    zeros stay dense.
+    zeros stay dense. With `keep: [zeros, sharing]` a weight that has few distinct values keeps them
+    few: its codebook is what is learnt.
     """
 
     kind: ClassVar[str] = "retrain"
-    keeps: ClassVar[frozenset[str]] = frozenset({"zeros"})
 
     fit: FitConfig
+    keep: list[str] = field(default_factory=lambda: ["zeros"])  # what stays: zeros, sharing
+
+    def __post_init__(self) -> None:
+        for what in self.keep:
+            one_of("keep", what, ("zeros", "sharing"))
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        return frozenset(self.keep)
 
     def enter(self, model: nn.Module, world: World) -> None:
-        pack(model, world)
+        preserve(model, world, self.keeps)
 
     def leave(self, model: nn.Module) -> None:
         fold(model)
 
 
-def pack(model: nn.Module, world: World) -> None:
-    """Let every plain weight that has zeros be learnt as the vector of its survivors.
+def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({"zeros"})) -> None:
+    """Let every plain weight be learnt as what earlier phases left of it.
 
-    Rank 0 says which survive, so that the vectors of all ranks have one length.
+    Rank 0 says which survive and which are equal, so that the vectors of all ranks have one length.
+
+    Args:
+        keep: "zeros": a weight with zeros is learnt as the vector of its survivors; "sharing": one
+            with few distinct values is learnt as its codebook, which keeps its zeros as well.
     """
-    plain = {
-        name: places[0].value.detach()
-        for name, places in weights(model).items()
-        if compression(*places[0]) is None
-    }
-    masks = {name: weight != 0 for name, weight in plain.items()}
-    world.broadcast(masks.values())
-    install(
-        model,
-        {name: Packed(plain[name], mask) for name, mask in masks.items() if not mask.all()},
-    )
+    made: dict[str, Compression] = {}
+    for name, places in weights(model).items():
+        if compression(*places[0]) is not None:
+            continue
+        weight = places[0].value.detach()
+        world.broadcast([weight])
+        book = codebook_of(weight) if "sharing" in keep else None
+        mask = weight != 0
+        if book is not None:
+            made[name] = Shared(weight, book)
+        elif "zeros" in keep and not mask.all():
+            made[name] = Packed(weight, mask)
+    install(model, made)

@@ -1,5 +1,6 @@
 """The checkpoints of a run directory: written in the background, whole or not at all.
 
+checkpoints/00-initial.safetensors                 what init_from named
 checkpoints/01-train.safetensors                  the plain weights that phase 1 left
 checkpoints/02-prune-step-00000120.safetensors    phase 2 after 120 steps; a few are kept
 """
@@ -14,6 +15,8 @@ from typing import Any
 from trainer.errors import RunError
 from trainer.sealed import DamagedError, read_sealed, write_sealed
 
+_INITIAL = "00-initial.safetensors"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -21,7 +24,7 @@ class Point:
 
     phase: int  # index of the phase that runs next, or goes on
     step: int  # of that phase; 0 is its beginning
-    weights: bytes | None  # what the phase before it left; None: there is none
+    weights: bytes | None  # what the phase before it left, or init_from; None: there is none
     within: bytes | None  # the state of the phase at that step; None: it begins
     records: list[Mapping[str, Any]]  # of the phases that ended, as in summary.json
 
@@ -35,10 +38,31 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
+    def keep_initial(self, weights: bytes) -> None:
+        """Keep the weights to begin with, for good."""
+        self._write(_INITIAL, weights, {"initial": True})
+        self.wait()
+
+    def initial(self) -> bytes | None:
+        """What `keep_initial` kept; None where there is nothing, or it is damaged."""
+        found = self._read(self.folder / _INITIAL, lambda line: None)
+        return found and found[0]
+
+    def ended(self, names: list[str], phase: int) -> bytes:
+        """The weights at the end of a phase that ended, -1 for the initial ones.
+
+        Raises:
+            RunError: they are gone, or damaged.
+        """
+        path = self.folder / (_INITIAL if phase < 0 else _end(phase, names[phase]))
+        try:
+            return read_sealed(path)[0]
+        except (DamagedError, OSError) as error:
+            raise RunError(f"{error}: resume the run to make it anew") from error
+
     def phase_ended(self, phase: int, record: Mapping[str, Any], weights: bytes) -> None:
         """Keep the weights at the end of a phase, for good."""
-        name = f"{phase + 1:02d}-{record['name']}.safetensors"
-        self._write(name, weights, {"phase": phase, "record": record})
+        self._write(_end(phase, record["name"]), weights, {"phase": phase, "record": record})
 
     def within_phase(self, phase: int, name: str, step: int, state: bytes) -> None:
         """Keep the state of a phase, and let older ones go."""
@@ -69,9 +93,9 @@ class Checkpoints:
         weights: bytes | None = None
         records: list[Mapping[str, Any]] = []
         for phase, name in enumerate(names):
-            ended = self._read(self.folder / f"{phase + 1:02d}-{name}.safetensors", say)
+            ended = self._read(self.folder / _end(phase, name), say)
             if ended is None:
-                return self._within(phase, name, weights, records, say)
+                return self._within(phase, name, weights or self.initial(), records, say)
             weights = ended[0]
             records.append(ended[1]["record"])
         return Point(len(names), 0, weights, None, records)
@@ -121,3 +145,7 @@ class Checkpoints:
         steps = sorted(self.folder.glob("*-step-*.safetensors"))
         for old in steps[: -self._keep] if "step" in about else steps:
             old.unlink()
+
+
+def _end(phase: int, name: str) -> str:
+    return f"{phase + 1:02d}-{name}.safetensors"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from trainer.messages import EpochEnded, Message, PhaseEnded, Progress, RunEnded
+from trainer.messages import EpochEnded, Measured, Message, PhaseEnded, Progress
 
 
 class Curves:
@@ -33,8 +33,9 @@ class Curves:
                 )
             case PhaseEnded():
                 self._before += message.record.steps
-            case RunEnded():
-                self._add(0, {"test/accuracy": message.accuracy, "test/loss": message.loss})
+            case Measured():
+                name = f"test/{message.name}"
+                self._add(0, {f"{name}_accuracy": message.accuracy, f"{name}_loss": message.loss})
 
     def go_on(self, before: int, step: int) -> None:
         """Go on from `step` of the phase after `before` steps; hide what was written later."""

@@ -121,6 +121,14 @@ class RunDirectory:
         """model.safetensors: the weights that the run ended with."""
         self._replace("model.safetensors", weights)
 
+    def write_artifact(self, content: bytes) -> None:
+        """model.dcz: the compressed model."""
+        self._replace("model.dcz", content)
+
+    def write_report(self, page: str) -> None:
+        """report.html."""
+        self._replace("report.html", page.encode())
+
     def _append(self, name: str, line: str) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(line + "\n")

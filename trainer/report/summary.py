@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from trainer.messages import Message, PhaseEnded, PhaseRecord, RunEnded, RunStarted
+from trainer.messages import Measured, Message, PhaseEnded, PhaseRecord, RunStarted
 from trainer.report.directory import as_json
 
 
@@ -19,12 +19,13 @@ class Summary:
         self._facts: dict[str, Any] = {"name": name, "seed": seed, "precision": precision}
         self.restarts = 0
         self.nodes: list[str] = []  # host name of each rank
-        self._phases: list[PhaseRecord] = []
-        self._test: RunEnded | None = None
+        self.phases: list[PhaseRecord] = []
+        self.tested: dict[str, Measured] = {}  # by name of the model
+        self.result: dict[str, Any] = {}  # what the test set said
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take over the records of phases that ended earlier."""
-        self._phases = [PhaseRecord(**record) for record in records]
+        self.phases = [PhaseRecord(**record) for record in records]
 
     def on(self, message: Message) -> None:
         """Take in one message of the run."""
@@ -32,9 +33,9 @@ class Summary:
             case RunStarted():
                 self._facts |= {"device": message.device, "workers": message.workers}
             case PhaseEnded():
-                self._phases.append(message.record)
-            case RunEnded():
-                self._test = message
+                self.phases.append(message.record)
+            case Measured():
+                self.tested[message.name] = message
 
     def as_dict(self, status: str, error: str | None = None) -> dict[str, Any]:
         """The content of summary.json.
@@ -43,7 +44,7 @@ class Summary:
             status: done, failed, interrupted or limits.
             error: one line, where the run did not end well.
         """
-        speeds = [p.images_per_second for p in self._phases if p.images_per_second]
+        speeds = [p.images_per_second for p in self.phases if p.images_per_second]
         return {
             **self._facts,
             "status": status,
@@ -53,13 +54,22 @@ class Summary:
             "restarts": self.restarts,
             "seconds": round(time.monotonic() - self._started, 3),
             "images_per_second": statistics.harmonic_mean(speeds) if speeds else None,
-            "accuracy": self._test.accuracy if self._test else None,
-            "loss": self._test.loss if self._test else None,
-            "phases": [as_json(p) for p in self._phases],
+            "accuracy": None,
+            "loss": None,
+            "baseline_accuracy": None,
+            "phases": [as_json(p) for p in self.phases],
+            **self.result,
         }
 
 
-def table(summary: dict[str, Any]) -> Table:
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """What the terminal shows of a finished run."""
+    artifact = summary.get("artifact")
+    compression = [stage_table(artifact), layer_table(artifact)] if artifact else []
+    return [phase_table(summary), *compression]
+
+
+def phase_table(summary: Mapping[str, Any]) -> Table:
     """The phases of a summary, a row each, and the test result; loss and accuracy on validation."""
     result = Table(title=f"{summary['name']}: {summary['status']}", title_justify="left")
     result.add_column("phase")
@@ -84,6 +94,44 @@ def table(summary: dict[str, Any]) -> Table:
             f"loss {summary['loss']:.4f}"
         )
         result.caption_justify = "left"
+    return result
+
+
+def stage_table(artifact: Mapping[str, Any]) -> Table:
+    """Bytes and test errors of each stage, beside the published ones where there are any."""
+    result = Table(title=f"{artifact['path']}: test set", title_justify="left")
+    result.add_column("stage")
+    for title in ("bytes", "ratio", "error", "published ratio", "error"):
+        result.add_column(title, justify="right", no_wrap=True)
+    for stage in artifact["stages"]:
+        published = stage["published"] or {}
+        result.add_row(
+            stage["name"],
+            f"{stage['bytes']:,}",
+            f"{stage['ratio']:.1f}x",
+            f"{1 - stage['accuracy']:.2%}",
+            f"{published['ratio']:g}x" if published.get("ratio") else "",
+            f"{published['error']:.2%}" if published.get("error") else "",
+        )
+    return result
+
+
+def layer_table(artifact: Mapping[str, Any]) -> Table:
+    """What each tensor takes in the file."""
+    result = Table()
+    result.add_column("tensor")
+    for title in ("values", "not zero", "kept", "bits", "bytes", "of the file"):
+        result.add_column(title, justify="right", no_wrap=True)
+    for layer in artifact["layers"]:
+        result.add_row(
+            layer["name"],
+            f"{layer['weights']:,}",
+            f"{layer['nonzero']:,}",
+            f"{layer['nonzero'] / max(1, layer['weights']):.1%}",
+            f"{layer['bits']:g}",
+            f"{layer['bytes']:,}",
+            f"{layer['bytes'] / artifact['bytes']:.1%}",
+        )
     return result
 
 

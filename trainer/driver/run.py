@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.cluster import Body, Loss, WorkerFailed, WorkerGroup, open_group, why_not_restart
 from trainer.config import Config
-from trainer.errors import ConfigError, Interrupted, RunError, first_line
+from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
 from trainer.messages import (
     Checkpoint,
     EpochEnded,
@@ -25,7 +25,8 @@ from trainer.messages import (
 from trainer.report.checkpoints import Checkpoints, Point
 from trainer.report.console import Console
 from trainer.report.directory import RunDirectory, as_json
-from trainer.report.summary import Summary, table
+from trainer.report.limits import missed
+from trainer.report.summary import Summary, tables
 from trainer.signals import Signals
 
 
@@ -57,23 +58,35 @@ def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path, signals: Signals)
 def resume(cfg: Config, folder: Path, signals: Signals) -> None:
     """Go on with the run in `folder` where it stopped; a finished one shows its summary again.
 
+    A finished one is held against the limits of `cfg`, which may be others than before.
+
     Raises as `drive`; the folder stays in any case.
     """
     directory = RunDirectory(folder.absolute())
     summary = directory.read_summary()
-    if summary and summary["status"] == "done":
-        with Console() as console:
-            console.terminal.print(table(summary))
-            console.say(f"the run in {directory.path} is done")
-        return
-    _drive(cfg, directory, signals)
+    if summary and summary["status"] in ("done", "limits"):
+        with directory.locked(), Console() as console:
+            _judge(summary, cfg, directory, console)
+    else:
+        _drive(cfg, directory, signals)
 
 
 def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
     with directory.locked(), Console() as console:
         summary = _Run(cfg, directory, console, signals).execute()
-        console.terminal.print(table(summary))
-        console.say(f"results in {directory.path}")
+        _judge(summary, cfg, directory, console)
+
+
+def _judge(summary: dict[str, Any], cfg: Config, directory: RunDirectory, console: Console) -> None:
+    """Show a finished run, and leave its status on disk. Raises LimitsMissed."""
+    misses = missed(summary, cfg.limits)
+    summary |= {"status": "limits" if misses else "done", "error": "; ".join(misses) or None}
+    directory.write_summary(summary)
+    for part in tables(summary):
+        console.terminal.print(part)
+    console.say(f"results in {directory.path}")
+    if misses:
+        raise LimitsMissed("; ".join(misses))
 
 
 class _Run:
@@ -96,8 +109,7 @@ class _Run:
         group: WorkerGroup | None = None
         try:
             group = open_group(self.cfg.cluster)
-            self._train(group)
-            self.checkpoints.wait()
+            self._work(group)
             return self._end("done")
         except Interrupted as error:
             self._end("interrupted", str(error))
@@ -115,34 +127,58 @@ class _Run:
             if group:
                 group.stop()
 
-    def _train(self, group: WorkerGroup) -> None:
+    def _work(self, group: WorkerGroup) -> None:
         with ThreadPoolExecutor(1) as background:
-            ready = background.submit(_imports_and_checks, self.cfg)
+            ready = background.submit(_imports_and_checks, self.cfg, self.checkpoints)
             try:
                 group.start()
             except RunError:
                 ready.result()  # a wrong configuration would explain more
                 raise
-            body, curves_type, start_type = ready.result()
+            ready.result()
+        from trainer.report.curves import Curves
+
         self.summary.nodes = group.nodes
-        self.curves = curves_type(self.directory.path / "tensorboard")
+        self.curves = Curves(self.directory.path / "tensorboard")
         losses: list[Loss] = []
         try:
             with self.signals.asking(group.stop_asked.set):
                 while True:
-                    point = self._rewind()
-                    start = start_type(point.phase, point.weights, point.within)
                     try:
-                        self._follow(group, body, start)
+                        self._train(group)
+                        self._measure(group)
                         return
                     except WorkerFailed as lost:
                         self._start_again(group, lost, losses)
         finally:
             self.curves.close()
 
-    def _follow(self, group: WorkerGroup, body: Body, start: Any) -> None:
-        """Take in all messages of one attempt."""
-        for message in group.run(body, self.cfg, start):
+    def _train(self, group: WorkerGroup) -> None:
+        """Run the phases, from the last checkpoint on."""
+        from trainer.driver.result import teacher_phase
+        from trainer.run import Start, experiment
+
+        point = self._rewind()
+        taught_by = teacher_phase(self.cfg, point.phase)
+        teacher = None if taught_by is None else self.checkpoints.ended(self.names, taught_by)
+        self._follow(group, experiment, Start(point.phase, point.weights, point.within, teacher))
+        self.checkpoints.wait()
+
+    def _measure(self, group: WorkerGroup) -> None:
+        """Make the artefact, and measure on the test set what each stage left and what it holds."""
+        from trainer.driver.result import Result
+        from trainer.measure import measure
+
+        last = self.summary.phases[-1]
+        result = Result(self.cfg, lambda p: self.checkpoints.ended(self.names, p), last)
+        if result.artifact:
+            self.directory.write_artifact(result.artifact)
+        self._follow(group, measure, result.models())
+        self.summary.result = result.facts(self.summary.tested)
+
+    def _follow(self, group: WorkerGroup, body: Body, *args: Any) -> None:
+        """Take in all messages of one body."""
+        for message in group.run(body, self.cfg, *args):
             self._on(message)
             if isinstance(message, RunStopped):
                 self.checkpoints.wait()
@@ -204,11 +240,11 @@ class _Run:
         return summary
 
 
-def _imports_and_checks(cfg: Config) -> tuple[Body, Any, Any]:
+def _imports_and_checks(cfg: Config, checkpoints: Checkpoints) -> None:
     """The heavy imports, and every check that can be made before workers exist."""
     from trainer.checks import check
-    from trainer.report.curves import Curves
-    from trainer.run import Start, experiment
+    from trainer.initial import initial_weights
 
-    check(cfg)
-    return experiment, Curves, Start
+    model = check(cfg)
+    if cfg.init_from and not checkpoints.initial():
+        checkpoints.keep_initial(initial_weights(Path(cfg.init_from), model))

@@ -1,0 +1,113 @@
+"""The frame of a .dcz file: magic, header, sections, each with its length and checksum.
+
+    "DCZ" version | header section | further sections | nothing after the last
+
+    section = length (varint) | payload | CRC-32 of the payload (4 bytes, little-endian)
+
+The header is JSON, deflated with a preset dictionary of what headers usually say. What the sections
+hold is known to trainer.artifact.write and trainer.artifact.read.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAGIC = b"DCZ\x01"
+HEADER_LIMIT = 1 << 24  # bytes of JSON
+
+# Part of the format: zlib finds these words without their being in the file. The likeliest last.
+DICTIONARY = (
+    b'"layer1.0.conv1.weight","layer1.0.bn1.running_mean","layer1.0.bn1.running_var",'
+    b'"layer1.0.bn1.num_batches_tracked","downsample.0.weight","lstm.weight_ih_l0",'
+    b'"lstm.weight_hh_l0","lstm.bias_ih_l0","lstm.bias_hh_l0","embedding.weight",'
+    b'"classifier.0.bias","features.0.weight","trainer.models.'
+    b'AlexNet","trainer.models.VGG16","trainer.models.ResNetCifar","trainer.models.ConvNet",'
+    b'"depth":2,"kernel_size":3,"width":16,"in_channels":1,"classes":10},'
+    b'"trainer.models.LeNet300","trainer.models.LeNet5",["i64",[],"r"],["conv3.weight",'
+    b'["fc3.weight",["f32",[10,100],"c",["fc3.bias",["f32",[10],"r",'
+    b'"deep_compression_lenet300","deep_compression","about":{"name":"smoke","seed":0,"model":'
+    b'{"_target_":"trainer.models.LeNet5","validation_accuracy":0.99},"tensors":['
+    b'["conv1.weight","f32",[20,1,5,5],"c",16,"f16"],["conv1.bias","f32",[20],"r","f16"],'
+    b'["conv2.weight","f32",[50,20,5,5],"c",32,"f16"],["conv2.bias","f32",[50],"r","f16"],'
+    b'["fc1.weight","f32",[500,800],"c",32,"f16"],["fc1.bias","f32",[500],"r","f16"],'
+    b'["fc2.weight","f32",[10,500],"c",32,"f16"],["fc2.bias","f32",[10],"r","f16"]]}'
+)
+
+
+class ArtifactError(ValueError):
+    """A file is no compressed model, or not what was written: cut short, changed, or made up."""
+
+
+def join(header: Mapping[str, Any], sections: Sequence[bytes]) -> bytes:
+    """The bytes of a file."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
+    packed = deflate.compress(text) + deflate.flush()
+    return MAGIC + b"".join(map(_section, (packed, *sections)))
+
+
+def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
+    """Header and sections of a file. Raises ArtifactError where anything is not as it should be."""
+    if content[:3] != MAGIC[:3]:
+        raise ArtifactError("this is no .dcz file: it does not begin with DCZ")
+    if content[:4] != MAGIC:
+        raise ArtifactError(f"version {content[3:4].hex() or 'none'} of the format is not known")
+    view = memoryview(content)
+    place = 4
+    sections: list[memoryview] = []
+    while place < len(view) or not sections:
+        length, place = _varint(view, place)
+        end = place + length
+        if end + 4 > len(view):
+            raise ArtifactError(f"cut short: section {len(sections)} ends after the file")
+        payload = view[place:end]
+        if zlib.crc32(payload) != struct.unpack_from("<I", view, end)[0]:
+            raise ArtifactError(f"damaged: the checksum of section {len(sections)} does not match")
+        sections.append(payload)
+        place = end + 4
+    return _header(sections[0]), sections[1:]
+
+
+def _header(packed: memoryview) -> dict[str, Any]:
+    inflate = zlib.decompressobj(-15, DICTIONARY)
+    try:
+        text = inflate.decompress(packed, HEADER_LIMIT)
+        if not inflate.eof or inflate.unused_data:
+            raise ArtifactError("the header does not end where it should")
+        header = json.loads(text)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise ArtifactError(f"the header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise ArtifactError("the header is no mapping")
+    return header
+
+
+def _section(payload: bytes) -> bytes:
+    return varint(len(payload)) + payload + struct.pack("<I", zlib.crc32(payload))
+
+
+def varint(number: int) -> bytes:
+    """A number that is not negative in groups of 7 bits, lowest first (LEB128)."""
+    groups = bytearray()
+    while number > 0x7F:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    groups.append(number)
+    return bytes(groups)
+
+
+def _varint(view: memoryview, place: int) -> tuple[int, int]:
+    number = 0
+    for shift in range(0, 63, 7):
+        if place >= len(view):
+            break
+        byte = view[place]
+        place += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if byte == 0 and shift:
+                break
+            return number, place
+    raise ArtifactError("cut short or damaged: a length is not as it should be")

@@ -1,0 +1,93 @@
+"""From a state_dict to the bytes of a .dcz file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.artifact.container import join
+from trainer.artifact.tensors import ALIAS, CODEBOOK, DTYPES, MASK, NAMES, RAW, Entry
+from trainer.compress.codebooks import codebook_of
+from trainer.compress.coding import encode_layer, encode_numbers
+
+_HALF = 65504.0  # the largest number of fp16
+
+
+def encode(
+    weights: Mapping[str, Tensor],
+    numbers: str = "fp16",
+    coder: str = "auto",
+    about: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The content of a .dcz file.
+
+    A tensor with few distinct values is written as a codebook and coded indices, one with zeros as
+    coded positions and its other values, any other as its values; tensors that are equal are
+    written once. Nothing is lost but what `numbers` rounds.
+
+    Args:
+        weights: a state_dict: tensors by name.
+        numbers: type in which codebooks, biases and norms (float32 tensors of at most one
+            dimension) are written: "fp16", where they do not overflow, or "fp32".
+        coder: of positions and indices: see trainer.compress.coding.encode_layer.
+        about: plain values that `describe` gives back.
+
+    Raises:
+        TypeError: a tensor of a type that the format does not know.
+    """
+    entries: list[Entry] = []
+    layers: list[bytes] = []
+    streams: dict[str, list[bytes]] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.dtype not in NAMES:
+            raise TypeError(f"{name}: a {tensor.dtype} tensor cannot be written")
+        key = (tensor.dtype, tensor.shape, _raw(tensor))
+        if tensor.numel() and key in seen:
+            entries.append(Entry(name, ALIAS, of=seen[key]))
+            continue
+        seen[key] = name
+        entry, levels, values = _plan(name, tensor, numbers)
+        if levels is not None:
+            clusters = entry.count if entry.kind == CODEBOOK else 1
+            matrix = levels.numpy().astype(np.uint16).reshape(entry.matrix)
+            layers.append(encode_layer(matrix, clusters, coder))
+        streams.setdefault(entry.stored, []).append(_raw(values))
+        entries.append(entry)
+    header = {"about": dict(about or {}), "tensors": [entry.as_json() for entry in entries]}
+    numbers_coded = [
+        encode_numbers(b"".join(streams[stored]), DTYPES[stored].itemsize)
+        for stored in sorted(streams)
+    ]
+    return join(header, [*layers, *numbers_coded])
+
+
+def _plan(name: str, tensor: Tensor, numbers: str) -> tuple[Entry, Tensor | None, Tensor]:
+    """How a tensor is written, its levels if they are coded, and the values that go into a stream,
+    in the type in which they are stored.
+    """
+    dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
+    book = codebook_of(tensor) if tensor.dtype == torch.float32 else None
+    if book is not None and not (tensor == 0).logical_and(tensor.signbit()).any():
+        values = _narrowed(book.values, numbers)
+        entry = Entry(name, CODEBOOK, dtype, shape, len(values), NAMES[values.dtype])
+        return entry, book.codes, values
+    kept = (tensor != 0) | tensor.signbit() if tensor.dtype == torch.float32 else None
+    if kept is not None and tensor.ndim > 1 and int(kept.sum()) < 0.9 * tensor.numel():
+        survivors = tensor[kept]
+        return Entry(name, MASK, dtype, shape, survivors.numel(), dtype), kept, survivors
+    values = _narrowed(tensor, numbers) if kept is not None and tensor.ndim < 2 else tensor
+    return Entry(name, RAW, dtype, shape, tensor.numel(), NAMES[values.dtype]), None, values
+
+
+def _narrowed(values: Tensor, numbers: str) -> Tensor:
+    fits = values.numel() == 0 or bool(values.abs().max() <= _HALF)
+    return values.half() if numbers == "fp16" and fits else values
+
+
+def _raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    return bytes(flat.numpy().data)

@@ -1,0 +1,129 @@
+"""What a run ends with: the artefact, and what the test set says of it and of each stage."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import safetensors.torch
+
+from trainer import artifact
+from trainer.config import Config
+from trainer.measure import DECODED
+from trainer.messages import Measured, PhaseRecord
+from trainer.phases import build_phases
+from trainer.phases.stages import Stage, stages
+from trainer.report.published import published
+
+_LETTERS = {"zeros": "P", "sharing": "S"}  # pruned, shared
+
+
+class Result:
+    """The models of one run: what its stages left, and the compressed file made of the last one.
+
+    Attributes:
+        artifact: content of the file; empty where none is asked for.
+    """
+
+    def __init__(self, cfg: Config, ended: Callable[[int], bytes], last: PhaseRecord) -> None:
+        """Args:
+        ended: the weights that a phase left, by its index; -1: those of init_from.
+        last: the record of the last phase.
+        """
+        self._cfg = cfg
+        found = stages(build_phases(cfg.phases))
+        self._has_baseline = found[0].phase >= 0 or cfg.init_from is not None
+        self._stages = found if self._has_baseline else found[1:]
+        self._weights = {_label(stage): ended(stage.phase) for stage in self._stages}
+        self.artifact = b""
+        if cfg.artifact.make:
+            self.artifact = artifact.encode(
+                dict(sorted(safetensors.torch.load(self._final).items())),
+                cfg.artifact.numbers,
+                cfg.artifact.coder,
+                {
+                    "name": cfg.name,
+                    "seed": cfg.seed,
+                    "model": cfg.model,
+                    "validation_accuracy": round(last.accuracy, 6),
+                },
+            )
+
+    @property
+    def _final(self) -> bytes:
+        return self._weights[_label(self._stages[-1])]
+
+    def models(self) -> dict[str, bytes]:
+        """What to measure, by name: `trainer.measure.measure`."""
+        if self.artifact:
+            return {**self._weights, DECODED: self.artifact}
+        ends = {_label(self._stages[0]), _label(self._stages[-1])}
+        return {name: content for name, content in self._weights.items() if name in ends}
+
+    def facts(self, tested: Mapping[str, Measured]) -> dict[str, Any]:
+        """The entries of summary.json that the test set decides."""
+        final = tested[_label(self._stages[-1])]
+        baseline = tested[_label(self._stages[0])].accuracy if self._has_baseline else None
+        facts: dict[str, Any] = {
+            "accuracy": final.accuracy,
+            "loss": final.loss,
+            "baseline_accuracy": baseline,
+        }
+        if self.artifact:
+            facts["artifact"] = self._artifact_facts(tested, baseline)
+        return facts
+
+    def _artifact_facts(
+        self, tested: Mapping[str, Measured], baseline: float | None
+    ) -> dict[str, Any]:
+        described = artifact.describe(self.artifact)
+        literature = published(self._cfg.model)
+        dense = 4 * described.parameters
+        rows = []
+        for stage in self._stages:
+            label = _label(stage)
+            size = artifact.published_size(safetensors.torch.load(self._weights[label]))
+            rows.append((label, size.plain, tested[label].accuracy))
+            if stage is self._stages[-1] and stage.made:
+                rows.append((f"{label}+H (Han's format)", size.coded, tested[label].accuracy))
+        rows.append(("model.dcz", len(self.artifact), tested[DECODED].accuracy))
+        return {
+            "path": "model.dcz",
+            "bytes": len(self.artifact),
+            "dense_bytes": dense,
+            "ratio": dense / len(self.artifact),
+            "accuracy": tested[DECODED].accuracy,
+            "baseline_accuracy": baseline,
+            "stages": [
+                {
+                    "name": name,
+                    "bytes": size,
+                    "ratio": dense / size,
+                    "accuracy": accuracy,
+                    "published": literature.get(name),
+                }
+                for name, size, accuracy in rows
+            ],
+            "layers": described.layers,
+        }
+
+
+def teacher_phase(cfg: Config, going_on: int) -> int | None:
+    """Index of the phase whose weights teach those from `going_on` on; -1: those of init_from.
+
+    None where no phase needs them, or where they are what the run goes on from anyway.
+    """
+    phases = build_phases(cfg.phases)
+    baseline = stages(phases)[0].phase
+    if baseline >= going_on - 1:
+        return None
+    left = list(phases.values())[going_on:]
+    return baseline if any(phase.fit.distill.weight for phase in left) else None
+
+
+def _label(stage: Stage) -> str:
+    letters = [_LETTERS.get(what, what) for what in sorted(stage.made, key=_order)]
+    return "+".join(letters) or "dense"
+
+
+def _order(what: str) -> tuple[int, str]:
+    known = list(_LETTERS)
+    return (known.index(what) if what in known else len(known), what)

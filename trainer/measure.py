@@ -1,0 +1,33 @@
+"""The test set, touched once: the body that workers execute when all phases are done."""
+
+from collections.abc import Iterator, Mapping
+
+import safetensors.torch
+
+from trainer import artifact
+from trainer.config import Config
+from trainer.engine.evaluate import evaluate
+from trainer.engine.world import World
+from trainer.messages import Measured, Message, RunStopped
+from trainer.run import build_data, build_model, build_runtime, should_stop
+
+DECODED = "artifact"  # the model whose weights are a compressed file
+
+
+def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[Message]:
+    """Evaluate models on the test set. Each is built anew and shares nothing with a trained one.
+
+    Args:
+        models: by name, the content of a safetensors file; `DECODED` that of a compressed model.
+    """
+    test = build_data(cfg).test
+    runtime = build_runtime(world, cfg)
+    for name, content in models.items():
+        if should_stop(world):
+            yield RunStopped()
+            return
+        load = artifact.loads if name == DECODED else safetensors.torch.load
+        model = build_model(cfg)
+        model.load_state_dict(load(content))
+        metrics = evaluate(runtime.place(model), test, runtime)
+        yield Measured(name, metrics.accuracy, metrics.loss)

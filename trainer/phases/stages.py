@@ -1,0 +1,46 @@
+"""What the phases of an experiment leave behind, stage by stage: dense, pruned, shared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.errors import ConfigError
+from trainer.phases.base import Phase
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of phases after which the weights have the same properties."""
+
+    made: frozenset[str]  # such as {"zeros", "sharing"}; empty: dense
+    phase: int  # index of its last phase; -1: there is none, the initial weights are meant
+
+
+def stages(phases: Mapping[str, Phase]) -> list[Stage]:
+    """The stages in order; the first one is the dense baseline."""
+    found = [Stage(frozenset(), -1)]
+    for index, phase in enumerate(phases.values()):
+        stage = Stage(found[-1].made | phase.makes, index)
+        if stage.made == found[-1].made:
+            found[-1] = stage
+        else:
+            found.append(stage)
+    return found
+
+
+def check_teachers(phases: Mapping[str, Phase], initialised: bool) -> None:
+    """Refuse distillation where there is no dense model to learn from yet.
+
+    Args:
+        initialised: the initial weights are trained ones.
+
+    Raises:
+        ConfigError: names the phase.
+    """
+    baseline = stages(phases)[0].phase
+    for index, (name, phase) in enumerate(phases.items()):
+        if phase.fit.distill.weight and (index <= baseline or (baseline < 0 and not initialised)):
+            raise ConfigError(
+                f"phases.{name}.fit.distill.weight={phase.fit.distill.weight}: there is no dense "
+                "model to learn from before this phase; the teacher is what the last phase before "
+                "the first compressing one left, or init_from"
+            )

@@ -1,0 +1,36 @@
+"""What a result must reach, and whether it did."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import LimitsConfig
+
+
+def missed(summary: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
+    """A sentence for each limit that the result of a run misses.
+
+    Args:
+        summary: as in summary.json. The decoded artefact counts, or without one the final model.
+    """
+    found = []
+    artifact = summary.get("artifact")
+    if limits.max_accuracy_drop is not None:
+        accuracy = artifact["accuracy"] if artifact else summary["accuracy"]
+        drop = summary["baseline_accuracy"] - accuracy
+        if drop > limits.max_accuracy_drop:
+            found.append(
+                f"accuracy fell by {drop:.4f} from {summary['baseline_accuracy']:.4f} to "
+                f"{accuracy:.4f}, limits.max_accuracy_drop={limits.max_accuracy_drop:g}"
+            )
+    if artifact and limits.min_ratio is not None and artifact["ratio"] < limits.min_ratio:
+        found.append(
+            f"the file is {artifact['ratio']:.1f} times smaller than the dense model, "
+            f"limits.min_ratio={limits.min_ratio:g}"
+        )
+    if artifact and limits.max_megabytes is not None:
+        size = artifact["bytes"] / 1e6
+        if size > limits.max_megabytes:
+            found.append(
+                f"the file has {size:.6g} MB, limits.max_megabytes={limits.max_megabytes:g}"
+            )
+    return found
