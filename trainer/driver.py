@@ -103,6 +103,9 @@ class _Run:
             self._end("interrupted", str(error))
             raise
         except Exception as error:
+            if self.signals.raised:
+                self._end("interrupted", str(self.signals.interrupted()))
+                raise self.signals.interrupted() from error
             if isinstance(error, ConfigError) and not self.started:
                 raise
             self.directory.log(getattr(error, "detail", "") or traceback.format_exc())
