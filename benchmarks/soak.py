@@ -42,8 +42,8 @@ PAUSE_S = (10.0, 30.0)  # between two faults
 GONE_WITHIN_S = 30.0  # after the command's end, for Ray's processes and its folder
 RUN_LIMIT_S = 600.0  # for the undisturbed run, and for a command that was asked to end
 SETTINGS = [
-    *("+experiment=smoke", "phases.train.fit.epochs=12", "phases.retrain.fit.epochs=12"),
-    *("phases.prune.schedule=cubic", "phases.prune.fit.epochs=12"),
+    *("+experiment=smoke", "phases.train.fit.epochs=10", "phases.retrain.fit.epochs=10"),
+    *("phases.prune.schedule=cubic", "phases.prune.fit.epochs=10", "optimizer.lr=0.005"),
     *("checkpoint.every_seconds=2", "cluster.max_restarts=1000", "cluster.hang_timeout_s=8"),
 ]
 VARIANTS = {
