@@ -7,8 +7,9 @@ trainer.cluster.restart.
 """
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,12 @@ def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path, signals: Signals)
     """
     directory = RunDirectory.claim(wanted)
     try:
-        directory.write_config(plain)
+        with _told(directory):
+            directory.write_config(plain)
         _drive(cfg, directory, signals)
     except ConfigError:
         directory.discard()
         raise
-    except OSError as error:
-        raise RunError(f"{directory.path}: it cannot be written to: {error}") from error
 
 
 def resume(cfg: Config, folder: Path, signals: Signals) -> None:
@@ -70,10 +70,19 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
 
 
 def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
-    with directory.locked(), Console() as console:
+    with _told(directory), directory.locked(), Console() as console:
         summary = _Run(cfg, directory, console, signals).execute()
         console.terminal.print(table(summary))
         console.say(f"results in {directory.path}")
+
+
+@contextmanager
+def _told(directory: RunDirectory) -> Iterator[None]:
+    """A disk that is full, a folder that is gone: one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{directory.path}: it cannot be written to: {error}") from error
 
 
 class _Run:
