@@ -148,7 +148,7 @@ class _Run:
                         self._follow(group, body, start)
                         return
                     except WorkerFailed as lost:
-                        self._start_again(group, lost, losses)
+                        self._start_again(group, lost, lost.loss, losses)
         finally:
             self.curves.close()
 
@@ -160,9 +160,11 @@ class _Run:
                 self.checkpoints.wait()
                 raise self.signals.interrupted()
 
-    def _start_again(self, group: WorkerGroup, lost: WorkerFailed, losses: list[Loss]) -> None:
+    def _start_again(
+        self, group: WorkerGroup, lost: RunError, loss: Loss, losses: list[Loss]
+    ) -> None:
         """Start the workers again, or raise `lost`."""
-        losses.append(lost.loss)
+        losses.append(loss)
         reason = why_not_restart(losses, self.cfg.cluster.max_restarts)
         if reason is not None:
             self._say(f"not starting again: {reason}")
@@ -171,7 +173,10 @@ class _Run:
         self.directory.log(lost.detail)
         self._say(f"{lost}; starting again from the last checkpoint (restart {len(losses)})")
         self.checkpoints.wait()
-        group.restart()
+        try:
+            group.restart()
+        except RunError as error:  # another one was lost meanwhile
+            self._start_again(group, error, Loss(str(error), None), losses)
 
     def _rewind(self) -> Point:
         """Find the last checkpoint, and forget all that was reported after it."""
