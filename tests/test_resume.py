@@ -353,7 +353,7 @@ def test_three_ray_workers_of_which_one_is_killed_end_in_the_same_bits():
     try:
         undisturbed = list(group.run(experiment, cfg, Start(0)))
         left, found = b"", b""
-        with pytest.raises(WorkerFailed, match="worker 2"):
+        with pytest.raises(WorkerFailed, match="worker 2"):  # noqa: PT012 - raised on the way
             for message in group.run(experiment, cfg, Start(0)):
                 if isinstance(message, PhaseEnded):
                     left = message.weights
