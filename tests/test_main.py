@@ -93,6 +93,11 @@ def test_alone_it_lists_the_experiments_and_how_to_start_one(capsys):
         (["+experiment=smoke", "data.batch_size=1"], ["data.batch_size=1", "cluster.workers=2"]),
         (["+experiment=smoke", "data.batch_size=0"], ["data.batch_size=0"]),
         (["+experiment=smoke", "cluster.backend=inline"], ["cluster.workers=2", "inline"]),
+        (["+experiment=smoke", "cluster=inline", "cluster.nice=5"], ["cluster.nice=5", "ray"]),
+        (["+experiment=smoke", "cluster=inline", "cluster.address=auto"], ["cluster.address=auto"]),
+        (["+experiment=smoke", "model.classes=9"], ["label 9", "LeNet5 has 9 outputs"]),
+        (["+experiment=smoke", "model=resnet_cifar"], ["[1, 28, 28]", "ResNetCifar"]),
+        (["+experiment=lstm_text", "model.vocabulary=90"], ["LSTMLanguageModel", "train"]),
         (["+experiment=smoke", "+phases.prune.overrides.conv9=0.5"], ["conv9", "conv1.weight"]),
         (["name=bare"], ["phases", "none"]),
         (["seed=1"], ["name"]),
@@ -156,6 +161,26 @@ def test_the_model_file_loads_into_the_plain_class_and_the_config_runs_again():
     assert main([*overrides, "hydra.run.dir=run"]) == 0  # a name already taken gets a suffix
     again = load_file("run-2/model.safetensors")
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["+experiment=smoke", "--cfg"], 0),
+        (["+experiment=smoke", *TINY, "data.train=99"], 0),
+    ],
+    ids=["list", "cfg", "run"],
+)
+def test_a_reader_that_goes_away_ends_nothing(arguments, code):
+    """As in `python -m trainer ... | head`: here nobody reads at all."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, b"")
 
 
 def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):

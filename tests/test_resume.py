@@ -1,8 +1,10 @@
 """Runs that survive: stopped, killed, damaged, and in the end the same bits."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import trainer.run
+from tests.engine.conftest import run_ranks
 from trainer.__main__ import main
+from trainer.cluster import WorkerFailed, open_group
 from trainer.cluster.inline import InlineGroup
 from trainer.config import ClusterConfig, Config, typed
 from trainer.engine.world import World
@@ -64,23 +69,24 @@ def config(**changes):
     return typed(Config, {**settings, **changes})
 
 
-def run(cfg, start=None, stop_at=None):
+def run(cfg, start=None, stop_at=None, world=None):
     """(weights, validation, place to go on from) of a run that is asked to stop at a step."""
-    world = World.single(torch.device("cpu"))
+    world = world or World.single(torch.device("cpu"))
     if stop_at is not None and stop_at[1] == 0:
         world.stop.set()
     start = start or Start(0)
     weights, found, validation = start.weights, None, None
-    phase = start.phase
+    phase, baseline = start.phase, start.baseline
     for message in experiment(world, cfg, start):
         if isinstance(message, PhaseEnded):
             weights, phase = message.weights, message.index + 1
             validation = (message.record.accuracy, message.record.loss)
+            baseline = weights if phase == 1 else baseline
         if isinstance(message, Checkpoint):
             found = message
         if isinstance(message, RunStopped):
             within = found.content if found and found.phase == phase else None
-            return weights, None, Start(phase, weights, within)
+            return weights, None, Start(phase, weights, within, baseline)
         if stop_at and world.pulse.place >= (stop_at[0], stop_at[1]):
             world.stop.set()
     return weights, validation, None
@@ -124,6 +130,36 @@ def test_a_run_stopped_many_times_ends_in_the_same_bits():
     weights, again, _ = run(cfg, start)
     assert stops == 3 * len(PHASES)
     assert (weights, again) == (undisturbed, test)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"allreduce": {"wire": "bf16", "bucket_mb": 0.004}}, {"precision": "fp16"}],
+    ids=["bf16-wire-buckets", "fp16"],
+)
+def test_three_ranks_stopped_anywhere_end_in_the_same_bits(changes, monkeypatch):
+    """The ranks are threads, which share torch's random state: they build one at a time."""
+    building, build_model = threading.Lock(), trainer.run.build_model
+
+    def build_alone(cfg):
+        with building:
+            torch.manual_seed(cfg.seed)
+            return build_model(cfg)
+
+    monkeypatch.setattr(trainer.run, "build_model", build_alone)
+    cfg = config(**changes, checkpoint={"every_steps": 1, "every_seconds": None})
+
+    def on_three(*arguments):
+        return run_ranks(3, lambda world: run(cfg, *arguments, world))[0]
+
+    undisturbed, test, _ = on_three(None, None)
+    chance = random.Random(1)
+    for phase in range(len(PHASES)):
+        place = (phase, chance.randrange(1, STEPS - 1))
+        _, nothing, start = on_three(None, place)
+        assert nothing is None
+        assert start.within is not None
+        assert on_three(start, None) == (undisturbed, test, None), f"stopped at {place}"
 
 
 def test_the_group_passes_a_stop_on():
@@ -180,20 +216,21 @@ def same_end(one, other):
     )
 
 
-def interrupt_once(pattern):
-    """Send this process a SIGINT as soon as there is a file that matches."""
+def once(pattern, act):
+    """Call `act` as soon as there is a file that matches."""
 
     def wait():
         while not list(Path().glob(pattern)):
             time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+        act()
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def test_interrupted_then_resumed_from_the_command_line(finished, capsys):
     folder = finished / "with space=and equals"
-    interrupt_once(f"{folder.name}/checkpoints/01-train-step*.safetensors")
+    pattern = f"{folder.name}/checkpoints/01-train-step*.safetensors"
+    once(pattern, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main([*ARGUMENTS, f'hydra.run.dir="{folder.name}"']) == 130
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     assert not (folder / "checkpoints" / "01-train.safetensors").exists()
@@ -230,6 +267,110 @@ def test_a_diverging_loss_ends_the_run_and_keeps_the_checkpoints(tmp_path, monke
     assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 12 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(file):
+    """Write until the disk is full."""
+    with file.open("wb", buffering=0) as sink:
+        for size in (1 << 16, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while sink.write(bytes(size)):
+                    pass
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(finished, small_disk, capsys):
+    run, filler = small_disk / "run", small_disk / "filler"
+    once("disk/run/checkpoints/01-train-step*.safetensors", lambda: fill(filler))
+    assert main([*ARGUMENTS, f"hydra.run.dir={run}"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said
+    assert said.count("\n") == 1
+    assert list(run.glob("checkpoints/*step*.safetensors"))
+    assert not list(run.glob("checkpoints/*.part"))
+    assert main([f"resume={run}"]) == 1  # still full
+    assert capsys.readouterr().err.count("\n") == 1
+    filler.unlink()
+    assert main([f"resume={run}"]) == 0
+    assert same_end("undisturbed", run)
+
+
+def test_a_run_whose_directory_is_deleted_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    once("run/checkpoints/01-train-step*.safetensors", lambda: shutil.rmtree("run"))
+    assert main([*ARGUMENTS, "hydra.run.dir=run"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("failed: ")
+    assert "No such file or directory" in said
+    assert said.count("\n") == 1
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
+    """The first waits for a step that takes a minute."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "from trainer.models import LeNet5\n"
+        "class Net(LeNet5):\n"
+        "    def forward(self, x):\n"
+        "        if self.training:\n"
+        "            pathlib.Path('stepping').touch()\n"
+        "            time.sleep(60)\n"
+        "        return super().forward(x)\n"
+    )
+    command = [*ARGUMENTS, "model={_target_: slow.Net}", "hydra.run.dir=run"]
+    run = subprocess.Popen([sys.executable, "-m", "trainer", *command], cwd=tmp_path)
+    try:
+        while not (tmp_path / "stepping").exists():
+            assert run.poll() is None
+            time.sleep(0.02)
+        run.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(0.5)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 130
+    finally:
+        run.kill()
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
+def test_three_ray_workers_of_which_one_is_killed_end_in_the_same_bits():
+    """Several buckets, sent as bf16; killed in the middle of the pruning ramp."""
+    cluster = ClusterConfig(workers=3, cpus_per_worker=0.25, threads=1, hang_timeout_s=20)
+    cfg = config(
+        allreduce={"wire": "bf16", "bucket_mb": 0.004},
+        checkpoint={"every_steps": 1, "every_seconds": None},
+    )
+    group = open_group(cluster)
+    group.start()
+    try:
+        undisturbed = list(group.run(experiment, cfg, Start(0)))
+        left, found = b"", b""
+        with pytest.raises(WorkerFailed, match="worker 2"):  # noqa: PT012 - raised on the way
+            for message in group.run(experiment, cfg, Start(0)):
+                if isinstance(message, PhaseEnded):
+                    left = message.weights
+                if isinstance(message, Checkpoint) and (message.phase, message.step) == (1, 3):
+                    found = message.content
+                    os.kill(group._ranks[2].pid, signal.SIGKILL)
+        group.restart()
+        again = list(group.run(experiment, cfg, Start(1, left, found)))
+        assert (again[-2].weights, again[-1]) == (undisturbed[-2].weights, undisturbed[-1])
+    finally:
+        group.stop()
+
+
 RAY_ARGUMENTS = [
     *(argument for argument in ARGUMENTS if not argument.startswith("cluster")),
     "data.train=3000",
@@ -239,13 +380,32 @@ RAY_ARGUMENTS = [
 
 @pytest.mark.integration
 class TestWorkers:
-    def start(self, folder):
+    @staticmethod
+    def start(*arguments):
         return subprocess.Popen(
-            [sys.executable, "-m", "trainer", *RAY_ARGUMENTS, f"hydra.run.dir={folder}"],
+            [sys.executable, "-m", "trainer", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
             text=True,
         )
+
+    def wait_for(self, run, pattern):
+        """Until a file is there."""
+        deadline = time.monotonic() + 60
+        while not list(Path().glob(pattern)):
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def undisturbed(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+        run = cls.start(*RAY_ARGUMENTS, f"hydra.run.dir={folder}")
+        said = run.communicate(timeout=100)[0]
+        assert run.returncode == 0, said
+        return folder
 
     def workers(self, driver):
         """Process ids of the Ray workers below a driver."""
@@ -258,19 +418,16 @@ class TestWorkers:
             below |= {int(pid) for pid, parent, _ in rows if int(parent) in below}
         return [int(pid) for pid, _, args in rows if int(pid) in below and "ray::Worker" in args]
 
-    def test_a_killed_and_a_stopped_worker_cost_nothing_but_time(self, tmp_path, monkeypatch):
-        """One run undisturbed; one in which one worker is killed and the other frozen."""
+    def test_a_killed_and_a_stopped_worker_cost_nothing_but_time(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        """One worker is killed and the other frozen."""
         monkeypatch.chdir(tmp_path)
-        assert self.start("undisturbed").wait(100) == 0
-        run = self.start("disturbed")
+        run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=disturbed")
         for number, (hurt, wanted) in enumerate(
             [(signal.SIGKILL, "01-train-step*"), (signal.SIGSTOP, "03-retrain-step*")]
         ):
-            deadline = time.monotonic() + 60
-            while not list(Path().glob(f"disturbed/checkpoints/{wanted}")):
-                assert run.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            self.wait_for(run, f"disturbed/checkpoints/{wanted}")
             os.kill(self.workers(run.pid)[number % 2], hurt)
         said = run.communicate(timeout=100)[0]
         assert run.returncode == 0, said
@@ -278,4 +435,25 @@ class TestWorkers:
         assert summary["restarts"] == 2
         assert "the process died; starting again from the last checkpoint" in said
         assert "no sign of life" in said
-        assert same_end("undisturbed", "disturbed")
+        assert same_end(undisturbed, "disturbed")
+
+    def test_a_killed_driver_and_ctrl_c_cost_nothing_but_time(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        """Ctrl-C reaches the whole process group, as from a terminal."""
+        monkeypatch.chdir(tmp_path)
+        run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
+        self.wait_for(run, "run/checkpoints/01-train-step*")
+        run.kill()
+        run.communicate()
+        run = self.start("resume=run")
+        self.wait_for(run, "run/checkpoints/02-prune.safetensors")
+        os.killpg(run.pid, signal.SIGINT)
+        said = run.communicate(timeout=60)[0]
+        assert run.returncode == 130, said
+        summary = json.loads(Path("run/summary.json").read_text())
+        assert (summary["status"], summary["restarts"]) == ("interrupted", 0), said
+        run = self.start("resume=run")
+        said = run.communicate(timeout=100)[0]
+        assert run.returncode == 0, said
+        assert same_end(undisturbed, "run")

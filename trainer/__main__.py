@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -25,6 +25,7 @@ from yaml import YAMLError
 from trainer.config import Config, typed
 from trainer.driver import drive, resume
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
+from trainer.report.console import silence
 from trainer.report.directory import RunDirectory
 from trainer.signals import Signals
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         if not options.overrides and not options.cfg:
-            print(_list_experiments(options.config_dir))
+            _show(_list_experiments(options.config_dir))
             return WRONG_CONFIG
         folder = _folder_to_resume(options.overrides)
         if folder is not None:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             plain, run_dir = _compose(options.overrides, options.config_dir)
         cfg = typed(Config, plain)
         if options.cfg:
-            print(OmegaConf.to_yaml(OmegaConf.create(plain)), end="")
+            _show(OmegaConf.to_yaml(OmegaConf.create(plain)).rstrip("\n"))
             return DONE
         signals = Signals()
         signals.install()
@@ -60,18 +61,27 @@ def main(arguments: Sequence[str]) -> int:
         else:
             drive(cfg, plain, run_dir, signals)
     except ConfigError as error:
-        print(f"wrong configuration: {_told(error)}", file=sys.stderr)
+        _show(f"wrong configuration: {_told(error)}", sys.stderr)
         return WRONG_CONFIG
     except RunError as error:
-        print(f"failed: {_told(error)}", file=sys.stderr)
+        _show(f"failed: {_told(error)}", sys.stderr)
         return FAILED
     except LimitsMissed as error:
-        print(f"limits missed: {error}", file=sys.stderr)
+        _show(f"limits missed: {error}", sys.stderr)
         return LIMITS
     except Interrupted as error:
-        print(str(error), file=sys.stderr)
+        _show(str(error), sys.stderr)
         return error.exit_code
     return DONE
+
+
+def _show(text: str, stream: TextIO | None = None) -> None:
+    """Print to a stream, standard output by default, whose reader may have gone."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        silence(stream)
 
 
 def conf_dir() -> Path:

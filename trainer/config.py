@@ -222,6 +222,14 @@ class ClusterConfig:
                 f"cluster.workers={self.workers} with cluster.backend=inline: this process is one "
                 "worker; set cluster.workers=1, or cluster.backend=ray for more"
             )
+        if self.backend == "inline":
+            for key, value in (("address", self.address), ("nice", self.nice)):
+                if value:
+                    raise ConfigError(
+                        f"cluster.{key}={value} with cluster.backend=inline: this process does the "
+                        f"work, and only Ray's workers heed it; leave cluster.{key} out, or set "
+                        "cluster.backend=ray"
+                    )
 
 
 @dataclass

@@ -23,6 +23,7 @@ from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.engine.clock import PhaseClock
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import StepResult, fit, steps_in
+from trainer.engine.match import check_match
 from trainer.engine.objective import Distilled, Objective, supervised
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
@@ -60,6 +61,7 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
     runtime = build_runtime(world, cfg)
     model = runtime.place(build_model(cfg))
     check_phases(phases, model)
+    check_match(model, data, runtime)
     if start.weights is not None:
         model.load_state_dict(safetensors.torch.load(start.weights))
     world.broadcast(_tensors(model))

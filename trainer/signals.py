@@ -13,6 +13,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.raised = False  # Interrupted; foreign code may have made another error of it
         self._ask: Callable[[], None] | None = None
 
     def install(self) -> None:
@@ -22,9 +23,14 @@ class Signals:
 
     @contextmanager
     def asking(self, ask: Callable[[], None]) -> Iterator[None]:
-        """While this is open, the first signal calls `ask`, which must return at once."""
+        """While this is open, the first signal calls `ask`, which must return at once.
+
+        One that came before, and whose Interrupted was lost in foreign code, calls it now.
+        """
         self._ask = ask
         try:
+            if self.received is not None:
+                ask()
             yield
         finally:
             self._ask = None
@@ -37,5 +43,6 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.received = self.received is None, signal.Signals(number)
         if self._ask is None or not first:
+            self.raised = True
             raise self.interrupted()
         self._ask()

@@ -85,3 +85,14 @@ def test_clipping_acts_on_the_unscaled_gradient():
     update = precision.step(optimizer, [weight], clip=1.0)
     assert update.grad_norm.item() == pytest.approx(6.0)
     assert weight.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_rank_that_had_nothing_to_scale_steps_all_the_same():
+    """As after a restart whose first batch leaves a rank without samples."""
+    before = Precision("fp16", torch.device("cpu"), initial_scale=8.0)
+    precision = Precision("fp16", torch.device("cpu"))
+    precision.scaler.load_state_dict(before.scaler.state_dict())
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), 8.0)  # what the other ranks sent, scaled
+    assert precision.step(torch.optim.SGD([weight], lr=0.5), [weight], None).applied
+    assert weight.tolist() == [0.5, 0.5]

@@ -75,11 +75,13 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(store, damage):
     assert path.name in said[0]
 
 
-def test_a_half_written_one_does_not_count(store):
+def test_a_half_written_one_does_not_count_and_goes(store):
     store.within_phase(0, "train", 5, state(5))
     store.wait()
-    (store.folder / "01-train-step-00000010.safetensors.part").write_bytes(b"half")
+    part = store.folder / "01-train-step-00000010.safetensors.part"
+    part.write_bytes(b"half")
     assert latest(store)[0].step == 5
+    assert not part.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_what_is_there_stays(store):

@@ -7,8 +7,9 @@ trainer.cluster.restart.
 """
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,12 @@ def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path, signals: Signals)
     """
     directory = RunDirectory.claim(wanted)
     try:
-        directory.write_config(plain)
+        with _told(directory):
+            directory.write_config(plain)
         _drive(cfg, directory, signals)
     except ConfigError:
         directory.discard()
         raise
-    except OSError as error:
-        raise RunError(f"{directory.path}: it cannot be written to: {error}") from error
 
 
 def resume(cfg: Config, folder: Path, signals: Signals) -> None:
@@ -72,7 +72,7 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
 
 
 def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
-    with directory.locked(), Console() as console:
+    with _told(directory), directory.locked(), Console() as console:
         summary = _Run(cfg, directory, console, signals).execute()
         _judge(summary, cfg, directory, console)
 
@@ -87,6 +87,15 @@ def _judge(summary: dict[str, Any], cfg: Config, directory: RunDirectory, consol
     console.say(f"results in {directory.path}")
     if misses:
         raise LimitsMissed("; ".join(misses))
+
+
+@contextmanager
+def _told(directory: RunDirectory) -> Iterator[None]:
+    """A disk that is full, a folder that is gone: one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{directory.path}: it cannot be written to: {error}") from error
 
 
 class _Run:
@@ -115,6 +124,9 @@ class _Run:
             self._end("interrupted", str(error))
             raise
         except Exception as error:
+            if self.signals.raised:
+                self._end("interrupted", str(self.signals.interrupted()))
+                raise self.signals.interrupted() from error
             if isinstance(error, ConfigError) and not self.started:
                 raise
             self.directory.log(getattr(error, "detail", "") or traceback.format_exc())
@@ -149,7 +161,7 @@ class _Run:
                         self._measure(group)
                         return
                     except WorkerFailed as lost:
-                        self._start_again(group, lost, losses)
+                        self._start_again(group, lost, lost.loss, losses)
         finally:
             self.curves.close()
 
@@ -184,9 +196,11 @@ class _Run:
                 self.checkpoints.wait()
                 raise self.signals.interrupted()
 
-    def _start_again(self, group: WorkerGroup, lost: WorkerFailed, losses: list[Loss]) -> None:
+    def _start_again(
+        self, group: WorkerGroup, lost: RunError, loss: Loss, losses: list[Loss]
+    ) -> None:
         """Start the workers again, or raise `lost`."""
-        losses.append(lost.loss)
+        losses.append(loss)
         reason = why_not_restart(losses, self.cfg.cluster.max_restarts)
         if reason is not None:
             self._say(f"not starting again: {reason}")
@@ -195,7 +209,10 @@ class _Run:
         self.directory.log(lost.detail)
         self._say(f"{lost}; starting again from the last checkpoint (restart {len(losses)})")
         self.checkpoints.wait()
-        group.restart()
+        try:
+            group.restart()
+        except RunError as error:  # another one was lost meanwhile
+            self._start_again(group, error, Loss(str(error), None), losses)
 
     def _rewind(self) -> Point:
         """Find the last checkpoint, and forget all that was reported after it."""

@@ -42,6 +42,9 @@ class Precision:
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=initial_scale, enabled=name == "fp16"
         )
+        # It makes its tensors when it first scales. A rank whose first share of a batch is empty,
+        # after a restart say, would have nothing to scale.
+        self.scaler.scale(torch.zeros((), device=device))
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context for the forward pass and the loss."""

@@ -87,9 +87,13 @@ class Checkpoints:
     def latest(self, names: list[str], say: Callable[[str], None]) -> Point:
         """The furthest point from which the run can go on. A damaged file is said and passed over.
 
+        What a killed driver left half-written is removed.
+
         Args:
             names: of the run's phases, in order.
         """
+        for part in self.folder.glob("*.part"):
+            part.unlink()
         weights: bytes | None = None
         records: list[Mapping[str, Any]] = []
         for phase, name in enumerate(names):

@@ -1,8 +1,11 @@
 """Live progress in the terminal; plain lines where the output is a file or a pipe."""
 
+import os
+import sys
 from types import TracebackType
+from typing import TextIO
 
-from rich.console import Console as Terminal
+import rich.console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,10 +22,25 @@ from trainer.messages import EpochEnded, Message, PhaseEnded, PhaseStarted, Prog
 PLAIN_WIDTH = 120  # columns where the output is no terminal
 
 
+class Terminal(rich.console.Console):
+    """Falls silent when whoever read along has gone, as `head` does: the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence(sys.stdout)
+
+
+def silence(stream: TextIO) -> None:
+    """Let all that is still written to a broken pipe vanish, what Python flushes last included."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class Console:
     """Shows the messages of a run. A context manager: the live bar ends with it."""
 
-    def __init__(self, terminal: Terminal | None = None) -> None:
+    def __init__(self, terminal: rich.console.Console | None = None) -> None:
         self.terminal = terminal or Terminal(highlight=False)
         self._live = self.terminal.is_terminal
         if not self._live:

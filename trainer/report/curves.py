@@ -1,5 +1,6 @@
 """Learning curves for TensorBoard: events in RUN_DIR/tensorboard, steps counted over all phases."""
 
+import threading
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -12,6 +13,7 @@ class Curves:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._hook, threading.excepthook = threading.excepthook, self._in_thread
         self._writer = SummaryWriter(str(folder))
         self._before = 0  # steps of the phases that ended
 
@@ -45,7 +47,15 @@ class Curves:
 
     def close(self) -> None:
         """Write what is still in memory."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _in_thread(self, args: threading.ExceptHookArgs) -> None:
+        """The writer's thread ends on a full disk; the next `on` or `close` raises its error."""
+        if not issubclass(args.exc_type, OSError):
+            self._hook(args)
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -1,0 +1,82 @@
+"""Data and model that do not fit are refused before the first step, and nothing is changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.engine.bodies import runtime
+from trainer.data.split import Splits, TensorSplit
+from trainer.engine.match import check_match
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.models import LSTMLanguageModel
+
+WORLD = World.single(torch.device("cpu"))
+
+
+def splits(inputs, targets, **others):
+    good = TensorSplit(inputs, targets)
+    return Splits(**{"train": good, "validation": good, "test": good, **others})
+
+
+IMAGES = splits(torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 1, 0]))
+
+
+def net(classes=3, features=64):
+    return nn.Sequential(
+        nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(features, classes)
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_fits_passes_and_nothing_changes(precision):
+    model = net().train()
+    state, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    check_match(model, IMAGES, runtime(WORLD, precision=precision))
+    assert model.training
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(chance, torch.get_rng_state())
+
+
+def test_language_models_fit_by_their_vocabulary():
+    ids = torch.randint(0, 12, (4, 7), generator=torch.Generator().manual_seed(0))
+    ids[3, 6] = 11
+    data = splits(ids, ids)
+    check_match(LSTMLanguageModel(12, 4, 4), data, runtime(WORLD))
+    with pytest.raises(ConfigError, match="label 11, but LSTMLanguageModel has 11 outputs"):
+        check_match(LSTMLanguageModel(11, 4, 4), data, runtime(WORLD))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        (net(features=63), IMAGES, r"Sequential cannot take a train sample \(float32 \[1, 8, 8\]"),
+        (net(classes=2), IMAGES, "train holds the label 2.*2 outputs, for labels 0 to 1"),
+        (nn.Flatten(0), IMAGES, r"for targets \[1\] of train Flatten gives \[64\]"),
+        (
+            net(),
+            splits(
+                IMAGES.train.inputs,
+                IMAGES.train.targets,
+                test=TensorSplit(IMAGES.train.inputs, torch.tensor([0, 0, -1, 0, 0])),
+            ),
+            "test holds the label -1",
+        ),
+        (
+            net(),
+            splits(
+                IMAGES.train.inputs,
+                IMAGES.train.targets,
+                validation=TensorSplit(torch.randn(2, 3, 8, 8), torch.tensor([0, 0])),
+            ),
+            r"validation sample \(float32 \[3, 8, 8\]",
+        ),
+    ],
+    ids=["shape", "label", "logits", "test-label", "validation-shape"],
+)  # fmt: skip
+def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
+    with pytest.raises(ConfigError, match=said):
+        check_match(model, data, runtime(WORLD))
+    assert model.training

@@ -1,0 +1,43 @@
+"""The first signal asks, the second ends at once, and none is lost on the way."""
+
+import os
+import signal
+
+import pytest
+
+from trainer.errors import Interrupted
+from trainer.signals import Signals
+
+
+@pytest.fixture
+def signals():
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    made = Signals()
+    made.install()
+    yield made
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def test_the_first_asks_and_the_second_ends_at_once(signals):
+    asked = []
+    with signals.asking(lambda: asked.append(True)):
+        send(signal.SIGTERM)
+        assert (asked, signals.raised) == ([True], False)
+        with pytest.raises(Interrupted) as ended:
+            send(signal.SIGINT)
+    assert (len(asked), signals.raised, ended.value.exit_code) == (1, True, 130)
+
+
+def test_one_whose_error_was_lost_in_foreign_code_still_asks(signals):
+    with pytest.raises(Interrupted):  # as if nobody had heard it
+        send(signal.SIGTERM)
+    asked = []
+    with signals.asking(lambda: asked.append(True)):
+        pass
+    assert asked == [True]
+    assert signals.interrupted().exit_code == 143
