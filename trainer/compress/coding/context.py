@@ -16,6 +16,7 @@ from trainer.compress.coding.errors import CorruptError
 from trainer.compress.coding.mixing import HALF, INPUTS, count, learn, mix
 from trainer.compress.coding.rangecoder import FLOOR, ONE
 from trainer.compress.coding.tables import LIMIT, LOG, SQUASH
+from trainer.compress.coding.varint import put, take
 
 Int64 = NDArray[np.int64]
 Levels = NDArray[np.uint16]
@@ -23,6 +24,7 @@ Levels = NDArray[np.uint16]
 SPEEDS = (4, 8, 16, 32)  # of the mixers, the encoder chooses
 _STEPS = 16  # magnitudes that have a step of their own; wider and wider buckets follow
 _BUCKETS = 80
+_UNIT = 22  # of the base probability in the head, in the logistic domain
 _SLACK = 1024  # bytes, more than one position can take
 
 
@@ -199,9 +201,7 @@ def _code(
                 inputs[9] = (_log(kept * 64 + plus) - _log(c + 30) - average) * 22
                 p = mix(chance, weight, slot, inputs, 8, 10, w)
                 bit = rc.code(state, blob, p, 1 if levels[r, c] else 0, decode)
-                learn(
-                    chance, seen, weight, slot, inputs, 8, 10, w, bit, p, speed, prior, 1000
-                )
+                learn(chance, seen, weight, slot, inputs, 8, 10, w, bit, p, speed, prior, 1000)
                 done += 1
                 total += bit
                 since += 1
@@ -237,14 +237,24 @@ def _code(
                     p = mix(schance, sweight, slot, inputs, 5, 5, 0)
                     sign = rc.code(state, blob, p, 1 if level > negatives else 0, decode)
                     learn(
-                        schance, sseen, sweight, slot, inputs, 5, 5, 0, sign, p, 2 * speed, sprior, 255
+                        schance,
+                        sseen,
+                        sweight,
+                        slot,
+                        inputs,
+                        5,
+                        5,
+                        0,
+                        sign,
+                        p,
+                        2 * speed,
+                        sprior,
+                        255,
                     )
                 towards = 1 if sign else -1
                 most = clusters - negatives - 1 if sign else negatives - 1
                 magnitude = level - negatives - 1 if sign else negatives - level
-                pull = _clip(
-                    (2 * west + 2 * north + northwest + northeast) * towards, -16, 15
-                ) + 16
+                pull = _clip((2 * west + 2 * north + northwest + northeast) * towards, -16, 15) + 16
                 heavy = 0
                 if kept:
                     heavy = _clip(_log(4 * size + 2) - _log(4 * kept + 2) + 32, 0, 63)
@@ -263,7 +273,19 @@ def _code(
                     p = mix(mchance, mweight, slot, inputs, 6, 6, w2)
                     more = rc.code(state, blob, p, 1 if magnitude >= start + step else 0, decode)
                     learn(
-                        mchance, mseen, mweight, slot, inputs, 6, 6, w2, more, p, 2 * speed, mprior, 255
+                        mchance,
+                        mseen,
+                        mweight,
+                        slot,
+                        inputs,
+                        6,
+                        6,
+                        w2,
+                        more,
+                        p,
+                        2 * speed,
+                        mprior,
+                        255,
                     )
                     if not more:
                         break
@@ -306,3 +328,61 @@ def _code(
     if state[rc.POS] + _SLACK > blob.size:
         blob = rc.grown(blob)
     return blob, rc.finish(state, blob)
+
+
+def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, speed: int) -> bytes:
+    """The levels [rows, columns], 0 to `clusters`, as bytes.
+
+    Args:
+        negatives: clusters 1 to `negatives` lie below zero, the others above.
+        near: how many columns further the neighbour below lies (a row of the image or kernel); 0:
+            no second dimension.
+        far: how many columns further the next channel lies; 0: no channels.
+        speed: of learning, an index into SPEEDS.
+    """
+    kept = np.count_nonzero(levels) / levels.size
+    odds = np.log(max(kept, 1e-5) / max(1 - kept, 1e-5))
+    base = int(np.clip(round(odds * 256 / _UNIT), -127, 127)) + 128
+    dense = clusters > 1 and kept == 1.0
+    room = np.zeros(_SLACK + levels.size // 16, np.uint8)
+    blob, size = _code(
+        levels,
+        clusters,
+        negatives,
+        dense,
+        near,
+        far,
+        (base - 128) * _UNIT,
+        SPEEDS[speed],
+        room,
+        False,
+    )
+    flags = dense | speed << 1 | (near > 0 or far > 0) << 3
+    shifts = put(near) + put(far) if flags & 8 else b""
+    return bytes([flags, base]) + shifts + blob[:size].tobytes()
+
+
+def decode(blob: bytes, rows: int, columns: int, clusters: int, negatives: int) -> Levels:
+    """The levels that `encode` wrote.
+
+    Raises:
+        CorruptError: no encoder wrote these bytes for such a layer.
+    """
+    if len(blob) < 2 or blob[0] > 15 or blob[1] == 0:
+        raise CorruptError("the head of a context-coded layer is damaged")
+    flags, base, at, near, far = blob[0], blob[1], 2, 0, 0
+    if flags & 8:
+        near, at = take(blob, at)
+        far, at = take(blob, at)
+    dense = bool(flags & 1)
+    if max(near, far) > columns or (dense and clusters < 2) or (flags & 8 and near == far == 0):
+        raise CorruptError("the head of a context-coded layer does not fit its shape")
+    levels = np.zeros((rows, columns), np.uint16)
+    data = np.frombuffer(blob, np.uint8, offset=at).copy()
+    speed = SPEEDS[flags >> 1 & 3]
+    _, size = _code(
+        levels, clusters, negatives, dense, near, far, (base - 128) * _UNIT, speed, data, True
+    )
+    if size < 0:
+        raise CorruptError("a context-coded layer is damaged")
+    return levels
