@@ -150,11 +150,13 @@ class ArtifactConfig:
 
     make: bool = False  # write model.dcz at the end and measure what it decodes to
     numbers: str = "fp16"  # type of codebooks, biases and norms in it: fp16 (where it fits) | fp32
-    coder: str = "auto"  # of positions and indices: auto (the smallest) | huffman | ans | context
+    coder: str = (
+        "auto"  # of positions and indices: auto (the smallest) | context | columns | huffman | ans
+    )
 
     def __post_init__(self) -> None:
         one_of("artifact.numbers", self.numbers, ("fp16", "fp32"))
-        one_of("artifact.coder", self.coder, ("auto", "huffman", "ans", "context"))
+        one_of("artifact.coder", self.coder, ("auto", "context", "columns", "huffman", "ans"))
 
 
 @dataclass

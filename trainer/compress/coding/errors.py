@@ -1,0 +1,5 @@
+"""What a decoder raises."""
+
+
+class CorruptError(ValueError):
+    """The bytes are not what an encoder wrote: damaged, cut, or made up."""
