@@ -17,7 +17,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -41,16 +41,19 @@ def main(arguments: Sequence[str]) -> int:
             return WRONG_CONFIG
         folder = _folder_to_resume(options.overrides)
         if folder is not None:
-            plain = _resumed(folder, options.overrides[1:])
+            composed, run_dir = _resumed(folder, options.overrides[1:]), folder
         else:
-            plain, run_dir = _compose(options.overrides, options.config_dir)
+            composed, run_dir = _compose(options.overrides, options.config_dir)
+        plain = _plain(composed)
         cfg = typed(Config, plain)
         if options.cfg:
             print(OmegaConf.to_yaml(OmegaConf.create(plain)), end="")
             return DONE
         signals = Signals()
         signals.install()
-        if folder is not None:
+        if cfg.sweep.params:
+            _sweep(cfg, composed, run_dir, list(arguments), signals)
+        elif folder is not None:
             resume(cfg, folder, signals)
         else:
             drive(cfg, plain, run_dir, signals)
@@ -64,6 +67,22 @@ def main(arguments: Sequence[str]) -> int:
         print(str(error), file=sys.stderr)
         return error.exit_code
     return DONE
+
+
+def _sweep(
+    cfg: Config, composed: DictConfig, folder: Path, arguments: list[str], signals: Signals
+) -> None:
+    """Search, and then train the winner in full where `sweep.refit` says so."""
+    from trainer.sweep.driver import run_sweep  # Optuna is not for those who do not sweep
+
+    winner = run_sweep(cfg, composed, folder, arguments, signals)
+    if winner is None:
+        return
+    best = folder / "best"
+    if (best / "config.yaml").exists():
+        resume(typed(Config, RunDirectory(best).read_config()), best, signals)
+    else:
+        drive(typed(Config, winner), winner, best, signals)
 
 
 def conf_dir() -> Path:
@@ -89,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compose(overrides: list[str], config_dir: str | None) -> tuple[dict[str, Any], Path]:
-    """Compose with Hydra. Returns the plain configuration and the wanted run directory.
+def _compose(overrides: list[str], config_dir: str | None) -> tuple[DictConfig, Path]:
+    """Compose with Hydra. Returns the configuration, not resolved, and the wanted run directory.
 
     Raises:
         ConfigError: whatever Hydra or OmegaConf object to.
@@ -104,16 +123,26 @@ def _compose(overrides: list[str], config_dir: str | None) -> tuple[dict[str, An
         with initialize_config_dir(str(conf_dir()), job_name="trainer", version_base="1.3"):
             composed = compose("config", overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
-            run_dir = Path(composed.hydra.run.dir)
+            moved = any(override.startswith("hydra.run.dir=") for override in overrides)
+            kind = "sweep" if composed.sweep.get("params") and not moved else "run"
+            run_dir = Path(composed.hydra[kind].dir)
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
-            plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_told(error)) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"a configuration file cannot be read: {_told(error)}") from error
+    return composed, run_dir
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    """Plain values, interpolations resolved. Raises ConfigError."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_told(error)) from error
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}, run_dir
+    return {str(key): value for key, value in plain.items()}
 
 
 def _told(error: Exception) -> str:
@@ -134,7 +163,7 @@ def _folder_to_resume(arguments: list[str]) -> Path | None:
     return None
 
 
-def _resumed(folder: Path, overrides: list[str]) -> dict[str, Any]:
+def _resumed(folder: Path, overrides: list[str]) -> DictConfig:
     """The configuration of the run in `folder`, with what may be changed changed.
 
     Raises:
@@ -147,11 +176,10 @@ def _resumed(folder: Path, overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{override}: with resume=, only {allowed} can be changed")
     try:
         changed = OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides))
-        result = OmegaConf.to_container(changed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_told(error)) from error
-    assert isinstance(result, dict)
-    return {str(key): value for key, value in result.items()}
+    assert isinstance(changed, DictConfig)
+    return changed
 
 
 def _list_experiments(config_dir: str | None) -> str:

@@ -20,6 +20,7 @@ from trainer.config import CheckpointConfig, Config
 from trainer.data.split import Splits
 from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.engine.clock import PhaseClock
+from trainer.engine.cost import macs
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import StepResult, fit, steps_in
 from trainer.engine.runtime import Runtime
@@ -47,10 +48,12 @@ class Start:
     phase: int  # index of the first phase to run
     weights: bytes | None = None  # what the phase before it left; None: the initial weights
     within: bytes | None = None  # `Checkpoint.content` of that phase; None: from its beginning
+    test: bool = True  # whether the test set is touched in the end; not by trials of a sweep
 
 
 def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
     """Run the phases of `cfg` on this worker, and measure the result on the test set."""
+    world.pulse.phase = world.pulse.step = 0  # a warm worker was elsewhere
     torch.manual_seed(cfg.seed)
     data = build_data(cfg)
     phases = build_phases(cfg.phases)
@@ -88,6 +91,8 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
             if run.stopped:
                 return
         epochs_before += phase.fit.epochs
+    if not start.test:
+        return
     metrics = evaluate(model, data.test, runtime)
     yield RunEnded(accuracy=metrics.accuracy, loss=metrics.loss)
 
@@ -185,6 +190,7 @@ class _PhaseRun:
             sparsity=left.sparsity,
             sent_bytes_per_step=last.sent_bytes if last else 0,
             images_per_second=clock.overall(),
+            macs=self._macs(),
         )
         weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
         yield PhaseEnded(index=self.index, record=record, weights=weights)
@@ -197,6 +203,12 @@ class _PhaseRun:
         if world.stop.is_set():
             return STOP
         return KEEP if every and time.monotonic() - clock.kept >= every else GO_ON
+
+    def _macs(self) -> int:
+        order = iter([torch.zeros(1, dtype=torch.long)])
+        inputs, _ = self.runtime.place_batch(*next(self.data.validation.batches(order, None)))
+        with self.runtime.arithmetic().autocast():
+            return macs(self.model, inputs)
 
     def _keep(self, step: int, state: Mapping[str, Any]) -> Checkpoint:
         content = b""

@@ -16,7 +16,9 @@ CONVNET = {
 
 def space(params, defaults=None, **settings):
     objectives = {"accuracy": "maximize"}
-    return parse_space(SweepConfig(params=params, objectives=objectives, **settings), defaults or {})
+    return parse_space(
+        SweepConfig(params=params, objectives=objectives, **settings), defaults or {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,7 @@ def test_a_list_has_an_element_for_each_layer_that_there_is():
 
 def test_lengths_may_be_numbers_or_keys_that_are_not_searched():
     for length in (2, "model.depth"):
-        fixed = space(
-            {"model.width": "3,5"}, {"model.depth": 2}, lengths={"model.width": length}
-        )
+        fixed = space({"model.width": "3,5"}, {"model.depth": 2}, lengths={"model.width": length})
         assert fixed.settings({"model.width.0": 3, "model.width.1": 5}) == {"model.width": [3, 5]}
         assert not fixed.conditional
 

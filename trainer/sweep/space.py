@@ -37,6 +37,8 @@ from trainer.config import SweepConfig
 from trainer.errors import ConfigError, first_line
 from trainer.sweep.compare import Comparison, parse_condition, satisfied
 
+GRID_LIMIT = 100_000  # combinations
+
 Drawn = Mapping[str, Any]
 """Values by parameter name, as Optuna knows them: `trial.params`."""
 
