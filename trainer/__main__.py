@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 failed, 2 wrong configuration (nothing was started), 130 a
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.report.directory import RunDirectory
 from trainer.signals import Signals
 
 DONE, FAILED, WRONG_CONFIG = 0, 1, 2
+OPEN = re.compile(r"sweep\.(params|lengths|conditions|during|objectives|constraints)[.=]")
 RESUMABLE = ("cluster.", "checkpoint.")  # settings that do not make a resumed run another run
 
 
@@ -119,6 +121,8 @@ def _compose(overrides: list[str], config_dir: str | None) -> tuple[DictConfig, 
             raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
         folder = json.dumps(str(Path(config_dir).resolve()), ensure_ascii=False)
         overrides = [*overrides, f"hydra.searchpath=[{folder}]"]
+    # These mappings have no keys of their own: a new one needs no +.
+    overrides = [f"++{o}" if OPEN.match(o) else o for o in overrides]
     try:
         with initialize_config_dir(str(conf_dir()), job_name="trainer", version_base="1.3"):
             composed = compose("config", overrides, return_hydra_config=True)

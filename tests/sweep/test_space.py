@@ -15,10 +15,8 @@ CONVNET = {
 
 
 def space(params, defaults=None, **settings):
-    objectives = {"accuracy": "maximize"}
-    return parse_space(
-        SweepConfig(params=params, objectives=objectives, **settings), defaults or {}
-    )
+    cfg = SweepConfig(params=params, objectives={"accuracy": "maximize"}, **settings)
+    return parse_space(cfg, defaults or {})
 
 
 @pytest.mark.parametrize(

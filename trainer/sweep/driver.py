@@ -247,7 +247,7 @@ class _Sweep:
         except ConfigError as error:
             self.ledger.fail(number, str(error))
             return False
-        self.trials[number] = Trial(number, drawn, cfg, self.cfg, self.directory.path)
+        self.trials[number] = Trial(number, drawn, cfg, self.sweep, self.directory.path)
         self.reported[number] = set(self.ledger.reported(number))
         return True
 

@@ -31,8 +31,7 @@ class Plan:
     def __init__(self, cfg: Config, base: DictConfig) -> None:
         self.cfg = cfg
         self._base = base
-        settings = OmegaConf.to_container(base, resolve=True)
-        assert isinstance(settings, dict)
+        settings = _container(base, resolve=True)
         defaults = dict(_leaves(settings))
         self.space = parse_space(cfg.sweep, defaults)
         self.during = flatten(cfg.sweep.during, "sweep.during")
@@ -82,8 +81,7 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """All that must stay the same when the sweep goes on."""
-        settings = OmegaConf.to_container(self._base, resolve=False)
-        assert isinstance(settings, dict)
+        settings = _container(self._base, resolve=False)
         sweep = {k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "storage")}
         rest = {k: v for k, v in settings.items() if k not in ("sweep", "cluster", "checkpoint")}
         workers = {"workers": settings["cluster"]["workers"]}
@@ -95,11 +93,16 @@ class Plan:
             for key, value in changes.items():
                 OmegaConf.update(changed, key, value, merge=False)
             changed.sweep = {"name": self.cfg.sweep.name}
-            plain = OmegaConf.to_container(changed, resolve=True, throw_on_missing=True)
+            return _container(changed, resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"sweep.params: {first_line(error)}") from error
-        assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
+
+
+def _container(conf: DictConfig, resolve: bool) -> dict[str, Any]:
+    """Plain values."""
+    plain = OmegaConf.to_container(conf, resolve=resolve, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -91,7 +91,9 @@ class Results:
 
     def _command(self, overrides: list[str]) -> str:
         """What runs the trial again, as an experiment of its own."""
-        mine = [a for a in self._ledger.command if not a.startswith(("sweep.", "hydra."))]
+        mine = [
+            a for a in self._ledger.command if not a.lstrip("+~").startswith(("sweep", "hydra."))
+        ]
         return shlex.join(["python", "-m", "trainer", *mine, *overrides, "~sweep.params"])
 
     def _write_csv(self) -> None:

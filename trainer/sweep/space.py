@@ -280,7 +280,8 @@ def _range(parsed: Sweep, log: bool) -> Range:
                 raise ValueError("log is for numbers between two ends, not for a choice")
             return _choice([_plain(item) for item in parsed.list])
         case IntervalSweep(start=low, end=high):
-            assert low is not None and high is not None
+            assert low is not None
+            assert high is not None
             if not low < high:
                 raise ValueError(f"there is nothing between {low} and {high}")
             if isinstance(low, int) and isinstance(high, int):

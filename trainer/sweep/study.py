@@ -15,6 +15,7 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trainer.config import SweepConfig
@@ -46,7 +47,7 @@ class Ledger:
         self._cfg, self._space, self._seed = cfg, space, seed
         self._owner = f"{socket.gethostname()}:{folder}"
         self._private = cfg.storage is None
-        directions = list(cfg.objectives.values())
+        directions = [_direction(name) for name in cfg.objectives.values()]
         try:
             self._storage: BaseStorage = optuna.storages.get_storage(
                 cfg.storage or f"sqlite:///{folder}/study.db"
@@ -102,9 +103,7 @@ class Ledger:
     def ask(self) -> int | None:
         """A new trial; None where a grid has come to its end."""
         known = self.trials()
-        self.study.sampler = make_sampler(
-            self._cfg, self._space, mix(self._seed, len(known), 0) % 2**32
-        )
+        self._seed_sampler(len(known))
         if self._grid is not None:
             # JSON keeps the type, which == between 1 and True does not.
             seen = {_canonical(t.params) for t in known}
@@ -118,12 +117,9 @@ class Ledger:
         return trial.number
 
     def take_up(self, number: int) -> dict[str, Any]:
-        """What trial `number` was to try; a trial that was cut off while it was drawn is completed."""
+        """What trial `number` is to try; one that was cut off while it was drawn is completed."""
         if number not in self._live:
-            if self.study.sampler is None or number not in self._live:
-                self.study.sampler = make_sampler(
-                    self._cfg, self._space, mix(self._seed, number, 0) % 2**32
-                )
+            self._seed_sampler(number)
             self._live[number] = optuna.Trial(self.study, self._id(number))
         return self._space.suggest(self._live[number])
 
@@ -132,7 +128,7 @@ class Ledger:
         return dict(self._storage.get_trial(self._id(number)).intermediate_values)
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Note the watched value of an epoch (the first is 1). Returns whether to stop the trial."""
+        """Note the watched value of an epoch (the first is 1). Returns whether to stop there."""
         self._storage.set_trial_intermediate_value(self._id(number), epoch, value)
         if epoch < self._cfg.min_epochs or self._cfg.pruner == "none":
             return False
@@ -189,13 +185,17 @@ class Ledger:
         sign = -1 if next(iter(self._cfg.objectives.values())) == "maximize" else 1
         return sorted(done, key=lambda t: (sign * t.values[0], t.number))
 
+    def _seed_sampler(self, number: int) -> None:
+        seed = mix(self._seed, number, 0) % 2**32
+        self.study.sampler = make_sampler(self._cfg, self._space, seed)
+
     def _id(self, number: int) -> int:
         study = self._storage.get_study_id_from_name(self.study.study_name)
         return self._storage.get_trial_id_from_study_id_trial_number(study, number)
 
     def _mirror(self) -> optuna.Study:
         """All trials as those of one objective, the watched value, which pruners ask for."""
-        direction = "maximize" if self._cfg.metric == "accuracy" else "minimize"
+        direction = _direction("maximize" if self._cfg.metric == "accuracy" else "minimize")
         mirror = optuna.create_study(direction=direction, study_name=self.study.study_name)
         for trial in self.trials():
             values = trial.intermediate_values
@@ -244,6 +244,10 @@ def make_pruner(cfg: SweepConfig, epochs: int) -> BasePruner:
                 reduction_factor=cfg.reduction,
             )
     return NopPruner()
+
+
+def _direction(name: str) -> StudyDirection:
+    return StudyDirection[name.upper()]
 
 
 def _feasible(trial: FrozenTrial) -> bool:

@@ -1,5 +1,6 @@
 """One trial as the driver sees it: where it goes on, what it said, what it came to."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ class Trial:
     """Takes in the messages of a trial and keeps its checkpoints in trials/NUMBER."""
 
     def __init__(
-        self, number: int, drawn: dict[str, Any], cfg: Config, sweep: Config, folder: Path
+        self, number: int, drawn: dict[str, Any], cfg: Config, sweep: SweepConfig, folder: Path
     ):
         self.number = number
         self.drawn = drawn
@@ -25,7 +26,7 @@ class Trial:
         self.pruned = False
         self.stopped = False
         self.records: list[dict[str, Any]] = []
-        self._sweep = sweep.sweep
+        self._sweep = sweep
         self._names = list(cfg.phases)
         self._folder = folder / "trials" / f"{number:04d}"
         self._checkpoints: Checkpoints | None = None
@@ -83,3 +84,5 @@ class Trial:
         """The trial is over: its checkpoints go."""
         self.pause()
         shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other trials are there
+            self._folder.parent.rmdir()
