@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config
+from trainer.config import Config, SweepConfig
 from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
 from trainer.report.checkpoints import Checkpoints
 from trainer.report.directory import as_json
