@@ -265,7 +265,8 @@ class Config:
                 "global batch is shared out, so it must hold at least one sample per worker"
             )
         one_of("precision", self.precision, PRECISIONS)
-        if self.cluster.backend == "inline" and (self.sweep.slots or 1) > 1:
+        inline = self.cluster.backend == "inline"
+        if inline and self.sweep.params and (self.sweep.slots or 1) > 1:
             raise ConfigError(
                 f"sweep.slots={self.sweep.slots} with cluster.backend=inline: this process runs "
                 "one trial at a time; set sweep.slots=1, or cluster.backend=ray for more"

@@ -104,6 +104,7 @@ class _Sweep:
             )
             self.ledger.note(self.plan.identity(), self.arguments)
             self.results = Results(self.plan, self.ledger, self.directory)
+            self.epochs = self.ledger.epochs()
             self.began = time.monotonic() - self.ledger.seconds
             with Board(self.sweep, self.directory) as self.board:
                 return self._search()
@@ -193,6 +194,7 @@ class _Sweep:
         if epoch in self.reported[trial.number]:  # an attempt that began at a checkpoint
             return
         self.reported[trial.number].add(epoch)
+        self.epochs += 1
         if self.ledger.report(trial.number, epoch, value) and epoch < trial.epochs:
             trial.pruned = True
             slot.stop_trial()
@@ -263,7 +265,7 @@ class _Sweep:
             return
         if self.sweep.seconds is not None and self._seconds() > self.sweep.seconds:
             self._stop("sweep.seconds is used up")
-        elif self.sweep.epochs is not None and self.ledger.epochs() >= self.sweep.epochs:
+        elif self.sweep.epochs is not None and self.epochs >= self.sweep.epochs:
             self._stop("sweep.epochs is used up")
 
     def _stop(self, why: str) -> None:

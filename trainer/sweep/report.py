@@ -1,6 +1,7 @@
 """report.html: the plots of a study in one file that needs nothing else."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ def write_report(path: Path, study: optuna.Study, summary: Mapping[str, Any]) ->
     from plotly.offline import get_plotlyjs
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    plots = _plots(study) if len(done) >= ENOUGH else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that few trials make inaccurate plots is plain to see
+        plots = _plots(study) if len(done) >= ENOUGH else {}
     pages = Environment(loader=PackageLoader("trainer.sweep", "."), autoescape=True)
     text = pages.get_template("report.html.jinja").render(
         summary=summary,

@@ -14,7 +14,7 @@ from trainer.sweep.measures import MEASURES
 from trainer.sweep.plan import Plan
 from trainer.sweep.report import write_report
 from trainer.sweep.show import tally
-from trainer.sweep.study import RESULT, Ledger
+from trainer.sweep.study import RESULT, Ledger, watched_values
 
 SHOWN = 10  # rows of the table in the terminal, and trials in summary.json
 
@@ -108,7 +108,7 @@ class Results:
                 [
                     trial.number,
                     "UNFINISHED" if trial.state == TrialState.RUNNING else trial.state.name,
-                    len(trial.intermediate_values),
+                    len(watched_values(trial)),
                     *(measured.get(name, "") for name in measures),
                     *(trial.params.get(name, "") for name in names),
                     len(trial.user_attrs.get("failures", [])),

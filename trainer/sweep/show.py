@@ -10,6 +10,7 @@ from rich.table import Table
 
 from trainer.config import SweepConfig
 from trainer.report.directory import RunDirectory
+from trainer.sweep.study import watched_values
 from trainer.sweep.trial import Trial
 
 PLAIN_WIDTH = 120  # columns where the output is no terminal
@@ -92,7 +93,7 @@ def describe(trial: FrozenTrial, objectives: Sequence[str]) -> str:
             values = zip(objectives, trial.values, strict=True)
             what = ", ".join(f"{name} {value:.6g}" for name, value in values)
         case TrialState.PRUNED:
-            what = f"pruned after epoch {trial.last_step}"
+            what = f"pruned after epoch {max(watched_values(trial))}"
         case _:
             what = f"failed: {trial.user_attrs.get('reason', '')}"
     return f"trial {trial.number}: {what} ({drawn})"

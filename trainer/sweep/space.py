@@ -221,7 +221,7 @@ def parse_space(cfg: SweepConfig, defaults: Mapping[str, Any]) -> Space:
     lengths = flatten(cfg.lengths, "sweep.lengths")
     for where, keys in (("conditions", conditions), ("lengths", lengths)):
         for key in keys:
-            if key not in ranges:
+            if key not in texts:
                 raise ConfigError(f"sweep.{where}.{key}: sweep.params does not search it")
     parameters: list[Parameter] = []
     for key, found in ranges.items():
@@ -232,7 +232,7 @@ def parse_space(cfg: SweepConfig, defaults: Mapping[str, Any]) -> Space:
     parameters = [
         replace(p, conditions=conditions.get(p.key, []) + p.conditions) for p in parameters
     ]
-    lists = {key: conditions.get(key, []) for key in lengths}
+    lists = {key: conditions.get(key, []) for key in lengths if key in ranges}
     return Space(_in_order(parameters), lists)
 
 

@@ -16,14 +16,16 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from trainer.config import SweepConfig
 from trainer.data.hashing import mix
 from trainer.errors import ConfigError, first_line
+from trainer.sweep.proxy import Proxy
 from trainer.sweep.space import GRID_LIMIT, Space
 
-OWNER, RESULT, SECONDS, SETTINGS, COMMAND = "owner", "result", "seconds", "settings", "command"
+OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
+SECONDS, SETTINGS, COMMAND = "seconds", "settings", "command"  # attributes of the study
 
 
 class Ledger:
@@ -63,6 +65,12 @@ class Ledger:
             raise ConfigError(f"sweep.storage={cfg.storage}: {first_line(error)}") from error
         self.study.set_metric_names(list(cfg.objectives))
         self._live: dict[int, optuna.Trial] = {}
+        self._proxy: Proxy | None = None
+        if len(directions) > 1:
+            best = _direction("maximize" if cfg.metric == "accuracy" else "minimize")
+            self._proxy = Proxy(self.study.study_name, best, self.study.pruner)
+            for trial in self.trials():
+                self._proxy.replay(trial.number, watched_values(trial), trial.state)
         self._grid = space.grid(GRID_LIMIT) if cfg.sampler == "grid" else None
 
     def note(self, settings: Mapping[str, Any], command: Sequence[str]) -> None:
@@ -125,16 +133,19 @@ class Ledger:
 
     def reported(self, number: int) -> dict[int, float]:
         """What was reported of a trial, by epoch."""
-        return dict(self._storage.get_trial(self._id(number)).intermediate_values)
+        return watched_values(self._storage.get_trial(self._id(number)))
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Note the watched value of an epoch (the first is 1). Returns whether to stop there."""
-        self._storage.set_trial_intermediate_value(self._id(number), epoch, value)
-        if epoch < self._cfg.min_epochs or self._cfg.pruner == "none":
-            return False
-        trial = self._storage.get_trial(self._id(number))
-        study = self.study if len(self._cfg.objectives) == 1 else self._mirror()
-        return self.study.pruner.prune(study, trial)
+        trial = self._live[number]
+        if self._proxy:
+            values = {**trial.user_attrs.get(VALUES, {}), str(epoch): value}
+            trial.set_user_attr(VALUES, values)
+            stop = self._proxy.report(number, epoch, value)
+        else:
+            trial.report(value, epoch)
+            stop = trial.should_prune()
+        return stop and epoch >= self._cfg.min_epochs
 
     def complete(
         self, number: int, measured: Mapping[str, float], missed: Mapping[str, float]
@@ -145,17 +156,17 @@ class Ledger:
             if name not in trial.constraints:
                 trial.set_constraint(name, value)
         trial.set_user_attr(RESULT, dict(measured))
-        self.study.tell(number, [measured[name] for name in self._cfg.objectives])
+        self._tell(number, TrialState.COMPLETE, [measured[n] for n in self._cfg.objectives])
 
     def prune(self, number: int) -> None:
         """Tell that a trial was stopped early."""
         self._live.pop(number)
-        self.study.tell(number, state=TrialState.PRUNED)
+        self._tell(number, TrialState.PRUNED)
 
     def fail(self, number: int, reason: str) -> None:
         """Tell that a trial failed for good."""
         self._live.pop(number).set_user_attr("reason", reason)
-        self.study.tell(number, state=TrialState.FAIL)
+        self._tell(number, TrialState.FAIL)
 
     def failed_once_more(self, number: int, reason: str) -> int:
         """Note a failure. Returns how many the trial has had."""
@@ -175,7 +186,7 @@ class Ledger:
 
     def epochs(self) -> int:
         """Epochs of all trials together."""
-        return sum(len(t.intermediate_values) for t in self.trials())
+        return sum(len(watched_values(trial)) for trial in self.trials())
 
     def best(self) -> list[FrozenTrial]:
         """The best trials, constraints kept: one objective: all, best first; several: the front."""
@@ -189,27 +200,20 @@ class Ledger:
         seed = mix(self._seed, number, 0) % 2**32
         self.study.sampler = make_sampler(self._cfg, self._space, seed)
 
+    def _tell(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
+        self.study.tell(number, values, state)
+        if self._proxy:
+            self._proxy.end(number, state)
+
     def _id(self, number: int) -> int:
         study = self._storage.get_study_id_from_name(self.study.study_name)
         return self._storage.get_trial_id_from_study_id_trial_number(study, number)
 
-    def _mirror(self) -> optuna.Study:
-        """All trials as those of one objective, the watched value, which pruners ask for."""
-        direction = _direction("maximize" if self._cfg.metric == "accuracy" else "minimize")
-        mirror = optuna.create_study(direction=direction, study_name=self.study.study_name)
-        for trial in self.trials():
-            values = trial.intermediate_values
-            state = trial.state
-            if state == TrialState.COMPLETE and not values:
-                state = TrialState.FAIL
-            mirror.add_trial(
-                create_trial(
-                    state=state,
-                    value=values[max(values)] if state == TrialState.COMPLETE else None,
-                    intermediate_values=values,
-                )
-            )
-        return mirror
+
+def watched_values(trial: FrozenTrial) -> dict[int, float]:
+    """What was reported of a trial, by epoch."""
+    kept = trial.user_attrs.get(VALUES, {})  # where there are several objectives
+    return {int(epoch): value for epoch, value in kept.items()} or dict(trial.intermediate_values)
 
 
 def make_sampler(cfg: SweepConfig, space: Space, seed: int) -> BaseSampler:
