@@ -9,6 +9,7 @@ the driver and of all its workers in both quarters.
 """
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -55,9 +56,7 @@ def once(trials: int, folder: str) -> str:
     whole = time.monotonic() - begun
     quarter = max(2, len(ends) // 4)
     first, last = ends[:quarter], ends[-quarter:]
-    pauses = [
-        2 * statistics.median(b - a for a, b in zip(p, p[1:], strict=False)) for p in (first, last)
-    ]
+    pauses = [2 * statistics.median(b - a for a, b in itertools.pairwise(p)) for p in (first, last)]
     early, late = memory[quarter - 1], memory[-1]
     return (
         f"{trials} trials in {whole:.1f} s; s per trial and slot: first quarter {pauses[0]:.3f}, "

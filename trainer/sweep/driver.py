@@ -105,6 +105,7 @@ class _Sweep:
             self.ledger.note(self.plan.identity(), self.arguments)
             self.results = Results(self.plan, self.ledger, self.directory)
             self.epochs = self.ledger.epochs()
+            self.count = len(self.ledger.trials())
             self.began = time.monotonic() - self.ledger.seconds
             with Board(self.sweep, self.directory) as self.board:
                 return self._search()
@@ -163,7 +164,7 @@ class _Sweep:
             try:
                 event = self.events.get(timeout=LOOK_EVERY_S)
             except queue.Empty:
-                self.board.show(self.trials, self.ledger.trials(), self._left())
+                self.board.show(self.trials, self.ledger.trials, self._left())
                 continue
             self._on(event)
 
@@ -234,12 +235,13 @@ class _Sweep:
                 if asked is None:
                     self.exhausted = True
                     return
+                self.count = asked + 1
                 if not self._begin(asked):
                     continue
                 number = asked
             trial = self.trials[number]
             self.ready.pop(0).run(number, trial.cfg, trial.start(self.board.say))
-            self.board.show(self.trials, self.ledger.trials(), self._left())
+            self.board.show(self.trials, self.ledger.trials, self._left())
 
     def _begin(self, number: int) -> bool:
         """Make the trial; one whose values do not go together fails at once."""
@@ -255,7 +257,7 @@ class _Sweep:
 
     def _may_begin(self) -> bool:
         limit = self.sweep.trials
-        return not self.exhausted and (limit is None or len(self.ledger.trials()) < limit)
+        return not self.exhausted and (limit is None or self.count < limit)
 
     def _more(self) -> bool:
         return bool(self.waiting) or self._may_begin()

@@ -1,6 +1,6 @@
 """The sweep in the terminal: a live table, and a line for each trial that ended."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
@@ -53,16 +53,20 @@ class Board:
         self.say(describe(trial, list(self._cfg.objectives)))
 
     def show(
-        self, running: Mapping[int, Trial], trials: Sequence[FrozenTrial], left: float | None
+        self,
+        running: Mapping[int, Trial],
+        trials: Callable[[], Sequence[FrozenTrial]],
+        left: float | None,
     ) -> None:
         """Renew the live table.
 
         Args:
+            trials: asked for where there is a live table.
             left: seconds; None: no limit.
         """
         if not self._live.is_started:
             return
-        table = Table(title=tally(trials, left), title_justify="left")
+        table = Table(title=tally(trials(), left), title_justify="left")
         for title in ("trial", "epoch", self._cfg.metric, "tries"):
             table.add_column(title)
         for number, trial in sorted(running.items()):
