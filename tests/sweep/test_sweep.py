@@ -4,6 +4,8 @@ import csv
 import json
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from os import getpid, kill
@@ -81,6 +83,22 @@ def test_ctrl_c_saves_and_the_same_command_finishes_the_trial():
     assert main(long) == 0
     assert [row["state"] for row in rows()] == ["COMPLETE"] * 2
     assert [row["epochs"] for row in rows()] == ["20", "20"]
+
+
+@pytest.mark.integration
+def test_a_killed_driver_loses_and_repeats_no_finished_trial():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *ARGUMENTS], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.kill()
+    process.communicate()
+    assert main(ARGUMENTS) == 0
+    told = (FOLDER / "log.txt").read_text()
+    assert told.count("trial 0: ") == 1
+    assert first in told
+    assert [row["state"] for row in rows()] == ["COMPLETE"] * 3
 
 
 def test_a_diverging_trial_is_retried_then_failed_with_its_reason(capsys):
