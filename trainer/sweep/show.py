@@ -45,8 +45,8 @@ class Board:
 
     def say(self, line: str) -> None:
         """Print one line above the live table, and log it."""
+        self._directory.log(line)  # first: a line that was seen is in the log
         self.terminal.print(line, markup=False, soft_wrap=True)
-        self._directory.log(line)
 
     def ended(self, trial: FrozenTrial) -> None:
         """Say what became of a trial."""
