@@ -11,22 +11,29 @@ from trainer.sweep.compare import Comparison, excess, parse_bound
 Record = Mapping[str, Any]
 """An entry of `phases` in summary.json."""
 
-MEASURES: dict[str, Callable[[Sequence[Record]], float]] = {
+MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
     "accuracy": lambda records: records[-1]["accuracy"],  # validation, fraction
     "loss": lambda records: records[-1]["loss"],  # validation, nats
     "parameters": lambda records: records[-1]["parameters"],  # of the dense model
     "nonzero": lambda records: records[-1]["nonzero"],  # of the parameters
     "macs": lambda records: records[-1]["macs"],  # per sample, of weights that are not zero
+    "bytes": lambda records: records[-1].get("bytes"),  # of model.dcz; made where it is asked for
     "seconds": lambda records: sum(record["seconds"] for record in records),
 }
 """From the records of a trial's phases to one number; a new measure needs a line here."""
 
-SIZES = ("parameters", "nonzero", "macs")  # go with the number of weights that are left
+SIZES = ("parameters", "nonzero", "macs", "bytes")  # go with the number of weights that are left
 
 
 def measure(records: Sequence[Record]) -> dict[str, float]:
     """All measures of a trial that ended."""
-    return {name: float(of(records)) for name, of in MEASURES.items()}
+    found = {name: of(records) for name, of in MEASURES.items()}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def needs_artifact(cfg: SweepConfig) -> bool:
+    """Whether a trial must be compressed to a file before it can be judged."""
+    return "bytes" in cfg.objectives or "bytes" in cfg.constraints
 
 
 def check_measures(cfg: SweepConfig) -> None:

@@ -10,7 +10,7 @@ from trainer.config import Config, SweepConfig
 from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
 from trainer.report.checkpoints import Checkpoints
 from trainer.report.directory import as_json
-from trainer.sweep.measures import watched
+from trainer.sweep.measures import needs_artifact, watched
 
 
 class Trial:
@@ -65,8 +65,11 @@ class Trial:
                 self._checkpoints.within_phase(message.phase, name, message.step, message.content)
             case PhaseEnded():
                 record = as_json(message.record)
+                last = message.index == len(self._names) - 1
+                if last and needs_artifact(self._sweep):
+                    record["bytes"] = self._artifact_bytes(message.weights)
                 self.records.append(record)
-                if message.index < len(self._names) - 1:  # after the last one nothing goes on
+                if not last:  # after the last one nothing goes on
                     self._checkpoints.phase_ended(message.index, record, message.weights)
             case EpochEnded():
                 before = self._names[: self._names.index(message.phase)]
@@ -76,6 +79,15 @@ class Trial:
                 left = self._parameters * (1 - message.sparsity)
                 return self.epoch, watched(self._sweep, self.value, left)
         return None
+
+    def _artifact_bytes(self, weights: bytes) -> int:
+        import safetensors.torch
+
+        from trainer import artifact
+
+        made = self.cfg.artifact
+        state = dict(sorted(safetensors.torch.load(weights).items()))
+        return len(artifact.encode(state, made.numbers, made.coder))
 
     def pause(self) -> None:
         """The attempt is over; what is written stays."""
