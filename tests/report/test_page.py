@@ -12,7 +12,7 @@ from trainer.report.sheets import layers, phases, stages
 from trainer.report.weights import Distribution, distributions
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-HOSTILE = '<script>alert("x")</script>&$\\frac{'
+HOSTILE = '<script>"</script>&$\\frac{'
 
 
 def record(name, epochs, **changes):
@@ -202,6 +202,7 @@ def test_a_run_without_training_shows_what_each_phase_left():
     assert "97.50%" in parsed.cells
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_is_missing_is_left_out():
     """A summary of an older version, with null for what was not a number."""
     broken = record("train", 1, loss=None, train_loss=None)
@@ -212,6 +213,13 @@ def test_what_is_missing_is_left_out():
     assert "–" in parsed.cells  # noqa: RUF001
     assert "None" not in parsed.text
     assert "nodes" not in parsed.text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a" * 200, "\u8a13\u7df4"])
+def test_no_name_brings_a_plot_out_of_shape(name):
+    summary = {**SUMMARY, "phases": [record(name, 3), record("prune", 0)]}
+    Page(page(summary, epochs(name, 3), CONFIG))
 
 
 def test_of_many_tensors_the_largest_are_drawn():

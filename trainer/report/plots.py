@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ _STYLE: Any = {
     "legend.frameon": False,
 }
 _MARKED = 40  # epochs up to which each gets a marker
+_LETTERS = 28  # of a phase's name
 _SPIKES = 256  # values of a codebook up to which each gets a line of its own
 
 # The first drawing on a machine builds a cache of fonts, and would say so on standard error.
@@ -123,6 +125,7 @@ def distribution(index: int, tensor: Distribution) -> str:
             below.stairs(sizes, edges, fill=True, color=_RED)
         below.set_ylim(bottom=0)
         below.set_xlabel("weight")
+        below.xaxis.set_major_locator(MaxNLocator(5))
         for axes, title in ((above, "before"), (below, f"after: {len(tensor.values)} values")):
             axes.set_title(title, loc="left", fontsize=9, color=_GREY)
             axes.set_ylabel("weights")
@@ -147,26 +150,31 @@ def _over_epochs(
         begin = 0
         for index, phase in enumerate(phases):
             epochs = [entry for entry in metrics if entry["phase"] == phase["name"]]
-            for key, of_phase, title, colour in lines:
-                if epochs:
-                    axes.plot(
-                        [begin + n for n in range(1, len(epochs) + 1)],
-                        [_value(entry[key]) for entry in epochs],
-                        color=colour,
-                        marker="o" if len(metrics) <= _MARKED else "",
-                        markersize=3.5,
-                        label=title,
-                    )
-                elif of_phase:
-                    axes.plot(begin, _value(phase[of_phase]), "D", color=colour, markersize=5)
             end = begin + len(epochs)
+            for key, of_phase, title, colour in lines:
+                places = list(range(begin + 1, end + 1))
+                values = [_value(entry[key]) for entry in epochs]
+                if of_phase and not epochs:
+                    places, values = [begin], [_value(phase[of_phase])]
+                    axes.plot(places, values, "D", color=colour, markersize=5)
+                if of_phase and index:  # the curve comes from where the phase before it ended
+                    places = [begin, *places]
+                    values = [_value(phases[index - 1][of_phase]), *values]
+                axes.plot(
+                    places,
+                    values,
+                    color=colour,
+                    marker="o" if len(metrics) <= _MARKED else "",
+                    markersize=3.5,
+                    label=title,
+                )
             if index % 2:
                 axes.axvspan(begin, end, color=_BAND, zorder=-1)
             axes.axvline(begin, color="#cbd2da", linewidth=0.8, zorder=-0.5)
             axes.text(
                 (begin + end) / 2,
                 1.02,
-                phase["name"],
+                _short(phase["name"]),
                 transform=axes.get_xaxis_transform(),
                 rotation=30 if len(phases) > 1 else 0,
                 horizontalalignment="left" if len(phases) > 1 else "center",
@@ -176,6 +184,7 @@ def _over_epochs(
                 parse_math=False,
             )
             begin = end
+        axes.set_xlim(-0.02 * max(1, begin), 1.04 * max(1, begin))
         axes.set_xlabel("epoch, over all phases")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(label)
@@ -209,6 +218,10 @@ def _logarithmic(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
+
+
 def _value(value: float | None) -> float:
     return math.nan if value is None else value
 
@@ -217,7 +230,10 @@ def _svg(figure: Figure, name: str) -> str:
     """The figure as an element to put into a page, its ids made unique by `name`."""
     text = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    FigureCanvasSVG(figure).print_svg(text, metadata=nothing)
+    with warnings.catch_warnings():
+        # Letters that matplotlib's own font lacks: the browser has one that does not.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        FigureCanvasSVG(figure).print_svg(text, metadata=nothing)
     found = text.getvalue()
     found = found[found.index("<svg") :]
     return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", found)

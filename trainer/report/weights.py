@@ -27,13 +27,13 @@ class Distribution:
 
 
 def distributions(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[Distribution]:
-    """What sharing made of each tensor that has a codebook after it, in the order of `after`.
+    """What sharing made of each tensor that has a codebook after it, by name.
 
     Args:
         before, after: weights by name, of the same model.
     """
     found = []
-    for name, shared in after.items():
+    for name, shared in sorted(after.items()):
         book = codebook_of(shared) if shared.ndim > 1 and shared.is_floating_point() else None
         if book is None or not len(book.values):
             continue
