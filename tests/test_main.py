@@ -166,6 +166,7 @@ def test_every_shipped_experiment_runs(name):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == [p["name"] for p in summary["phases"] if p["steps"]]
     assert list((run / "tensorboard").iterdir())
+    assert composed["name"] in (run / "report.html").read_text()
     assert not (run / ".hydra").exists()
     assert not list(run.glob("**/*.part"))
     weights = load_file(run / "model.safetensors")

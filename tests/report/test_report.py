@@ -21,7 +21,8 @@ from trainer.messages import (
 from trainer.report.console import Console
 from trainer.report.curves import Curves
 from trainer.report.directory import RunDirectory
-from trainer.report.summary import Summary, megabytes, phase_table
+from trainer.report.sheets import megabytes, phases, rich_table
+from trainer.report.summary import Summary
 
 RECORD = PhaseRecord(
     name="train",
@@ -105,7 +106,7 @@ def test_the_table_shows_every_phase_and_the_test_error():
         summary.on(message)
     out = Terminal(file=io.StringIO(), width=120)
     summary.result = {"accuracy": 0.96, "loss": 0.12}
-    out.print(phase_table(summary.as_dict("done")))
+    out.print(rich_table(phases(summary.as_dict("done"))))
     text = out.file.getvalue()
     for part in ("mine: done", "train", "97.50%", "8.0%", "4 kB", "error 4.00%"):
         assert part in text

@@ -28,7 +28,8 @@ from trainer.report.checkpoints import Checkpoints, Point
 from trainer.report.console import Console
 from trainer.report.directory import RunDirectory, as_json
 from trainer.report.limits import missed
-from trainer.report.summary import Summary, tables
+from trainer.report.sheets import rich_table, sheets
+from trainer.report.summary import Summary
 from trainer.signals import Signals
 
 
@@ -83,8 +84,11 @@ def _judge(summary: dict[str, Any], cfg: Config, directory: RunDirectory, consol
     misses = missed(summary, cfg.limits)
     summary |= {"status": "limits" if misses else "done", "error": "; ".join(misses) or None}
     directory.write_summary(summary)
-    for part in tables(summary):
-        console.terminal.print(part)
+    from trainer.driver.page import write_page  # slow to import
+
+    write_page(summary, cfg, directory, console.say)
+    for sheet in sheets(summary):
+        console.terminal.print(rich_table(sheet))
     console.say(f"results in {directory.path}")
     if misses:
         raise LimitsMissed("; ".join(misses))

@@ -99,19 +99,20 @@ class RunDirectory:
         """One line of metrics.jsonl."""
         self._append("metrics.jsonl", _json(entry))
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without one that was cut short; empty where nothing is."""
+        path = self.path / "metrics.jsonl"
+        entries = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # the run was killed while it wrote
+                entries.append(json.loads(line))
+        return entries
+
     def cut_metrics(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leave only the lines of metrics.jsonl that `keep` wants; a line cut short goes too."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                wanted = keep(json.loads(line))
-            except ValueError:  # the run was killed while it wrote
-                continue
-            kept += [line] if wanted else []
-        self._replace("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
+        kept = [_json(entry) for entry in self.read_metrics() if keep(entry)]
+        if (self.path / "metrics.jsonl").exists():
+            self._replace("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
 
     def log(self, text: str) -> None:
         """Lines of log.txt."""
@@ -126,7 +127,7 @@ class RunDirectory:
         self._replace("model.dcz", content)
 
     def write_report(self, page: str) -> None:
-        """report.html."""
+        """report.html: the finished run on one page."""
         self._replace("report.html", page.encode())
 
     def _append(self, name: str, line: str) -> None:

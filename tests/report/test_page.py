@@ -1,0 +1,248 @@
+"""report.html: complete in itself, well-formed, and right for every kind of run."""
+
+import copy
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.report.page import page
+from trainer.report.sheets import layers, phases, stages
+from trainer.report.weights import Distribution, distributions
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+HOSTILE = '<script>"</script>&$\\frac{'
+
+
+def record(name, epochs, **changes):
+    return {
+        "name": name,
+        "kind": "train",
+        "seconds": 2.5,
+        "steps": 10 * epochs,
+        "train_loss": 0.25 if epochs else None,
+        "accuracy": 0.975,
+        "loss": 0.1,
+        "parameters": 1000,
+        "learnable": 900,
+        "nonzero": 80,
+        "sparsity": 0.92,
+        "sent_bytes_per_step": 4000,
+        "images_per_second": 512.0 if epochs else None,
+        **changes,
+    }
+
+
+def epochs(phase, count):
+    return [
+        {"phase": phase, "epoch": n, "train_loss": 1 / (1 + n), "loss": 1 / n, "accuracy": 0.9}
+        for n in range(1, count + 1)
+    ]
+
+
+SUMMARY = {
+    "name": "mine",
+    "seed": 3,
+    "precision": "bf16",
+    "device": "cpu",
+    "workers": 3,
+    "status": "done",
+    "error": None,
+    "nodes": ["alpha", "alpha", "beta"],
+    "restarts": 1,
+    "versions": {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0"},
+    "seconds": 1234.5,
+    "images_per_second": 512.0,
+    "accuracy": 0.9321,
+    "loss": 0.22,
+    "baseline_accuracy": 0.9456,
+    "phases": [record("train", 3), record("prune", 0), record("share", 1)],
+}
+ARTIFACT = {
+    "path": "model.dcz",
+    "bytes": 44342,
+    "dense_bytes": 1724320,
+    "ratio": 38.886,
+    "accuracy": 0.9322,
+    "baseline_accuracy": 0.9456,
+    "stages": [
+        {
+            "name": "dense",
+            "bytes": 1724320,
+            "ratio": 1.0,
+            "accuracy": 0.9456,
+            "published": {"ratio": 1.0, "error": 0.008},
+        },
+        {
+            "name": "P",
+            "bytes": 209579,
+            "ratio": 8.23,
+            "accuracy": 0.93,
+            "published": {"ratio": 12, "error": None},
+        },
+        {
+            "name": "model.dcz",
+            "bytes": 44342,
+            "ratio": 38.886,
+            "accuracy": 0.9322,
+            "published": None,
+        },
+    ],
+    "layers": [
+        {"name": "fc.weight", "weights": 5000, "nonzero": 500, "bits": 4, "bytes": 540},
+        {"name": "fc.bias", "weights": 0, "nonzero": 0, "bits": 16, "bytes": 18},
+    ],
+}
+METRICS = [*epochs("train", 3), *epochs("share", 1)]
+CONFIG = {"name": "mine", "phases": {"prune": {"sparsity": 0.92}}}
+
+
+def tensor(name="fc.weight", k=4, weights=100):
+    values = np.linspace(-1, 1, k)
+    return Distribution(
+        name, np.linspace(-1, 1, 11), np.full(10, weights // 10), values, np.full(k, weights // k)
+    )
+
+
+class Page(HTMLParser):
+    """Fails where elements do not close in order; keeps what a reader or a browser would see."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.cells, self.text = [], [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+    def ids(self):
+        return [value for key, value in self.attributes if key == "id"]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    shared = [tensor(), tensor("conv.weight", k=300, weights=600)]
+    return page({**SUMMARY, "artifact": ARTIFACT}, METRICS, CONFIG, shared)
+
+
+def test_every_number_of_the_tables_is_on_the_page(whole):
+    parsed = Page(whole)
+    for sheet in (phases(SUMMARY), stages(ARTIFACT), layers(ARTIFACT)):
+        for row in sheet.rows:
+            assert {cell for cell in row if cell} <= set(parsed.cells)
+    for part in ("alpha x2, beta", "1,234.5", "2.13.0", "2.60.0", "93.22%", "38.9x", "44.3 kB"):
+        assert part in parsed.text
+    assert "sparsity: 0.92" in parsed.text
+    assert parsed.tags.count("svg") == 5
+    assert "published: dense, 1x" in parsed.text
+    assert "after: 300 values" in parsed.text
+
+
+def test_nothing_is_fetched_and_every_reference_stays_on_the_page(whole):
+    parsed = Page(whole)
+    assert not {"script", "link", "img", "iframe", "image"} & set(parsed.tags)
+    ids = parsed.ids()
+    assert len(ids) == len(set(ids))
+    for key, value in parsed.attributes:
+        if key.endswith("href") or key == "src":
+            assert value.removeprefix("#") in ids
+        elif "url(" in (value or ""):
+            assert value.split("url(#")[1].split(")")[0] in ids
+        elif not key.startswith("xmlns"):
+            assert "http" not in (value or "")
+    assert "@import" not in whole
+
+
+def test_the_same_run_gives_the_same_page():
+    assert page(SUMMARY, METRICS, CONFIG) == page(SUMMARY, METRICS, CONFIG)
+
+
+def test_names_are_text_wherever_they_come_from():
+    summary = copy.deepcopy({**SUMMARY, "artifact": ARTIFACT})
+    summary |= {"name": HOSTILE, "error": HOSTILE, "status": "limits", "nodes": [HOSTILE]}
+    summary["phases"][0]["name"] = HOSTILE
+    summary["artifact"]["stages"][1]["name"] = HOSTILE
+    summary["artifact"]["layers"][0]["name"] = HOSTILE
+    text = page(summary, epochs(HOSTILE, 3), {"name": HOSTILE}, [tensor(HOSTILE)])
+    parsed = Page(text)
+    assert "script" not in parsed.tags
+    assert "<script" not in text
+    # title, heading, error, node, phase, stage, layer, configuration, weights; and in the plots.
+    assert parsed.text.count(HOSTILE) >= 12
+
+
+def test_a_run_that_only_trained_has_no_section_on_compression():
+    parsed = Page(page({**SUMMARY, "baseline_accuracy": None}, METRICS, CONFIG))
+    assert parsed.tags.count("svg") == 2
+    assert "Compression" not in parsed.text
+    assert "sharing" not in parsed.text
+    assert "8.0%" in parsed.text
+
+
+def test_a_run_without_training_shows_what_each_phase_left():
+    summary = {**SUMMARY, "phases": [record("prune", 0)], "images_per_second": None}
+    parsed = Page(page(summary, [], CONFIG))
+    assert parsed.tags.count("svg") == 2
+    assert "97.50%" in parsed.cells
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_missing_is_left_out():
+    """A summary of an older version, with null for what was not a number."""
+    broken = record("train", 1, loss=None, train_loss=None)
+    summary = {**SUMMARY, "phases": [broken], "loss": None, "nodes": []}
+    del summary["versions"]
+    nothing = [{"phase": "train", "epoch": 1, "train_loss": None, "loss": None, "accuracy": 0.1}]
+    parsed = Page(page(summary, nothing, CONFIG))
+    assert "–" in parsed.cells  # noqa: RUF001
+    assert "None" not in parsed.text
+    assert "nodes" not in parsed.text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a" * 200, "\u8a13\u7df4"])
+def test_no_name_brings_a_plot_out_of_shape(name):
+    summary = {**SUMMARY, "phases": [record(name, 3), record("prune", 0)]}
+    Page(page(summary, epochs(name, 3), CONFIG))
+
+
+def test_of_many_tensors_the_largest_are_drawn():
+    shared = [tensor(f"layer{n}.weight", weights=100 * (n + 1)) for n in range(26)]
+    parsed = Page(page({**SUMMARY, "artifact": ARTIFACT}, METRICS, CONFIG, shared))
+    assert parsed.tags.count("svg") == 3 + 24
+    assert "2 more are not drawn" in parsed.text
+    assert "layer1.weight" not in parsed.text
+    assert "layer2.weight" in parsed.text
+
+
+def test_weights_before_and_after_sharing():
+    before = {
+        "fc.weight": torch.tensor([[0.0, -1.0, -0.8], [0.4, 0.6, 0.5]]),
+        "fc.bias": torch.tensor([1.0, 1.0, 1.0, 1.0]),
+        "dense.weight": torch.arange(1.0, 7).view(2, 3),
+        "count": torch.ones(2, 2, dtype=torch.int64),
+    }
+    after = before | {"fc.weight": torch.tensor([[0.0, -0.9, -0.9], [0.5, 0.5, 0.5]])}
+    (found,) = distributions(before, after)
+    assert found.name == "fc.weight"
+    assert found.values == pytest.approx([-0.9, 0.5])
+    assert found.sizes.tolist() == [2, 3]
+    assert found.counts.sum() == 5
+    assert (found.edges[0], found.edges[-1]) == pytest.approx((-1.0, 0.6))
+    assert found.counts[0] == 1

@@ -1,0 +1,154 @@
+"""The tables of a finished run as text: the terminal and report.html show the same ones."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+NOTHING = "–"  # noqa: RUF001 - what was not measured, or is not a number
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table. The first column holds names, the others hold numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    caption: str = ""
+
+
+def sheets(summary: Mapping[str, Any]) -> list[Sheet]:
+    """All tables of a finished run, whose content is that of summary.json."""
+    artifact = summary.get("artifact")
+    return [phases(summary), *([stages(artifact), layers(artifact)] if artifact else [])]
+
+
+def phases(summary: Mapping[str, Any]) -> Sheet:
+    """The phases of a summary, a row each, and the test result; loss and accuracy on validation."""
+    rows = [
+        (
+            phase["name"],
+            f"{phase['steps']:,}",
+            number(phase["train_loss"], ".4f") if phase["steps"] else "",
+            number(phase["loss"], ".4f"),
+            number(phase["accuracy"], ".2%"),
+            f"{phase['nonzero']:,}",
+            f"{phase['nonzero'] / phase['parameters']:.1%}",
+            f"{phase['learnable']:,}",
+            megabytes(phase["sent_bytes_per_step"]) if phase["sent_bytes_per_step"] else "",
+            f"{phase['images_per_second']:,.0f}" if phase["images_per_second"] else "",
+            f"{phase['seconds']:.1f}",
+        )
+        for phase in summary["phases"]
+    ]
+    caption = [where(summary)]
+    if summary["accuracy"] is not None:
+        caption.insert(
+            0,
+            f"test set: {summary['accuracy']:.2%} correct, error {1 - summary['accuracy']:.2%}, "
+            f"loss {number(summary['loss'], '.4f')}",
+        )
+    return Sheet(
+        f"{summary['name']}: {summary['status']}",
+        (
+            "phase",
+            "steps",
+            "train loss",
+            "loss",
+            "accuracy",
+            "not zero",
+            "kept",
+            "learnt",
+            "sent/step",
+            "samples/s",
+            "s",
+        ),
+        rows,
+        "\n".join(caption),
+    )
+
+
+def stages(artifact: Mapping[str, Any]) -> Sheet:
+    """Bytes and test errors of each stage, beside the published ones where there are any."""
+    rows = []
+    for stage in artifact["stages"]:
+        literature = stage["published"] or {}
+        ratio, error = literature.get("ratio"), literature.get("error")
+        rows.append(
+            (
+                stage["name"],
+                f"{stage['bytes']:,}",
+                f"{stage['ratio']:.1f}x",
+                f"{1 - stage['accuracy']:.2%}",
+                f"{ratio:g}x" if ratio is not None else "",
+                f"{error:.2%}" if error is not None else "",
+            )
+        )
+    columns = ("stage", "bytes", "ratio", "error", "published ratio", "error")
+    return Sheet(f"{artifact['path']}: test set", columns, rows)
+
+
+def layers(artifact: Mapping[str, Any]) -> Sheet:
+    """What each tensor takes in the file."""
+    rows = [
+        (
+            layer["name"],
+            f"{layer['weights']:,}",
+            f"{layer['nonzero']:,}",
+            f"{layer['nonzero'] / max(1, layer['weights']):.1%}",
+            f"{layer['bits']:g}",
+            f"{layer['bytes']:,}",
+            f"{layer['bytes'] / artifact['bytes']:.1%}",
+        )
+        for layer in artifact["layers"]
+    ]
+    columns = ("tensor", "values", "not zero", "kept", "bits", "bytes", "of the file")
+    return Sheet("", columns, rows)
+
+
+def where(summary: Mapping[str, Any]) -> str:
+    """What ran where, and how long, in one line."""
+    workers = summary["workers"]
+    parts = [
+        f"{workers} worker{'s' * (workers != 1)} on {summary['device']}",
+        hosts(summary),
+        f"{summary['restarts']} restart{'s' * (summary['restarts'] != 1)}",
+        f"{summary['seconds']:.1f} s",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def hosts(summary: Mapping[str, Any]) -> str:
+    """The nodes of a run, and how many of its workers each held: `a x2, b`."""
+    found = Counter(summary["nodes"])
+    return ", ".join(f"{node} x{n}" if n > 1 else node for node, n in found.items())
+
+
+def rich_table(sheet: Sheet) -> Table:
+    """A sheet for the terminal."""
+    result = Table(title=escape(sheet.title) or None, title_justify="left")
+    result.caption = escape(sheet.caption) or None
+    result.caption_justify = "left"
+    for index, title in enumerate(sheet.columns):
+        result.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
+    for row in sheet.rows:
+        result.add_row(*map(escape, row))
+    return result
+
+
+def number(value: float | None, spec: str) -> str:
+    """`value` formatted as `spec` says; summary.json has null for what is NaN or infinite."""
+    return NOTHING if value is None else format(value, spec)
+
+
+def megabytes(count: float) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
