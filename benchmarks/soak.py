@@ -132,7 +132,7 @@ class Soaked:
         ]
 
     def done(self) -> bool:
-        """Whether the summary says so: a signal may come while the interpreter winds down."""
+        """Whether the summary says so."""
         summary = self.folder / "run" / "summary.json"
         return summary.exists() and json.loads(summary.read_text())["status"] == "done"
 
@@ -166,8 +166,8 @@ def segments() -> set[Path]:
     return {p for p in Path("/dev/shm").iterdir() if p.exists() and p.stat().st_uid == os.getuid()}
 
 
-def hit(run: Soaked, chance: random.Random) -> tuple[str, set[int]]:
-    """Do something bad to a run. Returns what, and the exit codes that may come of it."""
+def hit(run: Soaked, chance: random.Random) -> tuple[str, signal.Signals | None]:
+    """Do something bad to a run. Returns what, and the signal that the command got, if any."""
     workers = run.look()
     kinds = [kind for kind in FAULTS if workers or not kind.startswith("worker")]
     kind = chance.choice(kinds)
@@ -175,9 +175,24 @@ def hit(run: Soaked, chance: random.Random) -> tuple[str, set[int]]:
     if kind.startswith("worker"):
         with contextlib.suppress(psutil.Error):
             chance.choice(workers).send_signal(number)
-        return kind, set()
+        return kind, None
     run.command.send_signal(number)
-    return kind, {-number} if kind == "driver killed" else {128 + number}
+    return kind, number
+
+
+def exit_codes(sent: signal.Signals | None, done: bool) -> set[int]:
+    """The exit codes that may follow: 0 in any case, for the run was perhaps just done.
+
+    Args:
+        sent: the signal that the command got, if any.
+        done: the summary says done. The interpreter winds down, and ends with its handlers: then a
+            signal may have its own effect.
+    """
+    if sent is None:
+        return {0}
+    if sent == signal.SIGKILL:
+        return {0, -sent}
+    return {0, 128 + sent, -sent} if done else {0, 128 + sent}
 
 
 def soak(run: Soaked, chance: random.Random, until: float, tally: Tally) -> bool:
@@ -186,18 +201,18 @@ def soak(run: Soaked, chance: random.Random, until: float, tally: Tally) -> bool
     pending: list[str] = []  # faults of which it is not known yet whether the run survives them
     while True:
         pause = chance.uniform(*PAUSE_S)
-        fault, expected = "", {0}
+        sent: signal.Signals | None = None
         code = run.wait(pause)
         if code is None and time.monotonic() < until:
-            fault, expected = hit(run, chance)
+            fault, sent = hit(run, chance)
             tally.tried[fault] += 1
             pending.append(fault)
-            if not expected:
+            if sent is None:
                 continue
-            code, expected = run.wait(RUN_LIMIT_S), expected | {0}  # perhaps it was just done
+            code = run.wait(RUN_LIMIT_S)
         elif code is None:  # no time left: let it end undisturbed
             code = run.wait(RUN_LIMIT_S)
-        if code not in expected and not run.done():
+        if code not in exit_codes(sent, run.done()):
             tally.fail(f"exit code {code} after {pending}, in {run.folder}:\n{run.told()}")
             pending.clear()
         for what in run.left_behind():

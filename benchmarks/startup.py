@@ -108,19 +108,15 @@ def measure(command: list[str]) -> tuple[list[float], float]:
     folder = tempfile.mkdtemp(prefix="startup-")
     stamps = Path(folder, "stamps")
     stamps.mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {
-        STAMPS: str(stamps),
-        "PYTHONPATH": f"{HERE.parent.parent}{os.pathsep}{HERE.parent}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",  # ours sets its own
-        "RAY_worker_niceness": "0",  # as ours
-    }
     try:
         with Path(folder, "output").open("w+") as output:
             started = time.monotonic()
             process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+                command,
+                cwd=folder,
+                env=environment(stamps),
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
             code = process.wait(LIMIT_S)
             ended = time.monotonic()
@@ -132,6 +128,18 @@ def measure(command: list[str]) -> tuple[list[float], float]:
         end_leftovers(str(stamps))
         shutil.rmtree(folder, ignore_errors=True)
     return [max(pair) - started for pair in zip(*columns, strict=True)], ended - started
+
+
+def environment(stamps: Path) -> dict[str, str]:
+    """Of a command whose workers leave their time stamps in a folder."""
+    given = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return given | {
+        STAMPS: str(stamps),
+        "PYTHONPATH": f"{HERE.parent.parent}{os.pathsep}{HERE.parent}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",  # ours sets its own
+        "RAY_worker_niceness": "0",  # as ours
+    }
 
 
 def end_leftovers(mark: str) -> None:

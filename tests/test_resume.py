@@ -1,6 +1,7 @@
 """Runs that survive: stopped, killed, damaged, and in the end the same bits."""
 
 import contextlib
+import glob
 import json
 import os
 import random
@@ -8,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -387,7 +390,7 @@ class TestWorkers:
     def wait_for(self, run, pattern):
         """Until a file is there."""
         deadline = time.monotonic() + 60
-        while not list(Path().glob(pattern)):
+        while not glob.glob(pattern):
             assert run.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -430,6 +433,27 @@ class TestWorkers:
         assert "the process died; starting again from the last checkpoint" in said
         assert "no sign of life" in said
         assert same_end(undisturbed, "disturbed")
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_ctrl_c_while_ray_starts_leaves_nothing_behind(self, times, tmp_path, monkeypatch):
+        """The second one ends the command before Ray is up."""
+        monkeypatch.chdir(tmp_path)
+        with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:  # short: Ray's sockets
+            monkeypatch.setenv("TMPDIR", folder)
+            run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
+            self.wait_for(run, f"{folder}/trainer-*/session_*/sockets")
+            ray = psutil.Process(run.pid).children(recursive=True)
+            assert ray
+            for _ in range(times):
+                os.killpg(run.pid, signal.SIGINT)
+                time.sleep(0.2)
+            said = run.communicate(timeout=60)[0]
+            assert run.returncode == 130, said
+            assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
+            deadline = time.monotonic() + 30
+            while any(p.is_running() for p in ray) or list(Path(folder).glob("trainer-*")):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
 
     def test_a_killed_driver_and_ctrl_c_cost_nothing_but_time(
         self, undisturbed, tmp_path, monkeypatch

@@ -64,7 +64,7 @@ class WorkerGroup(Protocol):
 
         Raises:
             ConfigError: the cluster lacks what is asked for; the message says what.
-            RunError: it could, but did not start.
+            RunError: it could, but did not start, or `stop_asked` was set meanwhile.
         """
 
     def run(self, body: Body, *args: Any) -> Iterator[Any]:

@@ -65,6 +65,7 @@ class RayGroup:
     def start(self) -> None:
         """Connect to Ray, reserve room for all workers at once, start them, connect them."""
         self._session.open()
+        self._heed_stop()
         self._device = self._choose_device()
         self._placement = self._reserve(self._bundle())
         self._ranks = [_Rank(self._new_actor(rank)) for rank in range(self.size)]
@@ -200,9 +201,14 @@ class RayGroup:
     def _reserve(self, bundle: dict[str, float]) -> PlacementGroup:
         """Wait for one placement group that holds every worker."""
         placement: PlacementGroup = placement_group([bundle] * self.size, strategy="PACK")
-        if placement.wait(self._cfg.start_timeout_s):
-            return placement
+        deadline = time.monotonic() + self._cfg.start_timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            if placement.wait(min(left, LOOK_EVERY_S)):
+                return placement
+            if self.stop_asked.is_set():
+                break
         remove_placement_group(placement)
+        self._heed_stop()
         total, free = ray.cluster_resources(), ray.available_resources()
         missing = "; ".join(
             f"{amount * self.size:g} {kind} needed, {free.get(kind, 0):g} of "
@@ -216,6 +222,10 @@ class RayGroup:
         if any(amount * self.size > total.get(kind, 0) for kind, amount in bundle.items()):
             raise ConfigError(message)
         raise RunError(message)
+
+    def _heed_stop(self) -> None:
+        if self.stop_asked.is_set():
+            raise RunError("the group was asked to stop before it had started")
 
     def _kill(self, rank: _Rank) -> None:
         """End a worker that may not be able to end itself: a stopped process hears no request."""

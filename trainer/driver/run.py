@@ -122,7 +122,9 @@ class _Run:
         """Start the workers, run, stop them. Returns the summary, which is also on disk."""
         group: WorkerGroup | None = None
         try:
-            group = open_group(self.cfg.cluster)
+            with self.signals.holding(self._last_words):
+                group = open_group(self.cfg.cluster)
+            self._start(group)
             self._work(group)
             return self._end("done")
         except Interrupted as error:
@@ -140,12 +142,17 @@ class _Run:
                 f"{first_line(error)} (more in {self.directory.path}/log.txt)"
             ) from error
         finally:
-            self.checkpoints.close()
-            if group:
-                group.stop()
+            with self.signals.holding(self.console.restore):
+                self.checkpoints.close()
+                if group:
+                    group.stop()
 
-    def _work(self, group: WorkerGroup) -> None:
-        with ThreadPoolExecutor(1) as background:
+    def _start(self, group: WorkerGroup) -> None:
+        """Start the workers, and import and check what takes its time meanwhile."""
+        with (
+            self.signals.holding(self._last_words, group.stop_asked.set),
+            ThreadPoolExecutor(1) as background,
+        ):
             ready = background.submit(_imports_and_checks, self.cfg, self.checkpoints)
             try:
                 group.start()
@@ -153,6 +160,8 @@ class _Run:
                 ready.result()  # a wrong configuration would explain more
                 raise
             ready.result()
+
+    def _work(self, group: WorkerGroup) -> None:
         from trainer.report.curves import Curves
 
         self.summary.nodes = group.nodes
@@ -252,6 +261,11 @@ class _Run:
     def _say(self, line: str) -> None:
         self.console.say(line)
         self.directory.log(line)
+
+    def _last_words(self) -> None:
+        """A second signal ends the process now. What it started ends by itself (its reaper)."""
+        self.console.restore()
+        self._end("interrupted", str(self.signals.interrupted()))
 
     def _end(self, status: str, error: str | None = None) -> dict[str, Any]:
         summary = self.summary.as_dict(status, error)

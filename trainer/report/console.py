@@ -69,6 +69,10 @@ class Console:
     ) -> None:
         self._bars.stop()
 
+    def restore(self) -> None:
+        """Give the terminal its cursor back, for a process that ends without closing this."""
+        self.terminal.show_cursor()
+
     def say(self, line: str) -> None:
         """Print one line above the live bar."""
         self.terminal.print(line, markup=False, soft_wrap=True)

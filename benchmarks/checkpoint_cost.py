@@ -1,0 +1,135 @@
+"""What checkpoints cost: AlexNet and its momentum, 488 MB, kept every 20 steps.
+
+    python benchmarks/checkpoint_cost.py [--repeats 5] [--batch-size 16]
+
+Two warm Ray workers with one thread each train AlexNet on random images by the body that every run
+executes; this process takes in what they report and writes the checkpoints, as the driver does.
+Passes with and without checkpoints take turns. A pass is 41 steps; its time is from the end of the
+first step to the end of the last, so that two checkpoints are made in it.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.cluster import WorkerGroup, open_group
+from trainer.config import Config, typed
+from trainer.data.split import Splits, TensorSplit
+from trainer.messages import Checkpoint
+from trainer.report.checkpoints import Checkpoints
+from trainer.run import Start, experiment
+
+EVERY = 20  # steps between two checkpoints
+STEPS = 2 * EVERY + 1
+STAMPS = "CHECKPOINT_STAMPS"  # environment: the file with rank 0's time stamps
+
+
+class StampedSGD(torch.optim.SGD):
+    """SGD that writes down when each of its steps is done."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        with open(f"{os.environ[STAMPS]}/{os.getpid()}", "a", encoding="utf-8") as file:
+            file.write(f"{time.monotonic()}\n")
+        return result
+
+
+def images(seed: int, samples: int) -> Splits:
+    """Random 224x224 images; two each to validate and to test."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(n: int) -> TensorSplit:
+        pixels = torch.rand(n, 3, 224, 224, generator=generator)
+        return TensorSplit(pixels, torch.randint(1000, (n,), generator=generator))
+
+    return Splits(split(samples), split(2), split(2))
+
+
+def config(batch_size: int, every: int | None) -> Config:
+    settings = {
+        "name": "checkpoint-cost",
+        "model": {"_target_": "trainer.models.AlexNet", "classes": 1000, "dropout": 0.5},
+        "data": {
+            "_target_": "checkpoint_cost.images",
+            "batch_size": batch_size,
+            "samples": 4 * batch_size,
+        },
+        "optimizer": {"_target_": "checkpoint_cost.StampedSGD", "lr": 1e-4, "momentum": 0.9},
+        "phases": {
+            "train": {
+                "_target_": "trainer.phases.Train",
+                "fit": {"epochs": STEPS, "max_steps": STEPS},
+            }
+        },
+        "cluster": {"workers": 2, "device": "cpu", "threads": 1, "hang_timeout_s": 120},
+        "checkpoint": {"every_steps": every, "every_seconds": None},
+    }
+    return typed(Config, settings)
+
+
+def measure(group: WorkerGroup, cfg: Config, stamps: Path) -> float:
+    """Seconds per step of one pass, the checkpoints of which are written and thrown away."""
+    with tempfile.TemporaryDirectory(prefix="cost-") as folder:
+        checkpoints = Checkpoints(Path(folder), cfg.checkpoint.keep)
+        for file in stamps.iterdir():
+            file.unlink()
+        kept = 0
+        for message in group.run(experiment, cfg, Start(0)):
+            if isinstance(message, Checkpoint):
+                kept += 1
+                checkpoints.within_phase(0, "train", message.step, message.content)
+        checkpoints.wait()
+        checkpoints.close()
+        assert kept == (STEPS // EVERY if cfg.checkpoint.every_steps else 0)
+    columns = [[*map(float, file.read_text().split())] for file in stamps.iterdir()]
+    ends = [max(pair) for pair in zip(*columns, strict=True)]
+    assert len(ends) == STEPS
+    return (ends[-1] - ends[0]) / (STEPS - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=16, help="over both workers")
+    args = parser.parse_args()
+    import ray
+
+    print(
+        f"# What checkpoints cost, {datetime.date.today()}\n\n"
+        f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, ray {ray.__version__}; command: python {' '.join(sys.argv)}\n"
+    )
+    ways = {name: config(args.batch_size, e) for name, e in (("without", None), ("with", EVERY))}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory(prefix="stamps-") as stamps:
+        os.environ[STAMPS] = stamps
+        group = open_group(ways["with"].cluster)
+        group.start()
+        try:
+            for number in range(args.repeats):
+                for name in list(ways)[:: 1 if number % 2 else -1]:
+                    times[name].append(measure(group, ways[name], Path(stamps)))
+                    print(f"{name}: {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
+        finally:
+            group.stop()
+    print("| checkpoints | step, s | min - max | n |\n| --- | --- | --- | --- |")
+    for name, row in times.items():
+        print(
+            f"| {name} | {statistics.median(row):.3f} | {min(row):.3f} - {max(row):.3f} | "
+            f"{len(row)} |"
+        )
+    cost = statistics.median(b / a - 1 for a, b in zip(*times.values(), strict=True))
+    print(f"| cost, median of pairs | {cost:.1%} | | |")
+
+
+if __name__ == "__main__":
+    main()
