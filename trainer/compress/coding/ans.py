@@ -1,4 +1,4 @@
-"""Asymmetric numeral systems (Duda, 2013) with one distribution for all symbols, by constriction."""
+"""Asymmetric numeral systems (Duda, 2013), one distribution for all symbols, by constriction."""
 
 import constriction
 import numpy as np
@@ -49,7 +49,8 @@ def encode(symbols: Symbols, alphabet: int) -> bytes:
         at += run
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(symbols.astype(np.int32), _model(share, bits))
-    return head + coder.get_compressed().astype("<u4").tobytes()
+    words: NDArray[np.uint32] = coder.get_compressed()
+    return head + words.astype("<u4").tobytes()
 
 
 def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
@@ -81,7 +82,7 @@ def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
         )
     except ValueError as error:
         raise CorruptError("an ANS stream ends in a zero word") from error
-    out = coder.decode(_model(np.array(share), bits), count)
+    out: NDArray[np.int32] = coder.decode(_model(np.array(share), bits), count)
     if not coder.is_empty():
         raise CorruptError("an ANS stream is damaged")
     return out.astype(np.uint16)

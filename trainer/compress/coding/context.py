@@ -2,8 +2,8 @@
 
 What is decoded already predicts what comes: how full this row, this column and the columns around
 it are, which neighbours (in the image, in the kernel, in the rows above) survive, and their signs
-and sizes. Each decision is binary, predicted by a mixture of such contexts (mixing.py) and written by
-a range coder. Integers only: every machine decodes the same.
+and sizes. Each decision is binary, predicted by a mixture of such contexts (mixing.py) and
+written by a range coder. Integers only: every machine decodes the same.
 docs/artifact.md, "Context coder", is the specification; encoder and decoder are one function.
 """
 
@@ -24,6 +24,8 @@ Levels = NDArray[np.uint16]
 SPEEDS = (4, 8, 16, 32)  # of the mixers, the encoder chooses
 _STEPS = 16  # magnitudes that have a step of their own; wider and wider buckets follow
 _BUCKETS = 80
+_PLACES = 1 << 16  # rows or columns with counters of their own; further ones share them
+_SIZED = 1 << 12  # the same for rows and magnitudes
 _UNIT = 22  # of the base probability in the head, in the logistic domain
 _SLACK = 1024  # bytes, more than one position can take
 
@@ -35,7 +37,7 @@ def _log(x: int) -> int:
     while x > 4096:
         x >>= 1
         shift += 8
-    return LOG[x] + shift
+    return int(LOG[x]) + shift
 
 
 @njit(cache=True)
@@ -83,22 +85,25 @@ def _code(
     rc.start(state, blob, decode)
 
     # Zero or not: contexts 1 to 8 have counters, inputs 8 and 9 are computed.
-    at = _starts(np.array([1, columns, 1024, 2048, 256, 512, rows, 4096, 4096]))
+    wide, high = min(columns, _PLACES), min(rows, _PLACES)
+    at = _starts(np.array([1, wide, 1024, 2048, 256, 512, high, 4096, 4096]))
     chance = np.full(at[9], SQUASH[base + LIMIT] << 6, np.int64)
     seen = np.zeros(at[9], np.int64)
     weight = np.full(16 * INPUTS, 8192, np.int64)
     prior = np.array([8, 16, 4, 2, 4, 4, 16, 4, 4])
     # The sign.
-    sat = _starts(np.array([1, 81, 64, columns, rows, 243]))
+    sat = _starts(np.array([1, 81, 64, wide, high, 243]))
     schance = np.full(sat[6], HALF, np.int64)
     sseen = np.zeros(sat[6], np.int64)
     sweight = np.full(INPUTS, 9830, np.int64)
+    signs = (schance, sseen, sweight)
     sprior = np.array([2, 2, 2, 4, 4, 2])
     # The magnitude: one step after the other, one counter for each step.
-    mat = _starts(np.array([1, 2, 64, 64, rows, 256, 64]) * _BUCKETS)
+    mat = _starts(np.array([1, 2, 64, 64, min(rows, _SIZED), 256, 64]) * _BUCKETS)
     mchance = np.full(mat[7], HALF, np.int64)
     mseen = np.zeros(mat[7], np.int64)
     mweight = np.full(_BUCKETS * INPUTS, 6554, np.int64)
+    sizes = (mchance, mseen, mweight)
     mprior = np.array([2, 2, 2, 2, 4, 2, 2])
     # The place in a bucket: its first three bits.
     bchance = np.full(_BUCKETS * 8, HALF, np.int64)
@@ -108,13 +113,13 @@ def _code(
     inputs = np.zeros(INPUTS, np.int64)
     # Signed magnitudes of this row and the three above, in turn; zeros left and right of them.
     margin = 2 * max(near, far) + 2
-    window = np.zeros((4, columns + 2 * margin), np.int64)
+    window = np.zeros((4, columns + 2 * margin), np.int32)
     filled = np.zeros(columns + 2 * near + 2, np.int64)  # survivors per column so far
     offset = near + 1
     group = np.zeros(columns // max(far, 1) + 1, np.int64)  # the same per `far` columns
     last = np.zeros(columns, np.int64)  # the last survivor of each column
-    total = np.int64(0)
-    done = np.int64(0)
+    total = 0
+    done = 0
 
     for r in range(rows):
         here, up1, up2, up3 = window[r & 3], window[r + 3 & 3], window[r + 2 & 3], window[r + 1 & 3]
@@ -166,7 +171,7 @@ def _code(
                     share = _log(16 * group[c // far] + 8) - _log(seen_there) + 48
                     share = _clip(share >> 1, 0, 63)
                 slot[0] = 0
-                slot[1] = at[1] + c
+                slot[1] = at[1] + c % _PLACES
                 slot[2] = at[2] + crowd * 32 + min(31, _log(c + 1) >> 3)
                 slot[3] = at[3] + many * 32 + deep
                 slot[4] = at[4] + (
@@ -190,7 +195,7 @@ def _code(
                     + 128 * (up1[x - 1] != 0)
                     + 256 * (up1[x + 1] != 0)
                 )
-                slot[6] = at[6] + r
+                slot[6] = at[6] + r % _PLACES
                 slot[7] = at[7] + share * 64 + min(7, inside) * 8 + min(7, since)
                 slot[8] = at[8] + share * 64 + fullness
                 # How much fuller than the layer the columns around and this row are: logarithms,
@@ -212,7 +217,7 @@ def _code(
             since = 0
             inside += 1
             if clusters > 1:
-                level = np.int64(levels[r, c])
+                level = int(levels[r, c])
                 sign = 1 if negatives == 0 else 0
                 if 0 < negatives < clusters:
                     slot[0] = 0
@@ -225,8 +230,8 @@ def _code(
                     slot[2] = sat[2] + _clip(
                         2 * west + 2 * north + northwest + northeast + 32, 0, 63
                     )
-                    slot[3] = sat[3] + c
-                    slot[4] = sat[4] + r
+                    slot[3] = sat[3] + c % _PLACES
+                    slot[4] = sat[4] + r % _PLACES
                     slot[5] = sat[5] + (
                         _side(previous)
                         + 3 * _side(before)
@@ -236,21 +241,7 @@ def _code(
                     )
                     p = mix(schance, sweight, slot, inputs, 5, 5, 0)
                     sign = rc.code(state, blob, p, 1 if level > negatives else 0, decode)
-                    learn(
-                        schance,
-                        sseen,
-                        sweight,
-                        slot,
-                        inputs,
-                        5,
-                        5,
-                        0,
-                        sign,
-                        p,
-                        2 * speed,
-                        sprior,
-                        255,
-                    )
+                    learn(*signs, slot, inputs, 5, 5, 0, sign, p, 2 * speed, sprior, 255)
                 towards = 1 if sign else -1
                 most = clusters - negatives - 1 if sign else negatives - 1
                 magnitude = level - negatives - 1 if sign else negatives - level
@@ -258,7 +249,7 @@ def _code(
                 heavy = 0
                 if kept:
                     heavy = _clip(_log(4 * size + 2) - _log(4 * kept + 2) + 32, 0, 63)
-                start = np.int64(0)
+                start = 0
                 bucket = 0
                 while start + (1 << _bits(bucket)) <= most:
                     step = 1 << _bits(bucket)
@@ -266,32 +257,18 @@ def _code(
                     slot[1] = mat[1] + sign * _BUCKETS + bucket
                     slot[2] = mat[2] + (2 * pull + (touching > 0)) * _BUCKETS + bucket
                     slot[3] = mat[3] + min(63, abs(previous)) * _BUCKETS + bucket
-                    slot[4] = mat[4] + r * _BUCKETS + bucket
+                    slot[4] = mat[4] + r % _SIZED * _BUCKETS + bucket
                     slot[5] = mat[5] + (fullness * 4 + min(3, touching)) * _BUCKETS + bucket
                     slot[6] = mat[6] + heavy * _BUCKETS + bucket
                     w2 = bucket * INPUTS
                     p = mix(mchance, mweight, slot, inputs, 6, 6, w2)
                     more = rc.code(state, blob, p, 1 if magnitude >= start + step else 0, decode)
-                    learn(
-                        mchance,
-                        mseen,
-                        mweight,
-                        slot,
-                        inputs,
-                        6,
-                        6,
-                        w2,
-                        more,
-                        p,
-                        2 * speed,
-                        mprior,
-                        255,
-                    )
+                    learn(*sizes, slot, inputs, 6, 6, w2, more, p, 2 * speed, mprior, 255)
                     if not more:
                         break
                     start += step
                     bucket += 1
-                place = np.int64(0)
+                place = 0
                 node = 1
                 for i in range(_bits(bucket)):
                     shift = _bits(bucket) - 1 - i
@@ -375,7 +352,7 @@ def decode(blob: bytes, rows: int, columns: int, clusters: int, negatives: int) 
         near, at = take(blob, at)
         far, at = take(blob, at)
     dense = bool(flags & 1)
-    if max(near, far) > columns or (dense and clusters < 2) or (flags & 8 and near == far == 0):
+    if 2 * max(near, far) > columns or (dense and clusters < 2) or (flags & 8 and near == far == 0):
         raise CorruptError("the head of a context-coded layer does not fit its shape")
     levels = np.zeros((rows, columns), np.uint16)
     data = np.frombuffer(blob, np.uint8, offset=at).copy()

@@ -11,6 +11,7 @@ from trainer.compress.coding import varint
 from trainer.compress.coding.errors import CorruptError
 
 Symbols = NDArray[np.uint16]
+Int64 = NDArray[np.int64]
 LONGEST = 32  # bits of a code; 2^45 symbols at least before Huffman's own codes get longer
 
 
@@ -19,6 +20,7 @@ def code_lengths(counts: Sequence[int]) -> list[int]:
 
     A symbol that is alone gets 1 bit. Among equals the lowest symbol gets the longest code.
     """
+    heap: list[tuple[int, int, tuple[int, ...]]]
     heap = [(count, symbol, (symbol,)) for symbol, count in enumerate(counts) if count > 0]
     lengths = [0] * len(counts)
     if len(heap) == 1:
@@ -43,9 +45,7 @@ def codes(lengths: Sequence[int]) -> list[int]:
 
 
 @njit(cache=True)
-def _pack(
-    symbols: Symbols, code: NDArray[np.int64], length: NDArray[np.int64], bits: int
-) -> NDArray[np.uint8]:
+def _pack(symbols: Symbols, code: Int64, length: Int64, bits: int) -> NDArray[np.uint8]:
     out = np.zeros((bits + 7) // 8, np.uint8)
     at = 0
     for symbol in symbols:
@@ -59,8 +59,8 @@ def _pack(
 @njit(cache=True)
 def _unpack(
     data: NDArray[np.uint8],
-    first: NDArray[np.int64],
-    number: NDArray[np.int64],
+    first: Int64,
+    number: Int64,
     order: Symbols,
     out: Symbols,
 ) -> int:

@@ -21,16 +21,17 @@ Levels = NDArray[np.uint16]
 CODERS = {"context": 0, "columns": 1, "huffman": 2, "ans": 3}
 CLUSTERS = 65535  # at most
 MIXED = 1 << 23  # positions; above, only gaps are fast enough to be tried unasked
+_WIDEST = 1 << 16  # columns of the context coder, whose memory grows with them
 _TRIAL = 1 << 18  # positions by which the options of the context coder are compared
 
 
 def max_positions(length: int) -> int:
     """How many positions a blob of so many bytes can hold at most.
 
-    The range coder spends at least log2(1 / (1 - 2^-12)) bits on a position; the other coders are
-    not used where they would be below that.
+    The range coder spends at least log2(1 / (1 - 2^-12)) bits on a position, which is 22,720
+    positions in a byte; the other coders are not used where they would be below that.
     """
-    return length << 15
+    return length * 22_720
 
 
 def encode_layer(
@@ -53,7 +54,7 @@ def encode_layer(
     Raises:
         ValueError: levels that are not 0 to `clusters`, or do not fit the shape.
     """
-    matrix = np.asarray(levels).reshape(_matrix(shape))
+    matrix = np.asarray(levels).reshape(matrix_shape(shape))
     if not 1 <= clusters <= CLUSTERS:
         raise ValueError(f"{clusters} clusters; 1 to {CLUSTERS} can be coded")
     if coder != "auto" and coder not in CODERS:
@@ -90,7 +91,7 @@ def decode_layer(
     Raises:
         CorruptError: no encoder wrote these bytes for such a layer.
     """
-    rows, columns = _matrix(shape)
+    rows, columns = matrix_shape(shape)
     if not 1 <= clusters <= CLUSTERS:
         raise CorruptError(f"{clusters} clusters")
     if rows * columns > max_positions(len(blob)):
@@ -102,9 +103,9 @@ def decode_layer(
     below = _negatives(clusters, negatives)
     data = blob[1:]
     if blob[0] == CODERS["context"]:
-        levels = context.decode(data, rows, columns, clusters, below)
+        levels = _from_context(data, rows, columns, clusters, below)
     elif blob[0] == CODERS["columns"]:
-        levels = context.decode(data, columns, rows, clusters, below).T
+        levels = _from_context(data, columns, rows, clusters, below).T
     elif blob[0] == CODERS["huffman"]:
         levels = gaps.decode(data, rows * columns, clusters, huffman)
     elif blob[0] == CODERS["ans"]:
@@ -114,7 +115,8 @@ def decode_layer(
     return np.ascontiguousarray(levels.reshape(tuple(shape)))
 
 
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a weight: outputs, and all that leads to one."""
     return (shape[0] if shape else 1), math.prod(shape[1:])
 
 
@@ -131,13 +133,33 @@ def _by_context(
     """The smallest of the context coder's options, compared on the first rows of a large layer."""
     if transposed:
         matrix = np.ascontiguousarray(matrix.T)
-    rows, columns = matrix.shape
+    if matrix.shape[1] > _WIDEST:
+        matrix = _folded(matrix)
+    columns = matrix.shape[1]
     sample = matrix[: max(1, _TRIAL // columns)]
     trial = partial(context.encode, sample, clusters, negatives)
-    candidates = [(0, 0)] if transposed else list(_strides(shape, columns))
-    near, far = min(candidates, key=lambda strides: len(trial(*strides, 1)))
+    plain = transposed or columns != math.prod(shape[1:])
+    candidates = [(0, 0)] if plain else list(_strides(shape, columns))
+    near, far = min(candidates, key=lambda strides: len(trial(strides[0], strides[1], 1)))
     speed = min(range(len(context.SPEEDS)), key=lambda speed: len(trial(near, far, speed)))
     return context.encode(matrix, clusters, negatives, near, far, speed)
+
+
+def _folded(matrix: Levels) -> Levels:
+    """All positions in rows of _WIDEST; zeros fill the last one up."""
+    flat = np.zeros((-(-matrix.size // _WIDEST), _WIDEST), np.uint16)
+    flat.ravel()[: matrix.size] = matrix.ravel()
+    return flat
+
+
+def _from_context(data: bytes, rows: int, columns: int, clusters: int, negatives: int) -> Levels:
+    if columns <= _WIDEST:
+        return context.decode(data, rows, columns, clusters, negatives)
+    size = rows * columns
+    flat = context.decode(data, -(-size // _WIDEST), _WIDEST, clusters, negatives).ravel()
+    if flat[size:].any():
+        raise CorruptError("survivors beyond the layer")
+    return flat[:size].reshape(rows, columns)
 
 
 def _strides(shape: Sequence[int], columns: int) -> Iterator[tuple[int, int]]:
@@ -145,12 +167,17 @@ def _strides(shape: Sequence[int], columns: int) -> Iterator[tuple[int, int]]:
     yield 0, 0
     if len(shape) > 2:
         kernel = math.prod(shape[2:])
-        yield from {(0, kernel), (shape[-1] if kernel > shape[-1] else 0, kernel)}
+        if 2 * kernel <= columns:
+            yield 0, kernel
+            if kernel > shape[-1]:
+                yield shape[-1], kernel
+        elif 2 * shape[-1] <= columns:
+            yield shape[-1], 0
         return
     for channels in (1, 3):  # the input may be an image, or flattened square feature maps
         side = math.isqrt(columns // channels)
         if side > 2 and channels * side * side == columns:
-            yield side, 0 if channels == 1 else side * side
+            yield side, side * side if channels > 1 else 0
     for side in range(2, 9):
         if columns % (side * side) == 0 and columns > side * side:
             yield side, side * side

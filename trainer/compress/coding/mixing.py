@@ -3,8 +3,8 @@
 A counter is a 22-bit probability and the number of bits seen; it moves by 1 / (n + prior + 1.5) of
 the error, so it is a mean at first and never slower than its limit. A mixture is the stretched
 probability of a base counter plus a weighted sum of how far the counters of the active contexts
-stand from it: a context that says nothing new adds nothing. Weights are 16.16 fixed point and follow
-the gradient of the coding cost.
+stand from it: a context that says nothing new adds nothing. Weights are 16.16 fixed point and
+follow the gradient of the coding cost.
 
 The arrays of one kind of decision: `chance` and `seen` (counters), `weight` (sets of INPUTS
 weights), `slot` and `input` (what the current decision uses; slot[0] is the base).
@@ -28,11 +28,11 @@ def mix(chance: Int64, weight: Int64, slot: Int64, inputs: Int64, n: int, m: int
     base = STRETCH[chance[slot[0]] >> 6]
     for i in range(n):
         inputs[i] = STRETCH[chance[slot[i + 1]] >> 6] - base
-    total = np.int64(0)
+    total = 0
     for i in range(m):
         total += inputs[i] * weight[w + i]
     x = min(max(base + (total >> 16), -LIMIT), LIMIT)
-    return min(max(SQUASH[x + LIMIT], FLOOR), ONE - FLOOR)
+    return int(min(max(SQUASH[x + LIMIT], FLOOR), ONE - FLOOR))
 
 
 @njit(cache=True)

@@ -100,14 +100,14 @@ def finish(state: Int64, blob: Bytes) -> int:
     for place in range(4 - spare):
         blob[state[POS]] = state[LOW] >> (24 - 8 * place) & 255
         state[POS] += 1
-    return state[POS]
+    return int(state[POS])
 
 
 @njit(cache=True)
 def ended(state: Int64, blob: Bytes) -> bool:
     """Whether the decoder stands where `finish` of these bits would have left the encoder."""
     number, spare = _tail(state)
-    return state[POS] - spare == blob.size and state[CODE] == number - state[LOW]
+    return bool(state[POS] - spare == blob.size and state[CODE] == number - state[LOW])
 
 
 @njit(cache=True)
