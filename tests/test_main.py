@@ -18,6 +18,7 @@ from trainer.__main__ import conf_dir, main
 from trainer.models import LeNet300
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+SWEEPS = [name for name in EXPERIMENTS if "sweep" in name]
 
 # What makes any shipped experiment small: one inline worker, a few steps of each phase.
 EXTRAS = 2  # the mean loss and what is asked travel along with the gradients
@@ -48,6 +49,10 @@ def shrunk(name):
     for phase, settings in composed["phases"].items():
         if settings["fit"]["epochs"]:
             overrides += [f"phases.{phase}.fit.epochs=1", f"phases.{phase}.fit.max_steps=3"]
+    if composed["sweep"]["params"]:
+        overrides += ["sweep.trials=2", "sweep.slots=1"]
+        if composed["sweep"]["during"]:
+            overrides += ["sweep.during={data.train: 200, phases.train.fit.epochs: 1}"]
     if composed["data"]["_target_"].endswith("mnist"):
         overrides += ["data.train=200", "data.validation=100", "data.test=100"]
     else:
@@ -124,7 +129,26 @@ def test_data_that_cannot_be_read_is_a_wrong_configuration(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_shipped_sweep_runs(name):
+    overrides, composed = shrunk(name)
+    assert main(overrides) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["trials"] == {"complete": 2, "pruned": 0, "failed": 0, "unfinished": 0}
+    assert len(Path("run/trials.csv").read_text().splitlines()) == 3
+    report = Path("run/report.html").read_text()
+    assert "importances" in report
+    assert "<script src=" not in report  # it needs no other file, and no network
+    assert ("Pareto front" in report) == (len(summary["objectives"]) > 1)
+    assert not Path("run/trials").exists()  # the checkpoints of trials that ended
+    if composed["sweep"]["refit"]:
+        best = json.loads(Path("run/best/summary.json").read_text())
+        assert best["status"] == "done"
+        assert Path("run/best/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in SWEEPS])
 def test_every_shipped_experiment_runs(name):
     overrides, composed = shrunk(name)
     assert main(overrides) == 0

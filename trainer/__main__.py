@@ -10,6 +10,7 @@ missed, 130 and 143 interrupted.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -30,11 +31,9 @@ from trainer.report.directory import RunDirectory
 from trainer.signals import Signals
 
 DONE, FAILED, WRONG_CONFIG, LIMITS = 0, 1, 2, 3
-RESUMABLE = (
-    "cluster.",
-    "checkpoint.",
-    "limits.",
-)  # settings that do not make a resumed run another run
+OPEN = re.compile(r"sweep\.(params|lengths|conditions|during|objectives|constraints)[.=]")
+# Settings that do not make a resumed run another run.
+RESUMABLE = ("cluster.", "checkpoint.", "limits.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,16 +46,19 @@ def main(arguments: Sequence[str]) -> int:
             return WRONG_CONFIG
         folder = _folder_to_resume(options.overrides)
         if folder is not None:
-            plain = _resumed(folder, options.overrides[1:])
+            composed, run_dir = _resumed(folder, options.overrides[1:]), folder
         else:
-            plain, run_dir = _compose(options.overrides, options.config_dir)
+            composed, run_dir = _compose(options.overrides, options.config_dir)
+        plain = _plain(composed)
         cfg = typed(Config, plain)
         if options.cfg:
             _show(OmegaConf.to_yaml(OmegaConf.create(plain)).rstrip("\n"))
             return DONE
         signals = Signals()
         signals.install()
-        if folder is not None:
+        if cfg.sweep.params:
+            _sweep(cfg, composed, run_dir, list(arguments), signals)
+        elif folder is not None:
             resume(cfg, folder, signals)
         else:
             drive(cfg, plain, run_dir, signals)
@@ -73,6 +75,22 @@ def main(arguments: Sequence[str]) -> int:
         _show(str(error), sys.stderr)
         return error.exit_code
     return DONE
+
+
+def _sweep(
+    cfg: Config, composed: DictConfig, folder: Path, arguments: list[str], signals: Signals
+) -> None:
+    """Search, and then train the winner in full where `sweep.refit` says so."""
+    from trainer.sweep.driver import run_sweep  # Optuna is not for those who do not sweep
+
+    winner = run_sweep(cfg, composed, folder, arguments, signals)
+    if winner is None:
+        return
+    best = folder / "best"
+    if (best / "config.yaml").exists():
+        resume(typed(Config, RunDirectory(best).read_config()), best, signals)
+    else:
+        drive(typed(Config, winner), winner, best, signals)
 
 
 def _show(text: str, stream: TextIO | None = None) -> None:
@@ -107,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compose(overrides: list[str], config_dir: str | None) -> tuple[dict[str, Any], Path]:
-    """Compose with Hydra. Returns the plain configuration and the wanted run directory.
+def _compose(overrides: list[str], config_dir: str | None) -> tuple[DictConfig, Path]:
+    """Compose with Hydra. Returns the configuration, not resolved, and the wanted run directory.
 
     Raises:
         ConfigError: whatever Hydra or OmegaConf object to.
@@ -118,20 +136,32 @@ def _compose(overrides: list[str], config_dir: str | None) -> tuple[dict[str, An
             raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
         folder = json.dumps(str(Path(config_dir).resolve()), ensure_ascii=False)
         overrides = [*overrides, f"hydra.searchpath=[{folder}]"]
+    # These mappings have no keys of their own: a new one needs no +.
+    overrides = [f"++{o}" if OPEN.match(o) else o for o in overrides]
     try:
         with initialize_config_dir(str(conf_dir()), job_name="trainer", version_base="1.3"):
             composed = compose("config", overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
-            run_dir = Path(composed.hydra.run.dir)
+            moved = any(override.startswith("hydra.run.dir=") for override in overrides)
+            kind = "sweep" if composed.sweep.get("params") and not moved else "run"
+            run_dir = Path(composed.hydra[kind].dir)
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
-            plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_told(error)) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"a configuration file cannot be read: {_told(error)}") from error
+    return composed, run_dir
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    """Plain values, interpolations resolved. Raises ConfigError."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_told(error)) from error
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}, run_dir
+    return {str(key): value for key, value in plain.items()}
 
 
 def _told(error: Exception) -> str:
@@ -152,7 +182,7 @@ def _folder_to_resume(arguments: list[str]) -> Path | None:
     return None
 
 
-def _resumed(folder: Path, overrides: list[str]) -> dict[str, Any]:
+def _resumed(folder: Path, overrides: list[str]) -> DictConfig:
     """The configuration of the run in `folder`, with what may be changed changed.
 
     Raises:
@@ -165,11 +195,10 @@ def _resumed(folder: Path, overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{override}: with resume=, only {allowed} can be changed")
     try:
         changed = OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides))
-        result = OmegaConf.to_container(changed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_told(error)) from error
-    assert isinstance(result, dict)
-    return {str(key): value for key, value in result.items()}
+    assert isinstance(changed, DictConfig)
+    return changed
 
 
 def _list_experiments(config_dir: str | None) -> str:

@@ -150,11 +150,13 @@ class ArtifactConfig:
 
     make: bool = False  # write model.dcz at the end and measure what it decodes to
     numbers: str = "fp16"  # type of codebooks, biases and norms in it: fp16 (where it fits) | fp32
-    coder: str = "auto"  # of positions and indices: auto (the smallest) | huffman | ans | context
+    coder: str = (
+        "auto"  # of positions and indices: auto (the smallest) | context | columns | huffman | ans
+    )
 
     def __post_init__(self) -> None:
         one_of("artifact.numbers", self.numbers, ("fp16", "fp32"))
-        one_of("artifact.coder", self.coder, ("auto", "huffman", "ans", "context"))
+        one_of("artifact.coder", self.coder, ("auto", "context", "columns", "huffman", "ans"))
 
 
 @dataclass
@@ -233,6 +235,56 @@ class ClusterConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a sweep searches, and for how long. `params: {}`: the experiment is no sweep."""
+
+    params: dict[str, Any] = field(default_factory=dict)  # key -> range in Hydra's override grammar
+    lengths: dict[str, Any] = field(default_factory=dict)  # key that is a list -> its length
+    conditions: dict[str, str] = field(default_factory=dict)  # key -> when it is searched
+    during: dict[str, Any] = field(default_factory=dict)  # settings of the trials alone
+    name: str = "sweep"  # folder under outputs/NAME/
+    storage: str | None = None  # URL of Optuna's storage; null: SQLite in the sweep's folder
+    objectives: dict[str, str] = field(default_factory=dict)  # measure -> maximize | minimize
+    constraints: dict[str, str] = field(default_factory=dict)  # measure -> such as ">= 0.98"
+    sampler: str = "tpe"  # tpe | random | grid | nsga2
+    startup_trials: int = 10  # trials drawn at random before the sampler learns from them
+    pruner: str = "median"  # median | hyperband | none
+    metric: str = "accuracy"  # validation measure that the pruner watches: accuracy | loss
+    min_trials: int = 5  # pruner=median: trials that must end before one is pruned
+    min_epochs: int = 1  # epochs that no trial is pruned before
+    reduction: int = 3  # pruner=hyperband: one in so many goes on
+    exchange: float = 0.0  # several objectives: what a tenth of the cost is worth in `metric`
+    trials: int | None = 50  # trials in all; null: no limit
+    seconds: float | None = None  # of the sweep in all; null: no limit
+    epochs: int | None = None  # epochs of all trials together; null: no limit
+    slots: int | None = None  # trials at a time; null: as many as there is room for
+    max_retries: int = 1  # how often a trial that failed starts again
+    recycle_after: int = 100  # trials after which the workers of a slot are replaced
+    refit: bool = False  # whether the best trial is then run without `during`, into best/
+
+    def __post_init__(self) -> None:
+        file_name("sweep.name", self.name)
+        one_of("sweep.sampler", self.sampler, ("tpe", "random", "grid", "nsga2"))
+        one_of("sweep.pruner", self.pruner, ("median", "hyperband", "none"))
+        one_of("sweep.metric", self.metric, ("accuracy", "loss"))
+        for measure, direction in self.objectives.items():
+            one_of(f"sweep.objectives.{measure}", direction, ("maximize", "minimize"))
+        if self.params and not self.objectives:
+            raise ConfigError("sweep.objectives: there are none; give one, such as accuracy")
+        at_least("sweep.startup_trials", self.startup_trials, 0)
+        at_least("sweep.min_trials", self.min_trials, 1)
+        at_least("sweep.min_epochs", self.min_epochs, 1)
+        at_least("sweep.reduction", self.reduction, 2)
+        at_least("sweep.exchange", self.exchange, 0)
+        at_least("sweep.trials", self.trials, 1)
+        at_least("sweep.seconds", self.seconds, 0, excluded=True)
+        at_least("sweep.epochs", self.epochs, 1)
+        at_least("sweep.slots", self.slots, 1)
+        at_least("sweep.max_retries", self.max_retries, 0)
+        at_least("sweep.recycle_after", self.recycle_after, 1)
+
+
+@dataclass
 class Config:
     """One run. Nested mappings with a `_target_` stay plain: their class checks its own keys."""
 
@@ -250,6 +302,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         file_name("name", self.name)
@@ -272,3 +325,9 @@ class Config:
                     f"limits.{limit}={getattr(self.limits, limit)}: it judges the compressed file; "
                     "set artifact.make=true"
                 )
+        inline = self.cluster.backend == "inline"
+        if inline and self.sweep.params and (self.sweep.slots or 1) > 1:
+            raise ConfigError(
+                f"sweep.slots={self.sweep.slots} with cluster.backend=inline: this process runs "
+                "one trial at a time; set sweep.slots=1, or cluster.backend=ray for more"
+            )

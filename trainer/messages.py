@@ -75,6 +75,7 @@ class PhaseRecord:
     sparsity: float
     sent_bytes_per_step: int  # per worker
     images_per_second: float | None
+    macs: int = 0  # multiply-accumulates per sample of weights that are not zero
 
 
 @dataclass(frozen=True)

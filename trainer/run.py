@@ -7,7 +7,7 @@ the driver, so that the body needs no rank-specific branches.
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from trainer.config import CheckpointConfig, Config
 from trainer.data.split import Splits
 from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.engine.clock import PhaseClock
+from trainer.engine.cost import macs
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import StepResult, fit, steps_in
 from trainer.engine.match import check_match
@@ -38,7 +39,8 @@ from trainer.messages import (
     RunStopped,
 )
 from trainer.phases import Phase, build_phases
-from trainer.phases.stages import stages
+from trainer.phases.stages import stages, teacher_phase
+from trainer.report.checkpoints import Point
 
 GO_ON, KEEP, STOP = 0, 1, 2  # what rank 0 may ask of all ranks after a step
 
@@ -53,8 +55,21 @@ class Start:
     baseline: bytes | None = None  # what the dense stage left; None: `weights`, or still to come
 
 
+def start_at(cfg: Config, point: Point, ended: Callable[[int], bytes]) -> Start:
+    """Where a run of `cfg` goes on.
+
+    Args:
+        point: the last checkpoint.
+        ended: the weights that a phase left, by its index; -1: the initial ones.
+    """
+    taught_by = teacher_phase(build_phases(cfg.phases), point.phase)
+    baseline = None if taught_by is None else ended(taught_by)
+    return Start(point.phase, point.weights, point.within, baseline)
+
+
 def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
     """Run the phases of `cfg` on this worker. The test set is not touched (trainer.measure)."""
+    world.pulse.phase = world.pulse.step = 0  # a warm worker was elsewhere
     torch.manual_seed(cfg.seed)
     data = build_data(cfg)
     phases = build_phases(cfg.phases)
@@ -187,6 +202,7 @@ class _PhaseRun:
             sparsity=left.sparsity,
             sent_bytes_per_step=last.sent_bytes if last else 0,
             images_per_second=clock.overall(),
+            macs=self._macs(),
         )
         weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
         yield PhaseEnded(index=self.index, record=record, weights=weights)
@@ -206,6 +222,12 @@ class _PhaseRun:
         if world.stop.is_set():
             return STOP
         return KEEP if every and time.monotonic() - clock.kept >= every else GO_ON
+
+    def _macs(self) -> int:
+        order = iter([torch.zeros(1, dtype=torch.long)])
+        inputs, _ = self.runtime.place_batch(*next(self.data.validation.batches(order, None)))
+        with self.runtime.arithmetic().autocast():
+            return macs(self.model, inputs)
 
     def _keep(self, step: int, state: Mapping[str, Any]) -> Checkpoint:
         content = b""

@@ -43,6 +43,18 @@ def wrong_config(world):
     raise ConfigError("data.root=/nowhere: there is no such folder")
 
 
+def until_stopped(world, limit_s):
+    """Go on, all ranks alike, until rank 0 is asked to stop; whether it was."""
+    deadline = time.time() + limit_s
+    asked = torch.zeros(1)
+    yield "started"
+    while not asked.any() and time.time() < deadline:
+        time.sleep(0.01)
+        asked = torch.tensor([float(world.rank == 0 and world.stop.is_set())])
+        world.all_reduce(asked)
+    yield bool(asked.any())
+
+
 class Unpicklable(Exception):
     """Cannot be rebuilt from its arguments."""
 

@@ -65,6 +65,21 @@ def test_messages_arrive_while_the_body_runs(group):
     assert list(stream) == []
 
 
+def test_a_request_to_stop_ends_one_run_and_not_the_next(group):
+    stream = group.run(bodies.until_stopped, 60)
+    assert next(stream) == "started"
+    group.stop_asked.set()
+    assert list(stream) == [True]
+    group.stop_asked.clear()
+    assert list(group.run(bodies.until_stopped, 0)) == ["started", False]
+
+
+def test_a_request_to_stop_that_came_first_is_heard(group):
+    group.stop_asked.set()
+    assert list(group.run(bodies.until_stopped, 60)) == ["started", True]
+    group.stop_asked.clear()
+
+
 @pytest.mark.parametrize(
     ("body", "reason", "detail"),
     [

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from trainer.compress.codebooks import codebook_of
-from trainer.compress.coding.huffman import fixed_bits, huffman_bits, to_gaps
+from trainer.compress.coding import han
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class PublishedSize:
     """Bytes in the format of Deep Compression (Han, Mao & Dally, ICLR 2016, arXiv:1510.00149)."""
 
     plain: int  # gaps, indices of fixed length or 32-bit values, codebooks: the columns P and P+Q
-    coded: int  # with Huffman codes for gaps and indices: P+Q+H; code tables not counted
+    coded: int  # with Huffman codes for gaps and indices: P+Q+H; code tables included
 
 
 def published_size(weights: Mapping[str, Tensor]) -> PublishedSize:
@@ -32,13 +32,15 @@ def published_size(weights: Mapping[str, Tensor]) -> PublishedSize:
             plain += 4 * tensor.numel()
             coded += 4 * tensor.numel()
             continue
-        gap_bits = 8 if tensor.ndim == 4 else 5
+        gap_bits = han.CONV_BITS if tensor.ndim == 4 else han.FC_BITS
         levels = (tensor != 0).int() if book is None else book.codes
-        gaps = to_gaps(levels.reshape(tensor.shape[0], -1).numpy().astype(np.uint16), gap_bits)
+        flat = levels.flatten().numpy().astype(np.uint16)
         if book is None:
-            plain += len(gaps.values) * (gap_bits + 32) / 8
-            coded += len(gaps.values) * (gap_bits + 32) / 8
+            entries = len(han.entries(flat, gap_bits)[0])
+            plain += entries * (gap_bits + 32) / 8
+            coded += entries * (gap_bits + 32) / 8
         else:
-            plain += fixed_bits(gaps, gap_bits, len(book.values)) / 8 + 4 * len(book.values)
-            coded += huffman_bits(gaps) / 8 + 4 * len(book.values)
+            sizes = han.sizes(flat, len(book.values), gap_bits)
+            plain += sizes.shared
+            coded += sizes.coded
     return PublishedSize(round(plain), round(coded))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.artifact.container import ArtifactError, split
 from trainer.artifact.tensors import ALIAS, CODEBOOK, DTYPES, MASK, Entry, parse
-from trainer.compress.coding import CorruptError, decode_layer, decode_numbers
+from trainer.compress.coding import CorruptError, decode_floats, decode_layer
 
 LIMIT = 1 << 36  # bytes of all tensors: a file that claims more is refused
 
@@ -118,7 +118,9 @@ class _File:
     def _numbers(self, stored: str) -> Tensor:
         dtype, count = DTYPES[stored], self._counts[stored]
         try:
-            raw = decode_numbers(bytes(self._streams[stored]), count, dtype.itemsize)
+            raw = decode_floats(
+                bytes(self._streams[stored]), count * dtype.itemsize, dtype.itemsize
+            )
         except CorruptError as error:
             raise ArtifactError(f"the {stored} numbers: {error}") from error
         if dtype is torch.bool and raw.strip(b"\0\1"):
@@ -129,19 +131,20 @@ class _File:
         if entry.kind not in (CODEBOOK, MASK):
             return values.reshape(entry.shape).clone()
         clusters = entry.count if entry.kind == CODEBOOK else 1
+        negatives = int((values < 0).sum()) if entry.kind == CODEBOOK else 0
         try:
-            levels = decode_layer(self._layers[entry.name], entry.matrix, clusters)
+            levels = decode_layer(self._layers[entry.name], entry.shape, clusters, negatives)
         except CorruptError as error:
             raise ArtifactError(f"{entry.name!r}: {error}") from error
         if entry.kind == CODEBOOK:
             table = np.zeros(clusters + 1, dtype=values.numpy().dtype)
             table[1:] = values.numpy()
-            return torch.from_numpy(table[levels].reshape(entry.shape))
-        dense = np.zeros(entry.matrix, dtype=values.numpy().dtype)
+            return torch.from_numpy(table[levels])
+        dense = np.zeros(entry.shape, dtype=values.numpy().dtype)
         if int(levels.sum(dtype=np.int64)) != entry.count:
             raise ArtifactError(f"{entry.name!r}: its positions and values differ in number")
         dense[levels != 0] = values.numpy()
-        return torch.from_numpy(dense.reshape(entry.shape))
+        return torch.from_numpy(dense)
 
 
 def _statistic(entry: Entry) -> bool:

@@ -50,13 +50,6 @@ class Entry:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The shape in which it is coded: the first dimension, and all others together."""
-        if not self.shape:
-            return 1, 1
-        return self.shape[0], math.prod(self.shape[1:])
-
     def as_json(self) -> list[Any]:
         """As the header has it."""
         if self.kind == ALIAS:

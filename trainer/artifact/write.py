@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.artifact.container import join
 from trainer.artifact.tensors import ALIAS, CODEBOOK, DTYPES, MASK, NAMES, RAW, Entry
 from trainer.compress.codebooks import codebook_of
-from trainer.compress.coding import encode_layer, encode_numbers
+from trainer.compress.coding import encode_floats, encode_layer
 
 _HALF = 65504.0  # the largest number of fp16
 
@@ -54,16 +54,17 @@ def encode(
         entry, levels, values = _plan(name, tensor, numbers)
         if levels is not None:
             clusters = entry.count if entry.kind == CODEBOOK else 1
-            matrix = levels.numpy().astype(np.uint16).reshape(entry.matrix)
-            layers.append(encode_layer(matrix, clusters, coder))
+            negatives = int((values < 0).sum()) if entry.kind == CODEBOOK else 0
+            matrix = levels.numpy().astype(np.uint16)
+            layers.append(encode_layer(matrix, entry.shape, clusters, negatives, coder))
         streams.setdefault(entry.stored, []).append(_raw(values))
         entries.append(entry)
     header = {"about": dict(about or {}), "tensors": [entry.as_json() for entry in entries]}
-    numbers_coded = [
-        encode_numbers(b"".join(streams[stored]), DTYPES[stored].itemsize)
+    coded = [
+        encode_floats(b"".join(streams[stored]), DTYPES[stored].itemsize)
         for stored in sorted(streams)
     ]
-    return join(header, [*layers, *numbers_coded])
+    return join(header, [*layers, *coded])
 
 
 def _plan(name: str, tensor: Tensor, numbers: str) -> tuple[Entry, Tensor | None, Tensor]:

@@ -57,7 +57,7 @@ class WorkerGroup(Protocol):
     def nodes(self) -> list[str]:
         """Host name of each rank, once started."""
 
-    stop_asked: threading.Event  # set it, and the body ends at its next step
+    stop_asked: threading.Event  # set it, and the body ends at its next step; clear it to run again
 
     def start(self) -> None:
         """Start the workers and connect them, once; afterwards every `run` is warm.

@@ -55,6 +55,7 @@ class RayGroup:
         self._placement: PlacementGroup | None = None
         self._device = "cpu"
         self._ranks: list[_Rank] = []
+        self._runs = 0
 
     @property
     def nodes(self) -> list[str]:
@@ -85,17 +86,18 @@ class RayGroup:
         """Stream what rank 0 yields; the first failure ends the gang."""
         if not self._ranks:
             raise RuntimeError("start() the group before run()")
+        self._runs += 1
         shared = [ray.put(arg) for arg in args]
         streams = {
-            rank.actor.run.options(num_returns="streaming").remote(body, *shared): number
-            for number, rank in enumerate(self._ranks)
+            rank.actor.run.options(num_returns="streaming").remote(self._runs, body, *shared): i
+            for i, rank in enumerate(self._ranks)
         }
         watch = _Signs([rank.actor for rank in self._ranks], self._cfg.hang_timeout_s)
         told_to_stop = False
         while streams:
             if self.stop_asked.is_set() and not told_to_stop:
                 told_to_stop = True
-                self._ranks[0].actor.stop_soon.remote()
+                self._ranks[0].actor.stop_soon.remote(self._runs)
             for stream in _ready(streams, LOOK_EVERY_S):
                 message = _receive(stream)
                 if message is _END:

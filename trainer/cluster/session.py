@@ -28,10 +28,14 @@ RAY_PATH_LENGTH = 85  # of /trainer-xxxxxxxx/session_DATE_TIME_PID/sockets/plasm
 
 
 class RaySession:
-    """One connection to Ray, opened by `open` and ended by `close`."""
+    """One connection to Ray, opened by `open` and ended by `close`.
 
-    def __init__(self, cfg: ClusterConfig) -> None:
+    A private Ray has room for `groups` groups of workers side by side.
+    """
+
+    def __init__(self, cfg: ClusterConfig, groups: int = 1) -> None:
         self._cfg = cfg
+        self._groups = groups
         self._ours = False
         self._folder: str | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -74,7 +78,7 @@ class RaySession:
             self._folder = self._reaper = None
 
     def _start(self) -> None:
-        needed = math.ceil(self._cfg.workers * self._cfg.cpus_per_worker)
+        needed = math.ceil(self._groups * self._cfg.workers * self._cfg.cpus_per_worker)
         self._folder = tempfile.mkdtemp(prefix="trainer-", dir=_short_folder())
         self._reaper = subprocess.Popen(
             [sys.executable, "-P", reaper.__file__, self._folder],

@@ -33,6 +33,8 @@ class Worker:
             os.setpriority(os.PRIO_PROCESS, 0, nice)
         self._store: TCPStore | None = None
         self._world: World | None = None
+        self._run = 0  # number of the present run
+        self._stop_run = 0  # number of the last run that was asked to stop
 
     def identity(self) -> tuple[str, str, int]:
         """Host name, Ray's node id, process id; answers once the process is up and idle."""
@@ -58,10 +60,18 @@ class Worker:
             self._rank, self._size, host, port, place, timeout_s, self._store
         )
 
-    def run(self, body: Body, *args: Any) -> Iterator[Any]:
-        """Execute the body; rank 0 passes on what it yields, every rank a failure as the last."""
+    def run(self, number: int, body: Body, *args: Any) -> Iterator[Any]:
+        """Execute the body; rank 0 passes on what it yields, every rank a failure as the last.
+
+        Args:
+            number: of this run, for `stop_soon`.
+        """
         world = self._world
         assert world is not None
+        world.stop.clear()
+        self._run = number
+        if self._stop_run == number:  # the request was faster
+            world.stop.set()
         torch.set_num_threads(self._threads)  # holds for the thread that calls it
         try:
             for message in body(world, *args):
@@ -88,7 +98,8 @@ class Worker:
         return Sign(pulse.beats, pulse.waiting, pulse.place)
 
     @ray.method(concurrency_group=CONTROL)
-    def stop_soon(self) -> None:
-        """Let the body end at its next step."""
-        if self._world:
+    def stop_soon(self, number: int) -> None:
+        """Let the body of run `number` end at its next step; another run goes on."""
+        self._stop_run = number
+        if self._world and self._run == number:
             self._world.stop.set()

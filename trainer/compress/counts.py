@@ -1,11 +1,12 @@
 """How many parameters a model has, learns, and keeps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from trainer.compress.select import weights
+from trainer.compress.select import Place, parameters, vectors, weights
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,19 @@ class Counts:
 @torch.no_grad()
 def counts(model: nn.Module) -> Counts:
     """Count, inside or outside a phase: a compressed weight counts as the dense one it makes."""
-    total = kept = 0
-    behind: set[int] = set()
-    for places in weights(model).values():
-        value = places[0].value
-        total += value.numel()
-        kept += int(value.count_nonzero())
-        behind.add(id(places[0].learnt))
-    others = [p for p in model.parameters() if id(p) not in behind]
+    total, kept = _values(weights(model))
+    others, others_kept = _values(vectors(model))
+    behind = {id(places[0].learnt) for places in parameters(model).values()}
+    rest = [p for p in model.parameters() if id(p) not in behind]  # scalars, and other types
     return Counts(
-        parameters=total + sum(p.numel() for p in others),
+        parameters=total + others + sum(p.numel() for p in rest),
         learnable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        nonzero=kept + sum(int(p.count_nonzero()) for p in others),
+        nonzero=kept + others_kept + sum(int(p.count_nonzero()) for p in rest),
         sparsity=1 - kept / total if total else 0.0,
     )
+
+
+def _values(found: Mapping[str, list[Place]]) -> tuple[int, int]:
+    """How many values, and how many of them are not zero."""
+    values = [places[0].value for places in found.values()]
+    return sum(v.numel() for v in values), sum(int(v.count_nonzero()) for v in values)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from trainer.compress.parametrize import Compression, compression
-from trainer.compress.select import Place, weights
+from trainer.compress.select import Place, parameters
 
 
 def install(model: nn.Module, compressions: Mapping[str, Compression]) -> None:
@@ -18,12 +18,12 @@ def install(model: nn.Module, compressions: Mapping[str, Compression]) -> None:
     tied weight stays tied: all its places share one learnt parameter and one compression.
 
     Args:
-        compressions: by logical name (trainer.compress.select.weights), one of its own each.
+        compressions: by logical name (trainer.compress.select.parameters), one of its own each.
 
     Raises:
         ValueError: an unknown name, or a weight that is compressed already.
     """
-    places = weights(model)
+    places = parameters(model)
     for name in compressions:
         if name not in places:
             raise ValueError(f"no weight is named {name!r}; there are {', '.join(places)}")
@@ -59,7 +59,7 @@ def fold(model: nn.Module) -> None:
     Names, order, type, memory format, requires_grad and ties are those from before `install`. The
     parameters of the model are others afterwards.
     """
-    for places in weights(model).values():
+    for places in parameters(model).values():
         new = compression(*places[0])
         if new is None:
             continue

@@ -43,22 +43,36 @@ def weights(model: nn.Module) -> dict[str, list[Place]]:
     biases and norms are exempt, and so is what the model itself parametrizes (weight_norm). A
     weight tied under several names is one entry, named by its first place, with all its places.
     """
+    return {name: found for name, found in parameters(model).items() if not _is_vector(found[0])}
+
+
+def vectors(model: nn.Module) -> dict[str, list[Place]]:
+    """The biases and norms, as `weights` has the weights."""
+    return {name: found for name, found in parameters(model).items() if _is_vector(found[0])}
+
+
+def parameters(model: nn.Module) -> dict[str, list[Place]]:
+    """`weights` and `vectors` together."""
     found: dict[str, list[Place]] = {}
     first: dict[int, str] = {}
     for prefix, module in _modules(model):
         for name in module._parameters:
             parameter = parameter_behind(module, name)
-            if parameter is None or isinstance(module, _NORMS):
+            if parameter is None:
                 continue
             place = Place(module, name)
             if id(parameter) in first:
                 found[first[id(parameter)]].append(place)
                 continue
             value = place.value
-            if value.is_floating_point() and value.ndim >= 2 and value.numel() > 0:
+            if value.is_floating_point() and value.ndim >= 1 and value.numel() > 0:
                 first[id(parameter)] = f"{prefix}.{name}" if prefix else name
                 found[first[id(parameter)]] = [place]
     return found
+
+
+def _is_vector(place: Place) -> bool:
+    return place.value.ndim < 2 or isinstance(place.module, _NORMS)
 
 
 def match(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:

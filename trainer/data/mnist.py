@@ -6,7 +6,7 @@ cheaper than fetching four times the bytes.
 
 import math
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -108,6 +108,25 @@ def mnist(
     impossible counts.
     """
     folder = FILES if root is None else Path(root).expanduser()
+    return _splits(folder, _stamps(folder), seed, validation, train, test, shift)
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells files that were changed from those that were read before."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+
+
+@lru_cache(maxsize=1)  # splits never change: the next trial on a warm worker takes the same ones
+def _splits(
+    folder: Path,
+    stamps: tuple[tuple[str, int, int], ...],
+    seed: int,
+    validation: int,
+    train: int | None,
+    test: int | None,
+    shift: int,
+) -> Splits:
     images, labels = read_pair(folder, "train")
     test_images, test_labels = read_pair(folder, "t10k")
     if not 1 <= validation < len(images):

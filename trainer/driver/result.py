@@ -106,19 +106,6 @@ class Result:
         }
 
 
-def teacher_phase(cfg: Config, going_on: int) -> int | None:
-    """Index of the phase whose weights teach those from `going_on` on; -1: those of init_from.
-
-    None where no phase needs them, or where they are what the run goes on from anyway.
-    """
-    phases = build_phases(cfg.phases)
-    baseline = stages(phases)[0].phase
-    if baseline >= going_on - 1:
-        return None
-    left = list(phases.values())[going_on:]
-    return baseline if any(phase.fit.distill.weight for phase in left) else None
-
-
 def _label(stage: Stage) -> str:
     letters = [_LETTERS.get(what, what) for what in sorted(stage.made, key=_order)]
     return "+".join(letters) or "dense"

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,10 @@ class _Run:
 
     def _train(self, group: WorkerGroup) -> None:
         """Run the phases, from the last checkpoint on."""
-        from trainer.driver.result import teacher_phase
-        from trainer.run import Start, experiment
+        from trainer.run import experiment, start_at
 
-        point = self._rewind()
-        taught_by = teacher_phase(self.cfg, point.phase)
-        teacher = None if taught_by is None else self.checkpoints.ended(self.names, taught_by)
-        self._follow(group, experiment, Start(point.phase, point.weights, point.within, teacher))
+        start = start_at(self.cfg, self._rewind(), partial(self.checkpoints.ended, self.names))
+        self._follow(group, experiment, start)
         self.checkpoints.wait()
 
     def _measure(self, group: WorkerGroup) -> None:
@@ -182,7 +180,7 @@ class _Run:
         from trainer.measure import measure
 
         last = self.summary.phases[-1]
-        result = Result(self.cfg, lambda p: self.checkpoints.ended(self.names, p), last)
+        result = Result(self.cfg, partial(self.checkpoints.ended, self.names), last)
         if result.artifact:
             self.directory.write_artifact(result.artifact)
         self._follow(group, measure, result.models())

@@ -9,7 +9,7 @@ from torch import nn
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Compression, Packed, Shared, compression
-from trainer.compress.select import weights
+from trainer.compress.select import parameters, vectors
 from trainer.config import FitConfig, one_of
 from trainer.engine.world import World
 from trainer.phases.base import Phase
@@ -46,16 +46,18 @@ class Retrain(Phase):
 
 
 def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({"zeros"})) -> None:
-    """Let every plain weight be learnt as what earlier phases left of it.
+    """Let every plain parameter be learnt as what earlier phases left of it.
 
     Rank 0 says which survive and which are equal, so that the vectors of all ranks have one length.
 
     Args:
         keep: "zeros": a weight with zeros is learnt as the vector of its survivors; "sharing": one
-            with few distinct values is learnt as its codebook, which keeps its zeros as well.
+            with few distinct values is learnt as its codebook, which keeps its zeros as well, and
+            so is a bias or norm.
     """
     made: dict[str, Compression] = {}
-    for name, places in weights(model).items():
+    vector = vectors(model)
+    for name, places in parameters(model).items():
         if compression(*places[0]) is not None:
             continue
         weight = places[0].value.detach()
@@ -64,6 +66,6 @@ def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({
         mask = weight != 0
         if book is not None:
             made[name] = Shared(weight, book)
-        elif "zeros" in keep and not mask.all():
+        elif "zeros" in keep and name not in vector and not mask.all():
             made[name] = Packed(weight, mask)
     install(model, made)

@@ -1,6 +1,6 @@
 """Weight sharing: the weights of a layer take few values, and then those are trained."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from torch import nn
 from trainer.compress.codebooks import INITS, MOST, Codebook, cluster
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Shared
-from trainer.compress.select import choose, match
+from trainer.compress.select import choose, match, parameters, vectors
 from trainer.config import FitConfig, at_least, one_of
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -23,8 +23,9 @@ class Share(Phase):
     """Cluster the non-zero weights of each layer, give each the value of its cluster, and train
     those values: a codebook of a few numbers is all that a layer learns and sends.
 
-    Zeros stay zero. Biases, norms and exempt weights train along as they do in retrain; without a
-    fit only the clustering happens. A matrix of an LSTM or GRU with all its gates is one layer.
+    Zeros stay zero. Biases and norms are shared where `biases` says so; what is not shared trains
+    along as it does in retrain, and without a fit only the clustering happens. A matrix of an LSTM
+    or GRU with all its gates is one layer.
     """
 
     kind: ClassVar[str] = "share"
@@ -34,6 +35,7 @@ class Share(Phase):
     bits: int = 5  # of an index: 2^bits clusters per layer at most, 1 to 16
     overrides: dict[str, int] = field(default_factory=dict)  # bits by name pattern
     clusters: dict[str, int] = field(default_factory=dict)  # number by name pattern, before bits
+    biases: int | None = None  # bits of an index into a bias or norm; null: they are not shared
     init: str = "linear"  # where k-means begins: linear | density | random | exact
     rate: float = 0.0  # price of a bit in variances of the weights; makes some clusters frequent
     include: list[str] = field(default_factory=lambda: ["*"])  # name patterns of weights to share
@@ -44,8 +46,9 @@ class Share(Phase):
         return frozenset({"zeros", "sharing"})
 
     def __post_init__(self) -> None:
-        for key, bits in {"bits": self.bits, **_dotted("overrides", self.overrides)}.items():
-            if not 1 <= bits <= 16:
+        asked = {"bits": self.bits, "biases": self.biases} | _dotted("overrides", self.overrides)
+        for key, bits in asked.items():
+            if bits is not None and not 1 <= bits <= 16:
                 raise ConfigError(f"{key}={bits}: it must be 1 to 16 bits")
         for key, number in _dotted("clusters", self.clusters).items():
             if not 1 <= number < 1 << 16:
@@ -54,12 +57,12 @@ class Share(Phase):
         at_least("rate", self.rate, 0)
 
     def check(self, model: nn.Module) -> None:
-        self._numbers(choose(model, self.include, self.exempt))
+        self._numbers(model)
 
     def enter(self, model: nn.Module, world: World) -> None:
-        places = choose(model, self.include, self.exempt)
+        places = parameters(model)
         shared = {}
-        for name, number in self._numbers(places).items():
+        for name, number in self._numbers(model).items():
             weight = places[name][0].value.detach()
             book = cluster(weight, number, self.init, self.rate)
             shared[name] = Shared(weight, _decide(book, number, world))
@@ -69,10 +72,18 @@ class Share(Phase):
     def leave(self, model: nn.Module) -> None:
         fold(model)
 
-    def _numbers(self, names: Iterable[str]) -> dict[str, int]:
-        """Clusters of each weight. Raises ConfigError for a pattern that matches none."""
+    def _numbers(self, model: nn.Module) -> dict[str, int]:
+        """Clusters of each tensor. Raises ConfigError for a pattern that matches no weight."""
+        names = choose(model, self.include, self.exempt)
         bits = dict.fromkeys(names, self.bits) | match(self.overrides, names)
-        return {name: min(1 << b, MOST) for name, b in bits.items()} | match(self.clusters, names)
+        numbers = {name: min(1 << b, MOST) for name, b in bits.items()}
+        numbers |= match(self.clusters, names)
+        if self.biases is not None:
+            # In a shorter one the codebook would take more than it saves.
+            most = min(1 << self.biases, MOST)
+            long = (n for n, found in vectors(model).items() if found[0].value.numel() > 2 * most)
+            numbers |= dict.fromkeys(long, most)
+        return numbers
 
 
 def _decide(book: Codebook, most: int, world: World) -> Codebook:

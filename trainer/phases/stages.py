@@ -27,6 +27,18 @@ def stages(phases: Mapping[str, Phase]) -> list[Stage]:
     return found
 
 
+def teacher_phase(phases: Mapping[str, Phase], going_on: int) -> int | None:
+    """Index of the phase whose weights teach those from `going_on` on; -1: the initial weights.
+
+    None where no phase needs them, or where they are what the run goes on from anyway.
+    """
+    baseline = stages(phases)[0].phase
+    if baseline >= going_on - 1:
+        return None
+    left = list(phases.values())[going_on:]
+    return baseline if any(phase.fit.distill.weight for phase in left) else None
+
+
 def check_teachers(phases: Mapping[str, Phase], initialised: bool) -> None:
     """Refuse distillation where there is no dense model to learn from yet.
 

@@ -1,14 +1,17 @@
-"""Entropy coding: matrices of levels, and plain numbers, as few bytes. NumPy in, bytes out."""
+"""Entropy coders for pruned and shared layers: integer tensors in, bytes out, and back.
+
+docs/artifact.md, "Coded layers", specifies each bit-stream.
+"""
 
 from trainer.compress.coding.errors import CorruptError
-from trainer.compress.coding.layers import CODERS, decode_layer, encode_layer
-from trainer.compress.coding.numbers import decode_numbers, encode_numbers
+from trainer.compress.coding.floats import decode_floats, encode_floats
+from trainer.compress.coding.layer import decode_layer, encode_layer, max_positions
 
 __all__ = [
-    "CODERS",
     "CorruptError",
+    "decode_floats",
     "decode_layer",
-    "decode_numbers",
+    "encode_floats",
     "encode_layer",
-    "encode_numbers",
+    "max_positions",
 ]

@@ -1,62 +1,87 @@
-"""Levels by asymmetric numeral systems (Duda, 2013, arXiv:1311.2540) with one static model.
-
-The model is the histogram of the levels, so that the length is the entropy of levels without
-context. By the library constriction (Bamler, 2022, arXiv:2201.01741).
-"""
-
-import zlib
+"""Asymmetric numeral systems (Duda, 2013) with one distribution for all symbols, by constriction."""
 
 import constriction
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
+from trainer.compress.coding import varint
 from trainer.compress.coding.errors import CorruptError
 
-Levels = npt.NDArray[np.uint16]
+Symbols = NDArray[np.uint16]
 
 
-def encode(levels: Levels, clusters: int) -> bytes:
-    """Length of the packed histogram, the histogram, and the words of the stack."""
-    flat = levels.ravel().astype(np.int32)
-    counts = np.bincount(flat, minlength=clusters + 1).astype("<u4")
-    table = zlib.compress(counts.tobytes(), 9)
+def shares(counts: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
+    """Counts scaled to a sum of 2^bits; none that occurs becomes 0, and none takes all."""
+    total = 1 << bits
+    out = np.where(counts > 0, np.maximum(1, counts * total // max(1, counts.sum())), 0)
+    if np.count_nonzero(counts) == 1:
+        out[counts.argmax()] = total - 1
+        out[(counts.argmax() + 1) % counts.size] = 1
+    while (excess := int(out.sum()) - total) != 0:
+        largest = int(out.argmax())
+        out[largest] -= excess if excess < 0 else min(excess, max(1, int(out[largest]) // 2))
+    return out
+
+
+def _bits(alphabet: int) -> int:
+    return max(12, alphabet.bit_length() + 4)
+
+
+def _model(share: NDArray[np.int64], bits: int) -> constriction.stream.model.Categorical:
+    # Fractions with a power of two below: exact in floating point, the same on every machine.
+    return constriction.stream.model.Categorical(share / float(1 << bits), perfect=False)
+
+
+def encode(symbols: Symbols, alphabet: int) -> bytes:
+    """The shares of the symbols (runs of zeros as 0 and their number), then 32-bit words."""
+    if symbols.size == 0 or alphabet < 2:
+        return b""
+    bits = _bits(alphabet)
+    share = shares(np.bincount(symbols, minlength=alphabet).astype(np.int64), bits)
+    head, at = b"", 0
+    while at < alphabet:
+        head += varint.put(int(share[at]))
+        run = 1
+        if share[at] == 0:
+            rest = share[at:].nonzero()[0]
+            run = int(rest[0]) if rest.size else alphabet - at
+            head += varint.put(run)
+        at += run
     coder = constriction.stream.stack.AnsCoder()
-    if len(flat):
-        coder.encode_reverse(flat, _model(counts))
-    words = coder.get_compressed().astype("<u4")
-    return len(table).to_bytes(4, "little") + table + bytes(words.tobytes())
+    coder.encode_reverse(symbols.astype(np.int32), _model(share, bits))
+    return head + coder.get_compressed().astype("<u4").tobytes()
 
 
-def decode(blob: bytes, shape: tuple[int, int], clusters: int) -> Levels:
-    """What `encode` was given. Raises CorruptError where the bytes cannot be its result."""
-    table = int.from_bytes(blob[:4], "little")
-    words = blob[4 + table :]
-    inflate = zlib.decompressobj()
+def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
+    """`count` symbols.
+
+    Raises:
+        CorruptError: no encoder wrote these bytes for so many symbols of such an alphabet.
+    """
+    if count == 0 or alphabet < 2:
+        if blob:
+            raise CorruptError("bytes where no symbols are")
+        return np.zeros(count, np.uint16)
+    bits = _bits(alphabet)
+    share: list[int] = []
+    at = 0
+    while len(share) < alphabet:
+        value, at = varint.take(blob, at)
+        run = 1
+        if value == 0:
+            run, at = varint.take(blob, at)
+        if not 0 < run <= alphabet - len(share):
+            raise CorruptError("a table of shares is too long")
+        share += [value] * run
+    if sum(share) != 1 << bits or max(share) == 1 << bits or (len(blob) - at) % 4:
+        raise CorruptError("a table of shares is damaged")
     try:
-        stored = inflate.decompress(blob[4 : 4 + table], 4 * (clusters + 1))
-    except zlib.error as error:
-        raise CorruptError("the histogram cannot be read") from error
-    size = shape[0] * shape[1]
-    counts = np.frombuffer(stored, "<u4") if len(stored) == 4 * (clusters + 1) else None
-    if counts is None or not inflate.eof or inflate.unused_data or len(words) % 4:
-        raise CorruptError("the histogram or the words have the wrong length")
-    if int(counts.sum(dtype=np.uint64)) != size:
-        raise CorruptError("the histogram is of a layer of another size")
-    try:
-        coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
+        coder = constriction.stream.stack.AnsCoder(
+            np.frombuffer(blob, "<u4", offset=at).astype(np.uint32)
+        )
     except ValueError as error:
-        raise CorruptError("the words are none that the coder leaves") from error
-    if not size:
-        return np.zeros(shape, dtype=np.uint16)
-    flat = coder.decode(_model(counts), size)
-    # What follows the last symbol shows only in the histogram: it must be the one that was coded.
-    if not coder.is_empty() or (np.bincount(flat, minlength=clusters + 1) != counts).any():
-        raise CorruptError("the coded layer does not end where it should")
-    levels: Levels = flat.astype(np.uint16).reshape(shape)
-    return levels
-
-
-def _model(counts: npt.NDArray[np.uint32]) -> constriction.stream.model.Categorical:
-    """The histogram as probabilities; two symbols at least, as the library demands."""
-    weights = np.append(counts.astype(np.float64), 0.0) + 1e-9
-    return constriction.stream.model.Categorical(weights / weights.sum(), perfect=False)
+        raise CorruptError("an ANS stream ends in a zero word") from error
+    out = coder.decode(_model(np.array(share), bits), count)
+    if not coder.is_empty():
+        raise CorruptError("an ANS stream is damaged")
+    return out.astype(np.uint16)

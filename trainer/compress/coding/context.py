@@ -1,283 +1,388 @@
-"""Positions and values of a layer by context: what is decoded already predicts what comes.
+"""The context-adaptive coder of a layer's levels: position by position, zero or not, then which.
 
-Matrices of pruned layers are not random: inputs that say nothing lose all their weights, units die,
-neighbouring pixels fare alike. For each position the coder asks how full its row and its column
-have been so far, and what is beside it; for each value, which values came before.
+What is decoded already predicts what comes: how full this row, this column and the columns around
+it are, which neighbours (in the image, in the kernel, in the rows above) survive, and their signs
+and sizes. Each decision is binary, predicted by a mixture of such contexts (mixing.py) and written by
+a range coder. Integers only: every machine decodes the same.
+docs/artifact.md, "Context coder", is the specification; encoder and decoder are one function.
 """
 
-from typing import Any
-
-import numba
 import numpy as np
-import numpy.typing as npt
+from numba import njit
+from numpy.typing import NDArray
 
-from trainer.compress.coding.binary import (
-    FLOOR,
-    code,
-    decoder,
-    encoder,
-    ended,
-    finish,
-    learn,
-    mixed,
-)
+from trainer.compress.coding import rangecoder as rc
 from trainer.compress.coding.errors import CorruptError
+from trainer.compress.coding.mixing import HALF, INPUTS, count, learn, mix
+from trainer.compress.coding.rangecoder import FLOOR, ONE
+from trainer.compress.coding.tables import LIMIT, LOG, SQUASH
+from trainer.compress.coding.varint import put, take
 
-Levels = npt.NDArray[np.uint16]
+Int64 = NDArray[np.int64]
+Levels = NDArray[np.uint16]
 
-_FEW = 1 << 22  # positions of a layer that is worth several attempts, and mixing
-_INPUTS = 10  # contexts of a position
-_VALUE_INPUTS = 5  # contexts of a value
-_SETS = 48  # weight sets
-_RATES = (2, 6, 14)  # of the mixing weights
-
-_TRANSPOSED, _FAST = 1, 2  # flags
-
-
-def encode(levels: Levels, clusters: int) -> bytes:
-    """Code a matrix [rows, columns] of levels in [0, clusters]: the best of several attempts."""
-    if levels.size > _FEW:
-        return _attempt(levels, clusters, _FAST, 0, 1)
-    best = b""
-    for flags, matrix in ((0, levels), (_TRANSPOSED, levels.T)):
-        for stride in _strides(levels.shape[1], (levels != 0).sum(0)):
-            made = _attempt(matrix, clusters, flags, stride, 1)
-            if not best or len(made) < len(best):
-                best, chosen = made, (matrix, flags, stride)
-    matrix, flags, stride = chosen
-    others = (_attempt(matrix, clusters, flags, stride, rate) for rate in (0, 2))
-    return min([best, *others], key=len)
+SPEEDS = (4, 8, 16, 32)  # of the mixers, the encoder chooses
+_STEPS = 16  # magnitudes that have a step of their own; wider and wider buckets follow
+_BUCKETS = 80
+_UNIT = 22  # of the base probability in the head, in the logistic domain
+_SLACK = 1024  # bytes, more than one position can take
 
 
-def decode(blob: bytes, shape: tuple[int, int], clusters: int) -> Levels:
-    """What `encode` was given. Raises CorruptError where the bytes cannot be its result."""
-    if len(blob) < 2 or blob[0] >= 4 * len(_RATES):
-        raise CorruptError("the coder's settings are missing or unknown")
-    flags, rate = blob[0] & 3, blob[0] >> 2
-    stride, body = blob[1], blob[2:]
-    rows, columns = reversed(shape) if flags & _TRANSPOSED else shape
-    levels = np.zeros((rows, columns), dtype=np.uint16)
-    state, buffer = decoder(body)
-    _run(levels, clusters, flags, stride, rate, state, buffer, True)
-    if not ended(state, body) or int(levels.max(initial=0)) > clusters:
-        raise CorruptError("the coded layer does not end where it should")
-    return np.ascontiguousarray(levels.T) if flags & _TRANSPOSED else levels
+@njit(cache=True)
+def _log(x: int) -> int:
+    """About 8 log2 x, for x >= 1."""
+    shift = 0
+    while x > 4096:
+        x >>= 1
+        shift += 8
+    return LOG[x] + shift
 
 
-def _attempt(matrix: Levels, clusters: int, flags: int, stride: int, rate: int) -> bytes:
-    levels = np.ascontiguousarray(matrix)
-    bits = levels.size + int(np.count_nonzero(levels)) * _depth(clusters)
-    state, buffer = encoder(bits)
-    _run(levels, clusters, flags, stride, rate, state, buffer, False)
-    return bytes([flags | rate << 2, stride]) + finish(state, buffer)
+@njit(cache=True)
+def _clip(x: int, low: int, high: int) -> int:
+    return min(max(x, low), high)
 
 
-def _run(
+@njit(cache=True)
+def _side(x: int) -> int:
+    """0 for zero, 1 for a negative, 2 for a positive value."""
+    return 0 if x == 0 else (1 if x < 0 else 2)
+
+
+@njit(cache=True)
+def _bits(bucket: int) -> int:
+    """log2 of how many magnitudes share a bucket."""
+    return 0 if bucket < _STEPS else 2 + (bucket - _STEPS) // 4
+
+
+@njit(cache=True)
+def _starts(sizes: Int64) -> Int64:
+    """Where each context's counters start; the last entry is the number of all."""
+    out = np.zeros(sizes.size + 1, np.int64)
+    for i in range(sizes.size):
+        out[i + 1] = out[i] + sizes[i]
+    return out
+
+
+@njit(cache=True)
+def _code(
     levels: Levels,
     clusters: int,
-    flags: int,
-    stride: int,
-    rate: int,
-    state: Any,
-    buffer: Any,
-    decoding: bool,
-) -> None:
-    if flags & _FAST:
-        _plain(levels, clusters, _depth(clusters), state, buffer, decoding)
-    else:
-        across, down = (0, stride) if flags & _TRANSPOSED else (stride, 0)
-        depth = _depth(clusters)
-        _mixing(levels, clusters, depth, across, down, _RATES[rate], state, buffer, decoding)
-
-
-def _depth(clusters: int) -> int:
-    """Bits of a cluster's number."""
-    return (clusters - 1).bit_length()
-
-
-def _strides(columns: int, occupied: npt.NDArray[np.int64]) -> list[int]:
-    """Distances at which columns may resemble one another: none, a square image's width, and the
-    lag at which the number of weights in a column correlates best with itself.
-    """
-    found = {0}
-    side = int(columns**0.5)
-    if side * side == columns and 1 < side < 256:
-        found.add(side)
-    centred = occupied - occupied.mean()
-    lags = range(2, min(256, columns // 2))
-    if len(lags) and centred.any():
-        found.add(
-            max(lags, key=lambda lag: float(centred[lag:] @ centred[:-lag]) / (columns - lag))
-        )
-    return sorted(found)
-
-
-@numba.njit(cache=True, inline="always")
-def _fullness(n: int, of: int) -> int:
-    """n of `of` positions so far as a logarithmic class, 0 to 23: two classes an octave."""
-    v = (n * 1024 + 256) // (of + 2)
-    width = 0
-    while v >> width:
-        width += 1
-    if width < 2:
-        return width
-    return min(23, 2 * width + ((v >> (width - 2)) & 1) - 2)
-
-
-@numba.njit(cache=True)
-def _mixing(
-    levels: Any,
-    clusters: int,
-    depth: int,
-    across: int,
-    down: int,
-    rate: int,
-    state: Any,
-    buffer: Any,
-    decoding: bool,
-) -> None:
+    negatives: int,
+    dense: bool,
+    near: int,
+    far: int,
+    base: int,
+    speed: int,
+    blob: NDArray[np.uint8],
+    decode: bool,
+) -> tuple[NDArray[np.uint8], int]:
+    """Write or fill `levels`, [rows, columns]. Returns the buffer and its length, -1 if corrupt."""
     rows, columns = levels.shape
-    # Where the counters of each context begin.
-    sizes = np.array(
-        [1, columns, 24 * 24, 8 * 8 * 8, 24 * 16, 256, 24 * 24, max(across, down, 1) * 2, 24 * 16,
-         24 * 24 * 4], dtype=np.int64)  # fmt: skip
-    nodes = 1 << depth
-    value_sizes = np.array([nodes, nodes * 4, nodes * 4, nodes * 24, nodes * 16], dtype=np.int64)
-    first = np.zeros(_INPUTS + 1, dtype=np.int64)
-    for i in range(_INPUTS):
-        first[i + 1] = first[i] + sizes[i]
-    value_first = np.zeros(_VALUE_INPUTS + 1, dtype=np.int64)
-    value_first[0] = first[_INPUTS]
-    for i in range(_VALUE_INPUTS):
-        value_first[i + 1] = value_first[i] + value_sizes[i]
-    chances = np.full(value_first[_VALUE_INPUTS], 1 << 21, dtype=np.int32)
-    counts = np.zeros(value_first[_VALUE_INPUTS], dtype=np.int16)
-    weights = np.full(_SETS * _INPUTS, (1 << 16) * 3 // (2 * _INPUTS), dtype=np.int32)
-    value_weights = np.full((depth + 1) * _VALUE_INPUTS, (1 << 16) // _VALUE_INPUTS, dtype=np.int32)
-    inputs = np.zeros(_INPUTS, dtype=np.int32)
-    slots = np.zeros(_INPUTS, dtype=np.int64)
-    in_column = np.zeros(columns, dtype=np.int64)
-    in_row = np.zeros(rows, dtype=np.int64)
-    last_in_column = np.zeros(columns, dtype=np.int64)
-    half = (clusters + 1) // 2
+    state = np.zeros(rc.STATE, np.int64)
+    rc.start(state, blob, decode)
+
+    # Zero or not: contexts 1 to 8 have counters, inputs 8 and 9 are computed.
+    at = _starts(np.array([1, columns, 1024, 2048, 256, 512, rows, 4096, 4096]))
+    chance = np.full(at[9], SQUASH[base + LIMIT] << 6, np.int64)
+    seen = np.zeros(at[9], np.int64)
+    weight = np.full(16 * INPUTS, 8192, np.int64)
+    prior = np.array([8, 16, 4, 2, 4, 4, 16, 4, 4])
+    # The sign.
+    sat = _starts(np.array([1, 81, 64, columns, rows, 243]))
+    schance = np.full(sat[6], HALF, np.int64)
+    sseen = np.zeros(sat[6], np.int64)
+    sweight = np.full(INPUTS, 9830, np.int64)
+    sprior = np.array([2, 2, 2, 4, 4, 2])
+    # The magnitude: one step after the other, one counter for each step.
+    mat = _starts(np.array([1, 2, 64, 64, rows, 256, 64]) * _BUCKETS)
+    mchance = np.full(mat[7], HALF, np.int64)
+    mseen = np.zeros(mat[7], np.int64)
+    mweight = np.full(_BUCKETS * INPUTS, 6554, np.int64)
+    mprior = np.array([2, 2, 2, 2, 4, 2, 2])
+    # The place in a bucket: its first three bits.
+    bchance = np.full(_BUCKETS * 8, HALF, np.int64)
+    bseen = np.zeros(_BUCKETS * 8, np.int64)
+
+    slot = np.zeros(INPUTS, np.int64)
+    inputs = np.zeros(INPUTS, np.int64)
+    # Signed magnitudes of this row and the three above, in turn; zeros left and right of them.
+    margin = 2 * max(near, far) + 2
+    window = np.zeros((4, columns + 2 * margin), np.int64)
+    filled = np.zeros(columns + 2 * near + 2, np.int64)  # survivors per column so far
+    offset = near + 1
+    group = np.zeros(columns // max(far, 1) + 1, np.int64)  # the same per `far` columns
+    last = np.zeros(columns, np.int64)  # the last survivor of each column
+    total = np.int64(0)
+    done = np.int64(0)
+
     for r in range(rows):
-        last = 0
-        near = 0  # the latest positions of the row, a bit each
+        here, up1, up2, up3 = window[r & 3], window[r + 3 & 3], window[r + 2 & 3], window[r + 1 & 3]
+        here[:] = 0
+        height = _log(r + 1)
+        w = min(height >> 3, 15) * INPUTS
+        kept = 0
+        size = 0
+        previous = 0
+        before = 0
+        since = 0
+        inside = 0
         for c in range(columns):
-            own = _fullness(in_column[c], r)
-            beside = in_column[c - 1] if c > 0 else 0
-            beside += in_column[c + 1] if c + 1 < columns else 0
-            far = 0
-            row_before = in_row[r - 1] if r > 0 else 0
-            shape = near & 3
-            shape |= (levels[r - 1, c] != 0) << 2 if r > 0 else 0
-            if across:
-                far += in_column[c - across] if c >= across else 0
-                far += in_column[c + across] if c + across < columns else 0
-                if c >= across:
-                    shape |= (levels[r, c - across] != 0) << 3
-                    shape |= (levels[r, c - across + 1] != 0) << 4
-            if down and r >= down:
-                shape |= (levels[r - down, c] != 0) << 3
-                row_before += in_row[r - down]
-            shape |= (levels[r - 1, c + 1] != 0) << 5 if r > 0 and c + 1 < columns else 0
-            shape |= (levels[r - 1, c - 1] != 0) << 6 if r > 0 and c > 0 else 0
-            row = _fullness(in_row[r], c)
-            around = _fullness(row_before, columns * (2 if down and r >= down else 1))
-            slots[0] = 0
-            slots[1] = c
-            slots[2] = own * 24 + row
-            sides = _fullness(beside, 2 * r) >> 1
-            fars = _fullness(far, 2 * r) >> 1 if across else around >> 1
-            slots[3] = (min(7, own >> 1) * 8 + min(7, sides)) * 8 + min(7, fars)
-            slots[4] = row * 16 + min(15, _log(c))
-            slots[5] = shape | ((near >> 2) & 1) << 7
-            slots[6] = around * 24 + row
-            period = max(across, down, 1)
-            slots[7] = ((c if across or not down else r) % period) * 2 + (near & 1)
-            slots[8] = own * 16 + min(15, _log(r))
-            slots[9] = (own * 24 + _fullness(beside + far, (4 if across else 2) * r)) * 4 + (
-                near & 3
+            if not decode and state[rc.POS] + _SLACK > blob.size:
+                blob = rc.grown(blob)
+            x = c + margin
+            west, west2 = here[x - 1], here[x - 2]
+            north = here[x - near] if near else 0
+            northwest = here[x - near - 1] if near else 0
+            northeast = here[x - near + 1] if near > 1 else 0
+            north2 = here[x - 2 * near] if near else 0
+            far1 = here[x - far] if far else 0
+            far2 = here[x - 2 * far] if far else 0
+            full = filled[c + offset]
+            around = 2 * full + filled[c + offset - 1] + filled[c + offset + 1]
+            if near:
+                around += filled[c + offset - near] + filled[c + offset + near]
+            else:
+                around += 2 * full
+            fullness = _clip((_log(4 * around + 4) - height + 48) >> 1, 0, 63)
+            touching = (
+                (west != 0)
+                + (north != 0)
+                + (northwest != 0)
+                + (northeast != 0)
+                + (west2 != 0)
+                + (north2 != 0)
             )
-            for i in range(_INPUTS):
-                slots[i] += first[i]
-            level: Any = np.int64(levels[r, c])
-            chosen = min(_SETS - 1, own + 24 * (row > 8))
-            kept = mixed(
-                1 if level else 0, slots, _INPUTS, chosen * _INPUTS, rate, chances, counts,
-                weights, inputs, state, buffer, decoding,
-            )  # fmt: skip
-            near = (near << 1 | kept) & 0xFF
-            if not kept:
+            bit = 1
+            if not dense:
+                crowd = _clip((_log(16 * kept + 8) - _log(c + 8) + 48) >> 2, 0, 31)
+                deep = min(31, height >> 2 if height < 64 else 16 + ((height - 64) >> 3))
+                many = min(63, full if full < 24 else 24 + ((_log(full) - 36) >> 1))
+                share = 0
+                if far:
+                    if c % far == 0:
+                        inside = 0
+                    seen_there = r * far + c % far + 1
+                    share = _log(16 * group[c // far] + 8) - _log(seen_there) + 48
+                    share = _clip(share >> 1, 0, 63)
+                slot[0] = 0
+                slot[1] = at[1] + c
+                slot[2] = at[2] + crowd * 32 + min(31, _log(c + 1) >> 3)
+                slot[3] = at[3] + many * 32 + deep
+                slot[4] = at[4] + (
+                    (west != 0)
+                    + 2 * (west2 != 0)
+                    + 4 * (north != 0)
+                    + 8 * (northwest != 0)
+                    + 16 * (northeast != 0)
+                    + 32 * (north2 != 0)
+                    + 64 * (far1 != 0)
+                    + 128 * (far2 != 0)
+                )
+                slot[5] = at[5] + (
+                    (up1[x] != 0)
+                    + 2 * (up2[x] != 0)
+                    + 4 * (up3[x] != 0)
+                    + 8 * (west != 0)
+                    + 16 * (north != 0)
+                    + 32 * (far1 != 0)
+                    + 64 * (northeast != 0)
+                    + 128 * (up1[x - 1] != 0)
+                    + 256 * (up1[x + 1] != 0)
+                )
+                slot[6] = at[6] + r
+                slot[7] = at[7] + share * 64 + min(7, inside) * 8 + min(7, since)
+                slot[8] = at[8] + share * 64 + fullness
+                # How much fuller than the layer the columns around and this row are: logarithms,
+                # drawn to 0 while little was seen (as if 30 average positions had been).
+                average = _log(total * 64 + 64) - _log(done + 1)
+                plus = (total * 64 + 64) * 30 // (done + 30)
+                inputs[8] = (_log(around * 64 // 6 + plus) - _log(r + 30) - average) * 22
+                inputs[9] = (_log(kept * 64 + plus) - _log(c + 30) - average) * 22
+                p = mix(chance, weight, slot, inputs, 8, 10, w)
+                bit = rc.code(state, blob, p, 1 if levels[r, c] else 0, decode)
+                learn(chance, seen, weight, slot, inputs, 8, 10, w, bit, p, speed, prior, 1000)
+                done += 1
+                total += bit
+                since += 1
+                if decode and state[rc.POS] > blob.size + 4:
+                    return blob, -1
+            if not bit:
                 continue
-            node = 1
-            index = level - 1
-            before = 0 if last == 0 else (1 if last <= half else 2)
-            above = 0 if last_in_column[c] == 0 else (1 if last_in_column[c] <= half else 2)
-            for d in range(depth):
-                slots[0] = node
-                slots[1] = node * 4 + before
-                slots[2] = node * 4 + above
-                slots[3] = node * 24 + row
-                slots[4] = node * 16 + (near >> 1 & 15)
-                for i in range(_VALUE_INPUTS):
-                    slots[i] += value_first[i]
-                bit = mixed(
-                    (index >> (depth - 1 - d)) & 1, slots, _VALUE_INPUTS, d * _VALUE_INPUTS, rate,
-                    chances, counts, value_weights, inputs, state, buffer, decoding,
-                )  # fmt: skip
-                node = node << 1 | bit
-            level = node - nodes + 1
-            levels[r, c] = level
-            last = level
-            last_in_column[c] = level
-            in_column[c] += 1
-            in_row[r] += 1
+            since = 0
+            inside += 1
+            if clusters > 1:
+                level = np.int64(levels[r, c])
+                sign = 1 if negatives == 0 else 0
+                if 0 < negatives < clusters:
+                    slot[0] = 0
+                    slot[1] = sat[1] + (
+                        27 * _side(west)
+                        + 9 * _side(north)
+                        + 3 * _side(northwest)
+                        + _side(northeast)
+                    )
+                    slot[2] = sat[2] + _clip(
+                        2 * west + 2 * north + northwest + northeast + 32, 0, 63
+                    )
+                    slot[3] = sat[3] + c
+                    slot[4] = sat[4] + r
+                    slot[5] = sat[5] + (
+                        _side(previous)
+                        + 3 * _side(before)
+                        + 9 * _side(last[c])
+                        + 27 * _side(north)
+                        + 81 * _side(west)
+                    )
+                    p = mix(schance, sweight, slot, inputs, 5, 5, 0)
+                    sign = rc.code(state, blob, p, 1 if level > negatives else 0, decode)
+                    learn(
+                        schance,
+                        sseen,
+                        sweight,
+                        slot,
+                        inputs,
+                        5,
+                        5,
+                        0,
+                        sign,
+                        p,
+                        2 * speed,
+                        sprior,
+                        255,
+                    )
+                towards = 1 if sign else -1
+                most = clusters - negatives - 1 if sign else negatives - 1
+                magnitude = level - negatives - 1 if sign else negatives - level
+                pull = _clip((2 * west + 2 * north + northwest + northeast) * towards, -16, 15) + 16
+                heavy = 0
+                if kept:
+                    heavy = _clip(_log(4 * size + 2) - _log(4 * kept + 2) + 32, 0, 63)
+                start = np.int64(0)
+                bucket = 0
+                while start + (1 << _bits(bucket)) <= most:
+                    step = 1 << _bits(bucket)
+                    slot[0] = bucket
+                    slot[1] = mat[1] + sign * _BUCKETS + bucket
+                    slot[2] = mat[2] + (2 * pull + (touching > 0)) * _BUCKETS + bucket
+                    slot[3] = mat[3] + min(63, abs(previous)) * _BUCKETS + bucket
+                    slot[4] = mat[4] + r * _BUCKETS + bucket
+                    slot[5] = mat[5] + (fullness * 4 + min(3, touching)) * _BUCKETS + bucket
+                    slot[6] = mat[6] + heavy * _BUCKETS + bucket
+                    w2 = bucket * INPUTS
+                    p = mix(mchance, mweight, slot, inputs, 6, 6, w2)
+                    more = rc.code(state, blob, p, 1 if magnitude >= start + step else 0, decode)
+                    learn(
+                        mchance,
+                        mseen,
+                        mweight,
+                        slot,
+                        inputs,
+                        6,
+                        6,
+                        w2,
+                        more,
+                        p,
+                        2 * speed,
+                        mprior,
+                        255,
+                    )
+                    if not more:
+                        break
+                    start += step
+                    bucket += 1
+                place = np.int64(0)
+                node = 1
+                for i in range(_bits(bucket)):
+                    shift = _bits(bucket) - 1 - i
+                    bit = (magnitude - start) >> shift & 1
+                    if i < 3:
+                        one = bchance[bucket * 8 + node] >> 6
+                        one = _clip(one, FLOOR, ONE - FLOOR)
+                        bit = rc.code(state, blob, one, bit, decode)
+                        count(bchance, bseen, bucket * 8 + node, bit, 2, 255)
+                        node = 2 * node + bit
+                    else:
+                        bit = rc.code(state, blob, ONE // 2, bit, decode)
+                    place = 2 * place + bit
+                if decode:
+                    magnitude = start + place
+                    if magnitude > most or state[rc.POS] > blob.size + 4:
+                        return blob, -1
+                    levels[r, c] = negatives + 1 + magnitude if sign else negatives - magnitude
+                signed = (magnitude + 1) * towards
+            else:
+                if decode:
+                    levels[r, c] = 1
+                signed = 1
+            here[x] = signed
+            before, previous = previous, signed
+            last[c] = signed
+            size += abs(signed)
+            kept += 1
+            filled[c + offset] += 1
+            if far:
+                group[c // far] += 1
+    if decode:
+        return blob, blob.size if rc.ended(state, blob) else -1
+    if state[rc.POS] + _SLACK > blob.size:
+        blob = rc.grown(blob)
+    return blob, rc.finish(state, blob)
 
 
-@numba.njit(cache=True, inline="always")
-def _log(n: int) -> int:
-    width = 0
-    while n >> width:
-        width += 1
-    return width
+def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, speed: int) -> bytes:
+    """The levels [rows, columns], 0 to `clusters`, as bytes.
+
+    Args:
+        negatives: clusters 1 to `negatives` lie below zero, the others above.
+        near: how many columns further the neighbour below lies (a row of the image or kernel); 0:
+            no second dimension.
+        far: how many columns further the next channel lies; 0: no channels.
+        speed: of learning, an index into SPEEDS.
+    """
+    kept = np.count_nonzero(levels) / levels.size
+    odds = np.log(max(kept, 1e-5) / max(1 - kept, 1e-5))
+    base = int(np.clip(round(odds * 256 / _UNIT), -127, 127)) + 128
+    dense = clusters > 1 and kept == 1.0
+    room = np.zeros(_SLACK + levels.size // 16, np.uint8)
+    blob, size = _code(
+        levels,
+        clusters,
+        negatives,
+        dense,
+        near,
+        far,
+        (base - 128) * _UNIT,
+        SPEEDS[speed],
+        room,
+        False,
+    )
+    flags = dense | speed << 1 | (near > 0 or far > 0) << 3
+    shifts = put(near) + put(far) if flags & 8 else b""
+    return bytes([flags, base]) + shifts + blob[:size].tobytes()
 
 
-@numba.njit(cache=True)
-def _plain(levels: Any, clusters: int, depth: int, state: Any, buffer: Any, decoding: bool) -> None:
-    """One context for each decision: for layers of many millions of positions."""
-    rows, columns = levels.shape
-    nodes = 1 << depth
-    chances = np.full(24 * 24 * 4 + nodes, 1 << 21, dtype=np.int32)
-    counts = np.zeros(24 * 24 * 4 + nodes, dtype=np.int16)
-    in_column = np.zeros(columns, dtype=np.int32)
-    columns_class = np.zeros(columns, dtype=np.int32)
-    for r in range(rows):
-        in_row = 0
-        near = 0
-        row = 0
-        if r & 15 == 0:
-            for c in range(columns):
-                columns_class[c] = _fullness(in_column[c], r) * 24
-        for c in range(columns):
-            if c & 15 == 0:
-                row = _fullness(in_row, c)
-            slot = (columns_class[c] + row) * 4 + near
-            one = min(65536 - FLOOR, max(FLOOR, chances[slot] >> 6))
-            level: Any = np.int64(levels[r, c])
-            kept = code(1 if level else 0, one, state, buffer, decoding)
-            learn(slot, kept, chances, counts)
-            near = (near << 1 | kept) & 3
-            if not kept:
-                continue
-            in_row += 1
-            in_column[c] += 1
-            node = 1
-            index = level - 1
-            for d in range(depth):
-                slot = 24 * 24 * 4 + node
-                one = min(65536 - FLOOR, max(FLOOR, chances[slot] >> 6))
-                bit = code((index >> (depth - 1 - d)) & 1, one, state, buffer, decoding)
-                learn(slot, bit, chances, counts)
-                node = node << 1 | bit
-            levels[r, c] = node - nodes + 1
+def decode(blob: bytes, rows: int, columns: int, clusters: int, negatives: int) -> Levels:
+    """The levels that `encode` wrote.
+
+    Raises:
+        CorruptError: no encoder wrote these bytes for such a layer.
+    """
+    if len(blob) < 2 or blob[0] > 15 or blob[1] == 0:
+        raise CorruptError("the head of a context-coded layer is damaged")
+    flags, base, at, near, far = blob[0], blob[1], 2, 0, 0
+    if flags & 8:
+        near, at = take(blob, at)
+        far, at = take(blob, at)
+    dense = bool(flags & 1)
+    if max(near, far) > columns or (dense and clusters < 2) or (flags & 8 and near == far == 0):
+        raise CorruptError("the head of a context-coded layer does not fit its shape")
+    levels = np.zeros((rows, columns), np.uint16)
+    data = np.frombuffer(blob, np.uint8, offset=at).copy()
+    speed = SPEEDS[flags >> 1 & 3]
+    _, size = _code(
+        levels, clusters, negatives, dense, near, far, (base - 128) * _UNIT, speed, data, True
+    )
+    if size < 0:
+        raise CorruptError("a context-coded layer is damaged")
+    return levels

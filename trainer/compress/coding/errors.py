@@ -1,5 +1,5 @@
-"""The error of all coders."""
+"""What a decoder raises."""
 
 
 class CorruptError(ValueError):
-    """Bytes are not what a coder made for this shape."""
+    """The bytes are not what an encoder wrote: damaged, cut, or made up."""

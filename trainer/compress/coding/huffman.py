@@ -1,209 +1,146 @@
-"""Han's format: gaps between weights and cluster indices, both with canonical Huffman codes.
-
-Section 2 and figure 2 of Han, Mao & Dally, Deep Compression, ICLR 2016, arXiv:1510.00149: the
-distance to the next weight takes b bits; where it is larger than 2^b, a padding zero is stored on
-the way. Without Huffman codes that is the format of the published column P+Q, with them P+Q+H.
-"""
+"""Canonical Huffman coding of symbols (Huffman, 1952)."""
 
 import heapq
-import zlib
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import numba
 import numpy as np
-import numpy.typing as npt
+from numba import njit
+from numpy.typing import NDArray
 
+from trainer.compress.coding import varint
 from trainer.compress.coding.errors import CorruptError
 
-Ints = npt.NDArray[np.int64]
-Levels = npt.NDArray[np.uint16]
-
-GAP_BITS = (5, 8)  # the published format takes 8 in convolutions and 5 in fully connected layers
+Symbols = NDArray[np.uint16]
+LONGEST = 32  # bits of a code; 2^45 symbols at least before Huffman's own codes get longer
 
 
-class Gaps(NamedTuple):
-    """A sparse matrix in row-major order, an entry per weight or padding zero."""
+def code_lengths(counts: Sequence[int]) -> list[int]:
+    """Bits of each symbol's code: as short in total as whole bits allow; 0 where the count is 0.
 
-    distances: Ints  # [n], 1 to 2^b: positions from the entry before
-    values: Ints  # [n]; 0 is a padding zero
-
-
-def to_gaps(levels: Levels, bits: int) -> Gaps:
-    """The entries of a matrix with gaps of so many bits."""
-    flat = levels.ravel()
-    places = np.flatnonzero(flat)
-    distances = np.diff(places, prepend=-1)
-    most = 1 << bits
-    paddings = (distances - 1) // most
-    ends = np.cumsum(paddings + 1) - 1
-    all_distances = np.full(int(ends[-1]) + 1 if len(ends) else 0, most, dtype=np.int64)
-    values = np.zeros_like(all_distances)
-    all_distances[ends] = distances - paddings * most
-    values[ends] = flat[places]
-    return Gaps(all_distances, values)
-
-
-def fixed_bits(gaps: Gaps, gap_bits: int, clusters: int) -> int:
-    """Bits of the entries without Huffman codes: a gap and an index each."""
-    return len(gaps.values) * (gap_bits + max(1, (clusters - 1).bit_length()))
-
-
-def huffman_bits(gaps: Gaps) -> int:
-    """Bits of the entries with Huffman codes; the code tables not counted, as published."""
-    return sum(
-        int(counts @ code_lengths(counts))
-        for counts in (np.bincount(part) for part in gaps)
-        if len(counts)
-    )
-
-
-def code_lengths(counts: Ints) -> Ints:
-    """The lengths of a Huffman code in bits: 0 for a symbol that never occurs, 1 for a lone one."""
-    lengths = np.zeros(len(counts), dtype=np.int64)
-    heap: list[tuple[int, int, tuple[int, ...]]]
-    heap = [(int(n), i, (i,)) for i, n in enumerate(counts) if n]
+    A symbol that is alone gets 1 bit. Among equals the lowest symbol gets the longest code.
+    """
+    heap = [(count, symbol, (symbol,)) for symbol, count in enumerate(counts) if count > 0]
+    lengths = [0] * len(counts)
     if len(heap) == 1:
         lengths[heap[0][1]] = 1
-        return lengths
     heapq.heapify(heap)
     while len(heap) > 1:
-        (a, i, left), (b, _, right) = heapq.heappop(heap), heapq.heappop(heap)
-        lengths[list(left + right)] += 1
-        heapq.heappush(heap, (a + b, i, left + right))
+        (a, _, left), (b, order, right) = heapq.heappop(heap), heapq.heappop(heap)
+        for symbol in left + right:
+            lengths[symbol] += 1
+        heapq.heappush(heap, (a + b, order + len(counts), left + right))
     return lengths
 
 
-def encode(levels: Levels, clusters: int) -> bytes:
-    """The smaller of the two gap widths: width, tables, code words."""
-    return min((_encode(levels, clusters, bits) for bits in GAP_BITS), key=len)
+def codes(lengths: Sequence[int]) -> list[int]:
+    """The canonical code of each symbol: counting up, shorter codes and lower symbols first."""
+    out, code, before = [0] * len(lengths), 0, 0
+    for length, symbol in sorted((n, s) for s, n in enumerate(lengths) if n):
+        code <<= length - before
+        out[symbol], before = code, length
+        code += 1
+    return out
 
 
-def decode(blob: bytes, shape: tuple[int, int], clusters: int) -> Levels:
-    """What `encode` was given. Raises CorruptError where the bytes cannot be its result."""
-    if len(blob) < 13 or blob[0] not in GAP_BITS:
-        raise CorruptError("the width of the gaps is missing or unknown")
-    entries = int.from_bytes(blob[1:9], "little")
-    table = int.from_bytes(blob[9:13], "little")
-    words = np.frombuffer(blob, np.uint8, offset=13 + table) if 13 + table <= len(blob) else None
-    size = shape[0] * shape[1]
-    if words is None or entries > 8 * len(words) or entries > size:
-        raise CorruptError("cut short: fewer code words than entries")
-    alphabet = 1 << blob[0]
-    inflate = zlib.decompressobj()
-    try:
-        stored = inflate.decompress(blob[13 : 13 + table], alphabet + clusters + 2)
-    except zlib.error as error:
-        raise CorruptError("the code tables cannot be read") from error
-    if len(stored) != alphabet + clusters + 2 or not inflate.eof or inflate.unused_data:
-        raise CorruptError("the code tables have the wrong length")
-    lengths = np.frombuffer(stored, np.uint8).astype(np.int64)
-    levels = np.zeros(size, dtype=np.uint16)
-    gap_code = _canonical(lengths[: alphabet + 1])
-    value_code = _canonical(lengths[alphabet + 1 :])
-    used = _unpack(words.copy(), entries, *gap_code[1:], *value_code[1:], levels)
-    if used < 0 or -(-used // 8) != len(words):
-        raise CorruptError("the code words do not end where they should")
-    return levels.reshape(shape)
+@njit(cache=True)
+def _pack(
+    symbols: Symbols, code: NDArray[np.int64], length: NDArray[np.int64], bits: int
+) -> NDArray[np.uint8]:
+    out = np.zeros((bits + 7) // 8, np.uint8)
+    at = 0
+    for symbol in symbols:
+        for place in range(length[symbol] - 1, -1, -1):
+            if code[symbol] >> place & 1:
+                out[at >> 3] |= np.uint8(128 >> (at & 7))
+            at += 1
+    return out
 
 
-def _encode(levels: Levels, clusters: int, bits: int) -> bytes:
-    gaps = to_gaps(levels, bits)
-    # Distances have 0 as a symbol that never occurs.
-    lengths = [
-        code_lengths(np.bincount(part, minlength=n))
-        for part, n in zip(gaps, ((1 << bits) + 1, clusters + 1), strict=True)
-    ]
-    table = zlib.compress(np.concatenate(lengths).astype(np.uint8).tobytes(), 9)
-    words = [_canonical(part)[0] for part in lengths]
-    total = sum(int(part_lengths[p].sum()) for part_lengths, p in zip(lengths, gaps, strict=True))
-    packed = np.zeros(-(-total // 8), dtype=np.uint8)
-    _pack(*gaps, words[0], lengths[0], words[1], lengths[1], packed)
-    head = bytes([bits]) + len(gaps.values).to_bytes(8, "little")
-    return head + len(table).to_bytes(4, "little") + table + packed.tobytes()
+@njit(cache=True)
+def _unpack(
+    data: NDArray[np.uint8],
+    first: NDArray[np.int64],
+    number: NDArray[np.int64],
+    order: Symbols,
+    out: Symbols,
+) -> int:
+    """Fill `out`; returns how many bits that took, -1 where a code does not exist or bits lack."""
+    at = 0
+    for i in range(out.size):
+        code = 0
+        base = 0
+        for length in range(1, number.size):
+            if at >> 3 >= data.size:
+                return -1
+            code = code << 1 | (data[at >> 3] >> (7 - (at & 7)) & 1)
+            at += 1
+            if code - first[length] < number[length]:
+                out[i] = order[base + code - first[length]]
+                break
+            base += number[length]
+        else:
+            return -1
+    return at
 
 
-def _canonical(lengths: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """The canonical code: words by symbol, and for decoding, by length: the first word, how many,
-    and the symbols in the order of their words.
+def encode(symbols: Symbols, alphabet: int) -> bytes:
+    """The code lengths (a byte each, runs of zeros as 0 and their number), then the codes."""
+    lengths = code_lengths(np.bincount(symbols, minlength=alphabet).tolist())
+    if max(lengths, default=0) > LONGEST:
+        raise ValueError("too many symbols for 32-bit codes")
+    head, at = bytearray(), 0
+    while at < alphabet:
+        run = 1
+        if lengths[at] == 0:
+            while at + run < alphabet and lengths[at + run] == 0:
+                run += 1
+            head += b"\0" + varint.put(run)
+        else:
+            head.append(lengths[at])
+        at += run
+    length = np.array(lengths, np.int64)
+    bits = int(length[symbols].sum())
+    return bytes(head) + _pack(symbols, np.array(codes(lengths), np.int64), length, bits).tobytes()
+
+
+def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
+    """`count` symbols.
 
     Raises:
-        CorruptError: the lengths make no prefix code.
+        CorruptError: no encoder wrote these bytes for so many symbols of such an alphabet.
     """
-    if len(lengths) and int(lengths.max()) > 60:
-        raise CorruptError("a code word is too long")
-    counts = np.bincount(lengths, minlength=62)
-    counts[0] = 0
-    first = np.zeros(62, dtype=np.int64)
-    for n in range(1, 62):
-        first[n] = (first[n - 1] + counts[n - 1]) << 1 if n > 1 else 0
-        if first[n] + counts[n] > 1 << n:
-            raise CorruptError("the code tables make no prefix code")
-    order = np.lexsort((np.arange(len(lengths)), lengths))
-    order = order[lengths[order] > 0]
-    words = np.zeros(len(lengths), dtype=np.int64)
-    starts = np.cumsum(counts) - counts
-    words[order] = first[lengths[order]] + np.arange(len(order)) - starts[lengths[order]]
-    return words, first, counts, order
-
-
-@numba.njit(cache=True)
-def _pack(
-    gaps: Ints,
-    values: Ints,
-    gap_words: Ints,
-    gap_lengths: Ints,
-    value_words: Ints,
-    value_lengths: Ints,
-    packed: Any,
-) -> None:
-    place = 0
-    for i in range(2 * len(gaps)):
-        if i & 1:
-            word, length = value_words[values[i >> 1]], value_lengths[values[i >> 1]]
-        else:
-            word, length = gap_words[gaps[i >> 1]], gap_lengths[gaps[i >> 1]]
-        for bit in range(length - 1, -1, -1):
-            packed[place >> 3] |= ((word >> bit) & 1) << (7 - (place & 7))
-            place += 1
-
-
-@numba.njit(cache=True)
-def _unpack(
-    packed: Any,
-    entries: int,
-    gap_first: Ints,
-    gap_counts: Ints,
-    gap_symbols: Ints,
-    value_first: Ints,
-    value_counts: Ints,
-    value_symbols: Ints,
-    levels: Any,
-) -> int:
-    """Bits read; -1 where they make no entries of this matrix."""
-    place, position = 0, -1
-    end = 8 * len(packed)
-    for i in range(2 * entries):
-        first, counts, symbols = gap_first, gap_counts, gap_symbols
-        if i & 1:
-            first, counts, symbols = value_first, value_counts, value_symbols
-        word, index, length = 0, 0, 0
-        while True:
-            if place >= end or length >= 60:
-                return -1
-            word = word << 1 | ((packed[place >> 3] >> (7 - (place & 7))) & 1)
-            place += 1
-            length += 1
-            if word - first[length] < counts[length]:
-                break
-            index += counts[length]
-        symbol = symbols[index + word - first[length]]
-        if i & 1:
-            levels[position] = symbol
-        else:
-            position += symbol
-            if symbol == 0 or position >= len(levels):
-                return -1
-    for bit in range(place, min(end, (place + 7) & ~7)):
-        if (packed[bit >> 3] >> (7 - (bit & 7))) & 1:
-            return -1
-    return place
+    lengths: list[int] = []
+    at = 0
+    while len(lengths) < alphabet:
+        if at >= len(blob):
+            raise CorruptError("a table of code lengths is cut short")
+        length, at = blob[at], at + 1
+        if length:
+            lengths.append(length)
+            continue
+        run, at = varint.take(blob, at)
+        if not 0 < run <= alphabet - len(lengths):
+            raise CorruptError("a table of code lengths is too long")
+        lengths += [0] * run
+    if max(lengths, default=0) > LONGEST:
+        raise CorruptError("a code is too long")
+    if sum(2.0**-n for n in lengths if n) > 1:
+        raise CorruptError("code lengths contradict each other")
+    if count > 8 * (len(blob) - at):
+        raise CorruptError("a Huffman stream is cut short")
+    table = codes(lengths)
+    order = sorted((n, s) for s, n in enumerate(lengths) if n)
+    number = np.bincount([n for n, _ in order], minlength=max(lengths, default=0) + 1)
+    first = np.zeros(number.size, np.int64)
+    for n, s in reversed(order):
+        first[n] = table[s]
+    out = np.zeros(count, np.uint16)
+    data = np.frombuffer(blob, np.uint8, offset=at).copy()
+    bits = _unpack(
+        data, first, number.astype(np.int64), np.array([s for _, s in order], np.uint16), out
+    )
+    if bits < 0 or (bits + 7) // 8 != data.size:
+        raise CorruptError("a Huffman stream is damaged")
+    if bits % 8 and data[-1] & ((1 << (8 - bits % 8)) - 1):
+        raise CorruptError("a Huffman stream ends in stray bits")
+    return out

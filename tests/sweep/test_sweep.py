@@ -1,0 +1,172 @@
+"""Whole sweeps by the command, in this process: small nets on a few digits."""
+
+import csv
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from os import getpid, kill
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.__main__ import main
+from trainer.config import Config, typed
+from trainer.run import Start, experiment
+
+ARGUMENTS = [
+    "+experiment=sweep_smoke", "cluster=inline", "cluster.threads=1", "sweep.slots=1",
+    "data.train=100", "data.validation=100", "data.test=100", "sweep.trials=3",
+]  # fmt: skip
+FOLDER = Path("outputs/sweep_smoke/sweep")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, with the signal handlers of the tests kept."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def rows():
+    with (FOLDER / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def summary(folder=FOLDER):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_the_command_of_the_best_trial_gives_the_same_result():
+    assert main([*ARGUMENTS, "seed=5"]) == 0
+    best = summary()["best"][0]
+    command = shlex.split(best["command"])
+    assert command[:3] == ["python", "-m", "trainer"]
+    assert main([*command[3:], "hydra.run.dir=again"]) == 0
+    (phase,) = summary(Path("again"))["phases"]
+    assert {key: phase[key] for key in ("accuracy", "loss", "macs", "nonzero")} == {
+        key: best["measures"][key] for key in ("accuracy", "loss", "macs", "nonzero")
+    }
+
+
+def test_the_same_command_goes_on_and_repeats_nothing(capsys):
+    assert main(ARGUMENTS) == 0
+    before = rows()
+    assert main([*ARGUMENTS[:-1], "sweep.trials=4"]) == 0
+    assert rows()[:3] == before
+    assert [row["state"] for row in rows()] == ["COMPLETE"] * 4
+    assert main([*ARGUMENTS, "model.hidden=8"]) == 2
+    assert "another model" in capsys.readouterr().err
+    assert len(rows()) == 4
+
+
+def test_ctrl_c_saves_and_the_same_command_finishes_the_trial():
+    def interrupt():
+        while not list(FOLDER.glob("trials/*/checkpoints/*")):
+            time.sleep(0.005)
+        kill(getpid(), signal.SIGINT)
+
+    long = [*ARGUMENTS, "phases.train.fit.epochs=20", "checkpoint.every_steps=2", "sweep.trials=2"]
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main(long) == 130
+    assert summary()["status"] == "interrupted"
+    assert summary()["trials"]["unfinished"] == 1
+    assert main(long) == 0
+    assert [row["state"] for row in rows()] == ["COMPLETE"] * 2
+    assert [row["epochs"] for row in rows()] == ["20", "20"]
+
+
+@pytest.mark.integration
+def test_a_killed_driver_loses_and_repeats_no_finished_trial():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *ARGUMENTS], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.kill()
+    process.communicate()
+    assert main(ARGUMENTS) == 0
+    told = (FOLDER / "log.txt").read_text()
+    assert told.count("trial 0: ") == 1
+    assert first in told
+    assert [row["state"] for row in rows()] == ["COMPLETE"] * 3
+
+
+def test_a_diverging_trial_is_retried_then_failed_with_its_reason(capsys):
+    params = "sweep.params={optimizer.lr: 'choice(1e20)', model.kernel_size: null}"
+    assert main([*ARGUMENTS, params, "sweep.trials=1"]) == 1
+    assert "no trial was completed" in capsys.readouterr().err
+    (row,) = rows()
+    assert row["state"] == "FAIL"
+    assert row["failures"] == "2"
+    assert "the loss is" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("sweep.params={model.dept: 'range(1,3)'}", "no model.dept"),
+        ("sweep.params={model.depth: 'range(3,3)'}", "empty"),
+        ("sweep.params={optimizer.lr: 'interval(-1,1)'}", "optimizer.lr=-1.0"),
+        ("sweep.params={model.kernel_size: 'choice(3,4)'}", "model.kernel_size.0=4"),
+        ("sweep.params={phases.train.fit.epochs: 'range(-1,2)'}", "epochs=-1"),
+        ("sweep.params={model: 'choice(a,b)'}", "it is a section"),
+        ("sweep.params={cluster.workers: 'range(1,3)'}", "cannot be searched"),
+        ("sweep.during={model.with: 3}", "no model.with"),
+        ("sweep.objectives.speed=maximize", "speed: unknown"),
+        ("sweep.sampler=annealing", "tpe, random, grid"),
+        ("sweep.sampler=grid", "no end"),
+        ("sweep.slots=2", "cluster.backend=inline"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(argument, said, capsys, tmp_path):
+    assert main([*ARGUMENTS, argument]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budgets_end_a_sweep_and_leave_the_rest_for_later():
+    assert main([*ARGUMENTS, "phases.train.fit.epochs=40", "sweep.epochs=45"]) == 0
+    assert 45 <= summary()["epochs"] < 80
+    assert summary()["trials"] == {"complete": 1, "pruned": 0, "failed": 0, "unfinished": 1}
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
+def test_a_warm_worker_gives_the_bits_of_a_cold_one():
+    import yaml
+
+    from tests.test_main import capture
+    from trainer.cluster import open_group
+    from trainer.messages import PhaseEnded
+
+    plain = yaml.safe_load(capture([*ARGUMENTS, "cluster=local", "cluster.workers=1", "--cfg"]))
+    cfg = typed(Config, plain)
+    other = typed(Config, {**plain, "seed": 9, "model": {**plain["model"], "depth": 1}})
+
+    def weights(group, which):
+        ended = [m for m in group.run(experiment, which, Start(0))]
+        return next(m.weights for m in ended if isinstance(m, PhaseEnded))
+
+    results = []
+    for before in ([], [other, cfg]):
+        group = open_group(cfg.cluster)
+        group.start()
+        try:
+            for first in before:
+                weights(group, first)
+            results.append(weights(group, cfg))
+        finally:
+            group.stop()
+    assert results[0] == results[1]

@@ -1,0 +1,84 @@
+"""Levels as two streams: the gaps between survivors, and which cluster each is in.
+
+As Han et al. (ICLR 2016) have it: a gap counts the zeros before a survivor; the largest symbol says
+only that so many zeros follow, and no survivor.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.compress.coding import varint
+from trainer.compress.coding.errors import CorruptError
+
+Symbols = NDArray[np.uint16]
+
+
+class SymbolCoder(Protocol):
+    """A module or object that codes a stream of symbols, each with the same distribution."""
+
+    def encode(self, symbols: Symbols, alphabet: int) -> bytes: ...
+
+    def decode(self, blob: bytes, count: int, alphabet: int) -> Symbols: ...
+
+
+def split(flat: Symbols, longest: int) -> tuple[Symbols, Symbols]:
+    """Gap symbols, 0 to `longest`, and the survivors' levels - 1. `longest` stands for so many
+    zeros and no survivor; zeros after the last survivor are not in it."""
+    places = np.flatnonzero(flat)
+    gaps = np.diff(places, prepend=-1) - 1
+    fillers = gaps // longest
+    gap_symbols = np.full(places.size + int(fillers.sum()), longest, np.uint16)
+    gap_symbols[np.cumsum(fillers + 1) - 1] = gaps % longest
+    return gap_symbols, (flat[places] - 1).astype(np.uint16)
+
+
+def join(gap_symbols: Symbols, values: Symbols, longest: int, size: int) -> Symbols:
+    """The levels that were split.
+
+    Raises:
+        CorruptError: more zeros than `size` has room for, or not one value for each survivor.
+    """
+    filler = gap_symbols == longest
+    steps = gap_symbols.astype(np.int64)
+    steps += ~filler
+    places = np.cumsum(steps, out=steps)[~filler] - 1
+    if gap_symbols.size and (int(steps[-1]) > size or filler[-1]):
+        raise CorruptError("gaps lead beyond the layer")
+    if places.size != values.size:
+        raise CorruptError("not one value for each survivor")
+    flat = np.zeros(size, np.uint16)
+    flat[places] = values + 1
+    return flat
+
+
+def encode(flat: Symbols, clusters: int, coder: SymbolCoder) -> bytes:
+    """The numbers of survivors and fillers, log2(longest + 1), bytes of the gaps; gaps, values."""
+    survivors = int(np.count_nonzero(flat))
+    mean = flat.size // max(1, survivors)
+    bits = min(14, max(4, mean.bit_length() + 3))
+    gap_symbols, values = split(flat, (1 << bits) - 1)
+    gap_bytes = coder.encode(gap_symbols, 1 << bits)
+    head = varint.put(survivors) + varint.put(gap_symbols.size - survivors)
+    head += bytes([bits]) + varint.put(len(gap_bytes))
+    return head + gap_bytes + coder.encode(values, clusters)
+
+
+def decode(blob: bytes, size: int, clusters: int, coder: SymbolCoder) -> Symbols:
+    """`size` levels.
+
+    Raises:
+        CorruptError: no encoder wrote these bytes for such a layer.
+    """
+    survivors, at = varint.take(blob, 0)
+    fillers, at = varint.take(blob, at)
+    if at >= len(blob) or not 4 <= (bits := blob[at]) <= 14:
+        raise CorruptError("the head of a gap-coded layer is damaged")
+    length, at = varint.take(blob, at + 1)
+    longest = (1 << bits) - 1
+    if survivors + fillers * longest > size or length > len(blob) - at:
+        raise CorruptError("the head of a gap-coded layer does not fit its shape")
+    gap_symbols = coder.decode(blob[at : at + length], survivors + fillers, longest + 1)
+    values = coder.decode(blob[at + length :], survivors, clusters)
+    return join(gap_symbols, values, longest, size)

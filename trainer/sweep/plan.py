@@ -1,0 +1,147 @@
+"""What a sweep will do, checked before anything starts; from what was drawn to a configuration."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config import Config, typed
+from trainer.errors import ConfigError, first_line
+from trainer.sweep.measures import check_measures
+from trainer.sweep.space import GRID_LIMIT, Drawn, flatten, parse_space
+
+FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
+BUDGET = ("trials", "seconds", "epochs", "slots", "max_retries", "recycle_after", "refit")
+
+
+class Plan:
+    """The checked settings of a sweep.
+
+    Args:
+        cfg: typed; `sweep.params` is not empty.
+        base: the composed configuration, interpolations not resolved: they follow what is drawn.
+
+    Raises:
+        ConfigError: a key that is not there, or a text that is no range; see `check` for the rest.
+    """
+
+    def __init__(self, cfg: Config, base: DictConfig) -> None:
+        self.cfg = cfg
+        self._base = base
+        settings = _container(base, resolve=True)
+        defaults = dict(_leaves(settings))
+        self.space = parse_space(cfg.sweep, defaults)
+        self.during = flatten(cfg.sweep.during, "sweep.during")
+        for where, keys in (
+            ("params", {p.key for p in self.space.parameters}),
+            ("during", set(self.during)),
+        ):
+            for key in sorted(keys):
+                _check_key(f"sweep.{where}.{key}", key, settings)
+        check_measures(cfg.sweep)
+        if cfg.sweep.sampler == "grid":
+            self.space.grid(GRID_LIMIT)
+
+    def trial(self, drawn: Drawn) -> Config:
+        """The configuration of a trial. Raises ConfigError."""
+        return typed(Config, self._settings({**self.during, **self.space.settings(drawn)}))
+
+    def winner(self, drawn: Drawn) -> dict[str, Any]:
+        """The plain configuration of the trial run in full: without `sweep.during`."""
+        return self._settings(self.space.settings(drawn))
+
+    def overrides(self, drawn: Drawn) -> list[str]:
+        """What turns the experiment into that trial, for the command line."""
+        settings = {**self.during, **self.space.settings(drawn)}
+        return [f"{key}={_text(value)}" for key, value in settings.items()]
+
+    def check(self) -> int:
+        """Hold the ends of all ranges against model and phases.
+
+        Returns:
+            The most epochs that a trial takes.
+
+        Raises:
+            ConfigError: names the parameter and the value.
+        """
+        from trainer.checks import check
+
+        epochs = 0
+        for name, drawn in self.space.ends():
+            try:
+                cfg = self.trial(drawn)
+                check(cfg)
+            except ConfigError as error:
+                raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
+            epochs = max(epochs, sum(phase["fit"]["epochs"] for phase in cfg.phases.values()))
+        return epochs
+
+    def identity(self) -> dict[str, Any]:
+        """All that must stay the same when the sweep goes on."""
+        settings = _container(self._base, resolve=False)
+        sweep = {k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "storage")}
+        rest = {k: v for k, v in settings.items() if k not in ("sweep", "cluster", "checkpoint")}
+        workers = {"workers": settings["cluster"]["workers"]}
+        return {**rest, "cluster": workers, **{f"sweep.{k}": v for k, v in sweep.items()}}
+
+    def _settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        changed = copy.deepcopy(self._base)
+        try:
+            for key, value in changes.items():
+                OmegaConf.update(changed, key, value, merge=False)
+            changed.sweep = {"name": self.cfg.sweep.name}
+            return _container(changed, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"sweep.params: {first_line(error)}") from error
+
+
+def _container(conf: DictConfig, resolve: bool) -> dict[str, Any]:
+    """Plain values."""
+    plain = OmegaConf.to_container(conf, resolve=resolve, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_key(said: str, key: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a key that the configuration does not have. Raises ConfigError."""
+    if key.partition(".")[0] in FIXED:
+        raise ConfigError(f"{said}: {key} is the same for all trials and cannot be searched")
+    here: Any = settings
+    for part in key.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            known = (
+                f"; known here: {', '.join(map(str, here))}" if isinstance(here, Mapping) else ""
+            )
+            raise ConfigError(f"{said}: the configuration has no {key}{known}")
+        here = here[part]
+    if isinstance(here, Mapping):
+        raise ConfigError(f"{said}: it is a section; search its keys {', '.join(map(str, here))}")
+
+
+def _text(value: Any) -> str:
+    """A value as Hydra's grammar reads it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case list():
+            return "[" + ",".join(_text(item) for item in value) + "]"
+        case dict():
+            return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+    text = str(value)
+    plain = text.replace("_", "a").replace(".", "a").isalnum() and not text[0].isdigit()
+    return text if plain else QuotedString(text, Quote.single).with_quotes()

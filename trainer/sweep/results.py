@@ -1,0 +1,120 @@
+"""What a sweep leaves: trials.csv, summary.json, report.html, and a ranked table."""
+
+import csv
+import io
+import os
+import shlex
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.table import Table
+
+from trainer.report.directory import RunDirectory
+from trainer.sweep.measures import MEASURES
+from trainer.sweep.plan import Plan
+from trainer.sweep.report import write_report
+from trainer.sweep.show import tally
+from trainer.sweep.study import RESULT, Ledger, watched_values
+
+SHOWN = 10  # rows of the table in the terminal, and trials in summary.json
+
+
+class Results:
+    """Writes what is known, at any moment."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, directory: RunDirectory) -> None:
+        self._plan, self._ledger, self._directory = plan, ledger, directory
+        self._objectives = list(plan.cfg.sweep.objectives)
+
+    def write(self, status: str, error: str | None, seconds: float) -> None:
+        """Write all files.
+
+        Args:
+            status: done, failed or interrupted.
+            seconds: that the sweep has taken in all.
+        """
+        self._write_csv()
+        summary = self.summary(status, error, seconds)
+        self._directory.write_summary(summary)
+        write_report(self._directory.path / "report.html", self._ledger.study, summary)
+
+    def summary(self, status: str, error: str | None, seconds: float) -> dict[str, Any]:
+        """The content of summary.json."""
+        cfg = self._plan.cfg
+        states = [trial.state for trial in self._ledger.trials()]
+        return {
+            "name": cfg.name,
+            "sweep": cfg.sweep.name,
+            "seed": cfg.seed,
+            "precision": cfg.precision,
+            "workers": cfg.cluster.workers,
+            "status": status,
+            "error": error,
+            "seconds": round(seconds, 3),
+            "epochs": self._ledger.epochs(),
+            "objectives": dict(cfg.sweep.objectives),
+            "trials": {
+                "complete": states.count(TrialState.COMPLETE),
+                "pruned": states.count(TrialState.PRUNED),
+                "failed": states.count(TrialState.FAIL),
+                "unfinished": states.count(TrialState.RUNNING),
+            },
+            "best": [self._entry(trial) for trial in self._ledger.best()[:SHOWN]],
+        }
+
+    def table(self) -> Table:
+        """The best trials: ranked, or the Pareto front."""
+        front = len(self._objectives) > 1
+        title = (
+            f"{'Pareto front' if front else 'best trials'}: {tally(self._ledger.trials(), None)}"
+        )
+        table = Table(title=title, title_justify="left")
+        for name in ("trial", *self._objectives):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("settings")
+        for trial in self._ledger.best()[:SHOWN]:
+            values = [f"{value:.6g}" for value in trial.values]
+            settings = " ".join(self._plan.overrides(trial.params))
+            table.add_row(str(trial.number), *values, settings)
+        return table
+
+    def _entry(self, trial: FrozenTrial) -> dict[str, Any]:
+        overrides = self._plan.overrides(trial.params)
+        return {
+            "number": trial.number,
+            "values": dict(zip(self._objectives, trial.values, strict=True)),
+            "measures": trial.user_attrs[RESULT],
+            "params": trial.params,
+            "overrides": overrides,
+            "command": self._command(overrides),
+        }
+
+    def _command(self, overrides: list[str]) -> str:
+        """What runs the trial again, as an experiment of its own."""
+        mine = [
+            a for a in self._ledger.command if not a.lstrip("+~").startswith(("sweep", "hydra."))
+        ]
+        return shlex.join(["python", "-m", "trainer", *mine, *overrides, "~sweep.params"])
+
+    def _write_csv(self) -> None:
+        names = [parameter.name for parameter in self._plan.space.parameters]
+        measures = list(MEASURES)
+        out = io.StringIO()
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(["number", "state", "epochs", *measures, *names, "failures", "reason"])
+        for trial in self._ledger.trials():
+            measured = trial.user_attrs.get(RESULT, {})
+            rows.writerow(
+                [
+                    trial.number,
+                    "UNFINISHED" if trial.state == TrialState.RUNNING else trial.state.name,
+                    len(watched_values(trial)),
+                    *(measured.get(name, "") for name in measures),
+                    *(trial.params.get(name, "") for name in names),
+                    len(trial.user_attrs.get("failures", [])),
+                    trial.user_attrs.get("reason", ""),
+                ]
+            )
+        aside = self._directory.path / "trials.csv.part"
+        aside.write_text(out.getvalue(), encoding="utf-8")
+        os.replace(aside, self._directory.path / "trials.csv")

@@ -1,0 +1,103 @@
+"""The sweep in the terminal: a live table, and a line for each trial that ended."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from trainer.config import SweepConfig
+from trainer.report.directory import RunDirectory
+from trainer.sweep.study import watched_values
+from trainer.sweep.trial import Trial
+
+PLAIN_WIDTH = 120  # columns where the output is no terminal
+
+
+class Board:
+    """Shows a sweep. A context manager: the live table ends with it. Lines go to log.txt too."""
+
+    def __init__(self, cfg: SweepConfig, directory: RunDirectory) -> None:
+        self.terminal = Console(highlight=False)
+        if not self.terminal.is_terminal:
+            self.terminal.width = PLAIN_WIDTH
+        self._cfg, self._directory = cfg, directory
+        self._live = Live(console=self.terminal, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> "Board":
+        if self.terminal.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the live table away."""
+        self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line above the live table, and log it."""
+        self._directory.log(line)  # first: a line that was seen is in the log
+        self.terminal.print(line, markup=False, soft_wrap=True)
+
+    def ended(self, trial: FrozenTrial) -> None:
+        """Say what became of a trial."""
+        self.say(describe(trial, list(self._cfg.objectives)))
+
+    def show(
+        self,
+        running: Mapping[int, Trial],
+        trials: Callable[[], Sequence[FrozenTrial]],
+        left: float | None,
+    ) -> None:
+        """Renew the live table.
+
+        Args:
+            trials: asked for where there is a live table.
+            left: seconds; None: no limit.
+        """
+        if not self._live.is_started:
+            return
+        table = Table(title=tally(trials(), left), title_justify="left")
+        for title in ("trial", "epoch", self._cfg.metric, "tries"):
+            table.add_column(title)
+        for number, trial in sorted(running.items()):
+            value = "" if trial.value is None else f"{trial.value:.4f}"
+            drawn = ", ".join(f"{key}={value}" for key, value in trial.drawn.items())
+            table.add_row(str(number), f"{trial.epoch}/{trial.epochs}", value, drawn)
+        self._live.update(Group(table), refresh=True)
+
+
+def tally(trials: Sequence[FrozenTrial], left: float | None) -> str:
+    """How many trials are in which state, and the time that is left."""
+    states = [trial.state for trial in trials]
+    text = (
+        f"{states.count(TrialState.COMPLETE)} complete, {states.count(TrialState.PRUNED)} pruned, "
+        f"{states.count(TrialState.FAIL)} failed, {states.count(TrialState.RUNNING)} running"
+    )
+    return text if left is None else f"{text}, {max(left, 0):.0f} s left"
+
+
+def describe(trial: FrozenTrial, objectives: Sequence[str]) -> str:
+    """One line on a trial that ended."""
+    drawn = ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in trial.params.items()
+    )
+    match trial.state:
+        case TrialState.COMPLETE:
+            values = zip(objectives, trial.values, strict=True)
+            what = ", ".join(f"{name} {value:.6g}" for name, value in values)
+        case TrialState.PRUNED:
+            what = f"pruned after epoch {max(watched_values(trial))}"
+        case _:
+            what = f"failed: {trial.user_attrs.get('reason', '')}"
+    return f"trial {trial.number}: {what} ({drawn})"

@@ -1,0 +1,262 @@
+"""The study: Optuna by ask and tell, in a storage from which a killed sweep goes on.
+
+Only the driver's main thread talks to it. The sampler of trial n is seeded by (seed, n), so that a
+sweep that was interrupted draws what an undisturbed one would have drawn.
+"""
+
+import json
+import socket
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from trainer.config import SweepConfig
+from trainer.data.hashing import mix
+from trainer.errors import ConfigError, first_line
+from trainer.sweep.proxy import Proxy
+from trainer.sweep.space import GRID_LIMIT, Space
+
+OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
+SECONDS, SETTINGS, COMMAND = "seconds", "settings", "command"  # attributes of the study
+
+
+class Ledger:
+    """All trials of a sweep and what became of them."""
+
+    def __init__(
+        self, cfg: SweepConfig, space: Space, name: str, seed: int, folder: Path, epochs: int
+    ) -> None:
+        """Open the storage, or make it.
+
+        Args:
+            name: of the experiment; the study is called NAME/SWEEP.
+            folder: the sweep's own.
+            epochs: the most that a trial takes; Hyperband shares these out.
+
+        Raises:
+            ConfigError: the storage cannot be opened.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._cfg, self._space, self._seed = cfg, space, seed
+        self._owner = f"{socket.gethostname()}:{folder}"
+        self._private = cfg.storage is None
+        directions = [_direction(name) for name in cfg.objectives.values()]
+        try:
+            self._storage: BaseStorage = optuna.storages.get_storage(
+                cfg.storage or f"sqlite:///{folder}/study.db"
+            )
+            self.study = optuna.create_study(
+                storage=self._storage,
+                study_name=f"{name}/{cfg.name}",
+                directions=directions,
+                pruner=make_pruner(cfg, epochs),
+                load_if_exists=True,
+            )
+        except Exception as error:  # of whichever data base driver
+            raise ConfigError(f"sweep.storage={cfg.storage}: {first_line(error)}") from error
+        self.study.set_metric_names(list(cfg.objectives))
+        self._live: dict[int, optuna.Trial] = {}
+        self._proxy: Proxy | None = None
+        if len(directions) > 1:
+            best = _direction("maximize" if cfg.metric == "accuracy" else "minimize")
+            self._proxy = Proxy(self.study.study_name, best, self.study.pruner)
+            for trial in self.trials():
+                self._proxy.replay(trial.number, watched_values(trial), trial.state)
+        self._grid = space.grid(GRID_LIMIT) if cfg.sampler == "grid" else None
+
+    def note(self, settings: Mapping[str, Any], command: Sequence[str]) -> None:
+        """Remember what makes this sweep what it is. Raises ConfigError for another one's study."""
+        text = json.dumps(settings, sort_keys=True)
+        known = self.study.user_attrs.get(SETTINGS)
+        if known is None:
+            self.study.set_user_attr(SETTINGS, text)
+            self.study.set_user_attr(COMMAND, list(command))
+        elif known != text:
+            changed = [
+                key
+                for key in {**json.loads(known), **settings}
+                if json.loads(known).get(key) != json.loads(text).get(key)
+            ]
+            raise ConfigError(
+                f"sweep.name={self._cfg.name}: there is a sweep of that name with another "
+                f"{', '.join(sorted(changed))}; choose another sweep.name, or the same settings"
+            )
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments that the sweep was first started with."""
+        return list(self.study.user_attrs[COMMAND])
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Trials in these states, or all; not to be changed."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def unfinished(self) -> list[int]:
+        """Trials that a driver of this sweep left behind."""
+        return [
+            t.number
+            for t in self.trials(TrialState.RUNNING)
+            if self._private or t.user_attrs.get(OWNER) == self._owner
+        ]
+
+    def ask(self) -> int | None:
+        """A new trial; None where a grid has come to its end."""
+        known = self.trials()
+        self._seed_sampler(len(known))
+        if self._grid is not None:
+            # JSON keeps the type, which == between 1 and True does not.
+            seen = {_canonical(t.params) for t in known}
+            left = next((draw for draw in self._grid if _canonical(draw) not in seen), None)
+            if left is None:
+                return None
+            self.study.enqueue_trial(left)
+        trial = self.study.ask()
+        self._live[trial.number] = trial
+        trial.set_user_attr(OWNER, self._owner)
+        return trial.number
+
+    def take_up(self, number: int) -> dict[str, Any]:
+        """What trial `number` is to try; one that was cut off while it was drawn is completed."""
+        if number not in self._live:
+            self._seed_sampler(number)
+            self._live[number] = optuna.Trial(self.study, self._id(number))
+        return self._space.suggest(self._live[number])
+
+    def reported(self, number: int) -> dict[int, float]:
+        """What was reported of a trial, by epoch."""
+        return watched_values(self._storage.get_trial(self._id(number)))
+
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        """Note the watched value of an epoch (the first is 1). Returns whether to stop there."""
+        trial = self._live[number]
+        if self._proxy:
+            values = {**trial.user_attrs.get(VALUES, {}), str(epoch): value}
+            trial.set_user_attr(VALUES, values)
+            stop = self._proxy.report(number, epoch, value)
+        else:
+            trial.report(value, epoch)
+            stop = trial.should_prune()
+        return stop and epoch >= self._cfg.min_epochs
+
+    def complete(
+        self, number: int, measured: Mapping[str, float], missed: Mapping[str, float]
+    ) -> None:
+        """Tell the values of the objectives, and by how much constraints were missed."""
+        trial = self._live.pop(number)
+        for name, value in missed.items():
+            if name not in trial.constraints:
+                trial.set_constraint(name, value)
+        trial.set_user_attr(RESULT, dict(measured))
+        self._tell(number, TrialState.COMPLETE, [measured[n] for n in self._cfg.objectives])
+
+    def prune(self, number: int) -> None:
+        """Tell that a trial was stopped early."""
+        self._live.pop(number)
+        self._tell(number, TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str) -> None:
+        """Tell that a trial failed for good."""
+        self._live.pop(number).set_user_attr("reason", reason)
+        self._tell(number, TrialState.FAIL)
+
+    def failed_once_more(self, number: int, reason: str) -> int:
+        """Note a failure. Returns how many the trial has had."""
+        trial = self._live[number]
+        reasons = [*trial.user_attrs.get("failures", []), reason]
+        trial.set_user_attr("failures", reasons)
+        return len(reasons)
+
+    @property
+    def seconds(self) -> float:
+        """Time that earlier sessions took."""
+        return float(self.study.user_attrs.get(SECONDS, 0.0))
+
+    def note_seconds(self, seconds: float) -> None:
+        """Keep the time that the sweep has taken in all."""
+        self.study.set_user_attr(SECONDS, seconds)
+
+    def epochs(self) -> int:
+        """Epochs of all trials together."""
+        return sum(len(watched_values(trial)) for trial in self.trials())
+
+    def best(self) -> list[FrozenTrial]:
+        """The best trials, constraints kept: one objective: all, best first; several: the front."""
+        done = [t for t in self.trials(TrialState.COMPLETE) if _feasible(t)]
+        if len(self._cfg.objectives) > 1:
+            done = self.study.best_trials
+        sign = -1 if next(iter(self._cfg.objectives.values())) == "maximize" else 1
+        return sorted(done, key=lambda t: (sign * t.values[0], t.number))
+
+    def _seed_sampler(self, number: int) -> None:
+        seed = mix(self._seed, number, 0) % 2**32
+        self.study.sampler = make_sampler(self._cfg, self._space, seed)
+
+    def _tell(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
+        self.study.tell(number, values, state)
+        if self._proxy:
+            self._proxy.end(number, state)
+
+    def _id(self, number: int) -> int:
+        study = self._storage.get_study_id_from_name(self.study.study_name)
+        return self._storage.get_trial_id_from_study_id_trial_number(study, number)
+
+
+def watched_values(trial: FrozenTrial) -> dict[int, float]:
+    """What was reported of a trial, by epoch."""
+    kept = trial.user_attrs.get(VALUES, {})  # where there are several objectives
+    return {int(epoch): value for epoch, value in kept.items()} or dict(trial.intermediate_values)
+
+
+def make_sampler(cfg: SweepConfig, space: Space, seed: int) -> BaseSampler:
+    """The sampler that `sweep.sampler` names; a grid is enqueued and needs none."""
+    match cfg.sampler:
+        case "tpe":
+            grouped = space.conditional
+            return TPESampler(
+                seed=seed,
+                n_startup_trials=cfg.startup_trials,
+                group=grouped,
+                multivariate=True if grouped else None,
+            )
+        case "nsga2":
+            return NSGAIISampler(seed=seed, population_size=max(2, cfg.startup_trials))
+    return RandomSampler(seed=seed)
+
+
+def make_pruner(cfg: SweepConfig, epochs: int) -> BasePruner:
+    """The pruner that `sweep.pruner` names.
+
+    Args:
+        epochs: the most that a trial takes.
+    """
+    match cfg.pruner:
+        case "median":
+            return MedianPruner(n_startup_trials=cfg.min_trials, n_warmup_steps=cfg.min_epochs)
+        case "hyperband":
+            return HyperbandPruner(
+                min_resource=cfg.min_epochs,
+                max_resource=max(epochs, cfg.min_epochs),
+                reduction_factor=cfg.reduction,
+            )
+    return NopPruner()
+
+
+def _direction(name: str) -> StudyDirection:
+    return StudyDirection[name.upper()]
+
+
+def _feasible(trial: FrozenTrial) -> bool:
+    return all(value <= 0 for value in trial.constraints.values())
+
+
+def _canonical(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)

@@ -1,0 +1,104 @@
+"""One trial as the driver sees it: where it goes on, what it said, what it came to."""
+
+import contextlib
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, SweepConfig
+from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
+from trainer.report.checkpoints import Checkpoints
+from trainer.report.directory import as_json
+from trainer.sweep.measures import needs_artifact, watched
+
+
+class Trial:
+    """Takes in the messages of a trial and keeps its checkpoints in trials/NUMBER."""
+
+    def __init__(
+        self, number: int, drawn: dict[str, Any], cfg: Config, sweep: SweepConfig, folder: Path
+    ):
+        self.number = number
+        self.drawn = drawn
+        self.cfg = cfg
+        self.epoch = 0  # of all phases together
+        self.value: float | None = None  # the metric at that epoch
+        self.pruned = False
+        self.stopped = False
+        self.records: list[dict[str, Any]] = []
+        self._sweep = sweep
+        self._names = list(cfg.phases)
+        self._folder = folder / "trials" / f"{number:04d}"
+        self._checkpoints: Checkpoints | None = None
+        self._parameters = 0
+
+    def start(self, say: Any) -> Any:
+        """Where the next attempt begins: at the last checkpoint, if there is one."""
+        from trainer.initial import initial_weights
+        from trainer.run import start_at
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._checkpoints = Checkpoints(self._folder, self.cfg.checkpoint.keep)
+        if self.cfg.init_from and not self._checkpoints.initial():
+            self._checkpoints.keep_initial(initial_weights(Path(self.cfg.init_from), None))
+        point = self._checkpoints.latest(self._names, say)
+        self.records = [dict(record) for record in point.records]
+        self.stopped = False
+        return start_at(self.cfg, point, partial(self._checkpoints.ended, self._names))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it takes in all."""
+        return sum(int(phase["fit"]["epochs"]) for phase in self.cfg.phases.values())
+
+    def on(self, message: Message) -> tuple[int, float] | None:
+        """Take in a message. Returns epoch and watched value where there is something to report."""
+        assert self._checkpoints is not None
+        match message:
+            case RunStarted():
+                self._parameters = message.parameters
+            case RunStopped():
+                self.stopped = True
+            case Checkpoint() if not self.pruned:
+                name = self._names[message.phase]
+                self._checkpoints.within_phase(message.phase, name, message.step, message.content)
+            case PhaseEnded():
+                record = as_json(message.record)
+                last = message.index == len(self._names) - 1
+                if last and needs_artifact(self._sweep):
+                    record["bytes"] = self._artifact_bytes(message.weights)
+                self.records.append(record)
+                if not last:  # after the last one nothing goes on
+                    self._checkpoints.phase_ended(message.index, record, message.weights)
+            case EpochEnded():
+                before = self._names[: self._names.index(message.phase)]
+                done = sum(int(self.cfg.phases[name]["fit"]["epochs"]) for name in before)
+                self.epoch = done + message.epoch
+                self.value = message.accuracy if self._sweep.metric == "accuracy" else message.loss
+                left = self._parameters * (1 - message.sparsity)
+                return self.epoch, watched(self._sweep, self.value, left)
+        return None
+
+    def _artifact_bytes(self, weights: bytes) -> int:
+        import safetensors.torch
+
+        from trainer import artifact
+
+        made = self.cfg.artifact
+        state = dict(sorted(safetensors.torch.load(weights).items()))
+        return len(artifact.encode(state, made.numbers, made.coder))
+
+    def pause(self) -> None:
+        """The attempt is over; what is written stays."""
+        if self._checkpoints:
+            self._checkpoints.wait()
+            self._checkpoints.close()
+            self._checkpoints = None
+
+    def forget(self) -> None:
+        """The trial is over: its checkpoints go."""
+        self.pause()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other trials are there
+            self._folder.parent.rmdir()
