@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(name: str, size: int, found: Description) -> None:
     dense = 4 * found.parameters
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for key, value in found.about.items():
-        console.print(f"{key}: {value}", markup=False)
+        console.print(f"{key}: {value}")
     table = Table(
         title=f"{name}: {size:,} bytes, {dense / size:.1f}x smaller", title_justify="left"
     )

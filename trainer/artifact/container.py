@@ -2,7 +2,10 @@
 
     "DCZ" version | header section | further sections | nothing after the last
 
-    section = length (varint) | payload | CRC-32 of the payload (4 bytes, little-endian)
+    section = length (varint) | payload | CRC-32 (4 bytes, little-endian)
+
+A checksum goes on from the one before it (the first from that of the magic), so that it covers all
+payloads up to its own: sections that changed places do not match.
 
 The header is JSON, deflated with a preset dictionary of what headers usually say. What the sections
 hold is known to trainer.artifact.write and trainer.artifact.read.
@@ -15,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAGIC = b"DCZ\x01"
-HEADER_LIMIT = 1 << 24  # bytes of JSON
+HEADER_LIMIT = 1 << 22  # bytes of JSON
 
 # Part of the format: zlib finds these words without their being in the file. The likeliest last.
 DICTIONARY = (
@@ -41,11 +44,18 @@ class ArtifactError(ValueError):
 
 
 def join(header: Mapping[str, Any], sections: Sequence[bytes]) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a file. Raises ValueError where the header is too long to be read again."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"the header takes {len(text)} bytes, the format {HEADER_LIMIT}")
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
     packed = deflate.compress(text) + deflate.flush()
-    return MAGIC + b"".join(map(_section, (packed, *sections)))
+    content = bytearray(MAGIC)
+    checksum = zlib.crc32(MAGIC)
+    for payload in (packed, *sections):
+        checksum = zlib.crc32(payload, checksum)
+        content += varint(len(payload)) + payload + struct.pack("<I", checksum)
+    return bytes(content)
 
 
 def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
@@ -55,7 +65,7 @@ def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
     if content[:4] != MAGIC:
         raise ArtifactError(f"version {content[3:4].hex() or 'none'} of the format is not known")
     view = memoryview(content)
-    place = 4
+    place, checksum = 4, zlib.crc32(MAGIC)
     sections: list[memoryview] = []
     while place < len(view) or not sections:
         length, place = _varint(view, place)
@@ -63,7 +73,8 @@ def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
         if end + 4 > len(view):
             raise ArtifactError(f"cut short: section {len(sections)} ends after the file")
         payload = view[place:end]
-        if zlib.crc32(payload) != struct.unpack_from("<I", view, end)[0]:
+        checksum = zlib.crc32(payload, checksum)
+        if checksum != struct.unpack_from("<I", view, end)[0]:
             raise ArtifactError(f"damaged: the checksum of section {len(sections)} does not match")
         sections.append(payload)
         place = end + 4
@@ -77,15 +88,12 @@ def _header(packed: memoryview) -> dict[str, Any]:
         if not inflate.eof or inflate.unused_data:
             raise ArtifactError("the header does not end where it should")
         header = json.loads(text)
+        json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is no text
     except (zlib.error, ValueError, RecursionError) as error:
         raise ArtifactError(f"the header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise ArtifactError("the header is no mapping")
     return header
-
-
-def _section(payload: bytes) -> bytes:
-    return varint(len(payload)) + payload + struct.pack("<I", zlib.crc32(payload))
 
 
 def varint(number: int) -> bytes:

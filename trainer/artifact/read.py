@@ -69,7 +69,11 @@ class _File:
         if sum(e.size * DTYPES[e.dtype].itemsize for e in self.entries) > LIMIT:
             raise ArtifactError(f"the tensors would take more than {LIMIT} bytes")
         coded = [entry for entry in self.entries if entry.kind in (CODEBOOK, MASK)]
-        stored = sorted({entry.stored for entry in self.entries if entry.kind != ALIAS})
+        self._counts: dict[str, int] = {}  # of the values in each stream
+        for entry in self.entries:
+            if entry.kind != ALIAS:
+                self._counts[entry.stored] = self._counts.get(entry.stored, 0) + entry.count
+        stored = sorted(self._counts)
         if len(sections) != len(coded) + len(stored):
             raise ArtifactError(f"{len(sections)} sections are not what the header announces")
         self._layers = {e.name: bytes(s) for e, s in zip(coded, sections, strict=False)}
@@ -96,7 +100,7 @@ class _File:
         size = 0.0
         if entry.kind != ALIAS:
             stream = len(self._streams[entry.stored])
-            size = stream * entry.count / max(1, self._count(entry.stored))
+            size = stream * entry.count / max(1, self._counts[entry.stored])
             size += len(self._layers.get(entry.name, b""))
         bits = 8 * DTYPES[entry.dtype if entry.kind == ALIAS else entry.stored].itemsize
         if entry.kind == CODEBOOK:
@@ -111,11 +115,8 @@ class _File:
             "bytes": round(size),
         }
 
-    def _count(self, stored: str) -> int:
-        return sum(e.count for e in self.entries if e.kind != ALIAS and e.stored == stored)
-
     def _numbers(self, stored: str) -> Tensor:
-        dtype, count = DTYPES[stored], self._count(stored)
+        dtype, count = DTYPES[stored], self._counts[stored]
         try:
             raw = decode_floats(
                 bytes(self._streams[stored]), count * dtype.itemsize, dtype.itemsize

@@ -1,6 +1,7 @@
 """What the header of a .dcz file says of each tensor, typed and checked. docs/artifact.md."""
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,8 @@ class Entry:
     """One tensor of the file.
 
     CODEBOOK: a coded layer of indices in its section, `count` values in a stream of `stored` type.
-    MASK: a coded layer of positions in its section, `count` other values in the stream.
+    MASK: a coded layer of positions in its section, `count` other values in the stream. Both are
+        of type f32 and not empty.
     RAW: all its values in the stream.
     ALIAS: the tensor named `of`, again.
     """
@@ -69,11 +71,16 @@ def parse(row: Any) -> Entry:
         ):
             pass
         case _:
-            raise ArtifactError(f"the header has an entry that is none: {str(row)[:80]}")
+            raise ArtifactError(f"the header has an entry that is none: {reprlib.repr(row)}")
     sound = all(type(n) is int and 0 <= n < 1 << 48 for n in [*shape, count or 0])
     if not sound or len(shape) > 16 or dtype not in DTYPES or stored not in DTYPES:
-        raise ArtifactError(f"the header is wrong about {name[:80]!r}: {str(row)[:200]}")
+        raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
     size = math.prod(shape)
-    if size >= 1 << 48 or (count or 0) > min(size, (1 << 16) - 1 if kind == CODEBOOK else size):
-        raise ArtifactError(f"the header claims too much of {name[:80]!r}: {str(row)[:200]}")
+    # Sides count where others are 0 as well: NumPy and PyTorch multiply them.
+    spread = math.prod(n or 1 for n in shape)
+    most = min(size, (1 << 16) - 1) if kind == CODEBOOK else size
+    if spread >= 1 << 48 or (count or 0) > most:
+        raise ArtifactError(f"the header claims too much of {name[:80]!r}: {reprlib.repr(row)}")
+    if kind != RAW and (dtype != "f32" or not size):
+        raise ArtifactError(f"{name[:80]!r} cannot be coded: it is empty, or not f32")
     return Entry(name, kind, dtype, tuple(shape), size if count is None else count, stored)

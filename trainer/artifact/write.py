@@ -36,6 +36,7 @@ def encode(
 
     Raises:
         TypeError: a tensor of a type that the format does not know.
+        ValueError: names and `about` take more than the format has room for.
     """
     entries: list[Entry] = []
     layers: list[bytes] = []
@@ -71,12 +72,13 @@ def _plan(name: str, tensor: Tensor, numbers: str) -> tuple[Entry, Tensor | None
     in the type in which they are stored.
     """
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
-    book = codebook_of(tensor) if tensor.dtype == torch.float32 else None
+    codable = tensor.dtype == torch.float32 and tensor.numel() > 0
+    book = codebook_of(tensor) if codable else None
     if book is not None and not (tensor == 0).logical_and(tensor.signbit()).any():
         values = _narrowed(book.values, numbers)
         entry = Entry(name, CODEBOOK, dtype, shape, len(values), NAMES[values.dtype])
         return entry, book.codes, values
-    kept = (tensor != 0) | tensor.signbit() if tensor.dtype == torch.float32 else None
+    kept = (tensor != 0) | tensor.signbit() if codable else None
     if kept is not None and tensor.ndim > 1 and int(kept.sum()) < 0.9 * tensor.numel():
         survivors = tensor[kept]
         return Entry(name, MASK, dtype, shape, survivors.numel(), dtype), kept, survivors
