@@ -140,7 +140,7 @@ class _File:
         if entry.kind == CODEBOOK:
             table = np.zeros(clusters + 1, dtype=values.numpy().dtype)
             table[1 : 1 + len(values)] = values.numpy()
-            return torch.from_numpy(table[levels])
+            return torch.from_numpy(np.asarray(table[levels]))
         dense = np.zeros(entry.shape, dtype=values.numpy().dtype)
         if int(levels.sum(dtype=np.int64)) != entry.count:
             raise ArtifactError(f"{entry.name!r}: its positions and values differ in number")
