@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.compress.codebooks import Codebook, cluster
 from trainer.compress.install import fold, install
 from trainer.compress.masks import largest
-from trainer.compress.parametrize import Compression, Masked, Packed
+from trainer.compress.parametrize import Compression, Masked, Packed, Shared
 from trainer.compress.select import weights
 
 
@@ -315,3 +316,97 @@ def test_compressions_stack_with_other_parametrizations() -> None:
     fold(layer)
     assert torch.equal(layer.weight, expected)
     assert int(layer.weight.count_nonzero()) <= 12
+
+
+# --- shared ---
+
+
+def share(model: nn.Module, density: float = 0.5, k: int = 5) -> dict[str, Codebook]:
+    """Prune, cluster and install; the codebooks by name."""
+    found, books = weights(model), {}
+    for name, places in found.items():
+        weight = places[0].value.data
+        weight.masked_fill_(~largest(weight, int(density * weight.numel())), 0)
+        books[name] = cluster(weight, k)
+    install(model, {name: Shared(found[name][0].value, book) for name, book in books.items()})
+    return books
+
+
+def expected_value(book: Codebook, values: Tensor) -> Tensor:
+    return torch.cat((values.new_zeros(1), values))[book.codes.long()]
+
+
+@pytest.mark.parametrize("made", MODELS)
+def test_the_gradient_of_a_shared_value_is_the_sum_over_its_cluster(made: Made) -> None:
+    torch.manual_seed(1)
+    model, x = made()
+    dense = copy.deepcopy(model)
+    books = share(model)
+    for name, places in weights(dense).items():
+        places[0].value.data.copy_(expected_value(books[name], books[name].values))
+    for each in (model, dense):
+        each(x).square().mean().backward()
+    for name, places in weights(dense).items():
+        grad, learnt = places[0].value.grad, weights(model)[name][0].learnt
+        assert learnt.shape == books[name].values.shape
+        for i in range(len(learnt)):
+            wanted = grad[books[name].codes == i + 1].sum()
+            torch.testing.assert_close(learnt.grad[i], wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("made", MODELS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_shared_training_moves_clusters_and_no_zero(made: Made, name: str) -> None:
+    torch.manual_seed(1)
+    model, x = made()
+    books = share(model)
+    before = {key: places[0].learnt.detach().clone() for key, places in weights(model).items()}
+    train(model, x, OPTIMIZERS[name](list(model.parameters())))
+    after = {key: places[0].learnt.detach().clone() for key, places in weights(model).items()}
+    inside = model(x)
+    fold(model)
+    assert torch.equal(inside, model(x))
+    for key, places in weights(model).items():
+        assert not torch.equal(before[key], after[key])
+        value = places[0].value
+        assert torch.equal(value, expected_value(books[key], after[key]))
+        assert torch.equal(value == 0, books[key].codes == 0)
+        assert not value[books[key].codes == 0].signbit().any()
+
+
+@pytest.mark.parametrize("made", MODELS)
+def test_sharing_and_folding_keep_bits_names_formats_and_ties(made: Made) -> None:
+    model, x = made()
+    before = {k: (v.shape, v.dtype, v.stride()) for k, v in model.state_dict().items()}
+    books = share(model)
+    assert not any("index" in key or "sizes" in key for key in model.state_dict())
+    inside = model(x)
+    fold(model)
+    after = {k: (v.shape, v.dtype, v.stride()) for k, v in model.state_dict().items()}
+    assert list(after.items()) == list(before.items())
+    assert torch.equal(inside, model(x))
+    for name, places in weights(model).items():
+        assert torch.equal(places[0].value, expected_value(books[name], books[name].values))
+        assert all(place.value is places[0].value for place in places)
+
+
+def test_a_shared_checkpoint_is_the_codebook() -> None:
+    model, x = mlp()
+    start = copy.deepcopy(model)
+    books = share(model)
+    share(start)
+    train(model, x, torch.optim.SGD(model.parameters(), 0.1))
+    state = model.state_dict()
+    assert state["0.parametrizations.weight.original"].shape == books["0.weight"].values.shape
+    start.load_state_dict(state)
+    assert torch.equal(start(x), model(x))
+
+
+def test_a_weight_of_zeros_can_be_shared_and_trained() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight.data.zero_()
+    install(layer, {"weight": Shared(layer.weight, cluster(layer.weight, 4))})
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.parametrizations.weight.original.grad.shape == (0,)
+    fold(layer)
+    assert not layer.weight.any()

@@ -130,16 +130,17 @@ class _File:
     def _tensor(self, entry: Entry, values: Tensor) -> Tensor:
         if entry.kind not in (CODEBOOK, MASK):
             return values.reshape(entry.shape).clone()
-        clusters = entry.count if entry.kind == CODEBOOK else 1
+        clusters = max(1, entry.count) if entry.kind == CODEBOOK else 1
         negatives = int((values < 0).sum()) if entry.kind == CODEBOOK else 0
         try:
             levels = decode_layer(self._layers[entry.name], entry.shape, clusters, negatives)
         except CorruptError as error:
             raise ArtifactError(f"{entry.name!r}: {error}") from error
+        levels = levels.reshape(entry.shape)  # a scalar comes as one element
         if entry.kind == CODEBOOK:
             table = np.zeros(clusters + 1, dtype=values.numpy().dtype)
-            table[1:] = values.numpy()
-            return torch.from_numpy(table[levels])
+            table[1 : 1 + len(values)] = values.numpy()
+            return torch.from_numpy(np.asarray(table[levels]))
         dense = np.zeros(entry.shape, dtype=values.numpy().dtype)
         if int(levels.sum(dtype=np.int64)) != entry.count:
             raise ArtifactError(f"{entry.name!r}: its positions and values differ in number")

@@ -53,7 +53,7 @@ def encode(
         seen[key] = name
         entry, levels, values = _plan(name, tensor, numbers)
         if levels is not None:
-            clusters = entry.count if entry.kind == CODEBOOK else 1
+            clusters = max(1, entry.count) if entry.kind == CODEBOOK else 1
             negatives = int((values < 0).sum()) if entry.kind == CODEBOOK else 0
             matrix = levels.numpy().astype(np.uint16)
             layers.append(encode_layer(matrix, entry.shape, clusters, negatives, coder))

@@ -165,7 +165,8 @@ class Shared(Compression):
 
     def gradient(self, grad: Tensor) -> Tensor:
         taken = self.flat(grad.to_dense()).take(self.index)
-        return torch.stack([piece.sum() for piece in taken.split(self._lengths)])
+        sums = [piece.sum() for piece in taken.split(self._lengths)]
+        return torch.stack(sums) if sums else taken  # no value where every weight is zero
 
 
 def compression(module: nn.Module, name: str) -> Compression | None:

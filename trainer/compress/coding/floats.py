@@ -45,7 +45,7 @@ def encode_floats(raw: bytes, itemsize: int) -> bytes:
     """Little-endian elements of `itemsize` bytes each, in never more than one byte more."""
     if not raw:
         return b""
-    planes = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(-1, itemsize).T[::-1])
+    planes = np.frombuffer(raw, np.uint8).reshape(-1, itemsize).T[::-1].copy("C")
     blob = np.zeros(16 * planes.size + 16, np.uint8)
     size = _code(planes, blob, False)
     if size >= len(raw):

@@ -1,0 +1,98 @@
+"""The loss with a teacher against its formula."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.engine import bodies
+from trainer.config import DistillConfig, FitConfig
+from trainer.engine.objective import Distilled, cross_entropy, supervised
+from trainer.errors import ConfigError
+
+
+class Table(nn.Module):
+    """Logits that do not depend on the input."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x):
+        return self.logits
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    return Table(3 * torch.randn(7, 4)), Table(3 * torch.randn(7, 4))
+
+
+TARGETS = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_formula_of_hinton(pair, weight, temperature):
+    teacher, student = pair
+    loss = Distilled(teacher, weight, temperature)(student, None, TARGETS)
+    p = (teacher.logits / temperature).softmax(1)
+    q = (student.logits / temperature).softmax(1)
+    divergence = (p * (p / q).log()).sum(1).mean()
+    hard = -student.logits.softmax(1)[range(7), TARGETS].log().mean()
+    expected = (1 - weight) * hard + weight * temperature**2 * divergence
+    torch.testing.assert_close(loss, expected)
+    assert loss.shape == ()
+
+
+def test_its_ends(pair):
+    teacher, student = pair
+    labels = Distilled(teacher, 0.0, 4.0)(student, None, TARGETS)
+    assert torch.equal(labels, supervised(student, None, TARGETS))
+    same = Distilled(teacher, 1.0, 4.0)(copy.deepcopy(teacher), None, TARGETS)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_high_temperature_keeps_the_scale_of_the_gradient(pair):
+    """Towards infinity, the gradient is that of half the squared difference of centred logits."""
+    teacher, student = pair
+    Distilled(teacher, 1.0, 1000.0)(student, None, TARGETS).backward()
+    centred = [m.logits.detach() - m.logits.detach().mean(1, keepdim=True) for m in pair]
+    torch.testing.assert_close(
+        student.logits.grad, (centred[1] - centred[0]) / (7 * 4), rtol=0.02, atol=1e-3
+    )
+
+
+def test_a_language_model_counts_every_position_alike():
+    torch.manual_seed(0)
+    teacher, student = Table(torch.randn(3, 5, 4)), Table(torch.randn(3, 5, 4))
+    targets = torch.randint(4, (3, 5))
+    flat = [Table(m.logits.detach().flatten(0, 1)) for m in (teacher, student)]
+    loss = Distilled(teacher, 0.5, 2.0)(student, None, targets)
+    torch.testing.assert_close(loss, Distilled(flat[0], 0.5, 2.0)(flat[1], None, targets.flatten()))
+    torch.testing.assert_close(
+        cross_entropy(student.logits, targets),
+        nn.functional.cross_entropy(student.logits.transpose(1, 2), targets),
+    )
+
+
+def test_the_teacher_stays_as_it_is():
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.9), nn.Linear(8, 3))
+    before = copy.deepcopy(teacher.state_dict())
+    split, student = bodies.problem()
+    objective = Distilled(teacher.train(), 0.7, 4.0)
+    losses = [objective(student, split.inputs, split.targets) for _ in range(2)]
+    losses[0].backward()
+    assert torch.equal(*losses)  # no dropout, no new running statistics
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("setting", [{"weight": -0.1}, {"weight": 1.1}, {"temperature": 0.0}])
+def test_wrong_settings(setting):
+    (key,) = setting
+    with pytest.raises(ConfigError, match=f"{key}="):
+        FitConfig(distill=DistillConfig(**setting))
