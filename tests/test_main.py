@@ -14,8 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from trainer import artifact
 from trainer.__main__ import conf_dir, main
-from trainer.models import LeNet300
+from trainer.data.mnist import mnist
+from trainer.models import LeNet5, LeNet300
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 SWEEPS = [name for name in EXPERIMENTS if "sweep" in name]
@@ -206,6 +208,57 @@ def test_a_reader_that_goes_away_ends_nothing(arguments, code):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_smoke_ends_in_a_file_that_decodes_to_what_was_measured():
+    overrides, _ = shrunk("smoke")
+    assert main([*overrides, "precision=fp32"]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    found = summary["artifact"]
+    keys = "path bytes dense_bytes ratio accuracy baseline_accuracy stages layers"
+    assert set(found) >= set(keys.split())
+    assert set(found["layers"][0]) >= {"name", "weights", "nonzero", "bits", "bytes"}
+    assert [stage["name"] for stage in found["stages"]][:3] == ["dense", "P", "P+S"]
+    content = Path("run/model.dcz").read_bytes()
+    assert found["bytes"] == len(content)
+    assert found["dense_bytes"] == 4 * 431_080
+    assert found["ratio"] == pytest.approx(found["dense_bytes"] / found["bytes"])
+    model = LeNet5()
+    model.load_state_dict(artifact.load("run/model.dcz"))
+    test = mnist(seed=0, train=200, validation=100, test=100).test
+    ((inputs, targets),) = test.batches([torch.arange(100)], None)
+    correct = (model.eval()(inputs).argmax(1) == targets).double().mean()
+    assert float(correct) == pytest.approx(found["accuracy"])
+    trained = load_file("run/model.safetensors")
+    assert all((trained[k] == 0).equal(v == 0) for k, v in artifact.load("run/model.dcz").items())
+
+
+def test_a_missed_limit_is_exit_code_3_and_can_be_judged_anew(capsys):
+    overrides, _ = shrunk("smoke")
+    assert main([*overrides, "limits.min_ratio=1e6"]) == 3
+    assert "limits.min_ratio=1e+06" in capsys.readouterr().err
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["status"] == "limits"
+    assert "min_ratio" in summary["error"]
+    assert main(["resume=run", "limits.min_ratio=1"]) == 0
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "done"
+    assert main(["resume=run", "limits.max_megabytes=0.000001"]) == 3
+
+
+def test_any_weights_can_be_compressed_without_training():
+    torch.manual_seed(1)
+    begin = LeNet300()
+    torch.save(begin.state_dict(), "mine.pt")
+    overrides, _ = shrunk("deep_compression_lenet300")
+    untrained = [o for o in overrides if ".fit." not in o]
+    phases = ["~phases.train", "~phases.retrain", "phases.prune.schedule=oneshot"]
+    phases += ["phases.prune.fit.epochs=0", "phases.share.fit.epochs=0"]
+    assert main([*untrained, *phases, "init_from=mine.pt"]) == 0
+    state = artifact.load("run/model.dcz")
+    assert int(state["fc1.weight"].count_nonzero()) == round(0.02 * 300 * 784)
+    assert state["fc1.weight"][state["fc1.weight"] != 0].unique().numel() <= 8
+    largest = begin.fc1.weight.detach().abs().flatten().topk(round(0.02 * 300 * 784)).indices
+    assert state["fc1.weight"].flatten()[largest].all()
 
 
 def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):

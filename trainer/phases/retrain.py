@@ -64,7 +64,7 @@ def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({
         world.broadcast([weight])
         book = codebook_of(weight) if "sharing" in keep else None
         mask = weight != 0
-        if book is not None:
+        if book is not None and (name not in vector or len(book.values) > 1):
             made[name] = Shared(weight, book)
         elif "zeros" in keep and name not in vector and not mask.all():
             made[name] = Packed(weight, mask)

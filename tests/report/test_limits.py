@@ -1,0 +1,38 @@
+"""What a result must reach."""
+
+import pytest
+
+from trainer.config import LimitsConfig
+from trainer.report.limits import missed
+
+SUMMARY = {
+    "accuracy": 0.985,
+    "baseline_accuracy": 0.99,
+    "artifact": {"accuracy": 0.98, "ratio": 100.0, "bytes": 10_000},
+}
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({}, []),
+        ({"max_accuracy_drop": 0.011, "min_ratio": 100, "max_megabytes": 0.01}, []),
+        ({"max_accuracy_drop": 0.009}, ["max_accuracy_drop=0.009"]),
+        ({"min_ratio": 101}, ["min_ratio=101"]),
+        ({"max_megabytes": 0.0099}, ["max_megabytes=0.0099"]),
+        (
+            {"max_accuracy_drop": 0, "min_ratio": 1000, "max_megabytes": 0.001},
+            ["max_accuracy_drop", "min_ratio", "max_megabytes"],
+        ),
+    ],
+)
+def test_each_limit_that_is_missed_is_said(limits, said):
+    found = missed(SUMMARY, LimitsConfig(**limits))
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
+
+
+def test_without_an_artefact_the_final_model_counts():
+    summary = {**SUMMARY, "artifact": None}
+    assert missed(summary, LimitsConfig(max_accuracy_drop=0.006)) == []
+    assert len(missed(summary, LimitsConfig(max_accuracy_drop=0.004))) == 1
