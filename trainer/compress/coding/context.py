@@ -8,13 +8,13 @@ docs/artifact.md, "Context coder", is the specification; encoder and decoder are
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from trainer.compress.coding import rangecoder as rc
 from trainer.compress.coding.errors import CorruptError
-from trainer.compress.coding.mixing import HALF, INPUTS, count, learn, mix
-from trainer.compress.coding.rangecoder import FLOOR, ONE
+from trainer.compress.coding.jit import jit
+from trainer.compress.coding.mixing import HALF, Decisions, decide, decisions
+from trainer.compress.coding.rangecoder import ONE
 from trainer.compress.coding.tables import LIMIT, LOG, SQUASH
 from trainer.compress.coding.varint import put, take
 
@@ -27,46 +27,112 @@ _BUCKETS = 80
 _PLACES = 1 << 16  # rows or columns with counters of their own; further ones share them
 _SIZED = 1 << 12  # the same for rows and magnitudes
 _UNIT = 22  # of the base probability in the head, in the logistic domain
+_FINE = 1 << 16  # fractions of a survivor in the ratios
 _SLACK = 1024  # bytes, more than one position can take
+_CORRUPT, _FULL = -1, -2
 
 
-@njit(cache=True)
+@jit
 def _log(x: int) -> int:
     """About 8 log2 x, for x >= 1."""
     shift = 0
     while x > 4096:
-        x >>= 1
-        shift += 8
+        x >>= 4
+        shift += 32
     return int(LOG[x]) + shift
 
 
-@njit(cache=True)
+@jit
 def _clip(x: int, low: int, high: int) -> int:
     return min(max(x, low), high)
 
 
-@njit(cache=True)
+@jit
 def _side(x: int) -> int:
     """0 for zero, 1 for a negative, 2 for a positive value."""
     return 0 if x == 0 else (1 if x < 0 else 2)
 
 
-@njit(cache=True)
+@jit
 def _bits(bucket: int) -> int:
     """log2 of how many magnitudes share a bucket."""
     return 0 if bucket < _STEPS else 2 + (bucket - _STEPS) // 4
 
 
-@njit(cache=True)
-def _starts(sizes: Int64) -> Int64:
-    """Where each context's counters start; the last entry is the number of all."""
-    out = np.zeros(sizes.size + 1, np.int64)
-    for i in range(sizes.size):
-        out[i + 1] = out[i] + sizes[i]
-    return out
+@jit
+def _code_value(
+    levels: Levels,
+    r: int,
+    c: int,
+    clusters: int,
+    negatives: int,
+    around: Int64,
+    signs: Decisions,
+    steps: Decisions,
+    offsets: Decisions,
+    speed: int,
+    state: Int64,
+    blob: NDArray[np.uint8],
+    decode: bool,
+) -> int:
+    """Write or read which cluster a survivor is in; its signed magnitude, 0 if that is none."""
+    west, north, northwest, northeast = around[0], around[1], around[2], around[3]
+    previous, before, above = around[4], around[5], around[6]
+    fullness, touching, heavy = around[7], around[8], around[9]
+    level = int(levels[r, c])
+    sign = 1 if negatives == 0 else 0
+    if 0 < negatives < clusters:
+        at, slot = signs.start, signs.slot
+        slot[1] = at[1] + 27 * _side(west) + 9 * _side(north)
+        slot[1] += 3 * _side(northwest) + _side(northeast)
+        slot[2] = at[2] + _clip(2 * west + 2 * north + northwest + northeast + 32, 0, 63)
+        slot[3] = at[3] + c % _PLACES
+        slot[4] = at[4] + r % _PLACES
+        slot[5] = at[5] + _side(previous) + 3 * _side(before) + 9 * _side(above)
+        slot[5] += 27 * _side(north) + 81 * _side(west)
+        sign = 1 if level > negatives else 0
+        sign = decide(signs, 0, 0, 2 * speed, 255, state, blob, sign, decode)
+    towards = 1 if sign else -1
+    most = clusters - negatives - 1 if sign else negatives - 1
+    magnitude = level - negatives - 1 if sign else negatives - level
+    pull = _clip((2 * west + 2 * north + northwest + northeast) * towards, -16, 15) + 16
+    at, slot = steps.start, steps.slot
+    start = 0
+    bucket = 0
+    while start + (1 << _bits(bucket)) <= most:
+        step = 1 << _bits(bucket)
+        slot[0] = bucket
+        slot[1] = at[1] + sign * _BUCKETS + bucket
+        slot[2] = at[2] + (2 * pull + (touching > 0)) * _BUCKETS + bucket
+        slot[3] = at[3] + min(63, abs(previous)) * _BUCKETS + bucket
+        slot[4] = at[4] + r % _SIZED * _BUCKETS + bucket
+        slot[5] = at[5] + (fullness * 4 + min(3, touching)) * _BUCKETS + bucket
+        slot[6] = at[6] + heavy * _BUCKETS + bucket
+        more = 1 if magnitude >= start + step else 0
+        if not decide(steps, 0, bucket, 2 * speed, 255, state, blob, more, decode):
+            break
+        start += step
+        bucket += 1
+    place = 0
+    node = 1
+    for i in range(_bits(bucket)):
+        bit = (magnitude - start) >> (_bits(bucket) - 1 - i) & 1
+        if i < 3:
+            offsets.slot[0] = bucket * 8 + node
+            bit = decide(offsets, 0, 0, 0, 255, state, blob, bit, decode)
+            node = 2 * node + bit
+        else:
+            bit = rc.code(state, blob, ONE // 2, bit, decode)
+        place = 2 * place + bit
+    if decode:
+        magnitude = start + place
+        if magnitude > most:
+            return 0
+        levels[r, c] = negatives + 1 + magnitude if sign else negatives - magnitude
+    return (magnitude + 1) * towards
 
 
-@njit(cache=True)
+@jit
 def _code(
     levels: Levels,
     clusters: int,
@@ -74,58 +140,33 @@ def _code(
     dense: bool,
     near: int,
     far: int,
-    base: int,
     speed: int,
+    places: Decisions,
+    signs: Decisions,
+    steps: Decisions,
+    offsets: Decisions,
+    window: Int64,
+    filled: Int64,
+    group: Int64,
+    last: Int64,
+    around: Int64,
+    state: Int64,
     blob: NDArray[np.uint8],
     decode: bool,
-) -> tuple[NDArray[np.uint8], int]:
-    """Write or fill `levels`, [rows, columns]. Returns the buffer and its length, -1 if corrupt."""
+) -> int:
+    """Write or fill `levels`, [rows, columns]; the length in bytes, _CORRUPT, or _FULL."""
     rows, columns = levels.shape
-    state = np.zeros(rc.STATE, np.int64)
     rc.start(state, blob, decode)
-
-    # Zero or not: contexts 1 to 8 have counters, inputs 8 and 9 are computed.
-    wide, high = min(columns, _PLACES), min(rows, _PLACES)
-    at = _starts(np.array([1, wide, 1024, 2048, 256, 512, high, 4096, 4096]))
-    chance = np.full(at[9], SQUASH[base + LIMIT] << 6, np.int64)
-    seen = np.zeros(at[9], np.int64)
-    weight = np.full(16 * INPUTS, 8192, np.int64)
-    prior = np.array([8, 16, 4, 2, 4, 4, 16, 4, 4])
-    # The sign.
-    sat = _starts(np.array([1, 81, 64, wide, high, 243]))
-    schance = np.full(sat[6], HALF, np.int64)
-    sseen = np.zeros(sat[6], np.int64)
-    sweight = np.full(INPUTS, 9830, np.int64)
-    signs = (schance, sseen, sweight)
-    sprior = np.array([2, 2, 2, 4, 4, 2])
-    # The magnitude: one step after the other, one counter for each step.
-    mat = _starts(np.array([1, 2, 64, 64, min(rows, _SIZED), 256, 64]) * _BUCKETS)
-    mchance = np.full(mat[7], HALF, np.int64)
-    mseen = np.zeros(mat[7], np.int64)
-    mweight = np.full(_BUCKETS * INPUTS, 6554, np.int64)
-    sizes = (mchance, mseen, mweight)
-    mprior = np.array([2, 2, 2, 2, 4, 2, 2])
-    # The place in a bucket: its first three bits.
-    bchance = np.full(_BUCKETS * 8, HALF, np.int64)
-    bseen = np.zeros(_BUCKETS * 8, np.int64)
-
-    slot = np.zeros(INPUTS, np.int64)
-    inputs = np.zeros(INPUTS, np.int64)
-    # Signed magnitudes of this row and the three above, in turn; zeros left and right of them.
+    at, slot, inputs = places.start, places.slot, places.inputs
     margin = 2 * max(near, far) + 2
-    window = np.zeros((4, columns + 2 * margin), np.int32)
-    filled = np.zeros(columns + 2 * near + 2, np.int64)  # survivors per column so far
     offset = near + 1
-    group = np.zeros(columns // max(far, 1) + 1, np.int64)  # the same per `far` columns
-    last = np.zeros(columns, np.int64)  # the last survivor of each column
     total = 0
     done = 0
-
     for r in range(rows):
-        here, up1, up2, up3 = window[r & 3], window[r + 3 & 3], window[r + 2 & 3], window[r + 1 & 3]
-        here[:] = 0
+        here, up1, up2, up3 = r & 3, r + 3 & 3, r + 2 & 3, r + 1 & 3
+        for x in range(window.shape[1]):
+            window[here, x] = 0
         height = _log(r + 1)
-        w = min(height >> 3, 15) * INPUTS
         kept = 0
         size = 0
         previous = 0
@@ -134,30 +175,24 @@ def _code(
         inside = 0
         for c in range(columns):
             if not decode and state[rc.POS] + _SLACK > blob.size:
-                blob = rc.grown(blob)
+                return _FULL
             x = c + margin
-            west, west2 = here[x - 1], here[x - 2]
-            north = here[x - near] if near else 0
-            northwest = here[x - near - 1] if near else 0
-            northeast = here[x - near + 1] if near > 1 else 0
-            north2 = here[x - 2 * near] if near else 0
-            far1 = here[x - far] if far else 0
-            far2 = here[x - 2 * far] if far else 0
+            west, west2 = window[here, x - 1], window[here, x - 2]
+            north = window[here, x - near] if near else 0
+            northwest = window[here, x - near - 1] if near else 0
+            northeast = window[here, x - near + 1] if near > 1 else 0
+            north2 = window[here, x - 2 * near] if near else 0
+            far1 = window[here, x - far] if far else 0
+            far2 = window[here, x - 2 * far] if far else 0
             full = filled[c + offset]
-            around = 2 * full + filled[c + offset - 1] + filled[c + offset + 1]
+            near_by = 2 * full + filled[c + offset - 1] + filled[c + offset + 1]
             if near:
-                around += filled[c + offset - near] + filled[c + offset + near]
+                near_by += filled[c + offset - near] + filled[c + offset + near]
             else:
-                around += 2 * full
-            fullness = _clip((_log(4 * around + 4) - height + 48) >> 1, 0, 63)
-            touching = (
-                (west != 0)
-                + (north != 0)
-                + (northwest != 0)
-                + (northeast != 0)
-                + (west2 != 0)
-                + (north2 != 0)
-            )
+                near_by += 2 * full
+            fullness = _clip((_log(4 * near_by + 4) - height + 48) >> 1, 0, 63)
+            touching = (west != 0) + (north != 0) + (northwest != 0) + (northeast != 0)
+            touching += (west2 != 0) + (north2 != 0)
             bit = 1
             if not dense:
                 crowd = _clip((_log(16 * kept + 8) - _log(c + 8) + 48) >> 2, 0, 31)
@@ -167,144 +202,130 @@ def _code(
                 if far:
                     if c % far == 0:
                         inside = 0
-                    seen_there = r * far + c % far + 1
-                    share = _log(16 * group[c // far] + 8) - _log(seen_there) + 48
-                    share = _clip(share >> 1, 0, 63)
-                slot[0] = 0
+                    share = _log(16 * group[c // far] + 8) - _log(r * far + c % far + 1)
+                    share = _clip((share + 48) >> 1, 0, 63)
                 slot[1] = at[1] + c % _PLACES
                 slot[2] = at[2] + crowd * 32 + min(31, _log(c + 1) >> 3)
                 slot[3] = at[3] + many * 32 + deep
-                slot[4] = at[4] + (
-                    (west != 0)
-                    + 2 * (west2 != 0)
-                    + 4 * (north != 0)
-                    + 8 * (northwest != 0)
-                    + 16 * (northeast != 0)
-                    + 32 * (north2 != 0)
-                    + 64 * (far1 != 0)
-                    + 128 * (far2 != 0)
-                )
-                slot[5] = at[5] + (
-                    (up1[x] != 0)
-                    + 2 * (up2[x] != 0)
-                    + 4 * (up3[x] != 0)
-                    + 8 * (west != 0)
-                    + 16 * (north != 0)
-                    + 32 * (far1 != 0)
-                    + 64 * (northeast != 0)
-                    + 128 * (up1[x - 1] != 0)
-                    + 256 * (up1[x + 1] != 0)
-                )
+                slot[4] = at[4] + (west != 0) + 2 * (west2 != 0) + 4 * (north != 0)
+                slot[4] += 8 * (northwest != 0) + 16 * (northeast != 0) + 32 * (north2 != 0)
+                slot[4] += 64 * (far1 != 0) + 128 * (far2 != 0)
+                slot[5] = at[5] + (window[up1, x] != 0) + 2 * (window[up2, x] != 0)
+                slot[5] += 4 * (window[up3, x] != 0) + 8 * (west != 0) + 16 * (north != 0)
+                slot[5] += 32 * (far1 != 0) + 64 * (northeast != 0)
+                slot[5] += 128 * (window[up1, x - 1] != 0) + 256 * (window[up1, x + 1] != 0)
                 slot[6] = at[6] + r % _PLACES
                 slot[7] = at[7] + share * 64 + min(7, inside) * 8 + min(7, since)
                 slot[8] = at[8] + share * 64 + fullness
                 # How much fuller than the layer the columns around and this row are: logarithms,
                 # drawn to 0 while little was seen (as if 30 average positions had been).
-                average = _log(total * 64 + 64) - _log(done + 1)
-                plus = (total * 64 + 64) * 30 // (done + 30)
-                inputs[8] = (_log(around * 64 // 6 + plus) - _log(r + 30) - average) * 22
-                inputs[9] = (_log(kept * 64 + plus) - _log(c + 30) - average) * 22
-                p = mix(chance, weight, slot, inputs, 8, 10, w)
-                bit = rc.code(state, blob, p, 1 if levels[r, c] else 0, decode)
-                learn(chance, seen, weight, slot, inputs, 8, 10, w, bit, p, speed, prior, 1000)
+                average = _log(_FINE * (total + 1)) - _log(done + 1)
+                plus = max(1, _FINE * (total + 1) * 30 // (done + 30))
+                inputs[8] = (_log(_FINE * near_by // 6 + plus) - _log(r + 30) - average) * 22
+                inputs[9] = (_log(_FINE * kept + plus) - _log(c + 30) - average) * 22
+                bit = 1 if levels[r, c] else 0
+                bit = decide(places, 2, min(height >> 3, 15), speed, 1000, state, blob, bit, decode)
                 done += 1
                 total += bit
                 since += 1
-                if decode and state[rc.POS] > blob.size + 4:
-                    return blob, -1
-            if not bit:
-                continue
-            since = 0
-            inside += 1
-            if clusters > 1:
-                level = int(levels[r, c])
-                sign = 1 if negatives == 0 else 0
-                if 0 < negatives < clusters:
-                    slot[0] = 0
-                    slot[1] = sat[1] + (
-                        27 * _side(west)
-                        + 9 * _side(north)
-                        + 3 * _side(northwest)
-                        + _side(northeast)
-                    )
-                    slot[2] = sat[2] + _clip(
-                        2 * west + 2 * north + northwest + northeast + 32, 0, 63
-                    )
-                    slot[3] = sat[3] + c % _PLACES
-                    slot[4] = sat[4] + r % _PLACES
-                    slot[5] = sat[5] + (
-                        _side(previous)
-                        + 3 * _side(before)
-                        + 9 * _side(last[c])
-                        + 27 * _side(north)
-                        + 81 * _side(west)
-                    )
-                    p = mix(schance, sweight, slot, inputs, 5, 5, 0)
-                    sign = rc.code(state, blob, p, 1 if level > negatives else 0, decode)
-                    learn(*signs, slot, inputs, 5, 5, 0, sign, p, 2 * speed, sprior, 255)
-                towards = 1 if sign else -1
-                most = clusters - negatives - 1 if sign else negatives - 1
-                magnitude = level - negatives - 1 if sign else negatives - level
-                pull = _clip((2 * west + 2 * north + northwest + northeast) * towards, -16, 15) + 16
-                heavy = 0
-                if kept:
-                    heavy = _clip(_log(4 * size + 2) - _log(4 * kept + 2) + 32, 0, 63)
-                start = 0
-                bucket = 0
-                while start + (1 << _bits(bucket)) <= most:
-                    step = 1 << _bits(bucket)
-                    slot[0] = bucket
-                    slot[1] = mat[1] + sign * _BUCKETS + bucket
-                    slot[2] = mat[2] + (2 * pull + (touching > 0)) * _BUCKETS + bucket
-                    slot[3] = mat[3] + min(63, abs(previous)) * _BUCKETS + bucket
-                    slot[4] = mat[4] + r % _SIZED * _BUCKETS + bucket
-                    slot[5] = mat[5] + (fullness * 4 + min(3, touching)) * _BUCKETS + bucket
-                    slot[6] = mat[6] + heavy * _BUCKETS + bucket
-                    w2 = bucket * INPUTS
-                    p = mix(mchance, mweight, slot, inputs, 6, 6, w2)
-                    more = rc.code(state, blob, p, 1 if magnitude >= start + step else 0, decode)
-                    learn(*sizes, slot, inputs, 6, 6, w2, more, p, 2 * speed, mprior, 255)
-                    if not more:
-                        break
-                    start += step
-                    bucket += 1
-                place = 0
-                node = 1
-                for i in range(_bits(bucket)):
-                    shift = _bits(bucket) - 1 - i
-                    bit = (magnitude - start) >> shift & 1
-                    if i < 3:
-                        one = bchance[bucket * 8 + node] >> 6
-                        one = _clip(one, FLOOR, ONE - FLOOR)
-                        bit = rc.code(state, blob, one, bit, decode)
-                        count(bchance, bseen, bucket * 8 + node, bit, 2, 255)
-                        node = 2 * node + bit
-                    else:
-                        bit = rc.code(state, blob, ONE // 2, bit, decode)
-                    place = 2 * place + bit
-                if decode:
-                    magnitude = start + place
-                    if magnitude > most or state[rc.POS] > blob.size + 4:
-                        return blob, -1
-                    levels[r, c] = negatives + 1 + magnitude if sign else negatives - magnitude
-                signed = (magnitude + 1) * towards
-            else:
-                if decode:
-                    levels[r, c] = 1
+            if bit:
+                since = 0
+                inside += 1
                 signed = 1
-            here[x] = signed
-            before, previous = previous, signed
-            last[c] = signed
-            size += abs(signed)
-            kept += 1
-            filled[c + offset] += 1
-            if far:
-                group[c // far] += 1
+                if clusters > 1:
+                    heavy = 0
+                    if kept:
+                        heavy = _clip(_log(4 * size + 2) - _log(4 * kept + 2) + 32, 0, 63)
+                    around[0], around[1], around[2], around[3] = west, north, northwest, northeast
+                    around[4], around[5], around[6] = previous, before, last[c]
+                    around[7], around[8], around[9] = fullness, touching, heavy
+                    signed = _code_value(
+                        levels,
+                        r,
+                        c,
+                        clusters,
+                        negatives,
+                        around,
+                        signs,
+                        steps,
+                        offsets,
+                        speed,
+                        state,
+                        blob,
+                        decode,
+                    )
+                    if signed == 0:
+                        return _CORRUPT
+                elif decode:
+                    levels[r, c] = 1
+                window[here, x] = signed
+                before, previous = previous, signed
+                last[c] = signed
+                size += abs(signed)
+                kept += 1
+                filled[c + offset] += 1
+                if far:
+                    group[c // far] += 1
+            if decode and state[rc.POS] > blob.size + 4:
+                return _CORRUPT
     if decode:
-        return blob, blob.size if rc.ended(state, blob) else -1
-    if state[rc.POS] + _SLACK > blob.size:
-        blob = rc.grown(blob)
-    return blob, rc.finish(state, blob)
+        return blob.size if rc.ended(state, blob) else _CORRUPT
+    return rc.finish(state, blob)
+
+
+def _run(
+    levels: Levels,
+    clusters: int,
+    negatives: int,
+    dense: bool,
+    strides: tuple[int, int],
+    base: int,
+    speed: int,
+    blob: NDArray[np.uint8],
+    decode: bool,
+) -> int:
+    """_code with all that it learns in its first state."""
+    rows, columns = levels.shape
+    near, far = strides
+    wide, high = min(columns, _PLACES), min(rows, _PLACES)
+    sized = min(rows, _SIZED) * _BUCKETS
+    return int(
+        _code(
+            levels,
+            clusters,
+            negatives,
+            dense,
+            near,
+            far,
+            SPEEDS[speed],
+            decisions(
+                [1, wide, 1024, 2048, 256, 512, high, 4096, 4096],
+                [8, 16, 4, 2, 4, 4, 16, 4, 4],
+                int(SQUASH[(base - 128) * _UNIT + LIMIT]) << 6,
+                16,
+                8192,
+            ),
+            decisions([1, 81, 64, wide, high, 243], [2, 2, 2, 4, 4, 2], HALF, 1, 9830),
+            decisions(
+                [n * _BUCKETS for n in (1, 2, 64, 64)] + [sized, 256 * _BUCKETS, 64 * _BUCKETS],
+                [2, 2, 2, 2, 4, 2, 2],
+                HALF,
+                _BUCKETS,
+                6554,
+            ),
+            decisions([8 * _BUCKETS], [2], HALF, 1, 0),
+            # Signed magnitudes of this row and the three above, in turn, zeros left and right;
+            # survivors of each column, and of `far` columns together; each column's last survivor.
+            np.zeros((4, columns + 4 * max(near, far) + 4), np.int32),
+            np.zeros(columns + 2 * near + 2, np.int64),
+            np.zeros(columns // max(far, 1) + 1, np.int64),
+            np.zeros(columns, np.int64),
+            np.zeros(10, np.int64),
+            np.zeros(rc.STATE, np.int64),
+            blob,
+            decode,
+        )
+    )
 
 
 def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, speed: int) -> bytes:
@@ -321,22 +342,16 @@ def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, s
     odds = np.log(max(kept, 1e-5) / max(1 - kept, 1e-5))
     base = int(np.clip(round(odds * 256 / _UNIT), -127, 127)) + 128
     dense = clusters > 1 and kept == 1.0
-    room = np.zeros(_SLACK + levels.size // 16, np.uint8)
-    blob, size = _code(
-        levels,
-        clusters,
-        negatives,
-        dense,
-        near,
-        far,
-        (base - 128) * _UNIT,
-        SPEEDS[speed],
-        room,
-        False,
-    )
+    size, room = _FULL, levels.size // 16
+    while size == _FULL:
+        room = 2 * room + 2 * _SLACK
+        buffer = np.zeros(room, np.uint8)
+        size = _run(
+            levels, clusters, negatives, dense, (near, far), base, speed, buffer, decode=False
+        )
     flags = dense | speed << 1 | (near > 0 or far > 0) << 3
     shifts = put(near) + put(far) if flags & 8 else b""
-    return bytes([flags, base]) + shifts + blob[:size].tobytes()
+    return bytes([flags, base]) + shifts + buffer[:size].tobytes()
 
 
 def decode(blob: bytes, rows: int, columns: int, clusters: int, negatives: int) -> Levels:
@@ -356,10 +371,8 @@ def decode(blob: bytes, rows: int, columns: int, clusters: int, negatives: int) 
         raise CorruptError("the head of a context-coded layer does not fit its shape")
     levels = np.zeros((rows, columns), np.uint16)
     data = np.frombuffer(blob, np.uint8, offset=at).copy()
-    speed = SPEEDS[flags >> 1 & 3]
-    _, size = _code(
-        levels, clusters, negatives, dense, near, far, (base - 128) * _UNIT, speed, data, True
-    )
+    speed = flags >> 1 & 3
+    size = _run(levels, clusters, negatives, dense, (near, far), base, speed, data, decode=True)
     if size < 0:
         raise CorruptError("a context-coded layer is damaged")
     return levels

@@ -6,18 +6,18 @@ are noise; where nothing is gained the bytes are stored as they are.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from trainer.compress.coding import rangecoder as rc
 from trainer.compress.coding.errors import CorruptError
+from trainer.compress.coding.jit import jit
 from trainer.compress.coding.mixing import HALF, count
 
 _RAW, _CODED = 0, 1
 _LIMIT = 255
 
 
-@njit(cache=True)
+@jit
 def _code(planes: NDArray[np.uint8], blob: NDArray[np.uint8], decode: bool) -> int:
     """Write or fill `planes`, [bytes of an element, elements]; the length, or -1 if corrupt."""
     state = np.zeros(rc.STATE, np.int64)

@@ -4,11 +4,11 @@ import heapq
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from trainer.compress.coding import varint
 from trainer.compress.coding.errors import CorruptError
+from trainer.compress.coding.jit import jit
 
 Symbols = NDArray[np.uint16]
 Int64 = NDArray[np.int64]
@@ -44,7 +44,7 @@ def codes(lengths: Sequence[int]) -> list[int]:
     return out
 
 
-@njit(cache=True)
+@jit
 def _pack(symbols: Symbols, code: Int64, length: Int64, bits: int) -> NDArray[np.uint8]:
     out = np.zeros((bits + 7) // 8, np.uint8)
     at = 0
@@ -56,7 +56,7 @@ def _pack(symbols: Symbols, code: Int64, length: Int64, bits: int) -> NDArray[np
     return out
 
 
-@njit(cache=True)
+@jit
 def _unpack(
     data: NDArray[np.uint8],
     first: Int64,
@@ -84,7 +84,10 @@ def _unpack(
 
 
 def encode(symbols: Symbols, alphabet: int) -> bytes:
-    """The code lengths (a byte each, runs of zeros as 0 and their number), then the codes."""
+    """The code lengths (a byte each, runs of zeros as 0 and their number), then the codes.
+
+    A symbol that is alone takes no bits.
+    """
     lengths = code_lengths(np.bincount(symbols, minlength=alphabet).tolist())
     if max(lengths, default=0) > LONGEST:
         raise ValueError("too many symbols for 32-bit codes")
@@ -98,6 +101,8 @@ def encode(symbols: Symbols, alphabet: int) -> bytes:
         else:
             head.append(lengths[at])
         at += run
+    if np.count_nonzero(lengths) < 2:
+        return bytes(head)
     length = np.array(lengths, np.int64)
     bits = int(length[symbols].sum())
     return bytes(head) + _pack(symbols, np.array(codes(lengths), np.int64), length, bits).tobytes()
@@ -126,6 +131,11 @@ def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
         raise CorruptError("a code is too long")
     if sum(2.0**-n for n in lengths if n) > 1:
         raise CorruptError("code lengths contradict each other")
+    used = [symbol for symbol, length in enumerate(lengths) if length]
+    if len(used) < 2:
+        if at < len(blob) or (count and not used):
+            raise CorruptError("a Huffman stream without codes")
+        return np.full(count, used[0] if used else 0, np.uint16)
     if count > 8 * (len(blob) - at):
         raise CorruptError("a Huffman stream is cut short")
     table = codes(lengths)

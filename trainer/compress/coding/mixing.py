@@ -5,37 +5,53 @@ the error, so it is a mean at first and never slower than its limit. A mixture i
 probability of a base counter plus a weighted sum of how far the counters of the active contexts
 stand from it: a context that says nothing new adds nothing. Weights are 16.16 fixed point and
 follow the gradient of the coding cost.
-
-The arrays of one kind of decision: `chance` and `seen` (counters), `weight` (sets of INPUTS
-weights), `slot` and `input` (what the current decision uses; slot[0] is the base).
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from trainer.compress.coding import rangecoder as rc
+from trainer.compress.coding.jit import jit
 from trainer.compress.coding.rangecoder import FLOOR, ONE
 from trainer.compress.coding.tables import LIMIT, RATE, SQUASH, STRETCH
 
 Int64 = NDArray[np.int64]
-INPUTS = 16
+INPUTS = 16  # room for one decision
 HALF = 1 << 21
 
 
-@njit(cache=True)
-def mix(chance: Int64, weight: Int64, slot: Int64, inputs: Int64, n: int, m: int, w: int) -> int:
-    """The probability of a 1, in 1/65536, from counters slot[1..n] and ready inputs[n..m-1]."""
-    base = STRETCH[chance[slot[0]] >> 6]
-    for i in range(n):
-        inputs[i] = STRETCH[chance[slot[i + 1]] >> 6] - base
-    total = 0
-    for i in range(m):
-        total += inputs[i] * weight[w + i]
-    x = min(max(base + (total >> 16), -LIMIT), LIMIT)
-    return int(min(max(SQUASH[x + LIMIT], FLOOR), ONE - FLOOR))
+class Decisions(NamedTuple):
+    """All that is learnt about one kind of binary decision."""
+
+    start: Int64  # where each context's counters start; context 0 is the base
+    chance: Int64  # of a 1, in 2^-22
+    seen: Int64  # bits
+    prior: Int64  # of each context: how many bits its first probability counts for
+    weight: Int64  # sets of INPUTS weights
+    slot: Int64  # the counter that each context uses for the current decision
+    inputs: Int64  # what is weighted in the current decision
 
 
-@njit(cache=True)
+def decisions(
+    sizes: Sequence[int], prior: Sequence[int], chance: int, sets: int, weight: int
+) -> Decisions:
+    """Nothing learnt yet: contexts of `sizes` counters, each at `chance` / 2^22."""
+    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return Decisions(
+        start,
+        np.full(start[-1], chance, np.int64),
+        np.zeros(start[-1], np.int64),
+        np.array(prior, np.int64),
+        np.full(sets * INPUTS, weight, np.int64),
+        np.zeros(INPUTS, np.int64),
+        np.zeros(INPUTS, np.int64),
+    )
+
+
+@jit
 def count(chance: Int64, seen: Int64, at: int, bit: int, prior: int, limit: int) -> None:
     """Move one counter towards the bit."""
     target = (1 << 22) - 1 if bit else 0
@@ -44,25 +60,42 @@ def count(chance: Int64, seen: Int64, at: int, bit: int, prior: int, limit: int)
         seen[at] += 1
 
 
-@njit(cache=True)
-def learn(
-    chance: Int64,
-    seen: Int64,
-    weight: Int64,
-    slot: Int64,
-    inputs: Int64,
-    n: int,
-    m: int,
-    w: int,
-    bit: int,
-    p: int,
+@jit
+def decide(
+    kind: Decisions,
+    ready: int,
+    which: int,
     speed: int,
-    prior: Int64,
     limit: int,
-) -> None:
-    """After the bit is known: weights follow the error, counters the bit."""
-    error = ((bit << 16) - p) * speed
-    for i in range(m):
-        weight[w + i] += inputs[i] * error + (1 << 17) >> 18
-    for i in range(n + 1):
+    state: Int64,
+    blob: NDArray[np.uint8],
+    bit: int,
+    decode: bool,
+) -> int:
+    """Write or read one bit by the mixture of the counters in `slot`, and learn from it.
+
+    Args:
+        ready: how many of `inputs`, after those of the counters, are set already.
+        which: the set of weights.
+        speed: of the weights.
+        limit: of the bits a counter remembers.
+    """
+    _, chance, seen, prior, weight, slot, inputs = kind
+    counters = prior.size - 1
+    used = counters + ready
+    first = which * INPUTS
+    base = STRETCH[chance[slot[0]] >> 6]
+    x = 0
+    for i in range(counters):
+        inputs[i] = STRETCH[chance[slot[i + 1]] >> 6] - base
+    for i in range(used):
+        x += inputs[i] * weight[first + i]
+    x = min(max(base + (x >> 16), -LIMIT), LIMIT)
+    one = min(max(SQUASH[x + LIMIT], FLOOR), ONE - FLOOR)
+    bit = rc.code(state, blob, one, bit, decode)
+    error = ((bit << 16) - one) * speed
+    for i in range(used):
+        weight[first + i] += inputs[i] * error + (1 << 17) >> 18
+    for i in range(counters + 1):
         count(chance, seen, slot[i], bit, prior[i], limit)
+    return bit

@@ -10,8 +10,9 @@ State, int64: LOW and RANGE as the encoder has them (modulo 2^32), POS bytes wri
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from trainer.compress.coding.jit import jit
 
 Int64 = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -24,7 +25,7 @@ _TOP = 1 << 24
 _MASK = (1 << 32) - 1
 
 
-@njit(cache=True)
+@jit
 def start(state: Int64, blob: Bytes, decode: bool) -> None:
     state[LOW] = 0
     state[RANGE] = _MASK
@@ -35,14 +36,14 @@ def start(state: Int64, blob: Bytes, decode: bool) -> None:
             _read(state, blob)
 
 
-@njit(cache=True)
+@jit
 def _read(state: Int64, blob: Bytes) -> None:
     byte = np.int64(blob[state[POS]]) if state[POS] < blob.size else np.int64(0)
     state[CODE] = state[CODE] << 8 | byte
     state[POS] += 1
 
 
-@njit(cache=True)
+@jit
 def _carry(state: Int64, blob: Bytes) -> None:
     if state[LOW] > _MASK:
         state[LOW] &= _MASK
@@ -53,7 +54,7 @@ def _carry(state: Int64, blob: Bytes) -> None:
         blob[at] += 1
 
 
-@njit(cache=True)
+@jit
 def code(state: Int64, blob: Bytes, one: int, bit: int, decode: bool) -> int:
     """Write `bit` to `blob`, or read and return it; `one` / 65536 is the probability of a 1."""
     bound = state[RANGE] * one >> 16
@@ -80,7 +81,7 @@ def code(state: Int64, blob: Bytes, one: int, bit: int, decode: bool) -> int:
     return bit
 
 
-@njit(cache=True)
+@jit
 def _tail(state: Int64) -> tuple[int, int]:
     """The roundest number in the range, and how many of its four bytes need not be written."""
     for spare in range(4, 0, -1):
@@ -91,7 +92,7 @@ def _tail(state: Int64) -> tuple[int, int]:
     return state[LOW], 0
 
 
-@njit(cache=True)
+@jit
 def finish(state: Int64, blob: Bytes) -> int:
     """Write the end; returns the length of the whole in bytes."""
     number, spare = _tail(state)
@@ -103,16 +104,8 @@ def finish(state: Int64, blob: Bytes) -> int:
     return int(state[POS])
 
 
-@njit(cache=True)
+@jit
 def ended(state: Int64, blob: Bytes) -> bool:
     """Whether the decoder stands where `finish` of these bits would have left the encoder."""
     number, spare = _tail(state)
     return bool(state[POS] - spare == blob.size and state[CODE] == number - state[LOW])
-
-
-@njit(cache=True)
-def grown(blob: Bytes) -> Bytes:
-    """A copy with twice the room."""
-    larger = np.zeros(2 * blob.size + 1024, np.uint8)
-    larger[: blob.size] = blob
-    return larger
