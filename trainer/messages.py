@@ -1,6 +1,8 @@
 """What a run tells whoever watches it: plain records, from rank 0 to the driver, in order."""
 
 from dataclasses import dataclass
+from pickle import PickleBuffer
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,12 @@ class Checkpoint:
 
     phase: int  # index, 0 is the first
     step: int  # of the phase
-    content: bytes  # trainer.engine.checkpoint.pack
+    content: bytes | memoryview  # trainer.engine.checkpoint.pack
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Let Ray move the content as it is: it arrives as a view of the object store's memory."""
+        content = PickleBuffer(self.content) if protocol >= 5 else bytes(self.content)
+        return Checkpoint, (self.phase, self.step, content)
 
 
 @dataclass(frozen=True)

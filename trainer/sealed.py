@@ -18,7 +18,7 @@ class DamagedError(ValueError):
     """A file is not what was written: cut short, or changed."""
 
 
-def write_sealed(file: BinaryIO, content: bytes, about: Mapping[str, Any]) -> None:
+def write_sealed(file: BinaryIO, content: bytes | memoryview, about: Mapping[str, Any]) -> None:
     """Write `content`, the bytes of a safetensors file, with its seal.
 
     Args:
@@ -27,10 +27,7 @@ def write_sealed(file: BinaryIO, content: bytes, about: Mapping[str, Any]) -> No
     header, data = split(content)
     header["__metadata__"]["about"] = json.dumps(about)
     header["__metadata__"][SEAL] = _digest(header, data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
+    file.write(head(header))
     file.write(data)
 
 
@@ -54,12 +51,19 @@ def read_sealed(path: Path) -> tuple[bytes, dict[str, Any]]:
     return content, about
 
 
-def split(content: bytes) -> tuple[dict[str, Any], memoryview]:
+def head(header: Mapping[str, Any]) -> bytes:
+    """What a safetensors file begins with: the length of its header, and the header."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def split(content: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
     """The parsed header of a safetensors file, and its data. Raises ValueError or struct.error."""
     (length,) = struct.unpack_from("<Q", content)
     if 8 + length > len(content):
         raise ValueError("cut short")
-    header: dict[str, Any] = json.loads(content[8 : 8 + length])
+    header: dict[str, Any] = json.loads(bytes(content[8 : 8 + length]))
     return header, memoryview(content)[8 + length :]
 
 

@@ -1,15 +1,17 @@
 """Checkpoints: what goes in comes out, and what was damaged is found."""
 
 import io
+import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import nn
 
 from trainer.engine.checkpoint import pack, to_bytes, unpack
+from trainer.messages import Checkpoint
 from trainer.sealed import DamagedError, read_sealed, write_sealed
 
 
@@ -64,6 +66,41 @@ def test_tied_and_strided_tensors_are_an_ordinary_state_dict(tmp_path):
     loaded = load_file(path)
     assert torch.equal(loaded["a"], weight)
     assert torch.equal(loaded["b"], weight)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int16, torch.bool]
+)
+def test_any_type_and_shape_is_read_by_the_library(dtype):
+    """Odd sizes beside one another, and names that JSON must escape."""
+    tensors = {
+        name: torch.randint(2, shape).to(dtype)
+        for name, shape in {"one": (), "none": (0, 3), 'a "b"\n\u00e9': (3, 5)}.items()
+    }
+    tensors["bytes"] = torch.arange(3, dtype=torch.uint8)
+    loaded = load(to_bytes(tensors, {"x": "y"}))
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(loaded[name].double(), tensor.double())
+
+
+def test_numbers_that_no_file_can_hold_are_named():
+    with pytest.raises(TypeError, match=r"w: torch\.complex128"):
+        to_bytes({"w": torch.zeros(1, dtype=torch.complex128)})
+
+
+def test_a_checkpoint_travels_beside_the_pickle_and_is_written_from_there(tmp_path):
+    sent = Checkpoint(phase=1, step=2, content=pack({"w": torch.arange(6.0)}))
+    buffers = []
+    pickled = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == 1
+    assert len(pickled) < len(sent.content)
+    got = pickle.loads(pickled, buffers=[buffer.raw() for buffer in buffers])
+    assert got == sent
+    for protocol in (4, 5):
+        assert pickle.loads(pickle.dumps(sent, protocol)) == sent
+    assert read_sealed(sealed(tmp_path / "x", got.content, {}))[0][-24:] == sent.content[-24:]
 
 
 def test_a_sealed_file_says_what_it_is_about(tmp_path):

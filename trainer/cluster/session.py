@@ -7,14 +7,16 @@ that when the session ends, or when this process dies (trainer.cluster.reaper).
 
 import logging
 import math
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray._private.utils as ray_utils
 from ray.exceptions import AuthenticationError
 
 from trainer.cluster import reaper
@@ -59,14 +61,11 @@ class RaySession:
         if ray.is_initialized():
             return
         self._ours = True
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
+        with _sigterm_stays_ours():
             if self.private:
                 self._start()
             else:
                 self._connect()
-        finally:
-            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in the place
 
     def close(self) -> None:
         """Disconnect; a private Ray ends, and its folder goes."""
@@ -122,6 +121,20 @@ class RaySession:
         if self._cfg.py_modules:
             env["py_modules"] = list(self._cfg.py_modules)
         return env
+
+
+@contextmanager
+def _sigterm_stays_ours() -> Iterator[None]:
+    """Keep ray.init from setting its own handler of SIGTERM first thing.
+
+    It would end this process with exit code 15, in the seconds that the rest of ray.init takes.
+    """
+    theirs = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = theirs
 
 
 def _knock(address: str | None) -> None:

@@ -64,7 +64,7 @@ class Checkpoints:
         """Keep the weights at the end of a phase, for good."""
         self._write(_end(phase, record["name"]), weights, {"phase": phase, "record": record})
 
-    def within_phase(self, phase: int, name: str, step: int, state: bytes) -> None:
+    def within_phase(self, phase: int, name: str, step: int, state: bytes | memoryview) -> None:
         """Keep the state of a phase, and let older ones go."""
         file = f"{phase + 1:02d}-{name}-step-{step:08d}.safetensors"
         self._write(file, state, {"phase": phase, "step": step})
@@ -129,12 +129,12 @@ class Checkpoints:
             say(f"{error}; the one before it is used")
             return None
 
-    def _write(self, name: str, content: bytes, about: Mapping[str, Any]) -> None:
+    def _write(self, name: str, content: bytes | memoryview, about: Mapping[str, Any]) -> None:
         """Write in the background, one file at a time: memory holds no more than one."""
         self.wait()
         self._writing = self._writer.submit(self._write_now, name, content, about)
 
-    def _write_now(self, name: str, content: bytes, about: Mapping[str, Any]) -> None:
+    def _write_now(self, name: str, content: bytes | memoryview, about: Mapping[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         aside = self.folder / f"{name}.part"
         try:
