@@ -100,7 +100,13 @@ class Checkpoint:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Let Ray move the content as it is: it arrives as a view of the object store's memory."""
         content = PickleBuffer(self.content) if protocol >= 5 else bytes(self.content)
-        return Checkpoint, (self.phase, self.step, content)
+        return _arrived, (self.phase, self.step, content)
+
+
+def _arrived(phase: int, step: int, content: Any) -> Checkpoint:
+    """A checkpoint as it comes out of its pickle; Ray's own buffers offer nothing but a view."""
+    whole = content if isinstance(content, bytes) else memoryview(content).cast("B")
+    return Checkpoint(phase, step, whole)
 
 
 @dataclass(frozen=True)
