@@ -121,6 +121,13 @@ def test_floats(itemsize: int, count: int, seed: int) -> None:
                 decode_floats(bad, len(raw), itemsize)
 
 
+def test_many_floats_are_stored_as_they_are() -> None:
+    raw = bytes(1 << 22) + b"\1\0\0\0"
+    blob = encode_floats(raw, 4)
+    assert len(blob) == len(raw) + 1
+    assert decode_floats(blob, len(raw), 4) == raw
+
+
 @given(st.integers(0, (1 << 63) - 1))
 def test_varint(value: int) -> None:
     blob = varint.put(value)

@@ -14,6 +14,7 @@ from trainer.compress.coding.jit import jit
 from trainer.compress.coding.mixing import HALF, count
 
 _LIMIT = 255
+_MOST = 1 << 22  # bytes that are worth the time
 
 
 @jit
@@ -52,6 +53,8 @@ def encode_floats(raw: bytes, itemsize: int) -> bytes:
     """
     if not raw:
         return b""
+    if len(raw) > _MOST:
+        return b"\0" + raw
     planes = np.frombuffer(raw, np.uint8).reshape(-1, itemsize).T[::-1].copy("C")
     blob = np.zeros(16 * planes.size + 16, np.uint8)
     adaptive = 0
