@@ -113,7 +113,7 @@ def measure(command: list[str], kept: str, started_anew: int) -> float:
         kept: pattern of the checkpoints that it writes.
         started_anew: how many workers start in place of the dead one.
     """
-    folder = Path(tempfile.mkdtemp(prefix="recovery-"))
+    folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))  # short: Ray's sockets
     stamps = folder / "stamps"
     stamps.mkdir()
     try:
@@ -121,7 +121,7 @@ def measure(command: list[str], kept: str, started_anew: int) -> float:
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=environment(stamps),
+                env=environment(stamps) | {"TMPDIR": str(folder)},  # the reaper is killed as well
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
