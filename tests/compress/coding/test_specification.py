@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trainer.compress.coding import encode_layer
+from trainer.compress.coding import context
 from trainer.compress.coding.tables import LIMIT, SQUASH
 
 Levels = NDArray[np.uint16]
@@ -220,29 +220,34 @@ def width(i: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("shape", "clusters", "negatives", "density"),
+    ("shape", "clusters", "below", "density", "near", "far", "speed"),
     [
-        ((40, 49), 16, 7, 0.15),
-        ((12, 6, 5, 5), 8, 4, 0.3),
-        ((30, 64), 256, 100, 0.2),
-        ((60, 36), 1, 0, 0.05),
-        ((9, 20), 3000, 0, 1.0),
-        ((20, 30), 5, 5, 1.0),
+        ((40, 49), 16, 7, 0.15, 7, 0, 0),
+        ((12, 150), 8, 4, 0.3, 5, 25, 1),
+        ((30, 64), 256, 100, 0.2, 0, 9, 2),
+        ((60, 36), 1, 0, 0.05, 1, 18, 3),
+        ((9, 20), 3000, 0, 1.0, 0, 0, 3),
+        ((20, 30), 5, 5, 1.0, 2, 4, 0),
     ],
 )
 def test_second_decoder(
-    shape: tuple[int, ...], clusters: int, negatives: int, density: float
+    shape: tuple[int, int],
+    clusters: int,
+    below: int,
+    density: float,
+    near: int,
+    far: int,
+    speed: int,
 ) -> None:
     rng = np.random.default_rng(0)
-    rows, columns = shape[0], math.prod(shape[1:])
-    # Rows and columns of different density, and values that hang together: strides get used.
-    full = np.minimum(1, 2 * density * rng.random((rows, 1)) ** 2 * 3 * rng.random(columns))
-    kept = rng.random((rows, columns)) < (full if density < 1 else 1)
-    values = clusters / 2 + clusters / 5 * rng.normal(size=(rows, columns)).cumsum(1) / 2
+    # Rows and columns of different density, and values that hang together.
+    full = np.minimum(1, 6 * density * rng.random((shape[0], 1)) ** 2 * rng.random(shape[1]))
+    kept = rng.random(shape) < (full if density < 1 else 1)
+    values = clusters / 2 + clusters / 5 * rng.normal(size=shape).cumsum(1) / 2
     levels = (values.round().clip(1, clusters) * kept).astype(np.uint16)
-    for coder, matrix in (("context", levels), ("columns", levels.T)):
-        blob = encode_layer(levels, shape, clusters, negatives, coder)
-        assert decode(blob[1:], *matrix.shape, clusters, negatives) == matrix.tolist()
+    blob = context.encode(levels, clusters, below, near, far, speed)
+    assert (blob[0] >> 3, blob[0] & 1) == (near + far > 0, density == 1.0)
+    assert decode(blob, *shape, clusters, below) == levels.tolist()
 
 
 def test_squash_is_rounded_exactly() -> None:
