@@ -1,193 +1,221 @@
-"""Bytes and time of the coders on the shared layers of trained models, and of VGG-16's size.
+"""The layer coders beside the standard's reference codec, zlib and lzma: bytes and seconds.
 
-    python benchmarks/coders.py model.dcz [more.dcz ...] [--nncodec PYTHON]
+    python benchmarks/coders.py RUN/model.safetensors ... [--density fc1=0.02 fc2=0.05]
+        [--clusters 16] [--nncodec OTHER_VENV/bin/python]
     python benchmarks/coders.py --vgg16
 
-Of each model the layers with a codebook are taken, as matrices of levels (0 for a pruned weight,
-else the number of its cluster). All coders get the same levels, without codebooks, biases, norms.
---nncodec names the Python of an environment that has the reference software of the standard
-ISO/IEC 15938-17 (pip install nncodec==2.1.3); it codes the levels as integers, negative centroids
-as negative numbers, losslessly, without dependent quantization, as nothing is left to quantize.
+Takes the tensors with two or more dimensions of each file. One with at most 256 distinct values but
+zero, each at least twice on average, is shared as it is; another is pruned to its density (by
+default as it is) and shared by k-means with --clusters, linear initialisation. Levels only:
+codebooks, names and biases are in no column.
 
---vgg16 codes random layers of VGG-16's shapes with Han's densities (7.5% in all) and 32 clusters,
-and shows seconds and the peak memory of a process that only decodes.
+    ours        encode_layer, decode_layer, every blob decoded and compared
+    Huffman, ANS   the same with that coder alone
+    nncodec     the CABAC of ISO/IEC 15938-17 in an environment that has nncodec 2.1.3, on the same
+                levels as signed integers, smallest of its scan orders, profiles and three unary
+                lengths; its seconds are those of the best one, its headers are not counted
+    zlib, lzma  levels of a byte each (two above 255), level 9
+
+--vgg16 codes 138M positions, 7.5% of which survive in 32 clusters, and decodes them in a process of
+its own: seconds, and the most memory that process held.
 """
 
 import argparse
+import datetime
+import io
 import lzma
+import multiprocessing
+import platform
+import re
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
-from trainer import artifact
-from trainer.compress.codebooks import codebook_of
 from trainer.compress.coding import decode_layer, encode_layer
-from trainer.models import VGG16
 
-HAN = [0.58, 0.22, 0.34, 0.36, 0.53, 0.24, 0.42, 0.32, 0.27, 0.34, 0.35, 0.29, 0.36]
-HAN += [0.04, 0.04, 0.23]  # densities of VGG-16's layers, NIPS 2015, table 5
-
-NNCODEC = """
-import sys, time
+Levels = NDArray[np.uint16]
+THEIRS = """
+import io, sys, time
 import numpy as np
-from nncodec import nnc
-levels = dict(np.load(sys.argv[1]))
-start = time.perf_counter()
-out = sys.argv[1] + ".nnc"
-stream = nnc.compress(levels, return_bitstream=True, use_dq=False, bitstream_path=out)
-encoded = time.perf_counter()
-back = nnc.decompress(stream)
-decoded = time.perf_counter()
-assert all(np.array_equal(back[k], levels[k]) for k in levels), "not lossless"
-print(len(stream), encoded - start, decoded - encoded)
+from nncodec.extensions.deepCABAC import Decoder, Encoder, HdspMode
+off = [HdspMode.AlwaysOff, np.zeros(2, np.int8)]
+q = np.load(io.BytesIO(sys.stdin.buffer.read())).astype(np.int32)
+skip = np.array([not row.any() for row in q], np.int32)
+best = None
+for scan in range(5):
+    for unary in (4, 11, 17):
+        for profile in (0, 1):
+            start = time.perf_counter()
+            coder = Encoder()
+            coder.initCtxModels(unary, 1)
+            coder.encodeLayer(q, 0, scan, profile, 0, profile, skip, *off, 0, 0)
+            data = coder.finish()
+            encode = time.perf_counter() - start
+            if best is None or data.size < best[0]:
+                out = np.zeros_like(q)
+                start = time.perf_counter()
+                coder = Decoder()
+                coder.setStream(data)
+                coder.initCtxModels(unary)
+                coder.decodeLayer(out, 0, scan, profile, 0, *off, 0, 0)
+                decode = time.perf_counter() - start
+                if (out == q).all():  # skipped rows do not survive every scan order
+                    best = data.size, encode, decode
+print(*best)
 """
 
 
-def shared_layers(path):
-    """(name, levels in the weight's shape, clusters, negative ones) of layers with a codebook."""
-    for name, tensor in artifact.load(path).items():
-        book = codebook_of(tensor) if tensor.ndim > 1 else None
-        if book is not None:
-            levels = book.codes.numpy().astype(np.uint16)
-            yield name, levels, len(book.values), int((book.values < 0).sum())
-
-
-def timed(work, *args):
-    """(result, seconds), the best of three."""
-    best = None
-    for _ in range(3):
-        start = time.perf_counter()
-        result = work(*args)
-        seconds = time.perf_counter() - start
-        best = seconds if best is None else min(best, seconds)
-    return result, best
-
-
-def ours(layers, coder):
-    def encode():
-        return [encode_layer(x, x.shape, k, n, coder) for _, x, k, n in layers]
-
-    blobs, writing = timed(encode)
-
-    def decode():
-        return [
-            decode_layer(b, x.shape, k, n) for b, (_, x, k, n) in zip(blobs, layers, strict=True)
-        ]
-
-    back, reading = timed(decode)
-    assert all(np.array_equal(b, x) for b, (_, x, _, _) in zip(back, layers, strict=True))
-    return sum(map(len, blobs)), writing, reading
-
-
-def general(layers, compress, decompress):
-    raw = [x.astype(np.uint8 if k < 256 else np.uint16).tobytes() for _, x, k, _ in layers]
-    packed, writing = timed(lambda: [compress(r) for r in raw])
-    _, reading = timed(lambda: [decompress(p) for p in packed])
-    return sum(map(len, packed)), writing, reading
-
-
-def standard(layers, python):
-    signed = {}
-    for name, x, _, n in layers:
-        number = x.astype(np.int32)
-        signed[name] = np.where(x == 0, 0, np.where(x <= n, number - n - 1, number - n))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "levels.npz"
-        np.savez(file, **signed)
-        said = subprocess.run(
-            [python, "-c", NNCODEC, str(file)], capture_output=True, text=True, check=True
-        ).stdout.split()
-    return int(said[-3]), float(said[-2]), float(said[-1])
-
-
-def compare(path, python):
-    layers = list(shared_layers(path))
-    rows = {name: ours(layers, name) for name in ("auto", "context", "columns", "huffman", "ans")}
-    rows["zlib -9"] = general(layers, lambda r: zlib.compress(r, 9), zlib.decompress)
-    rows["lzma -9e"] = general(
-        layers, lambda r: lzma.compress(r, preset=9 | lzma.PRESET_EXTREME), lzma.decompress
+def shared(weight: NDArray[Any], density: float, clusters: int) -> tuple[Levels, int, int]:
+    """Levels of one weight, the number of clusters, and how many of them are negative."""
+    flat = weight.astype(np.float64).ravel()
+    kept = round(density * flat.size)
+    if kept < np.count_nonzero(flat):
+        flat[np.argsort(-np.abs(flat), kind="stable")[kept:]] = 0
+    centroids = np.unique(flat[flat != 0])
+    values = flat[flat != 0]
+    if 2 * len(centroids) > min(512, values.size):
+        centroids = np.linspace(values.min(), values.max(), clusters)
+        for _ in range(30):
+            near = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, values)
+            sums, counts = np.bincount(near, values), np.bincount(near)
+            centroids = sums[counts > 0] / counts[counts > 0]
+    levels = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, flat) + 1
+    levels[flat == 0] = 0
+    return (
+        levels.reshape(weight.shape).astype(np.uint16),
+        len(centroids),
+        int((centroids < 0).sum()),
     )
-    if python:
-        rows["nncodec"] = standard(layers, python)
-    least = rows["auto"][0]
-    print(f"\n{path}: {sum(x.size for _, x, _, _ in layers):,} weights")
-    print("| coder | bytes | to ours | encode s | decode s |\n| --- | --- | --- | --- | --- |")
-    for name, (size, writing, reading) in rows.items():
-        print(f"| {name} | {size:,} | {size / least:.2f} | {writing:.3f} | {reading:.3f} |")
 
 
-def vgg16(folder):
-    """Write random coded layers to `folder`; seconds and bytes."""
-    import torch
-
-    with torch.device("meta"):
-        shapes = [tuple(p.shape) for p in VGG16(classes=1000).parameters() if p.ndim > 1]
-    chance = np.random.default_rng(0)
-    seconds = size = total = 0
-    for number, (shape, density) in enumerate(zip(shapes, HAN, strict=True)):
-        levels = np.zeros(int(np.prod(shape)), np.uint16)
-        kept = chance.random(levels.size, np.float32) < density
-        # Clusters as frequent as those of a Laplacian without its middle.
-        drawn = np.minimum(chance.geometric(0.15, int(kept.sum())), 16)
-        levels[kept] = np.where(chance.random(len(drawn)) < 0.5, 17 - drawn, 16 + drawn)
-        start = time.perf_counter()
-        blob = encode_layer(levels, shape, 32, 16)
-        seconds += time.perf_counter() - start
-        size, total = size + len(blob), total + levels.size
-        (folder / f"{number:02d}").write_bytes(blob)
-        np.save(folder / f"{number:02d}.shape.npy", shape)
-    return total, size, seconds
-
-
-def memory(what):
-    """Bytes of this process, as Linux counts them: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
-
-
-def decode_folder(folder):
-    """In a process of its own: decode all layers to dense float32 weights; seconds, peak bytes."""
-    small = encode_layer(np.eye(8, dtype=np.uint16), (8, 8), 32, 16, "huffman")
-    decode_layer(small, (8, 8), 32, 16)  # compiled
-    table = np.linspace(-1, 1, 33, dtype=np.float32)
-    weights = []
-    before = memory("VmRSS")
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
-    for file in sorted(folder.glob("[0-9][0-9]")):
-        shape = tuple(np.load(f"{file}.shape.npy"))
-        weights.append(table[decode_layer(file.read_bytes(), shape, 32, 16)])
-    seconds = time.perf_counter() - start
-    print(seconds, memory("VmHWM") - before, sum(w.nbytes for w in weights))
+    result = function()
+    return result, time.perf_counter() - start
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", metavar="model.dcz")
-    parser.add_argument("--nncodec", metavar="PYTHON")
+def ours(levels: Levels, clusters: int, negatives: int, coder: str) -> tuple[int, float, float]:
+    shape = levels.shape
+    blob, encode = timed(lambda: encode_layer(levels, shape, clusters, negatives, coder))
+    back, decode = timed(lambda: decode_layer(blob, shape, clusters, negatives))
+    if not np.array_equal(back, levels):
+        raise SystemExit("decoded to other levels")
+    return len(blob), encode, decode
+
+
+def general(levels: Levels, coder: Any) -> tuple[int, float, float]:
+    raw = levels.astype(np.uint8 if levels.max(initial=0) < 256 else np.uint16).tobytes()
+    level: dict[str, int] = {"preset": 9} if coder is lzma else {"level": 9}
+    packed, encode = timed(lambda: coder.compress(raw, **level))
+    return len(packed), encode, timed(lambda: coder.decompress(packed))[1]
+
+
+def theirs(python: str, levels: Levels, negatives: int) -> tuple[int, float, float]:
+    signed = levels.astype(np.int32)
+    signed = np.where(signed > negatives, signed - negatives, signed - negatives - 1)
+    buffer = io.BytesIO()
+    np.save(buffer, np.where(levels == 0, 0, signed))
+    run = subprocess.run(
+        [python, "-c", THEIRS], input=buffer.getvalue(), capture_output=True, check=True
+    )
+    size, encode, decode = run.stdout.split()
+    return int(size), float(encode), float(decode)
+
+
+def compare(path: Path, densities: dict[str, float], clusters: int, python: str | None) -> None:
+    """Print the rows of one file."""
+    sums: dict[str, Any] = {}
+    for name, weight in load_file(path).items():
+        if weight.ndim < 2:
+            continue
+        density = densities.get(name.removesuffix(".weight"), 1.0)
+        levels, k, negatives = shared(weight, density, clusters)
+        rows = {
+            "ours": ours(levels, k, negatives, "auto"),
+            "Huffman": ours(levels, k, negatives, "huffman"),
+            "ANS": ours(levels, k, negatives, "ans"),
+            "zlib": general(levels, zlib),
+            "lzma": general(levels, lzma),
+        }
+        if python:
+            rows["nncodec"] = theirs(python, levels, negatives)
+        shape = "x".join(map(str, levels.shape))
+        show(f"{name} {shape}, {np.count_nonzero(levels)} in {k}", rows)
+        for coder, row in rows.items():
+            sums[coder] = np.add(sums.get(coder, 0), row)
+    show(f"**{path.parent.name}/{path.name}**", sums)
+
+
+def show(what: str, rows: dict[str, Any]) -> None:
+    for coder, (size, encode, decode) in rows.items():
+        of = size / rows["nncodec"][0] if "nncodec" in rows else float("nan")
+        line = f"| {what} | {coder} | {size:,.0f} | {of:.3f} | {encode:.3f} | {decode:.3f} |"
+        print(line, flush=True)
+
+
+def vgg16() -> None:
+    """Seconds and memory of a layer as large as all of VGG-16."""
+    shape, clusters = (5520, 25_000), 32
+    rng = np.random.default_rng(0)
+    levels = np.zeros(shape, np.uint16)
+    for row in levels:  # piece by piece, or making it takes more memory than coding it
+        kept = rng.random(shape[1], dtype=np.float32) < 0.075
+        row[kept] = rng.normal(16.5, 6, int(kept.sum())).round().clip(1, clusters)
+    dense = levels.size * 4
+    survivors = int(np.count_nonzero(levels))
+    blob, seconds = timed(lambda: encode_layer(levels, shape, clusters))
+    print(
+        f"{shape[0] * shape[1]:,} positions, {survivors:,} survivors, {dense / 2**20:.0f} MiB of "
+        f"FP32\nencode {seconds:.1f} s to {len(blob):,} bytes, peak {peak():.0f} MiB "
+        "of the process, the levels included"
+    )
+    process = multiprocessing.get_context("spawn").Process(target=unpack, args=(blob, shape))
+    process.start()
+    process.join()
+
+
+def peak() -> float:
+    """The most MiB this process held. (ru_maxrss would count what the parent held.)"""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else float("nan")
+
+
+def unpack(blob: bytes, shape: tuple[int, int]) -> None:
+    decode_layer(encode_layer(np.eye(3), (3, 3), 1), (3, 3), 1)  # compiled before the clock starts
+    before = peak()
+    _, seconds = timed(lambda: decode_layer(blob, shape, 32))
+    print(f"decode {seconds:.1f} s, peak {peak():.0f} MiB of the process ({before:.0f} before)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--clusters", type=int, default=16, help="for weights not shared yet")
+    parser.add_argument("--density", nargs="*", default=[], metavar="LAYER=FRACTION")
+    parser.add_argument("--nncodec", metavar="PYTHON", help="an interpreter that has nncodec")
     parser.add_argument("--vgg16", action="store_true")
-    parser.add_argument("--decode", metavar="FOLDER", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.decode:
-        decode_folder(Path(options.decode))
-        return
-    for path in options.files:
-        compare(path, options.nncodec)
-    if options.vgg16:
-        with tempfile.TemporaryDirectory() as folder:
-            total, size, writing = vgg16(Path(folder))
-            said = subprocess.run(
-                [sys.executable, __file__, "--decode", folder],
-                capture_output=True, text=True, check=True,
-            ).stdout.split()  # fmt: skip
-        reading, peak, dense = map(float, said)
-        print(f"VGG-16's layers: {total:,} weights, {size:,} bytes, {4 * total / size:.1f}x")
-        print(f"encoded in {writing:.1f} s, decoded in {reading:.1f} s")
-        print(f"peak of decoding: {peak / dense:.2f} of the dense weights' {dense / 1e6:,.0f} MB")
+    args = parser.parse_args()
+    print(
+        f"# Coders, {datetime.date.today()}\n\n{platform.machine()}, Python "
+        f"{platform.python_version()}; command: python {' '.join(sys.argv)}\n",
+        flush=True,
+    )
+    if args.vgg16:
+        vgg16()
+    if args.files:
+        decode_layer(encode_layer(np.eye(9), (9, 9), 2), (9, 9), 2)  # compiled beforehand
+        print("| weights | coder | bytes | of nncodec | encode s | decode s |\n|" + " --- |" * 6)
+    densities = {name: float(value) for name, _, value in (d.partition("=") for d in args.density)}
+    for path in args.files:
+        compare(path, densities, args.clusters, args.nncodec)
 
 
 if __name__ == "__main__":
