@@ -366,10 +366,12 @@ def test_two_ray_workers_run_smoke(tmp_path):
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["workers"] == 2
     assert len(summary["nodes"]) == 2
-    train, prune, retrain = summary["phases"]
+    train, prune, retrain, share = summary["phases"]
     assert train["sent_bytes_per_step"] == 4 * (train["learnable"] + EXTRAS)
     assert retrain["sent_bytes_per_step"] == 4 * (retrain["learnable"] + EXTRAS)
     assert retrain["learnable"] < 0.12 * train["learnable"]
+    assert share["sent_bytes_per_step"] == 4 * (share["learnable"] + EXTRAS)
+    assert share["learnable"] < 0.001 * train["learnable"]
     assert prune["sparsity"] == pytest.approx(0.9, abs=1e-4)
     assert retrain["sparsity"] >= prune["sparsity"]
 
