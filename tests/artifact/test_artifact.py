@@ -16,9 +16,9 @@ from torch import Tensor
 from trainer import artifact
 from trainer.artifact import __main__ as command
 from trainer.artifact.__main__ import main
-from trainer.artifact.container import HEADER_LIMIT, MAGIC, join, split, varint
+from trainer.artifact.container import HEADER_LIMIT, MAGIC, join, split
 from trainer.compress.codebooks import cluster
-from trainer.compress.coding import encode_floats, encode_layer
+from trainer.compress.coding import encode_floats, encode_layer, varint
 
 
 def pruned(*shape: int, density: float = 0.1) -> Tensor:
@@ -196,11 +196,11 @@ def frames(content: bytes) -> list[bytes]:
     found, place = [], len(MAGIC)
     header, sections = split(content)
     sizes = [len(s) for s in sections]
-    rest = sum(len(varint(n)) + n + 4 for n in sizes)
+    rest = sum(len(varint.put(n)) + n + 4 for n in sizes)
     found.append(content[place : len(content) - rest])
     place = len(content) - rest
     for n in sizes:
-        found.append(content[place : place + len(varint(n)) + n + 4])
+        found.append(content[place : place + len(varint.put(n)) + n + 4])
         place += len(found[-1])
     assert header
     assert MAGIC + b"".join(found) == content
@@ -415,7 +415,7 @@ def framed(text: bytes, *sections: bytes) -> bytes:
     content, checksum = MAGIC, zlib.crc32(MAGIC)
     for payload in (deflate.compress(text) + deflate.flush(), *sections):
         checksum = zlib.crc32(payload, checksum)
-        content += varint(len(payload)) + payload + checksum.to_bytes(4, "little")
+        content += varint.put(len(payload)) + payload + checksum.to_bytes(4, "little")
     return content
 
 

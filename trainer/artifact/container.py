@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.compress.coding import CorruptError, varint
+
 MAGIC = b"DCZ\x01"
 HEADER_LIMIT = 1 << 22  # bytes of JSON
 
@@ -54,7 +56,7 @@ def join(header: Mapping[str, Any], sections: Sequence[bytes]) -> bytes:
     checksum = zlib.crc32(MAGIC)
     for payload in (packed, *sections):
         checksum = zlib.crc32(payload, checksum)
-        content += varint(len(payload)) + payload + struct.pack("<I", checksum)
+        content += varint.put(len(payload)) + payload + struct.pack("<I", checksum)
     return bytes(content)
 
 
@@ -68,7 +70,12 @@ def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
     place, checksum = 4, zlib.crc32(MAGIC)
     sections: list[memoryview] = []
     while place < len(view) or not sections:
-        length, place = _varint(view, place)
+        try:
+            length, place = varint.take(content, place)
+        except CorruptError as error:
+            raise ArtifactError(
+                f"cut short or damaged: the length of a section: {error}"
+            ) from error
         end = place + length
         if end + 4 > len(view):
             raise ArtifactError(f"cut short: section {len(sections)} ends after the file")
@@ -94,28 +101,3 @@ def _header(packed: memoryview) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ArtifactError("the header is no mapping")
     return header
-
-
-def varint(number: int) -> bytes:
-    """A number that is not negative in groups of 7 bits, lowest first (LEB128)."""
-    groups = bytearray()
-    while number > 0x7F:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
-    groups.append(number)
-    return bytes(groups)
-
-
-def _varint(view: memoryview, place: int) -> tuple[int, int]:
-    number = 0
-    for shift in range(0, 63, 7):
-        if place >= len(view):
-            break
-        byte = view[place]
-        place += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            if byte == 0 and shift:
-                break
-            return number, place
-    raise ArtifactError("cut short or damaged: a length is not as it should be")
