@@ -9,7 +9,7 @@ from trainer.config import Config
 from trainer.engine.evaluate import evaluate
 from trainer.engine.world import World
 from trainer.messages import Measured, Message, RunStopped
-from trainer.run import build_data, build_model, build_runtime, should_stop
+from trainer.run import build_data, build_model, build_runtime, restored, should_stop
 
 DECODED = "artifact"  # the model whose weights are a compressed file
 
@@ -27,7 +27,6 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
             yield RunStopped()
             return
         load = artifact.loads if name == DECODED else safetensors.torch.load
-        model = build_model(cfg)
-        model.load_state_dict(load(content))
+        model = restored(build_model(cfg), load(content))
         metrics = evaluate(runtime.place(model), test, runtime)
         yield Measured(name, metrics.accuracy, metrics.loss)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.build import build
 from trainer.compress.counts import counts
+from trainer.compress.rewrite import conform
 from trainer.config import CheckpointConfig, Config
 from trainer.data.split import Splits
 from trainer.engine.checkpoint import pack, to_bytes, unpack
@@ -77,8 +78,11 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
     model = runtime.place(build_model(cfg))
     check_phases(phases, model)
     check_match(model, data, runtime)
+    teacher = None
+    if start.baseline is not None:
+        teacher = restored(copy.deepcopy(model), safetensors.torch.load(start.baseline))
     if start.weights is not None:
-        model.load_state_dict(safetensors.torch.load(start.weights))
+        restored(model, safetensors.torch.load(start.weights))
     world.broadcast(_tensors(model))
     yield RunStarted(
         workers=world.size,
@@ -89,14 +93,15 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
         test=len(data.test),
     )
     epochs_before = 0
-    baseline, teacher = stages(phases)[0].phase, None
+    baseline = stages(phases)[0].phase
     for index, (name, phase) in enumerate(phases.items()):
         if index >= start.phase:
             if should_stop(world):
                 yield RunStopped()
                 return
-            if index > baseline and teacher is None:
-                teacher = _teacher(model, list(phases.values())[index:], start.baseline)
+            left = list(phases.values())[index:]
+            if index > baseline and teacher is None and any(p.fit.distill.weight for p in left):
+                teacher = copy.deepcopy(model)  # the dense one
             within = unpack(start.within) if start.within and index == start.phase else None
             run = _PhaseRun(
                 index, name, phase, model, teacher, data, runtime, epochs_before, cfg.checkpoint
@@ -277,18 +282,11 @@ def check_phases(phases: Mapping[str, Phase], model: nn.Module) -> None:
             raise ConfigError(f"phases.{name}: {error}") from error
 
 
-def _teacher(model: nn.Module, left: list[Phase], weights: bytes | None) -> nn.Module | None:
-    """A copy of the dense model, if one of the phases that are left learns from it.
-
-    Args:
-        model: the dense one, or one of its kind where `weights` are given.
-    """
-    if not any(phase.fit.distill.weight for phase in left):
-        return None
-    teacher = copy.deepcopy(model)
-    if weights is not None:
-        teacher.load_state_dict(safetensors.torch.load(weights))
-    return teacher
+def restored(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """`model` as it was when `state` was taken, in structure too (trainer.compress.rewrite)."""
+    conform(model, state)
+    model.load_state_dict(state)
+    return model
 
 
 def should_stop(world: World) -> bool:

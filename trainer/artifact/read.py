@@ -11,8 +11,23 @@ import torch
 from torch import Tensor
 
 from trainer.artifact.container import ArtifactError, split
-from trainer.artifact.tensors import ALIAS, CODEBOOK, DTYPES, MASK, Entry, parse
+from trainer.artifact.tensors import (
+    ALIAS,
+    CODEBOOK,
+    DTYPES,
+    GRID,
+    MASK,
+    RAW,
+    SCALE,
+    Entry,
+    multiplied,
+    parse,
+)
 from trainer.compress.coding import CorruptError, decode_floats, decode_layer
+from trainer.compress.quantize import is_grid
+
+_KINDS = {CODEBOOK: "shared", GRID: "quantized", MASK: "pruned", RAW: "plain"}
+_CODED = (CODEBOOK, GRID, MASK)
 
 LIMIT = 1 << 36  # bytes of all tensors: a file that claims more is refused
 
@@ -68,7 +83,7 @@ class _File:
             raise ArtifactError("two tensors have one name")
         if sum(e.size * DTYPES[e.dtype].itemsize for e in self.entries) > LIMIT:
             raise ArtifactError(f"the tensors would take more than {LIMIT} bytes")
-        coded = [entry for entry in self.entries if entry.kind in (CODEBOOK, MASK)]
+        coded = [entry for entry in self.entries if entry.kind in _CODED]
         self._counts: dict[str, int] = {}  # of the values in each stream
         for entry in self.entries:
             if entry.kind != ALIAS:
@@ -93,6 +108,12 @@ class _File:
             places[entry.stored] = values, place + entry.count
             own = values[place : place + entry.count].to(DTYPES[entry.dtype])
             found[entry.name] = self._tensor(entry, own)
+        for entry in self.entries:
+            if entry.kind == GRID:
+                found[entry.name] = _scaled(entry, found[entry.name], found.get(entry.name + SCALE))
+        for entry in self.entries:
+            if entry.kind == ALIAS:
+                found[entry.name] = found[entry.of]
         return found
 
     def facts(self, entry: Entry, tensor: Tensor) -> dict[str, Any]:
@@ -103,12 +124,12 @@ class _File:
             size = stream * entry.count / max(1, self._counts[entry.stored])
             size += len(self._layers.get(entry.name, b""))
         bits = 8 * DTYPES[entry.dtype if entry.kind == ALIAS else entry.stored].itemsize
-        if entry.kind == CODEBOOK:
+        if entry.kind in (CODEBOOK, GRID):
             bits = max(1, (entry.count - 1).bit_length())
         return {
             "name": entry.name,
             "shape": list(tensor.shape),
-            "kind": {"c": "shared", "m": "pruned", "r": "plain", "a": f"= {entry.of}"}[entry.kind],
+            "kind": _KINDS.get(entry.kind) or f"= {entry.of}",
             "weights": tensor.numel(),
             "nonzero": int(tensor.count_nonzero()),
             "bits": bits,
@@ -128,16 +149,16 @@ class _File:
         return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
     def _tensor(self, entry: Entry, values: Tensor) -> Tensor:
-        if entry.kind not in (CODEBOOK, MASK):
+        if entry.kind not in _CODED:
             return values.reshape(entry.shape).clone()
-        clusters = max(1, entry.count) if entry.kind == CODEBOOK else 1
-        negatives = int((values < 0).sum()) if entry.kind == CODEBOOK else 0
+        clusters = 1 if entry.kind == MASK else max(1, entry.count)
+        negatives = 0 if entry.kind == MASK else int((values < 0).sum())
         try:
             levels = decode_layer(self._layers[entry.name], entry.shape, clusters, negatives)
         except CorruptError as error:
             raise ArtifactError(f"{entry.name!r}: {error}") from error
         levels = levels.reshape(entry.shape)  # a scalar comes as one element
-        if entry.kind == CODEBOOK:
+        if entry.kind != MASK:
             table = np.zeros(clusters + 1, dtype=values.numpy().dtype)
             table[1 : 1 + len(values)] = values.numpy()
             return torch.from_numpy(np.asarray(table[levels]))
@@ -148,5 +169,15 @@ class _File:
         return torch.from_numpy(dense)
 
 
+def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
+    """The weight that a GRID means. Raises ArtifactError where there are no scales for it."""
+    sizes = ((), (1,), entry.shape[:1])
+    if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) not in sizes:
+        raise ArtifactError(f"{entry.name!r} has no scales that fit it")
+    return multiplied(integers, scale)
+
+
 def _statistic(entry: Entry) -> bool:
+    if is_grid(entry.name):
+        return True
     return entry.name.rpartition(".")[2] in ("running_mean", "running_var")

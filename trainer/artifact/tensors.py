@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.artifact.container import ArtifactError
 
@@ -23,7 +24,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-CODEBOOK, MASK, RAW, ALIAS = "c", "m", "r", "a"
+CODEBOOK, GRID, MASK, RAW, ALIAS = "c", "q", "m", "r", "a"
+SCALE = "_quantizer.scale"  # after the name of a GRID: the tensor of its scales
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Entry:
     """One tensor of the file.
 
     CODEBOOK: a coded layer of indices in its section, `count` values in a stream of `stored` type.
-    MASK: a coded layer of positions in its section, `count` other values in the stream. Both are
-        of type f32 and not empty.
+    GRID: the same, and the values are integers, stored as i8, to be multiplied by the tensor named
+        NAME_quantizer.scale, which has one element, or one for each index of the first dimension.
+    MASK: a coded layer of positions in its section, `count` other values in the stream. These
+        three are of type f32 and not empty.
     RAW: all its values in the stream.
     ALIAS: the tensor named `of`, again.
     """
@@ -58,6 +62,14 @@ class Entry:
         return [*head, self.stored] if self.kind == RAW else [*head, self.count, self.stored]
 
 
+def multiplied(tensor: Tensor, scale: Tensor) -> Tensor:
+    """`tensor` times a scale of one element, or one for each index of its first dimension.
+
+    Raises RuntimeError where they do not fit.
+    """
+    return tensor * (scale.view(-1, *[1] * (tensor.ndim - 1)) if scale.ndim else scale)
+
+
 def parse(row: Any) -> Entry:
     """The entry that a row of the header means. Raises ArtifactError."""
     match row:
@@ -67,6 +79,7 @@ def parse(row: Any) -> Entry:
             count = None
         case [str(name), str(dtype), list(shape), str(kind), int(count), str(stored)] if kind in (
             CODEBOOK,
+            GRID,
             MASK,
         ):
             pass
@@ -78,9 +91,11 @@ def parse(row: Any) -> Entry:
     size = math.prod(shape)
     # Sides count where others are 0 as well: NumPy and PyTorch multiply them.
     spread = math.prod(n or 1 for n in shape)
-    most = min(size, (1 << 16) - 1) if kind == CODEBOOK else size
+    most = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
     if spread >= 1 << 48 or (count or 0) > most:
         raise ArtifactError(f"the header claims too much of {name[:80]!r}: {reprlib.repr(row)}")
     if kind != RAW and (dtype != "f32" or not size):
         raise ArtifactError(f"{name[:80]!r} cannot be coded: it is empty, or not f32")
+    if kind == GRID and stored != "i8":
+        raise ArtifactError(f"{name[:80]!r} is said to be integers, but stored as {stored}")
     return Entry(name, kind, dtype, tuple(shape), size if count is None else count, stored)

@@ -8,9 +8,21 @@ import torch
 from torch import Tensor
 
 from trainer.artifact.container import join
-from trainer.artifact.tensors import ALIAS, CODEBOOK, DTYPES, MASK, NAMES, RAW, Entry
+from trainer.artifact.tensors import (
+    ALIAS,
+    CODEBOOK,
+    DTYPES,
+    GRID,
+    MASK,
+    NAMES,
+    RAW,
+    SCALE,
+    Entry,
+    multiplied,
+)
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.coding import encode_floats, encode_layer
+from trainer.compress.quantize import is_grid
 
 _HALF = 65504.0  # the largest number of fp16
 
@@ -23,9 +35,10 @@ def encode(
 ) -> bytes:
     """The content of a .dcz file.
 
-    A tensor with few distinct values is written as a codebook and coded indices, one with zeros as
-    coded positions and its other values, any other as its values; tensors that are equal are
-    written once. Nothing is lost but what `numbers` rounds.
+    A quantized weight is written as coded integers, next to the scales of its quantizer; any other
+    tensor with few distinct values as a codebook and coded indices, one with zeros as coded
+    positions and its other values, any other as its values; tensors that are equal are written
+    once. Nothing is lost but what `numbers` rounds.
 
     Args:
         weights: a state_dict: tensors by name.
@@ -51,10 +64,12 @@ def encode(
             entries.append(Entry(name, ALIAS, of=seen[key]))
             continue
         seen[key] = name
-        entry, levels, values = _plan(name, tensor, numbers)
+        scale = weights.get(name + SCALE)
+        found = None if scale is None else _on_grid(name, tensor, scale.detach().cpu())
+        entry, levels, values = found or _plan(name, tensor, numbers)
         if levels is not None:
-            clusters = max(1, entry.count) if entry.kind == CODEBOOK else 1
-            negatives = int((values < 0).sum()) if entry.kind == CODEBOOK else 0
+            clusters = 1 if entry.kind == MASK else max(1, entry.count)
+            negatives = 0 if entry.kind == MASK else int((values < 0).sum())
             matrix = levels.numpy().astype(np.uint16)
             layers.append(encode_layer(matrix, entry.shape, clusters, negatives, coder))
         streams.setdefault(entry.stored, []).append(_raw(values))
@@ -67,11 +82,33 @@ def encode(
     return join(header, [*layers, *coded])
 
 
+def _on_grid(
+    name: str, tensor: Tensor, scale: Tensor
+) -> tuple[Entry, Tensor | None, Tensor] | None:
+    """As `_plan`, for a weight that is integers of 8 bits times a scale; None where it is not."""
+    if tensor.dtype != torch.float32 or not tensor.numel():
+        return None
+    integers = (tensor / multiplied(torch.ones_like(tensor), scale)).round()
+    inside = bool(integers.isfinite().all()) and integers.abs().max() <= 127
+    if not inside or _raw(multiplied(integers.to(torch.int8), scale)) != _raw(tensor):
+        return None
+    values, codes = integers.unique(return_inverse=True)
+    zero = int((values < 0).sum())  # the place of zero, were it there
+    if zero < len(values) and values[zero] == 0:
+        levels = torch.where(codes == zero, 0, codes + (codes < zero).to(codes.dtype))
+        values = values[values != 0]
+    else:
+        levels = codes + 1
+    shape = tuple(tensor.shape)
+    return Entry(name, GRID, "f32", shape, len(values), "i8"), levels, values.to(torch.int8)
+
+
 def _plan(name: str, tensor: Tensor, numbers: str) -> tuple[Entry, Tensor | None, Tensor]:
     """How a tensor is written, its levels if they are coded, and the values that go into a stream,
     in the type in which they are stored.
     """
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
+    numbers = "fp32" if is_grid(name) else numbers
     codable = tensor.dtype == torch.float32 and tensor.numel() > 0
     book = codebook_of(tensor) if codable else None
     if book is not None and not (tensor == 0).logical_and(tensor.signbit()).any():

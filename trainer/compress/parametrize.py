@@ -1,4 +1,4 @@
-"""Weights that are computed from what is learnt instead: masked, packed, shared, and their base.
+"""Weights that are computed from what is learnt instead: masked, packed, shared, quantized.
 
 A `Compression` sits on a weight through torch.nn.utils.parametrize, so that every use of
 `module.weight` gets the dense weight while the optimizer, the reducer and the checkpoint see only
@@ -15,9 +15,32 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from trainer.compress.codebooks import Codebook
+from trainer.compress.quantize import WeightQuantizer
 
 
 class Compression(nn.Module):
+    """A weight that is computed from a learnt tensor, which need not have its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handles: list[RemovableHandle] = []
+
+    def learnt(self, weight: Tensor) -> Tensor:
+        """The first value of the learnt tensor, for `weight` in its shape."""
+        raise NotImplementedError
+
+    def forward(self, learnt: Tensor) -> Tensor:
+        """The weight, differentiable with respect to `learnt`."""
+        raise NotImplementedError
+
+    def hold(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook of a module that uses the weight several times."""
+
+    def release(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook: the end of `hold`."""
+
+
+class Written(Compression):
     """A weight that is written from a learnt tensor into one persistent buffer.
 
     Writing into the same memory again costs a tenth of making a fresh dense tensor each step. It is
@@ -41,13 +64,8 @@ class Compression(nn.Module):
         self.stride = like.stride()
         self._by_stride = sorted(range(like.ndim), key=lambda dim: -self.stride[dim])
         self.register_buffer("dense", self.flat(like), persistent=False)
-        self.handles: list[RemovableHandle] = []
         self._held = False
         self._written = False
-
-    def learnt(self, weight: Tensor) -> Tensor:
-        """The first value of the learnt tensor, for `weight` in its shape."""
-        raise NotImplementedError
 
     def write(self, learnt: Tensor) -> None:
         """Bring `self.dense` up to date."""
@@ -81,7 +99,7 @@ class Compression(nn.Module):
         self._held, self._written = False, False
 
 
-class Masked(Compression):
+class Masked(Written):
     """weight = learnt where the mask is true, else +0; the gradient reaches the pruned ones too.
 
     The dense gradient lets a pruned weight grow until a new mask takes it back: dynamic network
@@ -107,7 +125,7 @@ class Masked(Compression):
         return grad
 
 
-class Packed(Compression):
+class Packed(Written):
     """The learnt tensor holds the survivors alone, one after another; all others are zero.
 
     Optimizer state, gradient and all-reduce shrink with the density, and momentum, weight decay or
@@ -133,7 +151,7 @@ class Packed(Compression):
         return self.flat(grad.to_dense()).take(self.index)  # an embedding's may be sparse
 
 
-class Shared(Compression):
+class Shared(Written):
     """The learnt tensor is a codebook: every survivor has the value of its cluster, all others are
     zero.
 
@@ -169,6 +187,24 @@ class Shared(Compression):
         return torch.stack(sums) if sums else taken  # no value where every weight is zero
 
 
+class FakeQuant(Compression):
+    """The weight on the grid of a quantizer; what is learnt is the weight itself, or what another
+    compression makes it from: the survivors, the codebook.
+    """
+
+    def __init__(self, quantizer: WeightQuantizer, inner: Compression | None) -> None:
+        super().__init__()
+        self.inner = inner
+        self._quantizer = (quantizer,)  # a child of the layer, and not of this
+
+    def learnt(self, weight: Tensor) -> Tensor:
+        return weight.clone() if self.inner is None else self.inner.learnt(weight)
+
+    def forward(self, learnt: Tensor) -> Tensor:
+        weight = learnt if self.inner is None else self.inner(learnt)
+        return cast(Tensor, self._quantizer[0](weight))
+
+
 def compression(module: nn.Module, name: str) -> Compression | None:
     """What is installed on `module.name`; None where it is a plain parameter."""
     if not is_parametrized(module, name):
@@ -187,7 +223,7 @@ def parameter_behind(module: nn.Module, name: str) -> nn.Parameter | None:
 
 class _Materialise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, learnt: Tensor, compression: Compression) -> Tensor:
+    def forward(ctx: Any, learnt: Tensor, compression: Written) -> Tensor:
         ctx.compression = compression
         return compression.materialise(learnt)
 

@@ -13,7 +13,7 @@ from trainer.phases import build_phases
 from trainer.phases.stages import Stage, stages
 from trainer.report.published import published
 
-_LETTERS = {"zeros": "P", "sharing": "S"}  # pruned, shared
+_LETTERS = {"zeros": "P", "sharing": "S", "quantization": "Q"}  # pruned, shared, quantized
 
 
 class Result:

@@ -46,7 +46,12 @@ class Retrain(Phase):
 
 
 def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({"zeros"})) -> None:
-    """Let every plain parameter be learnt as what earlier phases left of it.
+    """Let every plain parameter be learnt as what earlier phases left of it: see `surviving`."""
+    install(model, surviving(model, world, keep))
+
+
+def surviving(model: nn.Module, world: World, keep: Collection[str]) -> dict[str, Compression]:
+    """By name, what each plain parameter is to be learnt as; one that stays dense is left out.
 
     Rank 0 says which survive and which are equal, so that the vectors of all ranks have one length.
 
@@ -68,4 +73,4 @@ def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({
             made[name] = Shared(weight, book)
         elif "zeros" in keep and name not in vector and not mask.all():
             made[name] = Packed(weight, mask)
-    install(model, made)
+    return made

@@ -1,0 +1,172 @@
+"""Structural changes compute the same, and a fresh model is brought to them by names alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.compress.lstm import LinearLSTM
+from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, attach
+from trainer.compress.rewrite import (
+    conform,
+    fold_batch_norms,
+    foldable,
+    skeleton,
+    unroll_lstms,
+)
+from trainer.errors import ConfigError
+from trainer.models import ConvNet, LSTMLanguageModel, ResNetCifar
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Batch norms as after some training."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten()),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5), nn.ReLU()),
+        lambda: ResNetCifar(8, in_channels=1),
+        lambda: ConvNet(depth=2, width=4),
+    ],
+)
+def test_a_folded_model_computes_the_same(build) -> None:
+    torch.manual_seed(0)
+    model = lively(build())
+    images = torch.randn(3, 1, 28, 28) if isinstance(model, ConvNet) else torch.randn(3, 1, 8, 8)
+    expected = model(images)
+    fold_batch_norms(model)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_zeros_stay_when_batch_norm_is_folded() -> None:
+    model = lively(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0
+    fold_batch_norms(model)
+    assert model[0].weight.count_nonzero() == 12
+
+
+class Branching(nn.Module):
+    """What conv makes is used twice, and norm follows a sum: neither can be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1)
+        self.bn = nn.BatchNorm2d(2)
+        self.after_sum = nn.BatchNorm2d(2)
+        self.twice = nn.Conv2d(2, 2, 1)
+        self.bn_twice = nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y = self.after_sum(self.bn(y) + y)
+        made: Tensor = self.twice(self.bn_twice(self.twice(y)))
+        return made
+
+
+class Untraceable(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_what_cannot_be_folded_is_left() -> None:
+    assert foldable(Branching()) == {}
+    with pytest.raises(ConfigError, match=r"cannot trace Untraceable .* set fold=false"):
+        foldable(Untraceable())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_lstm_of_linears_computes_the_same(layers: int, batch_first: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(5, 7, layers, batch_first=batch_first, bias=bias)
+    inputs = torch.randn(3, 4, 5)
+    batch = 3 if batch_first else 4
+    state = torch.randn(layers, batch, 7), torch.randn(layers, batch, 7)
+    for given in (None, state):
+        expected, ends = lstm(inputs, given)
+        made, made_ends = LinearLSTM(lstm)(inputs, given)
+        torch.testing.assert_close(made, expected)
+        torch.testing.assert_close(made_ends, ends)
+    expected.sum().backward()
+    wanted = lstm.weight_hh_l0.grad.clone()
+    lstm.weight_hh_l0.grad = None
+    made.sum().backward()
+    torch.testing.assert_close(lstm.weight_hh_l0.grad, wanted)
+
+
+def test_other_lstms_are_left() -> None:
+    model = nn.ModuleDict(
+        {"two": nn.LSTM(3, 4, bidirectional=True), "p": nn.LSTM(3, 4, proj_size=2)}
+    )
+    unroll_lstms(model)
+    assert all(isinstance(module, nn.LSTM) for module in model.values())
+    with pytest.raises(TypeError, match="not a packed sequence"):
+        LinearLSTM(nn.LSTM(3, 4))(nn.utils.rnn.pack_sequence([torch.randn(2, 3)]))
+
+
+def changed(model: nn.Module) -> nn.Module:
+    """All changes at once, grids included."""
+    fold_batch_norms(model)
+    unroll_lstms(model)
+    shared: dict[int, WeightQuantizer] = {}
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
+            quantizer = WeightQuantizer(4, len(module.weight))
+            attach(module, "weight", shared.setdefault(id(module.weight), quantizer))
+            if not isinstance(module, nn.Embedding):
+                attach(module, "input", ActivationQuantizer(6))
+            last = module
+    attach(last, "output", ActivationQuantizer(5))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("range"):
+                tensor.copy_(torch.tensor([-1.0, 1.0]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (lambda: ResNetCifar(8, in_channels=1), torch.randn(2, 1, 8, 8)),
+        (lambda: LSTMLanguageModel(11, 6, 6, layers=2, tied=True), torch.arange(10).view(2, 5)),
+    ],
+)
+def test_a_fresh_model_conforms_to_a_state_dict(build, inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    model = changed(lively(build()))
+    state = model.state_dict()
+    fresh = build().eval()
+    conform(fresh, state)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(inputs), model(inputs))
+    assert list(fresh.state_dict()) == list(state)
+    again = copy.deepcopy(fresh)
+    assert torch.equal(again(inputs), model(inputs))
+
+
+def test_an_ordinary_state_dict_changes_nothing() -> None:
+    model = ResNetCifar(8)
+    before = str(model)
+    conform(model, model.state_dict())
+    conform(model, {})
+    assert str(model) == before
+
+
+def test_a_skeleton_takes_no_memory_and_keeps_ties() -> None:
+    model = LSTMLanguageModel(11, 6, 6, tied=True)
+    made = skeleton(model)
+    assert all(tensor.is_meta for tensor in made.state_dict().values())
+    assert made.decoder.weight is made.encoder.weight
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())

@@ -1,0 +1,213 @@
+"""What quantize leaves in the model, what survives it, and what it refuses."""
+
+import copy
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from trainer import artifact
+from trainer.compress.codebooks import codebook_of
+from trainer.compress.counts import counts
+from trainer.compress.quantize import activation_quantizers
+from trainer.compress.select import weights
+from trainer.config import FitConfig
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.models import LSTMLanguageModel, ResNetCifar
+from trainer.phases import Prune, Quantize, Retrain, Share, Train, check_order
+from trainer.run import restored
+
+WORLD = World.single(torch.device("cpu"))
+TRAINING = FitConfig(epochs=1)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.BatchNorm1d(30), nn.Linear(30, 10))
+
+
+def run(phase: Any, model: nn.Module, inputs: Tensor, steps: int = 5) -> None:
+    phase.enter(model, WORLD)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=0.01)
+    model.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        optimizer.step()
+        phase.after_step(model, WORLD, step + 1, steps)
+    phase.leave(model)
+    model.eval()
+
+
+def integers(model: nn.Module, name: str) -> Tensor:
+    state = model.state_dict()
+    scale = state[f"{name}_quantizer.scale"]
+    weight = state[name]
+    made = weight / (scale.view(-1, *[1] * (weight.ndim - 1)) if scale.ndim else scale)
+    assert torch.allclose(made, made.round(), atol=1e-3)
+    return made.round()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"bits": 1}, "bits=1: it must be 2 to 8 bits"),
+        ({"bits": 9}, "bits=9"),
+        ({"activations": 1}, "activations=1: it must be 2 to 8 bits"),
+        ({"overrides": {"fc": 16}}, "overrides.fc=16"),
+        ({"momentum": 0.0}, "momentum=0.0: it must be above 0"),
+        ({"keep": ["ranges"]}, "keep=ranges: it must be one of zeros, sharing"),
+        ({"keep": ["sharing"]}, "per_channel=true with keep=\\[sharing\\].* set per_channel=false"),
+        ({"fit": FitConfig(epochs=0)}, "activations=8 with fit.epochs=0"),
+        ({"activations": None, "outputs": ["0"]}, "outputs=\\['0'\\] with activations=null"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Quantize(**({"fit": TRAINING} | settings))
+
+
+def test_settings_that_do_not_fit_the_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'conv' matches no weight"):
+        Quantize(TRAINING, overrides={"conv": 4}).check(net())
+    gru = nn.ModuleDict({"gru": nn.GRU(3, 4)})
+    with pytest.raises(ConfigError, match=r"weight of GRU cannot be quantized.* exempt=\[gru\]"):
+        Quantize(TRAINING).check(gru)
+    shared = Quantize(TRAINING, per_channel=False, keep=["zeros", "sharing"])
+    folded = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ConfigError, match=r"fold=true with keep=\[sharing\].* set fold=false"):
+        shared.check(folded)
+    model = net()
+    before = str(model)
+    shared.check(model)  # its batch norm follows a ReLU: nothing would be folded
+    Quantize(TRAINING, overrides={"0": 4, "3.weight": 2}).check(model)
+    assert str(model) == before
+
+
+def test_nothing_may_train_after_it() -> None:
+    quantize = Quantize(TRAINING)
+    for later in (Train(TRAINING), Retrain(TRAINING), Share(TRAINING), Quantize(TRAINING)):
+        with pytest.raises(ConfigError, match="would destroy the quantization made by 'q'"):
+            check_order({"q": quantize, "later": later})
+    sharing = Share(FitConfig(), 4)
+    with pytest.raises(ConfigError, match="would destroy the sharing"):
+        check_order({"share": sharing, "q": quantize})
+    keeping = Quantize(TRAINING, per_channel=False, keep=["zeros", "sharing"])
+    check_order({"share": sharing, "q": keeping})
+
+
+@pytest.mark.parametrize(("bits", "per_channel"), [(8, True), (4, False), (2, True)])
+def test_weights_end_on_their_grid(bits: int, per_channel: bool) -> None:
+    model = net()
+    phase = Quantize(TRAINING, bits, {"3": 8}, per_channel=per_channel)
+    run(phase, model, torch.randn(8, 20))
+    assert integers(model, "0.weight").abs().max() == (1 << (bits - 1)) - 1
+    assert integers(model, "3.weight").abs().max() > 63
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert "parametrizations" not in str(list(model.state_dict()))
+    ranges = [quantizer.range for quantizer in activation_quantizers(model)]
+    assert len(ranges) == 2
+    assert all(extent[0] <= 0 < extent[1] for extent in ranges)
+
+
+def test_without_training_only_weights_are_rounded() -> None:
+    model = net()
+    before = copy.deepcopy(model)
+    run(Quantize(FitConfig(), activations=None, fold=False), model, torch.randn(8, 20), 0)
+    assert not activation_quantizers(model)
+    for name in ("0.weight", "3.weight"):
+        error = model.get_parameter(name) - before.get_parameter(name)
+        assert error.abs().max() < model.state_dict()[f"{name}_quantizer.scale"].max()
+
+
+def test_zeros_and_clusters_are_still_there() -> None:
+    model = net()
+    nn.init.normal_(model[2].weight)
+    Prune(FitConfig(), 0.5).enter(model, WORLD)
+    zeros = {name: places[0].value == 0 for name, places in weights(model).items()}
+    run(Share(FitConfig(), 3, init="density"), model, torch.randn(8, 20), 0)
+    books = {name: codebook_of(places[0].value) for name, places in weights(model).items()}
+    phase = Quantize(TRAINING, 8, per_channel=False, keep=["zeros", "sharing"])
+    entered = copy.deepcopy(model)
+    phase.enter(entered, WORLD)
+    # Two codebooks, and the vectors of norm and biases, which were not shared.
+    assert counts(entered).learnable == 8 + 8 + 30 + 60 + 10
+    run(phase, model, torch.randn(8, 20))
+    for name, places in weights(model).items():
+        value = places[0].value
+        book = books[name]
+        assert book is not None
+        assert bool((value[zeros[name]] == 0).all())
+        assert 1 < len(value[value != 0].unique()) <= 8
+        for code in range(1, 9):  # equal before, equal after
+            assert len(value[book.codes == code].unique()) == 1
+        integers(model, name)
+
+
+def test_pruned_weights_stay_zero_with_a_scale_per_channel() -> None:
+    model = net()
+    Prune(FitConfig(), 0.9).enter(model, WORLD)
+    zeros = model[0].weight == 0
+    run(Quantize(TRAINING, 4), model, torch.randn(8, 20))
+    assert bool((model[0].weight[zeros] == 0).all())
+    assert 0 < integers(model, "0.weight").count_nonzero() <= 60
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (lambda: ResNetCifar(8, in_channels=1), torch.randn(8, 1, 8, 8)),
+        (lambda: LSTMLanguageModel(11, 6, 6, tied=True), torch.randint(11, (4, 5))),
+    ],
+)
+def test_a_decoded_file_gives_the_same_outputs_bit_for_bit(build, inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    model = build()
+    run(Prune(FitConfig(), 0.6), model, inputs, 0)
+    run(Quantize(TRAINING, 5, {"*fc*": 3} if "Res" in str(type(model)) else {}), model, inputs)
+    state = model.state_dict()
+    through_disk = safetensors.torch.load(safetensors.torch.save(dict(_untied(state))))
+    content = artifact.encode(through_disk)
+    decoded = restored(build(), artifact.loads(content)).eval()
+    assert torch.equal(decoded(inputs), model(inputs))
+    for name, tensor in decoded.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    kinds = [layer["kind"] for layer in artifact.describe(content).layers]
+    assert "quantized" in kinds
+    assert "pruned" not in kinds
+    assert artifact.describe(content).parameters == counts(model).parameters
+
+
+def _untied(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def test_entering_again_and_loading_goes_on_in_the_same_bits() -> None:
+    inputs = torch.randn(8, 20)
+    phase = Quantize(TRAINING, 4)
+
+    def steps(model: nn.Module, number: int) -> None:
+        for step in range(number):
+            model.zero_grad()
+            model(inputs).square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 1e-3 * parameter.grad
+            phase.after_step(model, WORLD, step + 1, 4)
+
+    whole, cut = net(), net()
+    phase.enter(whole, WORLD)
+    steps(whole, 4)
+    phase.enter(cut, WORLD)
+    steps(cut, 2)
+    again = net()
+    phase.enter(again, WORLD)
+    again.load_state_dict(cut.state_dict())
+    steps(again, 2)
+    for model in (whole, again):
+        phase.leave(model)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name

@@ -1,0 +1,172 @@
+"""Fake quantization: numbers are rounded to a grid of integers times a scale, and stay floats.
+
+Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference, CVPR 2018, arXiv:1712.05877. The gradient passes straight through the rounding, and is
+zero where a number lies beyond the grid (Bengio et al. 2013, arXiv:1308.3432).
+
+A quantizer is a child of the layer that it serves, `weight_quantizer`, `input_quantizer` or
+`output_quantizer`, and its grid is in the state_dict. That of the inputs runs whenever the layer
+does. That of the weight only says which grid the weight is on, once training is over.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BITS = range(2, 9)
+
+# Layers whose weight and input can be quantized.
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+_HALF = 65504.0  # the largest number of fp16
+_SMALLEST = 1e-12  # scale: below it, its inverse would not be finite in fp32 arithmetic
+
+
+class Quantizer(nn.Module):
+    """A grid of 2^bits integers, or one fewer."""
+
+    width: Tensor
+
+    def __init__(self, bits: int) -> None:
+        """Raises ValueError where `bits` is not 2 to 8."""
+        super().__init__()
+        if bits not in BITS:
+            raise ValueError(f"bits={bits}: it must be 2 to 8")
+        self.bits = bits
+        self.register_buffer("width", torch.tensor(bits, dtype=torch.uint8))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if not self.width.is_meta:
+            self.bits = int(self.width)
+
+
+class WeightQuantizer(Quantizer):
+    """Symmetric: the integers from -(2^(bits-1) - 1) to 2^(bits-1) - 1 times the scale.
+
+    Zero is on the grid, so a pruned weight stays zero; with one scale per tensor, weights that are
+    equal stay equal.
+    """
+
+    scale: Tensor
+
+    def __init__(self, bits: int, channels: int | None = None) -> None:
+        """Args: channels: size of the weight's first dimension, for a scale each; None: one."""
+        super().__init__(bits)
+        self.register_buffer("scale", torch.ones(() if channels is None else (channels,)))
+
+    @property
+    def most(self) -> int:
+        """The largest integer of the grid."""
+        return (1 << (self.bits - 1)) - 1
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor) -> None:
+        """Take the scale of least squared error for `weight`, clipping what is far out."""
+        rows = weight.float().reshape(self.scale.numel(), -1)
+        top = rows.abs().amax(1, keepdim=True) / self.most
+        best, least = torch.ones_like(top), torch.full_like(top, math.inf)
+        for part in torch.linspace(1, 0.25, 26).tolist():
+            scale = (top * part).clamp_min(_SMALLEST)
+            rounded = (rows / scale).round_().clamp_(-self.most, self.most).mul_(scale)
+            error = rounded.sub_(rows).square_().sum(1, keepdim=True)
+            best = torch.where((error < least) & (top > 0), scale, best)
+            least = torch.minimum(error, least)
+        self.scale.copy_(best.view(self.scale.shape))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` [channels, ...] on the grid, float32."""
+        zero = torch.zeros_like(self.scale, dtype=torch.int32)
+        if self.scale.ndim:
+            made = torch.fake_quantize_per_channel_affine(
+                weight, self.scale, zero, 0, -self.most, self.most
+            )
+        else:
+            made = torch.fake_quantize_per_tensor_affine(
+                weight, self.scale, zero, -self.most, self.most
+            )
+        return made
+
+
+class ActivationQuantizer(Quantizer):
+    """Affine: the integers 0 to 2^bits - 1 spread over [minimum, maximum], which holds zero.
+
+    While it trains it notes what it sees; `trainer.phases.Quantize` makes the moving average of
+    that over all ranks. Before the first average it takes the range of the batch at hand.
+    """
+
+    range: Tensor
+    seen: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.register_buffer("range", torch.full((2,), math.nan))
+        self.register_buffer("seen", torch.full((2,), math.nan), persistent=False)
+
+    @property
+    def most(self) -> int:
+        """The largest integer of the grid."""
+        return (1 << self.bits) - 1
+
+    def grid(self, extent: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32) for a range [minimum, maximum], both 0-dim."""
+        scale = ((extent[1] - extent[0]) / self.most).clamp_min(_SMALLEST)
+        zero_point = (-extent[0] / scale).round().clamp(0, self.most)
+        return scale, zero_point.int()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of any shape on the grid, float32."""
+        x = x.float()
+        extent = self.range
+        if self.training and x.numel():
+            low, high = torch.aminmax(x.detach())
+            now = torch.stack((low.clamp_max(0), high.clamp_min(0))).nan_to_num()
+            seen = self.seen
+            seen.copy_(torch.stack((seen[0].fmin(now[0]), seen[1].fmax(now[1]))))
+            extent = torch.where(extent.isnan(), now, extent)
+        scale, zero_point = self.grid(extent)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, self.most)
+
+
+def attach(layer: nn.Module, kind: str, quantizer: Quantizer) -> None:
+    """Make `quantizer` the layer's `kind`_quantizer: "weight", "input" or "output"."""
+    device = next(layer.parameters()).device
+    layer.add_module(f"{kind}_quantizer", quantizer.to(device).train(layer.training))
+    if kind == "input":
+        layer.register_forward_pre_hook(_quantize_input)
+    elif kind == "output":
+        layer.register_forward_hook(_quantize_output)
+
+
+def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """All of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+
+
+def is_grid(name: str) -> bool:
+    """Whether an entry of a state_dict belongs to a quantizer: it is exact, and no parameter."""
+    return name.rpartition(".")[0].endswith("_quantizer")
+
+
+@torch.no_grad()
+def halve_precision(model: nn.Module) -> None:
+    """Round biases, norms and running statistics to fp16, which is what a .dcz file holds of them.
+
+    So the model that is validated is the one that the file decodes to, bit for bit.
+    """
+    for name, tensor in model.state_dict().items():
+        short = tensor.ndim == 1 and tensor.dtype == torch.float32 and not is_grid(name)
+        if short and bool((tensor.abs() <= _HALF).all()):
+            tensor.copy_(tensor.half())
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    first, *rest = args
+    return (module.input_quantizer(first), *rest)  # type: ignore[operator]
+
+
+def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    made: Tensor = module.output_quantizer(output)  # type: ignore[operator]
+    return made

@@ -1,0 +1,155 @@
+"""Quantization-aware training: the model learns to live with few bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from trainer.compress.install import fold, install
+from trainer.compress.parametrize import FakeQuant
+from trainer.compress.quantize import (
+    BITS,
+    LAYERS,
+    ActivationQuantizer,
+    WeightQuantizer,
+    activation_quantizers,
+    attach,
+    halve_precision,
+)
+from trainer.compress.rewrite import fold_batch_norms, foldable, skeleton, unroll_lstms
+from trainer.compress.select import Place, choose, match, module_of, parameters
+from trainer.config import FitConfig, one_of
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.phases.base import Phase
+from trainer.phases.retrain import surviving
+
+
+@dataclass
+class Quantize(Phase):
+    """Round weights and the inputs of layers to a grid of few integers, and train with that.
+
+    Batch norm is folded first, and an LSTM is made of Linear layers (its weights have names such as
+    "lstm.layers.0.ih.weight" then, for patterns too). The scale of a weight is that of least
+    squared error at the start, and stays. The range of an input is a moving average of the
+    smallest and largest number of each step, over all ranks.
+
+    What leaves are plain weights on their grid, and quantizers that hold scales and ranges
+    (trainer.compress.quantize).
+    """
+
+    kind: ClassVar[str] = "quantize"
+    makes: ClassVar[frozenset[str]] = frozenset({"quantization"})
+
+    fit: FitConfig
+    bits: int = 8  # of a weight, 2 to 8
+    overrides: dict[str, int] = field(default_factory=dict)  # bits by name pattern
+    activations: int | None = 8  # bits of a layer's input, 2 to 8; null: only weights are quantized
+    outputs: list[str] = field(default_factory=list)  # patterns of layers whose output is, too
+    per_channel: bool = True  # a scale for each output channel, or one for each weight
+    momentum: float = 0.05  # of a step in the moving average of the ranges, in (0, 1]
+    fold: bool = True  # whether batch norm is folded into the layer before it
+    keep: list[str] = field(default_factory=lambda: ["zeros"])  # what stays: zeros, sharing
+    include: list[str] = field(default_factory=lambda: ["*"])  # name patterns of the weights
+    exempt: list[str] = field(default_factory=list)  # name patterns of those to leave after all
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        return frozenset(self.keep)
+
+    def __post_init__(self) -> None:
+        asked: dict[str, int | None] = {"bits": self.bits, "activations": self.activations}
+        asked |= {f"overrides.{pattern}": bits for pattern, bits in self.overrides.items()}
+        for key, bits in asked.items():
+            if bits is not None and bits not in BITS:
+                raise ConfigError(f"{key}={bits}: it must be 2 to 8 bits")
+        for what in self.keep:
+            one_of("keep", what, ("zeros", "sharing"))
+        if not 0 < self.momentum <= 1:
+            raise ConfigError(f"momentum={self.momentum}: it must be above 0 and at most 1")
+        if "sharing" in self.keep and self.per_channel:
+            raise ConfigError(
+                "per_channel=true with keep=[sharing]: weights of one value would get several "
+                "scales, and so several values; set per_channel=false"
+            )
+        if self.activations is not None and self.fit.epochs == 0:
+            raise ConfigError(
+                f"activations={self.activations} with fit.epochs=0: the ranges are learnt in "
+                "training; set epochs, or activations=null"
+            )
+        if self.outputs and self.activations is None:
+            raise ConfigError(f"outputs={self.outputs} with activations=null: set activations=8")
+
+    def check(self, model: nn.Module) -> None:
+        if self.fold and "sharing" in self.keep and foldable(model):
+            raise ConfigError(
+                "fold=true with keep=[sharing]: batch norm would give each channel of a shared "
+                "weight values of its own; set fold=false"
+            )
+        self._rewrite(skeleton(model))
+
+    def enter(self, model: nn.Module, world: World) -> None:
+        quantizers = self._rewrite(model)
+        places = parameters(model)
+        for name, quantizer in quantizers.items():
+            quantizer.calibrate(places[name][0].value)
+        world.broadcast(quantizer.scale for quantizer in quantizers.values())
+        inner = surviving(model, world, self.keeps)
+        made = {
+            name: FakeQuant(quantizer, inner.get(name)) for name, quantizer in quantizers.items()
+        }
+        install(model, inner | made)
+
+    def after_step(self, model: nn.Module, world: World, step: int, total: int) -> None:
+        found = activation_quantizers(model)
+        if not found:
+            return
+        seen = torch.stack([quantizer.seen for quantizer in found])
+        there = ~seen.isnan()
+        sums = torch.stack((seen.nan_to_num(0), there.float()))
+        world.all_reduce(sums)
+        mean = sums[0] / sums[1]  # NaN where no rank saw anything
+        for quantizer, now in zip(found, mean.unbind(), strict=True):
+            before = torch.where(quantizer.range.isnan(), now, quantizer.range)
+            moved = before + self.momentum * (now - before)
+            quantizer.range.copy_(torch.where(now.isnan(), quantizer.range, moved))
+            quantizer.seen.fill_(torch.nan)
+
+    def leave(self, model: nn.Module) -> None:
+        fold(model)
+        for quantizer in activation_quantizers(model):
+            quantizer.range.nan_to_num_(0)  # of a layer that was never used
+        halve_precision(model)
+
+    def _rewrite(self, model: nn.Module) -> dict[str, WeightQuantizer]:
+        """Change the structure, and say what quantizes each weight. Raises ConfigError."""
+        if self.fold:
+            fold_batch_norms(model)
+        unroll_lstms(model)
+        chosen = choose(model, self.include, self.exempt)
+        _check_layers(chosen)
+        bits = dict.fromkeys(chosen, self.bits) | match(self.overrides, chosen)
+        outputs = match(dict.fromkeys(self.outputs, True), chosen)
+        made = {}
+        for name, places in chosen.items():
+            channels = len(places[0].value) if self.per_channel else None
+            made[name] = WeightQuantizer(bits[name], channels)
+            for layer, _ in places:
+                attach(layer, "weight", made[name])
+                if self.activations is not None and not isinstance(layer, nn.Embedding):
+                    attach(layer, "input", ActivationQuantizer(self.activations))
+                if self.activations is not None and name in outputs:
+                    attach(layer, "output", ActivationQuantizer(self.activations))
+        return made
+
+
+def _check_layers(chosen: Mapping[str, list[Place]]) -> None:
+    for name, places in chosen.items():
+        for layer, attribute in places:
+            if not isinstance(layer, LAYERS) or attribute != "weight":
+                raise ConfigError(
+                    f"{name}: a weight of {type(layer).__name__} cannot be quantized, only those "
+                    f"of Linear, Conv, Embedding and a plain LSTM; exempt=[{module_of(name)}]"
+                )
