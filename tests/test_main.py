@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from trainer import artifact
 from trainer.__main__ import conf_dir, main
+from trainer.compress.quantize import is_grid
 from trainer.data.mnist import mnist
 from trainer.models import LeNet5, LeNet300
 

@@ -44,6 +44,13 @@ PHASES = {
         "fit": {**FIT, "accumulate": 2, "clip": 1.0, "distill": {"weight": 0.5}},
     },
     "share": {"_target_": "trainer.phases.Share", "bits": 2, "fit": {**FIT, "lr": 0.001}},
+    "quantize": {
+        "_target_": "trainer.phases.Quantize",
+        "per_channel": False,
+        "fold": False,
+        "keep": ["zeros", "sharing"],
+        "fit": {**FIT, "lr": 0.001, "distill": {"weight": 0.5}},
+    },
 }
 STEPS = 8  # per phase: two epochs of 50 samples in batches of 16
 
@@ -103,7 +110,10 @@ def run(cfg, start=None, stop_at=None, world=None):
         {"optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01}},
         {"model": {
             "_target_": "trainer.models.ResNetCifar", "depth": 8, "in_channels": 1,
-        }, "phases": {"train": PHASES["train"]}},
+        }, "phases": {
+            "train": PHASES["train"],
+            "quantize": {"_target_": "trainer.phases.Quantize", "bits": 6, "fit": FIT},
+        }},
     ],
     ids=["sgd", "fp16", "adam", "batch-norm"],
 )  # fmt: skip

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 import safetensors.torch
 
 from trainer import artifact
+from trainer.compress.rewrite import restore
 from trainer.config import Config
 from trainer.engine.evaluate import evaluate
 from trainer.engine.world import World
 from trainer.messages import Measured, Message, RunStopped
-from trainer.run import build_data, build_model, build_runtime, restored, should_stop
+from trainer.run import build_data, build_model, build_runtime, should_stop
 
 DECODED = "artifact"  # the model whose weights are a compressed file
 
@@ -27,6 +28,6 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
             yield RunStopped()
             return
         load = artifact.loads if name == DECODED else safetensors.torch.load
-        model = restored(build_model(cfg), load(content))
+        model = restore(build_model(cfg), load(content))
         metrics = evaluate(runtime.place(model), test, runtime)
         yield Measured(name, metrics.accuracy, metrics.loss)

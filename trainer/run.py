@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.build import build
 from trainer.compress.counts import counts
-from trainer.compress.rewrite import conform
+from trainer.compress.rewrite import restore
 from trainer.config import CheckpointConfig, Config
 from trainer.data.split import Splits
 from trainer.engine.checkpoint import pack, to_bytes, unpack
@@ -80,9 +80,9 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
     check_match(model, data, runtime)
     teacher = None
     if start.baseline is not None:
-        teacher = restored(copy.deepcopy(model), safetensors.torch.load(start.baseline))
+        teacher = restore(copy.deepcopy(model), safetensors.torch.load(start.baseline))
     if start.weights is not None:
-        restored(model, safetensors.torch.load(start.weights))
+        restore(model, safetensors.torch.load(start.weights))
     world.broadcast(_tensors(model))
     yield RunStarted(
         workers=world.size,
@@ -280,13 +280,6 @@ def check_phases(phases: Mapping[str, Phase], model: nn.Module) -> None:
             phase.check(model)
         except ConfigError as error:
             raise ConfigError(f"phases.{name}: {error}") from error
-
-
-def restored(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """`model` as it was when `state` was taken, in structure too (trainer.compress.rewrite)."""
-    conform(model, state)
-    model.load_state_dict(state)
-    return model
 
 
 def should_stop(world: World) -> bool:

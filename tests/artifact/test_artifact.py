@@ -360,6 +360,37 @@ HOSTILE = {
         {"tensors": [["w", "f32", [1 << 9, 1 << 9], "c", 1 << 16, "f32"]]},
         [LAYER, encode_floats(b"\0" * (4 << 16), 4)],
     ),
+    "integers without scales": (
+        {"tensors": [["w", "f32", [2, 2], "q", 2, "i8"]]},
+        [LAYER, encode_floats(b"\xff\x01", 1)],
+    ),
+    "integers with scales that do not fit": (
+        {
+            "tensors": [
+                ["w", "f32", [2, 2], "q", 2, "i8"],
+                ["w_quantizer.scale", "f32", [4], "r", "f32"],
+            ]
+        },
+        [LAYER, FLOATS, encode_floats(b"\xff\x01", 1)],
+    ),
+    "integers with scales of integers": (
+        {
+            "tensors": [
+                ["w", "f32", [2, 2], "q", 2, "i8"],
+                ["w_quantizer.scale", "i8", [2], "r", "i8"],
+            ]
+        },
+        [LAYER, encode_floats(b"\xff\x01\x01\x01", 1)],
+    ),
+    "integers stored as floats": (
+        {
+            "tensors": [
+                ["w", "f32", [2, 2], "q", 2, "f32"],
+                ["w_quantizer.scale", "f32", [2], "r", "f32"],
+            ]
+        },
+        [LAYER, FLOATS],
+    ),
     "a count is true": (
         {"tensors": [["w", "f32", [2, 2], "c", True, "f32"]]},
         [LAYER, encode_floats(b"\0" * 4, 4)],

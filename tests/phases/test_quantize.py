@@ -12,13 +12,13 @@ from trainer import artifact
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.counts import counts
 from trainer.compress.quantize import activation_quantizers
+from trainer.compress.rewrite import restore
 from trainer.compress.select import weights
 from trainer.config import FitConfig
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.models import LSTMLanguageModel, ResNetCifar
 from trainer.phases import Prune, Quantize, Retrain, Share, Train, check_order
-from trainer.run import restored
 
 WORLD = World.single(torch.device("cpu"))
 TRAINING = FitConfig(epochs=1)
@@ -171,7 +171,7 @@ def test_a_decoded_file_gives_the_same_outputs_bit_for_bit(build, inputs: Tensor
     state = model.state_dict()
     through_disk = safetensors.torch.load(safetensors.torch.save(dict(_untied(state))))
     content = artifact.encode(through_disk)
-    decoded = restored(build(), artifact.loads(content)).eval()
+    decoded = restore(build(), artifact.loads(content)).eval()
     assert torch.equal(decoded(inputs), model(inputs))
     for name, tensor in decoded.state_dict().items():
         assert torch.equal(tensor, state[name]), name

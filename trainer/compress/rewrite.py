@@ -20,17 +20,25 @@ from trainer.errors import ConfigError, first_line
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def conform(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give `model` the structure, not yet the values, of the one that `state` was taken from.
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Give `model` the structure and the values that it had when `state` was taken from it.
 
-        conform(model, state)
-        model.load_state_dict(state)
+        model = restore(LeNet5(), trainer.artifact.load("model.dcz"))
 
     Args:
-        model: of the same class and settings, as it was built; a state_dict without quantizers
-            leaves it as it is.
-        state: a state_dict.
+        model: of the same class and settings, as it was built; changed in place and returned.
+        state: a state_dict; of a model that was not quantized, `load_state_dict` does the same.
+
+    Raises:
+        RuntimeError: the state_dict is that of another model.
     """
+    conform(model, state)
+    model.load_state_dict(state)
+    return model
+
+
+def conform(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The structure alone; a state_dict without quantizers leaves it as it is."""
     if not any(name.endswith("_quantizer.width") for name in state):
         return
     for name, module in list(model.named_modules()):
