@@ -175,3 +175,12 @@ def test_claims_beyond_the_bytes_are_refused_at_once() -> None:
     blob = encode_layer(layer(0, (60, 60), 8, 0.2), (60, 60), 8)
     with pytest.raises(CorruptError, match="cannot hold"):
         decode_layer(blob, (1 << 40, 1 << 20), 8)
+
+
+def test_a_large_layer_is_coded_by_context_where_that_saves_bytes() -> None:
+    random = np.random.default_rng(0)
+    dense = random.normal(127, 30, (300, 400)).round().clip(0, 254).astype(np.uint16)
+    assert encode_layer(dense, (300, 400), 254)[0] in (CODERS["huffman"], CODERS["ans"])
+    rows = random.random((300, 1)) < 0.1  # whole neurons were pruned: neighbours say so
+    blocks = np.where(rows, random.integers(0, 9, (300, 400)), 0).astype(np.uint16)
+    assert encode_layer(blocks, (300, 400), 8)[0] in (CODERS["context"], CODERS["columns"])

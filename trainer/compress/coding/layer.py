@@ -22,6 +22,7 @@ CODERS = {"context": 0, "columns": 1, "huffman": 2, "ans": 3}
 CLUSTERS = 65535  # at most
 MIXED = 1 << 23  # positions; above, only gaps are fast enough to be tried unasked
 _WIDEST = 1 << 16  # columns of the context coder, whose memory grows with them
+_SAMPLE = 1 << 16  # positions by which the context coder is compared with the others
 _TRIAL = 1 << 18  # positions by which the options of the context coder are compared
 
 
@@ -49,7 +50,8 @@ def encode_layer(
         clusters: 1 to 65535.
         negatives: how many centroids are below zero; None: half of them. Tells signs apart, which
             is worth bytes; the decoder needs the same.
-        coder: one of CODERS, or auto: the smallest of them.
+        coder: one of CODERS, or auto: the smallest of them. The context coder is slow, and in a
+            large layer it is tried only where it saves 3% of the first rows.
 
     Raises:
         ValueError: levels that are not 0 to `clusters`, or do not fit the shape.
@@ -73,7 +75,7 @@ def encode_layer(
     }
     names = [coder]
     if coder == "auto":
-        names = list(CODERS) if matrix.size <= MIXED else ["huffman", "ans"]
+        names = list(CODERS) if _context_pays(matrix, clusters, below) else ["huffman", "ans"]
     blobs = [bytes([CODERS[name]]) + encoders[name]() for name in names]
     blobs = [blob for blob in blobs if max_positions(len(blob)) >= matrix.size]
     if not blobs:  # nearly nothing in a huge layer: too small to be told from a made-up claim
@@ -125,6 +127,18 @@ def _negatives(clusters: int, negatives: int | None) -> int:
     if not 0 <= below <= clusters:
         raise ValueError(f"{below} negative centroids of {clusters}")
     return below
+
+
+def _context_pays(matrix: Levels, clusters: int, negatives: int) -> bool:
+    """Whether the context coder is worth its time: it is not on dense 8-bit weights, for one."""
+    if not _SAMPLE < matrix.size <= MIXED:
+        return matrix.size <= _SAMPLE
+    columns = matrix.shape[1]
+    if columns > _SAMPLE:
+        return True  # the first row alone would be more than a sample
+    sample = matrix[: _SAMPLE // columns]
+    mixed = context.encode(sample, clusters, negatives, 0, 0, 1)
+    return len(mixed) < 0.97 * len(gaps.encode(sample.ravel(), clusters, ans))
 
 
 def _by_context(
