@@ -1,0 +1,117 @@
+"""Time of a quantization-aware training step: our phase, torchao's PT2E, and plain training.
+
+    pip install torchao==0.18.0
+    python benchmarks/qat_step.py [--steps 100] [--repeats 9]
+
+LeNet-5, batch 64, one thread, fused SGD, the same images again and again. All take turns, in an
+order that rotates; the first turn of each is not counted. The table shows medians over turns; a
+ratio is the median of the ratios to plain fp32 within each turn.
+
+    ours      what trainer.phases.Quantize makes of the net, and its after_step (8-bit weights per
+              channel, 8-bit inputs of layers with a moving average of their range)
+    torchao   prepare_qat_pt2e with X86InductorQuantizer's default QAT configuration, run as it is
+"""
+
+import argparse
+import datetime
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torchao
+from torch import nn
+from torch.nn import functional as F
+from torchao.quantization.pt2e import move_exported_model_to_train
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+from trainer.config import FitConfig
+from trainer.engine.world import World
+from trainer.models import LeNet5
+from trainer.phases import Quantize
+
+BATCH = 64
+Turn = Callable[[int], float]  # steps -> seconds a step
+
+
+def contestant(model: nn.Module, bf16: bool = False, phase: Quantize | None = None) -> Turn:
+    world = World.single(torch.device("cpu"))
+    torch.manual_seed(1)
+    layout = torch.channels_last if bf16 else torch.contiguous_format
+    images = torch.randn(BATCH, 1, 28, 28).contiguous(memory_format=layout)
+    targets = torch.randint(10, (BATCH,))
+    if phase is not None:
+        phase.enter(model, world)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, fused=True)
+
+    def turn(steps: int) -> float:
+        started = time.perf_counter()
+        for step in range(steps):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+                loss = F.cross_entropy(model(images).float(), targets)
+            loss.backward()
+            optimizer.step()
+            if phase is not None:
+                phase.after_step(model, world, step + 1, steps)
+        return (time.perf_counter() - started) / steps
+
+    return turn
+
+
+def pt2e() -> nn.Module:
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    example = (torch.randn(BATCH, 1, 28, 28),)
+    exported = torch.export.export(LeNet5().train(), example).module()
+    model = prepare_qat_pt2e(exported, quantizer)
+    move_exported_model_to_train(model)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=100, help="in a turn")
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    channels_last = torch.channels_last
+    settings = FitConfig(epochs=1)
+    contestants = {
+        "plain fp32": contestant(LeNet5()),
+        "plain bf16 + channels_last": contestant(LeNet5().to(memory_format=channels_last), True),
+        "ours, fp32": contestant(LeNet5(), phase=Quantize(settings)),
+        "ours, bf16 + channels_last": contestant(
+            LeNet5().to(memory_format=channels_last), True, Quantize(settings)
+        ),
+        "torchao PT2E QAT, fp32": contestant(pt2e()),
+    }
+    names = list(contestants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(args.repeats + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            seconds = contestants[name](args.steps)
+            times[name] += [seconds] * (number > 0)
+    print(
+        f"# Quantization-aware training step, {datetime.date.today()}\n\n"
+        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchao {torchao.__version__}; command: python {' '.join(sys.argv)}\n\n"
+        "| step | ms | of plain fp32 | min - max | n |\n|" + " --- |" * 5
+    )
+    for name, column in times.items():
+        ratios = (a / b for a, b in zip(column, times["plain fp32"], strict=True))
+        print(
+            f"| {name} | {1e3 * statistics.median(column):.2f} | {statistics.median(ratios):.2f} | "
+            f"{1e3 * min(column):.2f} - {1e3 * max(column):.2f} | {args.repeats} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
