@@ -33,6 +33,12 @@ def check(cfg: Config) -> nn.Module | None:
             f"limits.max_accuracy_drop={cfg.limits.max_accuracy_drop:g}: there is no dense model "
             "to compare with; put a train phase first, or set init_from"
         )
+    for name, phase in phases.items():
+        if cfg.sweep.params and phase.most_rounds > 1:
+            raise ConfigError(
+                f"phases.{name}.sparsity=auto in a sweep: how long a trial trains must be known "
+                "before; give the sparsity, or search it"
+            )
     build_optimizer(cfg.optimizer, [nn.Parameter(torch.zeros(1))])
     data = data_settings(cfg)
     check_arguments("data", target("data", data), data)

@@ -1,6 +1,6 @@
 """What a run tells whoever watches it: plain records, from rank 0 to the driver, in order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pickle import PickleBuffer
 from typing import Any
 
@@ -61,6 +61,26 @@ class EpochEnded:
 
 
 @dataclass(frozen=True)
+class RoundRecord:
+    """One round of a phase that goes on until it should not."""
+
+    round: int  # 1 is the first
+    sparsity: float
+    accuracy: float  # validation, fraction
+    loss: float  # validation, nats
+    accepted: bool  # False: the model went back to where it was before
+    stopped: str  # why this was the last round; empty: another one follows
+
+
+@dataclass(frozen=True)
+class RoundEnded:
+    """A phase has judged a round."""
+
+    phase: str
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
 class PhaseRecord:
     """One entry of `phases` in summary.json."""
 
@@ -78,6 +98,7 @@ class PhaseRecord:
     sent_bytes_per_step: int  # per worker
     images_per_second: float | None
     macs: int = 0  # multiply-accumulates per sample of weights that are not zero
+    rounds: list[RoundRecord] = field(default_factory=list)  # of a phase that has such
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,7 @@ Message = (
     RunStarted
     | PhaseStarted
     | Progress
+    | RoundEnded
     | EpochEnded
     | Checkpoint
     | PhaseEnded

@@ -6,6 +6,7 @@ the driver, so that the body needs no rank-specific branches.
 """
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from trainer.data.split import Splits
 from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.engine.clock import PhaseClock
 from trainer.engine.cost import macs
-from trainer.engine.evaluate import evaluate
+from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.loop import StepResult, fit, steps_in
 from trainer.engine.match import check_match
 from trainer.engine.objective import Distilled, Objective, supervised
@@ -36,6 +37,8 @@ from trainer.messages import (
     PhaseEnded,
     PhaseRecord,
     PhaseStarted,
+    RoundEnded,
+    RoundRecord,
     RunStarted,
     RunStopped,
 )
@@ -109,12 +112,12 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
             yield from run.messages(within)
             if run.stopped:
                 return
-        epochs_before += phase.fit.epochs
+        epochs_before += phase.fit.epochs * phase.most_rounds
 
 
 @dataclass
 class _PhaseRun:
-    """One phase of a run: entered, trained, left."""
+    """One phase of a run: entered, trained, left; most phases once, some in several rounds."""
 
     index: int
     name: str
@@ -126,91 +129,140 @@ class _PhaseRun:
     epochs_before: int
     checkpoint: CheckpointConfig
     stopped: bool = False
+    learnable: int = 0  # of the last round
+    last: StepResult | None = None  # likewise
 
     def messages(self, within: Mapping[str, Any] | None) -> Iterator[Message]:
         """Run the phase and say how it goes.
 
         Args:
-            within: go on from this state (of `_state`); None: begin.
+            within: go on from this state (of `_keep`); None: begin.
         """
+        world, phase, model = self.runtime.world, self.phase, self.model
+        clock = PhaseClock(world, time.monotonic())
+        rounds: list[RoundRecord] = []
+        if within is not None:
+            clock.load(within["clock"])
+            phase.load(within["phase"])
+            rounds = [RoundRecord(**record) for record in within["rounds"]]
+        while True:
+            yield from self._round(clock, rounds, within)
+            if self.stopped:
+                return
+            left = counts(model)
+            metrics = self._measure(model)  # of the plain weights
+            if self.last:
+                shown = self._shown(self.last, len(rounds))
+                yield clock.epoch(self.name, shown, metrics, left.sparsity)
+            judged = phase.judge(model, world, metrics)
+            if judged is None:
+                break
+            rounds.append(judged)
+            yield RoundEnded(self.name, judged)
+            if judged.stopped:
+                left, metrics = counts(model), self._measure(model)
+                break
+            within = None
+        steps = self._steps_of_a_round() * max(1, len(rounds))
+        record = PhaseRecord(
+            name=self.name,
+            kind=phase.kind,
+            seconds=clock.seconds(),
+            steps=steps,
+            train_loss=clock.train_loss,
+            accuracy=metrics.accuracy,
+            loss=metrics.loss,
+            parameters=left.parameters,
+            learnable=self.learnable,
+            nonzero=left.nonzero,
+            sparsity=left.sparsity,
+            sent_bytes_per_step=self.last.sent_bytes if self.last else 0,
+            images_per_second=clock.overall(),
+            macs=self._macs(),
+            rounds=rounds,
+        )
+        weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
+        yield PhaseEnded(index=self.index, record=record, weights=weights)
+
+    def _round(
+        self, clock: PhaseClock, rounds: list[RoundRecord], within: Mapping[str, Any] | None
+    ) -> Iterator[Message]:
+        """Plan, enter, train, leave."""
         model, phase, cfg, world = self.model, self.phase, self.phase.fit, self.runtime.world
+        number = len(rounds)
         world.pulse.phase, world.pulse.step = self.index, within["fit"]["step"] if within else 0
-        started = time.monotonic()
+        if within is None:
+            phase.plan(model, world, self._measure)
         phase.enter(model, world)
         if within is not None:
             model.load_state_dict(within["model"])
         entered = counts(model)
-        _, total = steps_in(len(self.data.train), self.runtime.batch_size, cfg)
-        yield PhaseStarted(
-            index=self.index,
-            name=self.name,
-            kind=phase.kind,
-            epochs=cfg.epochs,
-            steps=total,
-            learnable=entered.learnable,
-            sparsity=entered.sparsity,
-        )
-        clock = PhaseClock(world, started)
-        if within is not None:
-            clock.load(within["clock"])
-        last: StepResult | None = None
+        self.learnable = entered.learnable
+        if within is not None or not rounds:
+            yield PhaseStarted(
+                index=self.index,
+                name=self.name,
+                kind=phase.kind,
+                epochs=cfg.epochs * phase.most_rounds,
+                steps=self._steps_of_a_round() * phase.most_rounds,
+                learnable=entered.learnable,
+                sparsity=entered.sparsity,
+            )
+        self.last = None
         try:
-            for last in fit(
+            for step in fit(
                 model,
                 self.data.train,
                 cfg,
                 self.runtime,
-                self.epochs_before,
+                self.epochs_before + number * cfg.epochs,
                 within and within["fit"],
                 lambda: self._ask(clock),
                 self._objective(),
             ):
-                phase.after_step(model, world, last.step, last.total)
-                clock.count(last)
+                self.last = step
+                phase.after_step(model, world, step.step, step.total)
+                clock.count(step)
                 if clock.progress_due():
-                    yield clock.progress(self.name, cfg.epochs, last)
-                if last.step == last.total:
+                    shown = self._shown(step, number)
+                    yield clock.progress(self.name, cfg.epochs * phase.most_rounds, shown)
+                if step.step == step.total:
                     continue
-                if last.epoch_ends:
+                if step.epoch_ends:
                     clock.end_epoch()
-                    metrics = evaluate(model, self.data.validation, self.runtime)
-                    yield clock.epoch(self.name, last, metrics, counts(model).sparsity)
+                    metrics = self._measure(model)
+                    shown = self._shown(step, number)
+                    yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
                 every = self.checkpoint.every_steps
-                if last.asked != GO_ON or (every and last.step % every == 0):
-                    state = {"clock": clock.state(), "fit": last.state()}
-                    yield self._keep(last.step, state)
+                if step.asked != GO_ON or (every and step.step % every == 0):
+                    yield self._keep(step, clock, rounds)
                     clock.kept = time.monotonic()
-                if last.asked == STOP:
+                if step.asked == STOP:
                     self.stopped = True
                     yield RunStopped()
                     return
         except Diverged as error:
             raise Diverged(f"phase {self.name}: {error}") from error
-        if last:
+        if self.last:
             clock.end_epoch()
         phase.leave(model)
-        left = counts(model)
-        metrics = evaluate(model, self.data.validation, self.runtime)  # of the plain weights
-        if last:
-            yield clock.epoch(self.name, last, metrics, left.sparsity)
-        record = PhaseRecord(
-            name=self.name,
-            kind=phase.kind,
-            seconds=clock.seconds(),
-            steps=total,
-            train_loss=clock.train_loss,
-            accuracy=metrics.accuracy,
-            loss=metrics.loss,
-            parameters=left.parameters,
-            learnable=entered.learnable,
-            nonzero=left.nonzero,
-            sparsity=left.sparsity,
-            sent_bytes_per_step=last.sent_bytes if last else 0,
-            images_per_second=clock.overall(),
-            macs=self._macs(),
+
+    def _measure(self, model: nn.Module) -> Metrics:
+        return evaluate(model, self.data.validation, self.runtime)
+
+    def _steps_of_a_round(self) -> int:
+        return steps_in(len(self.data.train), self.runtime.batch_size, self.phase.fit)[1]
+
+    def _shown(self, step: StepResult, number: int) -> StepResult:
+        """A step as it is told: counted from the beginning of the phase, over all its rounds."""
+        if self.phase.most_rounds == 1:
+            return step
+        return dataclasses.replace(
+            step,
+            step=number * step.total + step.step,
+            total=self.phase.most_rounds * step.total,
+            epoch=number * self.phase.fit.epochs + step.epoch,
         )
-        weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
-        yield PhaseEnded(index=self.index, record=record, weights=weights)
 
     def _objective(self) -> Objective:
         distill = self.phase.fit.distill
@@ -234,11 +286,20 @@ class _PhaseRun:
         with self.runtime.arithmetic().autocast():
             return macs(self.model, inputs)
 
-    def _keep(self, step: int, state: Mapping[str, Any]) -> Checkpoint:
+    def _keep(self, step: StepResult, clock: PhaseClock, rounds: list[RoundRecord]) -> Checkpoint:
+        """All that is needed to go on after `step`. A collective call."""
+        told, clocked = self._shown(step, len(rounds)).step, clock.state()
         content = b""
         if self.runtime.world.rank == 0:
-            content = pack({"model": self.model.state_dict(), **state})
-        return Checkpoint(phase=self.index, step=step, content=content)
+            state = {
+                "model": self.model.state_dict(),
+                "clock": clocked,
+                "fit": step.state(),
+                "phase": self.phase.state(),
+                "rounds": [dataclasses.asdict(record) for record in rounds],
+            }
+            content = pack(state)
+        return Checkpoint(phase=self.index, step=told, content=content)
 
 
 def build_runtime(world: World, cfg: Config) -> Runtime:

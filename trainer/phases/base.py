@@ -4,12 +4,18 @@ Phases know nothing of one another. They find plain weights and leave plain weig
 them shows in their values (pruned is zero) and nowhere else.
 """
 
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 
 from trainer.config import FitConfig
+from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
+from trainer.messages import RoundRecord
+
+Measure = Callable[[nn.Module], Metrics]
+"""Metrics of a model on validation data, the same on all ranks."""
 
 
 class Phase:
@@ -52,3 +58,25 @@ class Phase:
 
     def leave(self, model: nn.Module) -> None:
         """Turn everything that `enter` installed back into plain weights."""
+
+    @property
+    def most_rounds(self) -> int:
+        """How often at most it plans, enters, trains and leaves. Most phases do it once."""
+        return 1
+
+    def plan(self, model: nn.Module, world: World, measure: Measure) -> None:
+        """Called before each `enter`, but where a round is resumed. May measure the model."""
+
+    def judge(self, model: nn.Module, world: World, metrics: Metrics) -> RoundRecord | None:
+        """Called after each `leave`: what the round came to, and whether it was the last one.
+
+        May put the model back to an earlier state. None: there are no rounds, this was all.
+        """
+        return None
+
+    def state(self) -> Mapping[str, Any]:
+        """What a checkpoint must keep beside the model: plain values and tensors."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, in the round in which it was taken; `enter` comes next."""

@@ -3,18 +3,23 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from trainer.compress.counts import counts
 from trainer.compress.install import fold, install
 from trainer.compress.masks import cubic_sparsity, largest, share
 from trainer.compress.parametrize import Masked, compression
 from trainer.compress.select import Place, choose, match, weights
-from trainer.config import FitConfig, one_of
+from trainer.config import FitConfig, at_least, one_of
+from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.phases.base import Phase
+from trainer.messages import RoundRecord
+from trainer.phases.auto import Search
+from trainer.phases.base import Measure, Phase
 from trainer.phases.retrain import preserve
 
 
@@ -32,13 +37,17 @@ class Prune(Phase):
     over all layers as `scope` says; a matrix of an LSTM or GRU with all its gates is one layer.
     Layers named by `overrides` stand alone in both scopes. Pruning never lowers the sparsity, and
     the weights that it exempts keep the zeros that they have.
+
+    With `sparsity: auto` it prunes and trains in rounds, as far as the accuracy on validation data
+    stays within `max_drop` of what it was before (trainer.phases.auto); it ends in the last state
+    that did. Each round keeps most of the layers whose loss rises most when they are pruned alone.
     """
 
     kind: ClassVar[str] = "prune"
     makes: ClassVar[frozenset[str]] = frozenset({"zeros"})
 
     fit: FitConfig
-    sparsity: float  # fraction of the weights that end as zero, in [0, 1)
+    sparsity: int | float | str  # fraction of the weights that end as zero, in [0, 1) | auto
     scope: str = "layer"  # layer: every layer reaches the sparsity | global: all of them together
     min_density: float = 0.01  # smallest fraction that any layer keeps, in [0, 1]
     overrides: dict[str, float] = field(default_factory=dict)  # sparsity by name pattern
@@ -50,6 +59,8 @@ class Prune(Phase):
         default_factory=lambda: ["*"]
     )  # name patterns of the weights to prune
     exempt: list[str] = field(default_factory=list)  # name patterns of those not to prune after all
+    max_drop: float | None = None  # auto: of validation accuracy, against that before; a fraction
+    rounds: int = 15  # auto: at most so many times pruned and trained
     _present: dict[str, int] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -61,7 +72,11 @@ class Prune(Phase):
         one_of("schedule", self.schedule, ("oneshot", "cubic"))
         if not 0 <= self.min_density <= 1:
             raise ConfigError(f"min_density={self.min_density}: it must be between 0 and 1")
-        asked = {"sparsity": self.sparsity}
+        asked = {}
+        if isinstance(self.sparsity, str):
+            self._check_auto(self.sparsity)
+        else:
+            asked["sparsity"] = float(self.sparsity)
         asked |= {f"overrides.{pattern}": value for pattern, value in self.overrides.items()}
         for key, value in asked.items():
             if not 0 <= value < 1:
@@ -82,7 +97,31 @@ class Prune(Phase):
     def check(self, model: nn.Module) -> None:
         self._chosen(model)
 
+    @property
+    def most_rounds(self) -> int:
+        return self.rounds if self._search else 1
+
+    def plan(self, model: nn.Module, world: World, measure: Measure) -> None:
+        if self._search:
+            layers = self._chosen(model)
+            floors = {n: self._floor(found[0].value.numel()) for n, found in layers.items()}
+            self._search.plan(model, layers, floors, measure)
+
+    def judge(self, model: nn.Module, world: World, metrics: Metrics) -> RoundRecord | None:
+        if not self._search:
+            return None
+        return self._search.judge(model, metrics, counts(model).sparsity)
+
+    def state(self) -> Mapping[str, Any]:
+        return self._search.state() if self._search else {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if self._search:
+            self._search.load(state)
+
     def enter(self, model: nn.Module, world: World) -> None:
+        if self._search:  # a resumed round begins where it began
+            model.load_state_dict(self._search.good)
         values = {name: places[0].value.detach() for name, places in self._chosen(model).items()}
         if self.schedule == "cubic":
             survivors = {name: weight != 0 for name, weight in values.items()}
@@ -116,6 +155,8 @@ class Prune(Phase):
     def _chosen(self, model: nn.Module) -> dict[str, list[Place]]:
         """The weights to prune. Raises ConfigError where the settings do not fit them."""
         chosen = choose(model, self.include, self.exempt)
+        if self._search:
+            return chosen
         sizes = {name: found[0].value.numel() for name, found in chosen.items()}
         _, pool, keep = self._targets(sizes, sizes, 1.0)
         if sum(self._floor(sizes[name]) for name in pool) > keep:
@@ -135,6 +176,9 @@ class Prune(Phase):
             sizes: weights of each layer.
             present: how many of them were not zero when the phase began.
         """
+        if self._search:
+            return self._search.targets, [], 0
+        assert not isinstance(self.sparsity, str)
         alone = match(self.overrides, sizes)
         if self.scope == "layer":
             alone = dict.fromkeys(sizes, self.sparsity) | alone
@@ -149,6 +193,33 @@ class Prune(Phase):
             final = max(initial, sparsity)
             sparsity = cubic_sparsity(progress, initial, final, self.begin, self.end)
         return max(1, round((1 - sparsity) * size))
+
+    @cached_property
+    def _search(self) -> Search | None:
+        """Where sparsity=auto stands; None for a given sparsity."""
+        return (
+            None
+            if self.max_drop is None or self.sparsity != "auto"
+            else Search(self.max_drop, self.rounds)
+        )
+
+    def _check_auto(self, sparsity: str) -> None:
+        if sparsity != "auto":
+            raise ConfigError(f"sparsity={sparsity}: it must be a number in [0, 1), or auto")
+        if self.max_drop is None:
+            raise ConfigError(
+                "sparsity=auto with max_drop=null: say how far the accuracy may fall, such as "
+                "limits.max_accuracy_drop=0.002, which max_drop follows"
+            )
+        at_least("max_drop", self.max_drop, 0)
+        at_least("rounds", self.rounds, 1)
+        if self.fit.epochs == 0:
+            raise ConfigError("sparsity=auto with fit.epochs=0: each round trains; set epochs")
+        if self.schedule != "oneshot" or self.overrides:
+            raise ConfigError(
+                f"sparsity=auto with schedule={self.schedule}, overrides={self.overrides}: each "
+                "round prunes at its start, by sensitivity; set schedule=oneshot and no overrides"
+            )
 
     def _floor(self, size: int) -> int:
         return max(1, int(self.min_density * size))

@@ -17,7 +17,15 @@ from rich.progress import (
     Progress as Bars,
 )
 
-from trainer.messages import EpochEnded, Message, PhaseEnded, PhaseStarted, Progress, RunStarted
+from trainer.messages import (
+    EpochEnded,
+    Message,
+    PhaseEnded,
+    PhaseStarted,
+    Progress,
+    RoundEnded,
+    RunStarted,
+)
 
 PLAIN_WIDTH = 120  # columns where the output is no terminal
 
@@ -118,6 +126,14 @@ def describe(message: Message) -> str | None:
                 f"validation loss {message.loss:.4f}, accuracy {message.accuracy:.2%}, "
                 f"sparsity {message.sparsity:.1%}, {message.images_per_second:,.0f} samples/s"
                 + (f", {message.skipped} steps skipped" if message.skipped else "")
+            )
+        case RoundEnded():
+            judged = message.record
+            verdict = "kept" if judged.accepted else "too low, back to the last good state"
+            return (
+                f"{message.phase} round {judged.round}: sparsity {judged.sparsity:.2%}, "
+                f"accuracy {judged.accuracy:.2%}: {verdict}"
+                + (f"; stopped: {judged.stopped}" if judged.stopped else "")
             )
         case PhaseEnded():
             record = message.record

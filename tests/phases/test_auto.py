@@ -1,0 +1,167 @@
+"""sparsity=auto: where it goes on, where it goes back, and where it stops."""
+
+import math
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from tests.engine.conftest import run_ranks
+from tests.test_resume import FIT, STEPS, config, run
+from trainer.config import FitConfig
+from trainer.engine.checkpoint import pack, to_bytes, unpack
+from trainer.engine.evaluate import Metrics
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.messages import PhaseEnded, RoundEnded
+from trainer.phases import Prune
+from trainer.phases.auto import LAST, Search
+from trainer.run import Start, build_model, experiment
+
+WORLD = World.single(torch.device("cpu"))
+TRAINING = FitConfig(epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sparsity": "most", "max_drop": 0.1}, "sparsity=most: it must be a number in"),
+        ({}, "sparsity=auto with max_drop=null.* limits.max_accuracy_drop=0.002"),
+        ({"max_drop": -0.1}, "max_drop=-0.1: it must be at least 0"),
+        ({"max_drop": 0.1, "rounds": 0}, "rounds=0: it must be at least 1"),
+        ({"max_drop": 0.1, "fit": FitConfig(epochs=0)}, "auto with fit.epochs=0"),
+        ({"max_drop": 0.1, "schedule": "cubic"}, "sparsity=auto with schedule=cubic"),
+        ({"max_drop": 0.1, "overrides": {"0": 0.5}}, "overrides={'0': 0.5}.* no overrides"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Prune(**({"fit": TRAINING, "sparsity": "auto"} | settings))
+
+
+class Scripted:
+    """A phase whose rounds come to what a script says."""
+
+    def __init__(self, accuracies: list[float], rounds: int = 20, **settings: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(50, 20), nn.Linear(20, 10))
+        self.phase = Prune(TRAINING, "auto", max_drop=0.01, rounds=rounds, **settings)
+        self.left = iter(accuracies)
+        self.kept: list[int] = []
+        self.states: list[dict[str, torch.Tensor]] = []
+
+    def measure(self, model: nn.Module) -> Metrics:
+        # The second layer is worth ten times as much as the first.
+        lost = [1 - float(layer.weight.count_nonzero() / layer.weight.numel()) for layer in model]
+        return Metrics(loss=lost[0] + 10 * lost[1], accuracy=0.9)
+
+    def run(self) -> list[Any]:
+        records = []
+        while True:
+            self.phase.plan(self.model, WORLD, self.measure)
+            self.phase.enter(self.model, WORLD)
+            self.phase.leave(self.model)
+            self.kept.append(sum(int(layer.weight.count_nonzero()) for layer in self.model))
+            self.states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+            metrics = Metrics(loss=1.0, accuracy=next(self.left))
+            records.append(self.phase.judge(self.model, WORLD, metrics))
+            if records[-1].stopped:
+                return records
+
+
+def test_it_goes_on_while_the_accuracy_holds_and_goes_back_bit_for_bit_when_it_does_not() -> None:
+    scripted = Scripted([0.9, 0.895, 0.8] + [0.8] * 20)
+    records = scripted.run()
+    assert [record.accepted for record in records[:4]] == [True, True, False, False]
+    assert scripted.kept[0] == pytest.approx(600, abs=20)
+    assert scripted.kept[1] == pytest.approx(300, abs=20)
+    assert scripted.kept[2] < scripted.kept[1]
+    assert scripted.kept[2] < scripted.kept[3] < scripted.kept[1]  # a smaller step
+    for name, value in scripted.model.state_dict().items():
+        assert torch.equal(value, scripted.states[1][name])
+    assert "80.00% is below 89.00%" in records[-1].stopped
+    assert [r.round for r in records] == list(range(1, len(records) + 1))
+    assert len(records) == 2 + math.ceil(math.log2(math.log(0.5) / math.log(LAST)))
+
+
+def test_the_sensitive_layer_keeps_more() -> None:
+    scripted = Scripted([0.9, 0.9, 0.8], rounds=3)
+    scripted.run()
+    first, second = scripted.model
+    assert first.weight.count_nonzero() / 1000 < second.weight.count_nonzero() / 200
+
+
+def test_it_stops_after_so_many_rounds() -> None:
+    records = Scripted([0.9, 0.9, 0.9], rounds=2).run()
+    assert len(records) == 2
+    assert records[-1].stopped == "all 2 rounds are used up"
+
+
+def test_it_stops_where_no_layer_may_lose_more() -> None:
+    scripted = Scripted([0.9] * 50, rounds=50, min_density=0.2)
+    records = scripted.run()
+    assert scripted.kept[-1] == pytest.approx(240, abs=2)
+    assert "every layer keeps as much as min_density asks for" in records[-1].stopped
+
+
+def test_the_state_survives_a_checkpoint() -> None:
+    scripted = Scripted([0.9, 0.8, 0.8, 0.8, 0.8, 0.8])
+    scripted.run()
+    search = scripted.phase._search
+    assert search is not None
+    again = Search(0.01, 20)
+    again.load(unpack(pack(search.state())))
+    assert again.history == search.history
+    assert again.targets == search.targets
+    assert (again.baseline, again.fraction) == (search.baseline, search.fraction)
+    assert all(torch.equal(again.good[name], value) for name, value in search.good.items())
+
+
+AUTO = {
+    "train": {"_target_": "trainer.phases.Train", "fit": FIT},
+    "prune": {
+        "_target_": "trainer.phases.Prune",
+        "sparsity": "auto",
+        "max_drop": 0.15,
+        "rounds": 4,
+        "fit": FIT,
+    },
+    "retrain": {"_target_": "trainer.phases.Retrain", "fit": FIT},
+}
+
+
+def test_stopped_anywhere_and_resumed_it_ends_in_the_same_bits() -> None:
+    cfg = config(phases=AUTO, checkpoint={"every_steps": 1, "every_seconds": None})
+    undisturbed, validation, _ = run(cfg)
+    told = [m for m in experiment(WORLD, cfg, Start(0)) if isinstance(m, RoundEnded | PhaseEnded)]
+    rounds = [message.record for message in told if isinstance(message, RoundEnded)]
+    record = told[-2].record
+    assert record.name == "prune"
+    assert record.rounds == rounds
+    assert record.steps == STEPS * len(rounds)
+    start, stops = None, 0
+    for step in (2, 5, 3, 6, 1):  # each in another round, or in the same one again
+        _, _, start = run(cfg, start, (1, step))
+        stops += start is not None and start.within is not None
+    weights, again, _ = run(cfg, start)
+    assert stops == 5
+    assert (weights, again) == (undisturbed, validation)
+
+
+def test_ranks_agree_and_resume_as_well() -> None:
+    cfg = config(phases=AUTO, checkpoint={"every_steps": 1, "every_seconds": None})
+    torch.manual_seed(cfg.seed)
+    begin = Start(0, to_bytes(build_model(cfg).state_dict()))
+
+    def on_two(*arguments: Any) -> Any:
+        ends = run_ranks(2, lambda world: run(cfg, *arguments, world))
+        return ends[0]
+
+    undisturbed, validation, _ = on_two(begin, None)
+    _, _, start = on_two(begin, (1, 4))
+    assert start.within is not None
+    assert on_two(start, None) == (undisturbed, validation, None)
+    left = safetensors.torch.load(undisturbed)
+    assert any(bool((value == 0).any()) for value in left.values())
