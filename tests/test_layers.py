@@ -33,6 +33,7 @@ FLOORS = {
     "checks": 6,
     "cluster": 6,
     "measure": 6,
+    "convert": 6,
     "sweep": 7,
     "driver": 7,
     "__main__": 8,

@@ -9,12 +9,14 @@ missed, 130 and 143 interrupted.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -219,5 +221,15 @@ def _first_comment(file: Path) -> str:
     return ""
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process. Everything is closed and written by now; the exit handlers of native threads
+    that libraries leave behind could still abort it, and change the exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(main(sys.argv[1:]))

@@ -160,6 +160,13 @@ class ArtifactConfig:
 
 
 @dataclass
+class ExportConfig:
+    """The model in other programs' formats."""
+
+    onnx: bool = False  # write model.onnx at the end, run it in onnxruntime, and compare
+
+
+@dataclass
 class LimitsConfig:
     """What the result must reach; a run that misses a limit ends with exit code 3."""
 
@@ -301,6 +308,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 

@@ -144,6 +144,19 @@ class Measured:
     loss: float  # nats
 
 
+@dataclass(frozen=True)
+class Converted:
+    """A model as an ONNX file, run by onnxruntime on one thread, on validation data."""
+
+    name: str  # fp32 or int8
+    file_bytes: int
+    accuracy: float  # fraction
+    torch_accuracy: float  # of the same model in PyTorch, fp32 arithmetic
+    difference: float  # largest one of a logit, between the two
+    milliseconds: dict[str, float]  # median per batch, by the samples in it
+    content: bytes  # the file, of the run's last model; empty: not kept
+
+
 Message = (
     RunStarted
     | PhaseStarted
@@ -154,4 +167,5 @@ Message = (
     | PhaseEnded
     | RunStopped
     | Measured
+    | Converted
 )

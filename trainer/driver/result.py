@@ -36,7 +36,7 @@ class Result:
         self.artifact = b""
         if cfg.artifact.make:
             self.artifact = artifact.encode(
-                dict(sorted(safetensors.torch.load(self._final).items())),
+                dict(sorted(safetensors.torch.load(self.final).items())),
                 cfg.artifact.numbers,
                 cfg.artifact.coder,
                 {
@@ -48,7 +48,13 @@ class Result:
             )
 
     @property
-    def _final(self) -> bytes:
+    def dense(self) -> bytes | None:
+        """The weights of the dense stage; None where there is none."""
+        return self._weights[_label(self._stages[0])] if self._has_baseline else None
+
+    @property
+    def final(self) -> bytes:
+        """The weights of the last stage."""
         return self._weights[_label(self._stages[-1])]
 
     def models(self) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
 from trainer.messages import (
     Checkpoint,
+    Converted,
     EpochEnded,
     Message,
     PhaseEnded,
@@ -198,6 +199,10 @@ class _Run:
             self.directory.write_artifact(result.artifact)
         self._follow(group, measure, result.models())
         self.summary.result = result.facts(self.summary.tested)
+        if self.cfg.export.onnx:
+            from trainer.convert import convert
+
+            self._follow(group, convert, result.final, result.dense)
 
     def _follow(self, group: WorkerGroup, body: Body, *args: Any) -> None:
         """Take in all messages of one body."""
@@ -253,6 +258,8 @@ class _Run:
             case Checkpoint():
                 name = self.names[message.phase]
                 self.checkpoints.within_phase(message.phase, name, message.step, message.content)
+            case Converted() if message.content:
+                self.directory.write_onnx(message.content)
             case PhaseEnded():
                 record = as_json(message.record)
                 self.checkpoints.phase_ended(message.index, record, message.weights)

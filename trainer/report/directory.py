@@ -126,6 +126,10 @@ class RunDirectory:
         """model.dcz: the compressed model."""
         self._replace("model.dcz", content)
 
+    def write_onnx(self, content: bytes) -> None:
+        """model.onnx: the last model."""
+        self._replace("model.onnx", content)
+
     def write_report(self, page: str) -> None:
         """report.html: the finished run on one page."""
         self._replace("report.html", page.encode())

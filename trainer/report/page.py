@@ -9,7 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from trainer.report import plots
-from trainer.report.sheets import hosts, layers, megabytes, number, phases, stages
+from trainer.report.sheets import hosts, layers, megabytes, number, onnx, phases, stages
 from trainer.report.weights import Distribution
 
 _DRAWN = 24  # tensors whose weights are drawn, the largest ones
@@ -38,6 +38,7 @@ def page(
         phases=phases(summary),
         stages=artifact and stages(artifact),
         layers=artifact and layers(artifact),
+        onnx=onnx(summary["onnx"]) if summary.get("onnx") else None,
         facts=_facts(summary),
         losses=summary["phases"] and Markup(plots.losses(summary["phases"], metrics)),
         accuracies=summary["phases"] and Markup(plots.accuracies(summary["phases"], metrics)),

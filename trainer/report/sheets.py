@@ -24,7 +24,8 @@ class Sheet:
 def sheets(summary: Mapping[str, Any]) -> list[Sheet]:
     """All tables of a finished run, whose content is that of summary.json."""
     artifact = summary.get("artifact")
-    return [phases(summary), *([stages(artifact), layers(artifact)] if artifact else [])]
+    found = [phases(summary), *([stages(artifact), layers(artifact)] if artifact else [])]
+    return [*found, onnx(summary["onnx"])] if summary.get("onnx") else found
 
 
 def phases(summary: Mapping[str, Any]) -> Sheet:
@@ -104,6 +105,28 @@ def layers(artifact: Mapping[str, Any]) -> Sheet:
     ]
     columns = ("tensor", "values", "not zero", "kept", "bits", "bytes", "of the file")
     return Sheet("", columns, rows)
+
+
+def onnx(converted: Sequence[Mapping[str, Any]]) -> Sheet:
+    """What onnxruntime makes of the models, on validation data and one thread."""
+    batches = list(converted[0]["milliseconds"])
+    rows = [
+        (
+            model["name"],
+            f"{model['file_bytes']:,}",
+            f"{model['accuracy']:.2%}",
+            f"{model['torch_accuracy']:.2%}",
+            f"{model['difference']:.2g}",
+            *(f"{model['milliseconds'][batch]:.3g}" for batch in batches),
+        )
+        for model in converted
+    ]
+    columns = ("model.onnx", "bytes", "accuracy", "in PyTorch", "largest difference")
+    return Sheet(
+        "onnxruntime: validation data, one thread",
+        (*columns, *(f"ms, batch {batch}" for batch in batches)),
+        rows,
+    )
 
 
 def where(summary: Mapping[str, Any]) -> str:

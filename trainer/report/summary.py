@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer import __version__
-from trainer.messages import Measured, Message, PhaseEnded, PhaseRecord, RunStarted
+from trainer.messages import Converted, Measured, Message, PhaseEnded, PhaseRecord, RunStarted
 from trainer.report.directory import as_json
 
 
@@ -22,6 +22,7 @@ class Summary:
         self.nodes: list[str] = []  # host name of each rank
         self.phases: list[PhaseRecord] = []
         self.tested: dict[str, Measured] = {}  # by name of the model
+        self.converted: dict[str, dict[str, Any]] = {}  # likewise, the facts of its ONNX file
         self.result: dict[str, Any] = {}  # what the test set said
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -37,6 +38,10 @@ class Summary:
                 self.phases.append(message.record)
             case Measured():
                 self.tested[message.name] = message
+            case Converted():
+                facts = as_json(message)
+                del facts["content"]
+                self.converted[message.name] = facts
 
     def as_dict(self, status: str, error: str | None = None) -> dict[str, Any]:
         """The content of summary.json.
@@ -65,4 +70,5 @@ class Summary:
             "baseline_accuracy": None,
             "phases": [as_json(p) for p in self.phases],
             **self.result,
+            **({"onnx": [*self.converted.values()]} if self.converted else {}),
         }

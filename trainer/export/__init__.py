@@ -1,0 +1,27 @@
+"""A trained model as an ONNX file, and how that runs in onnxruntime.
+
+The packages that this needs are an extra: pip install 'trainer[onnx]'.
+"""
+
+import importlib.util
+
+from trainer.errors import ConfigError
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_installed() -> None:
+    """Raises ConfigError where a package is missing."""
+    missing = [name for name in NEEDED if not _importable(name)]
+    if missing:
+        raise ConfigError(
+            f"export.onnx=true: {', '.join(missing)} cannot be imported; install it with "
+            "pip install 'trainer[onnx]' (from a checkout: pip install -e '.[onnx]')"
+        )
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # it was put out of reach
+        return False

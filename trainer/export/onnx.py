@@ -1,0 +1,160 @@
+"""From a model to ONNX. A quantized one has its integers in the file, and runs on integers.
+
+Weights are int8 initializers behind DequantizeLinear, biases int32, and QuantizeLinear and
+DequantizeLinear stand before each quantized layer: the QDQ form, from which runtimes make kernels
+for integers (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer
+from trainer.errors import RunError, first_line
+
+OPSET = 21  # the first that quantizes to all types of integers that are used here
+INPUT, OUTPUT = "input", "logits"
+
+
+def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
+    """The content of an ONNX file.
+
+    Its input `input` has the shape and type of `sample`, with any number of samples; its output is
+    `logits`. It needs nothing of this project.
+
+    Args:
+        model: plain or quantized, as training left it; stays as it is.
+        sample: a batch of inputs, two at least.
+
+    Raises:
+        RunError: PyTorch cannot export the model.
+    """
+    exported = copy.deepcopy(model).cpu().float().eval()
+    for layer in list(exported.modules()):
+        _put_integers(layer)
+    batch = torch.export.Dim("batch")
+    sample = sample.cpu().contiguous()
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                exported,
+                (sample,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: batch},),
+                verbose=False,
+            )
+    except Exception as error:  # torch.export's and the exporter's own, of many kinds
+        raise RunError(
+            f"{type(model).__name__} cannot be exported to ONNX: {first_line(error)}"
+        ) from error
+    assert program is not None
+    file = program.model_proto
+    for part in (*file.graph.node, *file.graph.value_info, *file.graph.input, *file.graph.output):
+        part.ClearField("metadata_props")  # lines and folders of this machine
+    return cast(bytes, file.SerializeToString())
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a quantize phase went over the model."""
+    return any(isinstance(module, WeightQuantizer) for module in model.modules())
+
+
+def _put_integers(layer: nn.Module) -> None:
+    """Let a quantized layer compute with what ONNX calls quantized tensors."""
+    weights, inputs = (getattr(layer, f"{kind}_quantizer", None) for kind in ("weight", "input"))
+    if isinstance(weights, WeightQuantizer):
+        weight = cast(Tensor, layer.weight).detach()
+        scale = weights.scale
+        steps = scale.view(-1, *[1] * (weight.ndim - 1)) if scale.ndim else scale
+        _replace(layer, "weight", (weight / steps).round().to(torch.int8), scale)
+        bias = getattr(layer, "bias", None)
+        if bias is not None and isinstance(inputs, ActivationQuantizer):
+            # What integer products come in; with any other bias they would have to be floats.
+            unit = (inputs.grid(inputs.range)[0] * scale).expand(len(bias)).clone()
+            limit = torch.iinfo(torch.int32).max
+            integers = (bias.detach().double() / unit).round().clamp(-limit, limit)
+            _replace(layer, "bias", integers.to(torch.int32), unit)
+    for kind in ("input", "output"):
+        quantizer = getattr(layer, f"{kind}_quantizer", None)
+        if isinstance(quantizer, ActivationQuantizer):
+            setattr(layer, f"{kind}_quantizer", _Quantized(quantizer))
+
+
+def _replace(layer: nn.Module, name: str, integers: Tensor, scale: Tensor) -> None:
+    register_parametrization(layer, name, _Dequantized(integers, scale), unsafe=True)
+
+
+class _Dequantized(nn.Module):
+    """In the place of a weight: integers, and one scale or one for each channel."""
+
+    def __init__(self, integers: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.integers = nn.Buffer(integers)
+        self.scale = nn.Buffer(scale.clone())
+        self.zero = nn.Buffer(torch.zeros(scale.shape, dtype=integers.dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _symbolic(
+            "DequantizeLinear",
+            (self.integers, self.scale, self.zero),
+            torch.float32,
+            0 if self.scale.ndim else None,
+        )
+
+
+class _Quantized(nn.Module):
+    """In the place of a quantizer of activations: to integers, and back."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        scale, zero = quantizer.grid(quantizer.range)
+        self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero.to(torch.uint8))
+        # QuantizeLinear stops at 0 and 255; a grid of fewer bits ends before.
+        self.ends: tuple[float, float] | None = None
+        if quantizer.bits < 8:
+            below, above = -int(zero), quantizer.most - int(zero)
+            self.ends = below * float(scale), above * float(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ends is not None:
+            x = x.clamp(*self.ends)
+        integers = _symbolic("QuantizeLinear", (x, self.scale, self.zero), torch.uint8)
+        return _symbolic("DequantizeLinear", (integers, self.scale, self.zero), torch.float32)
+
+
+def _symbolic(
+    operator: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, axis: int | None = None
+) -> Tensor:
+    """An operator of ONNX, of the shape of its first input. It only works while exporting."""
+    return torch.onnx.ops.symbolic(
+        operator,
+        inputs,
+        None if axis is None else {"axis": axis},
+        dtype=dtype,
+        shape=inputs[0].shape,
+        version=OPSET,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks about packages that nobody asked for."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
