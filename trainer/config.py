@@ -6,8 +6,9 @@ raise `ConfigError`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -58,7 +59,7 @@ def typed(schema: type[T], settings: Mapping[str, Any], where: str = "") -> T:
         ConfigError: names the key, its value, and what is known or expected.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(settings))
+        merged = OmegaConf.merge(_structured(cast(Hashable, schema)), dict(settings))
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, str(error.full_key or "")) if part)
@@ -68,6 +69,12 @@ def typed(schema: type[T], settings: Mapping[str, Any], where: str = "") -> T:
         raise ConfigError(message) from error
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}" if where else str(error)) from error
+
+
+@cache
+def _structured(schema: Hashable) -> Any:
+    """What OmegaConf knows of a dataclass; a merge copies it."""
+    return OmegaConf.structured(schema)
 
 
 def _keys(schema: Any) -> list[str]:

@@ -66,6 +66,8 @@ def start_at(cfg: Config, point: Point, ended: Callable[[int], bytes]) -> Start:
         point: the last checkpoint.
         ended: the weights that a phase left, by its index; -1: the initial ones.
     """
+    if point.phase == 0:  # no phase has left anything yet
+        return Start(0, point.weights, point.within)
     taught_by = teacher_phase(build_phases(cfg.phases), point.phase)
     baseline = None if taught_by is None else ended(taught_by)
     return Start(point.phase, point.weights, point.within, baseline)

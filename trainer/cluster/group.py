@@ -85,5 +85,8 @@ class WorkerGroup(Protocol):
         Raises as `start`.
         """
 
+    def alive(self) -> bool:
+        """Whether all workers answer; only between two runs."""
+
     def stop(self) -> None:
         """End all workers and whatever was started for them. May be called twice."""

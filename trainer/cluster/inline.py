@@ -54,6 +54,10 @@ class InlineGroup:
     def restart(self) -> None:
         """This process is still there."""
 
+    def alive(self) -> bool:
+        """This process answers."""
+        return True
+
     def stop(self) -> None:
         """Nothing was started."""
         self._world = None

@@ -83,6 +83,14 @@ class RayGroup:
                 self._ranks[number] = _Rank(self._new_actor(number))
         self._connect()
 
+    def alive(self) -> bool:
+        """Ask every worker; also false where a node takes long to be known as lost."""
+        try:
+            self._on_all("identity", timeout_s=IDLE_WAIT_S)
+        except RayError:
+            return False
+        return True
+
     def run(self, body: Body, *args: Any) -> Iterator[Any]:
         """Stream what rank 0 yields; the first failure ends the gang."""
         if not self._ranks:
@@ -163,10 +171,10 @@ class RayGroup:
             last = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise RunError(f"the workers did not start: {last}", str(error)) from error
 
-    def _on_all(self, method: str, *args: Any) -> list[Any]:
+    def _on_all(self, method: str, *args: Any, timeout_s: float = START_WAIT_S) -> list[Any]:
         """Call a method on every worker at once and wait for all answers."""
         answers = [getattr(rank.actor, method).remote(*args) for rank in self._ranks]
-        return list(ray.get(answers, timeout=START_WAIT_S))
+        return list(ray.get(answers, timeout=timeout_s))
 
     def _without_cuda(self, reason: str) -> str:
         """cpu, unless CUDA is insisted on: then a ConfigError."""

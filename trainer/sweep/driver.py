@@ -1,28 +1,30 @@
 """The sweep: hand trials out to slots, listen, prune, retry, tell; until a budget is used up."""
 
-import queue
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
-from trainer.cluster import Fleet
 from trainer.config import Config
 from trainer.errors import ConfigError, Interrupted, RunError, first_line
 from trainer.report.directory import RunDirectory
 from trainer.signals import Signals
 from trainer.sweep.measures import measure, parse_constraints, violations
 from trainer.sweep.plan import Plan
+from trainer.sweep.pool import Pool
 from trainer.sweep.results import Results
 from trainer.sweep.show import Board
-from trainer.sweep.slots import Ended, Event, NoWorkers, Ready, Said, Slot
+from trainer.sweep.slots import Ended, GivenBack, Said, Slot
 from trainer.sweep.study import Ledger
 from trainer.sweep.trial import Trial
 
-LOOK_EVERY_S = 0.25  # at signals, budgets and the size of the cluster
+INTERRUPTED = "interrupted"  # status, and why a sweep stops
+LOOK_EVERY_S = 0.25  # at signals and budgets
 
 
 def run_sweep(
@@ -72,66 +74,62 @@ class _Sweep:
         self.directory, self.signals = directory, signals
         self.arguments = arguments
         self.bounds = parse_constraints(self.sweep)
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.fleet = Fleet(self.cfg.cluster, self.sweep.slots)
-        self.slots: list[Slot] = []
-        self.ready: list[Slot] = []
-        self.without_workers: dict[Slot, Exception] = {}
+        self.board = Board(self.sweep, directory)
+        self.pool = Pool(self.cfg, self.board.say)
         self.trials: dict[int, Trial] = {}  # that have begun and not ended
         self.reported: dict[int, set[int]] = {}  # epochs, by trial
         self.waiting: list[int] = []  # of them, those that no slot runs
+        self.interrupted = False  # by the first signal
         self.stopping: str | None = None  # why nothing new is started
         self.exhausted = False  # a grid has come to its end
 
     def execute(self) -> dict[str, Any] | None:
         """Search, and leave the results. Returns as `run_sweep`."""
-        try:
-            with ThreadPoolExecutor(1) as background:
-                checked = background.submit(self.plan.check)
-                try:
-                    self.fleet.open()
-                except RunError:
-                    checked.result()  # a wrong configuration would explain more
-                    raise
-                epochs = checked.result()
-            self.ledger = Ledger(
-                self.sweep,
-                self.plan.space,
-                self.cfg.name,
-                self.cfg.seed,
-                self.directory.path,
-                epochs,
-            )
-            self.ledger.note(self.plan.identity(), self.arguments)
-            self.results = Results(self.plan, self.ledger, self.directory)
-            self.epochs = self.ledger.epochs()
-            self.count = len(self.ledger.trials())
-            self.began = time.monotonic() - self.ledger.seconds
-            with Board(self.sweep, self.directory) as self.board:
-                return self._search()
-        finally:
-            for slot in self.slots:
-                slot.close()
-            self.fleet.close([slot.group for slot in self.slots if slot.group])
-            for slot in self.slots:
-                slot.join(1.0)
+        with self.signals.holding(self.board.close, self._interrupt):
+            try:
+                self._open()
+                with self.board, closing(self.ledger):
+                    return self._search()
+            finally:
+                self.pool.close()
+
+    def _interrupt(self) -> None:
+        """The first signal. Within its handler, no more than this can be done safely."""
+        self.interrupted = True
+
+    def _open(self) -> None:
+        with ThreadPoolExecutor(1) as background:
+            checked = background.submit(self.plan.check)
+            try:
+                self.pool.open()
+            except RunError:
+                checked.result()  # a wrong configuration would explain more
+                raise
+            epochs = checked.result()
+        self.ledger = Ledger(
+            self.sweep, self.plan.space, self.cfg.name, self.cfg.seed, self.directory.path, epochs
+        )
+        self.ledger.note(self.plan.identity(), self.arguments)
+        self.results = Results(self.plan, self.ledger, self.directory)
+        self.epochs = self.ledger.epochs()
+        self.count = len(self.ledger.trials())
+        self.began = time.monotonic() - self.ledger.seconds
 
     def _search(self) -> dict[str, Any] | None:
         for number in self.ledger.unfinished():
-            if self._begin(number):
+            if self._begin(number, self.ledger.reported(number)):
                 self.waiting.append(number)
         status, error = "failed", "ended at once"
         try:
-            with self.signals.asking(lambda: self._stop("interrupted")):
-                self._loop()
+            self._loop()
             status, error = "done", ""
-            if self.stopping == "interrupted":
+            if self.interrupted:
                 raise self.signals.interrupted()
             if not self.ledger.trials(TrialState.COMPLETE):
                 status, error = "failed", "no trial was completed"
                 raise RunError(f"{error} (more in {self.directory.path}/log.txt)")
         except Interrupted as interrupted:
-            status, error = "interrupted", str(interrupted)
+            status, error = INTERRUPTED, str(interrupted)
             raise
         except Exception as raised:
             status, error = "failed", first_line(raised)
@@ -150,42 +148,31 @@ class _Sweep:
         return self.plan.winner(best[0].params)
 
     def _loop(self) -> None:
-        grown = 0.0
         while True:
-            if time.monotonic() - grown > 5:
-                grown = time.monotonic()
-                while len(self.slots) < self.fleet.size() and not self.stopping:
-                    self.slots.append(Slot(self.fleet, self.events, self.sweep.recycle_after))
-            self._look_at_budgets()
+            self._look_at_signals_and_budgets()
+            if not self.stopping:
+                self.pool.follow_cluster()
             self._hand_out()
-            busy = any(slot.trial is not None for slot in self.slots)
-            if not busy and (self.stopping or not self._more()):
+            if not self.pool.busy and (self.stopping or not self._more()):
                 return
-            try:
-                event = self.events.get(timeout=LOOK_EVERY_S)
-            except queue.Empty:
+            event = self.pool.event(LOOK_EVERY_S)
+            if event is None:
                 self.board.show(self.trials, self.ledger.trials, self._left())
-                continue
-            self._on(event)
+            else:
+                self._on(event)
 
-    def _on(self, event: Event) -> None:
+    def _on(self, event: Said | Ended | GivenBack) -> None:
+        number = event.slot.trial
+        assert number is not None
         match event:
-            case Ready():
-                self.without_workers.pop(event.slot, None)
-                self.ready.append(event.slot)
-            case NoWorkers():
-                self.without_workers[event.slot] = event.error
-                self.board.say(f"a slot has no workers yet: {first_line(event.error)}")
-                if len(self.without_workers) == len(self.slots):
-                    raise event.error
             case Said():
-                number = event.slot.trial
-                assert number is not None
                 self._listen(event.slot, self.trials[number], event.message)
             case Ended():
-                number, event.slot.trial = event.slot.trial, None
-                assert number is not None
+                event.slot.trial = None
                 self._end(self.trials[number], event.error)
+            case GivenBack():
+                event.slot.trial = None
+                self._wait(self.trials[number])
 
     def _listen(self, slot: Slot, trial: Trial, message: Any) -> None:
         report = trial.on(message)
@@ -211,23 +198,26 @@ class _Sweep:
             failures = self.ledger.failed_once_more(number, reason)
             if failures <= self.sweep.max_retries and not isinstance(error, ConfigError):
                 self.board.say(f"trial {number}: {reason}; it starts again")
-                trial.pause()
-                self.waiting.append(number)
+                self._wait(trial)
                 return
             self.ledger.fail(number, reason)
         elif trial.stopped:  # goes on another time
-            trial.pause()
-            self.waiting.append(number)
+            self._wait(trial)
             return
         else:
             measured = measure(trial.records)
             self.ledger.complete(number, measured, violations(self.bounds, measured))
         trial.forget()
         del self.trials[number], self.reported[number]
-        self.board.ended(self.ledger.trials()[number])
+        self.board.ended(self.ledger.trial(number))
+
+    def _wait(self, trial: Trial) -> None:
+        """The trial's next attempt waits for a slot."""
+        trial.pause()
+        self.waiting.append(trial.number)
 
     def _hand_out(self) -> None:
-        while self.ready and not self.stopping and (self.waiting or self._may_begin()):
+        while self.pool.free and not self.stopping and (self.waiting or self._may_begin()):
             if self.waiting:
                 number = self.waiting.pop(0)
             else:
@@ -240,11 +230,15 @@ class _Sweep:
                     continue
                 number = asked
             trial = self.trials[number]
-            self.ready.pop(0).run(number, trial.cfg, trial.start(self.board.say))
+            self.pool.take().run(number, trial.cfg, trial.start(self.board.say))
             self.board.show(self.trials, self.ledger.trials, self._left())
 
-    def _begin(self, number: int) -> bool:
-        """Make the trial; one whose values do not go together fails at once."""
+    def _begin(self, number: int, reported: Iterable[int] = ()) -> bool:
+        """Make the trial; one whose values do not go together fails at once.
+
+        Args:
+            reported: epochs that earlier attempts have reported.
+        """
         drawn = self.ledger.take_up(number)
         try:
             cfg = self.plan.trial(drawn)
@@ -252,7 +246,7 @@ class _Sweep:
             self.ledger.fail(number, str(error))
             return False
         self.trials[number] = Trial(number, drawn, cfg, self.sweep, self.directory.path)
-        self.reported[number] = set(self.ledger.reported(number))
+        self.reported[number] = set(reported)
         return True
 
     def _may_begin(self) -> bool:
@@ -262,7 +256,12 @@ class _Sweep:
     def _more(self) -> bool:
         return bool(self.waiting) or self._may_begin()
 
-    def _look_at_budgets(self) -> None:
+    def _look_at_signals_and_budgets(self) -> None:
+        if self.interrupted and self.stopping != INTERRUPTED:
+            self._stop(INTERRUPTED)
+            # At once, since a second signal would leave no time for it.
+            error = str(self.signals.interrupted())
+            self.results.write(INTERRUPTED, error, self._seconds(), report=False)
         if self.stopping:
             return
         if self.sweep.seconds is not None and self._seconds() > self.sweep.seconds:
@@ -273,9 +272,7 @@ class _Sweep:
     def _stop(self, why: str) -> None:
         """Start nothing new, and let what runs save and end."""
         self.stopping = why
-        for slot in self.slots:
-            if slot.trial is not None:
-                slot.stop_trial()
+        self.pool.stop_trials()
 
     def _seconds(self) -> float:
         return time.monotonic() - self.began

@@ -31,7 +31,9 @@ class Plan:
     def __init__(self, cfg: Config, base: DictConfig) -> None:
         self.cfg = cfg
         self._base = base
+        self._literal = "${" not in OmegaConf.to_yaml(base)  # also in what is searched
         settings = _container(base, resolve=True)
+        self._plain = {**settings, "sweep": {"name": cfg.sweep.name}}
         defaults = dict(_leaves(settings))
         self.space = parse_space(cfg.sweep, defaults)
         self.during = flatten(cfg.sweep.during, "sweep.during")
@@ -88,6 +90,8 @@ class Plan:
         return {**rest, "cluster": workers, **{f"sweep.{k}": v for k, v in sweep.items()}}
 
     def _settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        if self._literal:  # a copy of plain values takes a tenth of the time
+            return _changed(self._plain, changes)
         changed = copy.deepcopy(self._base)
         try:
             for key, value in changes.items():
@@ -103,6 +107,18 @@ def _container(conf: DictConfig, resolve: bool) -> dict[str, Any]:
     plain = OmegaConf.to_container(conf, resolve=resolve, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of plain settings with other values at dotted keys that are there."""
+    changed = copy.deepcopy(dict(settings))
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = changed
+        for part in path:
+            section = section[part]
+        section[last] = copy.deepcopy(value)
+    return changed
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,17 +26,19 @@ class Results:
         self._plan, self._ledger, self._directory = plan, ledger, directory
         self._objectives = list(plan.cfg.sweep.objectives)
 
-    def write(self, status: str, error: str | None, seconds: float) -> None:
+    def write(self, status: str, error: str | None, seconds: float, *, report: bool = True) -> None:
         """Write all files.
 
         Args:
             status: done, failed or interrupted.
             seconds: that the sweep has taken in all.
+            report: also the report, whose plots take seconds.
         """
         self._write_csv()
         summary = self.summary(status, error, seconds)
         self._directory.write_summary(summary)
-        write_report(self._directory.path / "report.html", self._ledger.study, summary)
+        if report:
+            write_report(self._directory.path / "report.html", self._ledger.study, summary)
 
     def summary(self, status: str, error: str | None, seconds: float) -> dict[str, Any]:
         """The content of summary.json."""

@@ -46,7 +46,14 @@ class Ended:
     error: Exception | None
 
 
-Event = Ready | NoWorkers | Said | Ended
+@dataclass(frozen=True)
+class GivenBack:
+    """The slot's trial did not begin: the workers were gone. The slot gets new ones."""
+
+    slot: "Slot"
+
+
+Event = Ready | NoWorkers | Said | Ended | GivenBack
 
 
 class Slot:
@@ -62,6 +69,7 @@ class Slot:
         self._recycle_after = recycle_after
         self._jobs: queue.SimpleQueue[tuple[Config, Any] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
+        self._starting: WorkerGroup | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name="slot")
         self._thread.start()
 
@@ -79,6 +87,8 @@ class Slot:
         """Take no more trials. The group is stopped by whoever closes the fleet."""
         self._closed.set()
         self._jobs.put(None)
+        if starting := self._starting:
+            starting.stop_asked.set()
 
     def join(self, timeout_s: float) -> None:
         """Wait for the thread, which may be stuck in a call that nothing ends."""
@@ -98,6 +108,10 @@ class Slot:
                 return
             error: Exception | None = None
             assert self.group is not None
+            if not self.group.alive():  # its node may have gone while it waited
+                self._drop_group()
+                self._events.put(GivenBack(self))
+                continue
             self.group.stop_asked.clear()
             try:
                 for message in self.group.run(experiment, *job):
@@ -106,17 +120,26 @@ class Slot:
                 error = raised
             done += 1
             if (error or done >= self._recycle_after) and not self._closed.is_set():
-                self.group.stop()
-                self.group, done = None, 0
+                self._drop_group()
+                done = 0
             self._events.put(Ended(self, error))
 
     def _start_group(self) -> bool:
-        group = self._fleet.new_group()
+        group = self._starting = self._fleet.new_group()
         try:
+            if self._closed.is_set():
+                return False
             group.start()
         except Exception as error:  # no room now, or none ever: the main thread judges
             group.stop()
             self._events.put(NoWorkers(self, error))
             return False
+        finally:
+            self._starting = None
         self.group = group
         return True
+
+    def _drop_group(self) -> None:
+        assert self.group is not None
+        self.group.stop()
+        self.group = None

@@ -14,7 +14,6 @@ from typing import Any
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,6 +22,7 @@ from trainer.data.hashing import mix
 from trainer.errors import ConfigError, first_line
 from trainer.sweep.proxy import Proxy
 from trainer.sweep.space import GRID_LIMIT, Space
+from trainer.sweep.storage import open_storage
 
 OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
 SECONDS, SETTINGS, COMMAND = "seconds", "settings", "command"  # attributes of the study
@@ -51,9 +51,7 @@ class Ledger:
         self._private = cfg.storage is None
         directions = [_direction(name) for name in cfg.objectives.values()]
         try:
-            self._storage: BaseStorage = optuna.storages.get_storage(
-                cfg.storage or f"sqlite:///{folder}/study.db"
-            )
+            self._storage = open_storage(cfg.storage, folder)
             self.study = optuna.create_study(
                 storage=self._storage,
                 study_name=f"{name}/{cfg.name}",
@@ -63,6 +61,7 @@ class Ledger:
             )
         except Exception as error:  # of whichever data base driver
             raise ConfigError(f"sweep.storage={cfg.storage}: {first_line(error)}") from error
+        self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
         self.study.set_metric_names(list(cfg.objectives))
         self._live: dict[int, optuna.Trial] = {}
         self._proxy: Proxy | None = None
@@ -96,6 +95,14 @@ class Ledger:
         """The arguments that the sweep was first started with."""
         return list(self.study.user_attrs[COMMAND])
 
+    def close(self) -> None:
+        """Let the storage go."""
+        self._storage.remove_session()
+
+    def trial(self, number: int) -> FrozenTrial:
+        """One trial; not to be changed."""
+        return self._storage.get_trial(self._id(number))
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in these states, or all; not to be changed."""
         return self.study.get_trials(deepcopy=False, states=states or None)
@@ -110,18 +117,18 @@ class Ledger:
 
     def ask(self) -> int | None:
         """A new trial; None where a grid has come to its end."""
-        known = self.trials()
-        self._seed_sampler(len(known))
         if self._grid is not None:
             # JSON keeps the type, which == between 1 and True does not.
-            seen = {_canonical(t.params) for t in known}
+            seen = {_canonical(t.params) for t in self.trials()}
             left = next((draw for draw in self._grid if _canonical(draw) not in seen), None)
             if left is None:
                 return None
             self.study.enqueue_trial(left)
         trial = self.study.ask()
+        self._seed_sampler(trial.number)  # it draws no sooner than in `take_up`
         self._live[trial.number] = trial
-        trial.set_user_attr(OWNER, self._owner)
+        if not self._private:
+            trial.set_user_attr(OWNER, self._owner)
         return trial.number
 
     def take_up(self, number: int) -> dict[str, Any]:
@@ -133,7 +140,7 @@ class Ledger:
 
     def reported(self, number: int) -> dict[int, float]:
         """What was reported of a trial, by epoch."""
-        return watched_values(self._storage.get_trial(self._id(number)))
+        return watched_values(self.trial(number))
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Note the watched value of an epoch (the first is 1). Returns whether to stop there."""
@@ -206,8 +213,7 @@ class Ledger:
             self._proxy.end(number, state)
 
     def _id(self, number: int) -> int:
-        study = self._storage.get_study_id_from_name(self.study.study_name)
-        return self._storage.get_trial_id_from_study_id_trial_number(study, number)
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
 
 def watched_values(trial: FrozenTrial) -> dict[int, float]:
