@@ -3,7 +3,7 @@
     pip install -e '.[onnx]'
     python benchmarks/onnx_latency.py [--repeats 200]
 
-LeNet-5 and ResNet-20 (16, 32, 64 filters) on inputs of MNIST's size, batch 1 and 32, one thread. The
+LeNet-5 and ResNet-20 (16, 32, 64 filters) on images of MNIST size, batch 1 and 32, one thread. The
 weights are the initial ones, the ranges those of random images: neither matters for time. The two
 files take turns; a ratio is the median of the ratios within each turn.
 """

@@ -273,6 +273,8 @@ class SweepConfig:
     epochs: int | None = None  # epochs of all trials together; null: no limit
     slots: int | None = None  # trials at a time; null: as many as there is room for
     max_retries: int = 1  # how often a trial that failed starts again
+    prefix: str | None = None  # last of the first phases that trials share; null: each does all
+    analysis: str | None = None  # what the trials answer together: interference | sensitivity
     recycle_after: int = 100  # trials after which the workers of a slot are replaced
     refit: bool = False  # whether the best trial is then run without `during`, into best/
 
@@ -280,6 +282,8 @@ class SweepConfig:
         file_name("sweep.name", self.name)
         one_of("sweep.sampler", self.sampler, ("tpe", "random", "grid", "nsga2"))
         one_of("sweep.pruner", self.pruner, ("median", "hyperband", "none"))
+        if self.analysis is not None:
+            one_of("sweep.analysis", self.analysis, ("interference", "sensitivity"))
         one_of("sweep.metric", self.metric, ("accuracy", "loss"))
         for measure, direction in self.objectives.items():
             one_of(f"sweep.objectives.{measure}", direction, ("maximize", "minimize"))
@@ -306,7 +310,7 @@ class Config:
     model: dict[str, Any]
     data: dict[str, Any]
     optimizer: dict[str, Any]
-    phases: dict[str, dict[str, Any]]
+    phases: dict[str, dict[str, Any]]  # `enabled: false` leaves one out
     init_from: str | None = None  # file with the initial weights: .safetensors, .pt or .dcz
     seed: int = 0
     precision: str = "fp32"
@@ -321,6 +325,7 @@ class Config:
 
     def __post_init__(self) -> None:
         file_name("name", self.name)
+        self.phases = _enabled(self.phases)
         for phase in self.phases:
             file_name("phases", str(phase))
         if not 0 <= self.seed < 2**63:
@@ -346,3 +351,15 @@ class Config:
                 f"sweep.slots={self.sweep.slots} with cluster.backend=inline: this process runs "
                 "one trial at a time; set sweep.slots=1, or cluster.backend=ray for more"
             )
+
+
+def _enabled(phases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The phases that are not left out. Raises ConfigError."""
+    found = {}
+    for name, settings in phases.items():
+        wanted = settings.get("enabled", True)
+        if not isinstance(wanted, bool):
+            raise ConfigError(f"phases.{name}.enabled={wanted}: it must be true or false")
+        if wanted:
+            found[name] = {key: value for key, value in settings.items() if key != "enabled"}
+    return found

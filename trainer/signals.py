@@ -64,6 +64,8 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.received = self.received is None, signal.Signals(number)
+        if self.received is signal.SIGTERM:
+            signal.alarm(0)  # one that came while Ray started: its native handler set an alarm
         if first and self._ask is not None:
             self._ask()
         elif self._last_words is not None:

@@ -27,6 +27,7 @@ class Own(Phase):
 def shipped(name: str) -> dict[str, Any]:
     settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert isinstance(settings, dict)
+    assert settings.pop("enabled") is True  # trainer.config sees to it
     if "max_drop" in settings:
         settings["max_drop"] = None  # follows limits.max_accuracy_drop in a whole configuration
     return settings

@@ -170,3 +170,45 @@ def test_a_warm_worker_gives_the_bits_of_a_cold_one():
         finally:
             group.stop()
     assert results[0] == results[1]
+
+
+def test_trials_share_their_first_phases_and_end_in_the_same_bits(monkeypatch):
+    wanted = [
+        "+experiment=interference",
+        "cluster=inline",
+        "cluster.threads=1",
+        "sweep.slots=1",
+        "data.train=300",
+        "data.validation=100",
+        "data.test=100",
+        "sweep.params.seed='choice(0,1)'",
+        *(f"phases.{name}.fit.epochs=1" for name in ("train", "prune", "share", "quantize")),
+    ]
+    assert main([*wanted, "hydra.sweep.dir=shared"]) == 0
+    assert len(list(Path("shared/prefixes").iterdir())) == 2  # one for each seed
+    assert main([*wanted, "sweep.prefix=null", "hydra.sweep.dir=alone"]) == 0
+    measures = []
+    for folder in ("shared", "alone"):
+        with (Path(folder) / "trials.csv").open() as file:
+            lines = [{k: v for k, v in row.items() if k not in ("number", "seconds", "epochs")}
+                     for row in csv.DictReader(file)]  # fmt: skip
+        measures.append(sorted(map(str, lines)))
+    assert len(measures[0]) == 16
+    assert measures[0] == measures[1]
+    analysis = summary(Path("shared"))["analysis"]
+    assert len(analysis["tables"][0]["rows"]) == 8
+    assert len(analysis["sentences"]) == 8
+    assert "points lost" in Path("shared/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["sweep.prefix=training"], "sweep.prefix=training: there is no such phase"),
+        (["sweep.analysis=all"], "sweep.analysis=all: it must be one of interference, sensitivity"),
+        (["phases.prune.enabled=1"], "phases.prune.enabled=1: it must be true or false"),
+    ],
+)
+def test_what_cannot_be_shared_or_asked_is_refused(changes, said, capsys):
+    assert main(["+experiment=interference", "cluster=inline", *changes]) == 2
+    assert said in capsys.readouterr().err

@@ -7,10 +7,12 @@ that when the session ends, or when this process dies (trainer.cluster.reaper).
 
 import logging
 import math
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -125,9 +127,10 @@ class RaySession:
 
 @contextmanager
 def _sigterm_stays_ours() -> Iterator[None]:
-    """Keep ray.init from setting its own handler of SIGTERM first thing.
+    """Keep ray.init from setting its own handlers of SIGTERM.
 
-    It would end this process with exit code 15, in the seconds that the rest of ray.init takes.
+    The one in Python would end this process with exit code 15, in the seconds that the rest of
+    ray.init takes. The native one calls ours, but has the process aborted three seconds later.
     """
     theirs = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda handler: None
@@ -135,6 +138,9 @@ def _sigterm_stays_ours() -> Iterator[None]:
         yield
     finally:
         ray_utils.set_sigterm_handler = theirs
+        ours = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread() and ours is not None:
+            signal.signal(signal.SIGTERM, ours)
 
 
 def _knock(address: str | None) -> None:

@@ -13,10 +13,12 @@ from optuna.trial import TrialState
 from trainer.config import Config
 from trainer.errors import ConfigError, Interrupted, RunError, first_line
 from trainer.report.directory import RunDirectory
+from trainer.report.sheets import rich_table
 from trainer.signals import Signals
 from trainer.sweep.measures import measure, parse_constraints, violations
 from trainer.sweep.plan import Plan
 from trainer.sweep.pool import Pool
+from trainer.sweep.prefix import Prefixes
 from trainer.sweep.results import Results
 from trainer.sweep.show import Board
 from trainer.sweep.slots import Ended, GivenBack, Said, Slot
@@ -24,6 +26,7 @@ from trainer.sweep.study import Ledger
 from trainer.sweep.trial import Trial
 
 INTERRUPTED = "interrupted"  # status, and why a sweep stops
+MOST_WAITING = 8  # trials that wait for what another one trains, before no more are drawn
 LOOK_EVERY_S = 0.25  # at signals and budgets
 
 
@@ -82,6 +85,7 @@ class _Sweep:
         self.interrupted = False  # by the first signal
         self.stopping: str | None = None  # why nothing new is started
         self.exhausted = False  # a grid has come to its end
+        self.prefixes = Prefixes(self.sweep.prefix, directory.path)
 
     def execute(self) -> dict[str, Any] | None:
         """Search, and leave the results. Returns as `run_sweep`."""
@@ -141,6 +145,10 @@ class _Sweep:
             self.results.write(status, error or None, self._seconds())
             self.board.close()
             self.board.terminal.print(self.results.table())
+            for sheet in self.results.answer.sheets:
+                self.board.terminal.print(rich_table(sheet))
+            for sentence in self.results.answer.sentences:
+                self.board.say(sentence)
             self.board.say(f"results in {self.directory.path}")
         best = self.ledger.best()
         if not self.sweep.refit or not best:
@@ -217,21 +225,42 @@ class _Sweep:
         self.waiting.append(trial.number)
 
     def _hand_out(self) -> None:
-        while self.pool.free and not self.stopping and (self.waiting or self._may_begin()):
-            if self.waiting:
-                number = self.waiting.pop(0)
-            else:
-                asked = self.ledger.ask()
-                if asked is None:
-                    self.exhausted = True
-                    return
-                self.count = asked + 1
-                if not self._begin(asked):
-                    continue
-                number = asked
+        while self.pool.free and not self.stopping:
+            number = self._next()
+            if number is None:
+                return
             trial = self.trials[number]
             self.pool.take().run(number, trial.cfg, trial.start(self.board.say))
             self.board.show(self.trials, self.ledger.trials, self._left())
+
+    def _next(self) -> int | None:
+        """A trial to run now: one that waits, or a new one; None where there is none."""
+        for number in self.waiting:
+            if not self._must_wait(number):
+                self.waiting.remove(number)
+                return number
+        while self._may_begin() and len(self.waiting) < MOST_WAITING:
+            asked = self.ledger.ask()
+            if asked is None:
+                self.exhausted = True
+                return None
+            self.count = asked + 1
+            if not self._begin(asked):
+                continue
+            if not self._must_wait(asked):
+                return asked
+            self.waiting.append(asked)
+        return None
+
+    def _must_wait(self, number: int) -> bool:
+        """Whether another trial is just training what this one will go on from."""
+        prefix = self.trials[number].prefix
+        if prefix is None or self.prefixes.ready(prefix):
+            return False
+        return any(
+            trial.prefix == prefix and other != number and other not in self.waiting
+            for other, trial in self.trials.items()
+        )
 
     def _begin(self, number: int, reported: Iterable[int] = ()) -> bool:
         """Make the trial; one whose values do not go together fails at once.
@@ -245,7 +274,9 @@ class _Sweep:
         except ConfigError as error:
             self.ledger.fail(number, str(error))
             return False
-        self.trials[number] = Trial(number, drawn, cfg, self.sweep, self.directory.path)
+        self.trials[number] = Trial(
+            number, drawn, cfg, self.sweep, self.directory.path, self.prefixes
+        )
         self.reported[number] = set(reported)
         return True
 

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.config import Config, typed
 from trainer.errors import ConfigError, first_line
 from trainer.sweep.measures import check_measures
+from trainer.sweep.prefix import check_prefix
 from trainer.sweep.space import GRID_LIMIT, Drawn, flatten, parse_space
 
 FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
@@ -44,6 +45,7 @@ class Plan:
             for key in sorted(keys):
                 _check_key(f"sweep.{where}.{key}", key, settings)
         check_measures(cfg.sweep)
+        check_prefix(cfg)
         if cfg.sweep.sampler == "grid":
             self.space.grid(GRID_LIMIT)
 

@@ -10,17 +10,21 @@ import optuna
 from jinja2 import Environment, PackageLoader
 from optuna.trial import TrialState
 
+from trainer.sweep.analysis import Answer
+
 ENOUGH = 2  # completed trials before there is anything to plot
 
 
-def write_report(path: Path, study: optuna.Study, summary: Mapping[str, Any]) -> None:
-    """Write the plots and the best trials of `summary` (summary.json) to `path`."""
+def write_report(
+    path: Path, study: optuna.Study, summary: Mapping[str, Any], answer: Answer
+) -> None:
+    """Write the plots, the analysis and the best trials of `summary` (summary.json) to `path`."""
     from plotly.offline import get_plotlyjs
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that few trials make inaccurate plots is plain to see
-        plots = _plots(study) if len(done) >= ENOUGH else {}
+        plots = answer.figures | (_plots(study) if len(done) >= ENOUGH else {})
     pages = Environment(loader=PackageLoader("trainer.sweep", "."), autoescape=True)
     text = pages.get_template("report.html.jinja").render(
         summary=summary,

@@ -1,6 +1,7 @@
 """What a sweep leaves: trials.csv, summary.json, report.html, and a ranked table."""
 
 import csv
+import dataclasses
 import io
 import os
 import shlex
@@ -10,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
 from trainer.report.directory import RunDirectory
+from trainer.sweep.analysis import ANALYSES, Answer, Row
 from trainer.sweep.measures import MEASURES
 from trainer.sweep.plan import Plan
 from trainer.sweep.report import write_report
@@ -36,9 +38,27 @@ class Results:
         """
         self._write_csv()
         summary = self.summary(status, error, seconds)
+        self.answer = self._analyse()
+        summary["analysis"] = {
+            "sentences": self.answer.sentences,
+            "tables": [dataclasses.asdict(sheet) for sheet in self.answer.sheets],
+        }
         self._directory.write_summary(summary)
         if report:
-            write_report(self._directory.path / "report.html", self._ledger.study, summary)
+            path = self._directory.path / "report.html"
+            write_report(path, self._ledger.study, summary, self.answer)
+
+    def _analyse(self) -> Answer:
+        """What the completed trials say together; nothing where no analysis is asked for."""
+        wanted = self._plan.cfg.sweep.analysis
+        if wanted is None:
+            return Answer()
+        rows = [
+            Row(self._plan.space.settings(trial.params), trial.user_attrs[RESULT])
+            for trial in self._ledger.trials()
+            if trial.state == TrialState.COMPLETE
+        ]
+        return ANALYSES[wanted](rows)
 
     def summary(self, status: str, error: str | None, seconds: float) -> dict[str, Any]:
         """The content of summary.json."""

@@ -11,13 +11,20 @@ from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunSta
 from trainer.report.checkpoints import Checkpoints
 from trainer.report.directory import as_json
 from trainer.sweep.measures import needs_artifact, watched
+from trainer.sweep.prefix import Prefixes
 
 
 class Trial:
     """Takes in the messages of a trial and keeps its checkpoints in trials/NUMBER."""
 
     def __init__(
-        self, number: int, drawn: dict[str, Any], cfg: Config, sweep: SweepConfig, folder: Path
+        self,
+        number: int,
+        drawn: dict[str, Any],
+        cfg: Config,
+        sweep: SweepConfig,
+        folder: Path,
+        prefixes: Prefixes,
     ):
         self.number = number
         self.drawn = drawn
@@ -27,6 +34,8 @@ class Trial:
         self.pruned = False
         self.stopped = False
         self.records: list[dict[str, Any]] = []
+        self.prefix = prefixes.key(cfg)  # what it shares with others
+        self._prefixes = prefixes
         self._sweep = sweep
         self._names = list(cfg.phases)
         self._folder = folder / "trials" / f"{number:04d}"
@@ -39,11 +48,15 @@ class Trial:
         from trainer.run import start_at
 
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self.prefix:
+            self._prefixes.take(self.prefix, self._folder / "checkpoints")
         self._checkpoints = Checkpoints(self._folder, self.cfg.checkpoint.keep)
         if self.cfg.init_from and not self._checkpoints.initial():
             self._checkpoints.keep_initial(initial_weights(Path(self.cfg.init_from), None))
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
+        if point.weights and point.phase == len(self._names) and needs_artifact(self._sweep):
+            self.records[-1]["bytes"] = self._artifact_bytes(point.weights)
         self.stopped = False
         return start_at(self.cfg, point, partial(self._checkpoints.ended, self._names))
 
@@ -69,8 +82,12 @@ class Trial:
                 if last and needs_artifact(self._sweep):
                     record["bytes"] = self._artifact_bytes(message.weights)
                 self.records.append(record)
-                if not last:  # after the last one nothing goes on
+                shared = self.prefix and record["name"] == self._prefixes.last
+                if not last or shared:  # after the last one nothing goes on
                     self._checkpoints.phase_ended(message.index, record, message.weights)
+                if self.prefix and shared:
+                    self._checkpoints.wait()
+                    self._prefixes.give(self.prefix, self._checkpoints.folder)
             case EpochEnded():
                 before = self._names[: self._names.index(message.phase)]
                 done = sum(int(self.cfg.phases[name]["fit"]["epochs"]) for name in before)
