@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.out.touch()
     base = yaml.safe_load(args.config.read_text()) | {"sweep": {}}
     folder = args.out.resolve().parent
     space = {"trivial": trivial, "convnet": convnet}[args.space]
