@@ -1,11 +1,11 @@
 """What a trial costs beside its training: many trials of next to nothing, on warm workers.
 
     python benchmarks/sweep_overhead.py --trials 20 --repeats 5
-    python benchmarks/sweep_overhead.py --trials 500 --repeats 1
+    python benchmarks/sweep_overhead.py --many 500
 
 Prints, for each repeat, the wall time of the whole process, the median time between the ends of
 two trials of one slot, in the first and in the last quarter, and the largest resident memory of
-the driver and of all its workers in both quarters.
+the driver and of all its workers in both quarters. --many: one sweep, and a row for each tenth.
 """
 
 import argparse
@@ -30,14 +30,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--many", type=int, metavar="TRIALS")
     options = parser.parse_args()
+    if options.many:
+        print(
+            "| trials | s per trial and slot | MB driver | MB workers |\n| --- | --- | --- | --- |"
+        )
+        options.trials, options.repeats = options.many, 1
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-            print(once(options.trials, folder), flush=True)
+            print(once(options.trials, folder, bool(options.many)), flush=True)
 
 
-def once(trials: int, folder: str) -> str:
-    """One sweep in a process of its own."""
+def once(trials: int, folder: str, rows: bool) -> str:
+    """One sweep in a process of its own; prints `rows` on the way."""
     begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", *TRIVIAL, f"sweep.trials={trials}"],
@@ -52,17 +58,28 @@ def once(trials: int, folder: str) -> str:
         if line.startswith("trial "):
             ends.append(time.monotonic())
             memory.append(resident(process.pid))
+            if rows and len(ends) % (tenth := max(2, trials // 10)) == 0:
+                driver, workers = memory[-1]
+                print(
+                    f"| {len(ends)} | {pause(ends[-tenth:]):.3f} | {driver:.0f} | {workers:.0f} |",
+                    flush=True,
+                )
     assert process.wait() == 0
     whole = time.monotonic() - begun
     quarter = max(2, len(ends) // 4)
     first, last = ends[:quarter], ends[-quarter:]
-    pauses = [2 * statistics.median(b - a for a, b in itertools.pairwise(p)) for p in (first, last)]
+    pauses = [pause(part) for part in (first, last)]
     early, late = memory[quarter - 1], memory[-1]
     return (
         f"{trials} trials in {whole:.1f} s; s per trial and slot: first quarter {pauses[0]:.3f}, "
         f"last {pauses[1]:.3f}; MB driver {early[0]:.0f} -> {late[0]:.0f}, "
         f"workers {early[1]:.0f} -> {late[1]:.0f}"
     )
+
+
+def pause(ends: list[float]) -> float:
+    """Median time between the ends of two trials of one of the two slots."""
+    return 2 * statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
 def resident(pid: int) -> tuple[float, float]:

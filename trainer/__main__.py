@@ -2,7 +2,7 @@
 
     python -m trainer                                   the experiments, a line each
     python -m trainer +experiment=NAME [key=value ...]
-    python -m trainer resume=RUN_DIR                    go on where it stopped
+    python -m trainer resume=RUN_DIR                    go on where it stopped; sweeps too
 
 Exit codes: 0 done, 1 failed, 2 wrong configuration (nothing was started), 3 done but a limit was
 missed, 130 and 143 interrupted.
@@ -90,7 +90,8 @@ def _sweep(
         return
     best = folder / "best"
     if (best / "config.yaml").exists():
-        resume(typed(Config, RunDirectory(best).read_config()), best, signals)
+        changed = {section: winner[section] for section in ("cluster", "checkpoint", "limits")}
+        resume(typed(Config, {**RunDirectory(best).read_config(), **changed}), best, signals)
     else:
         drive(typed(Config, winner), winner, best, signals)
 

@@ -5,7 +5,8 @@ import pytest
 
 from trainer.config import SweepConfig
 from trainer.errors import ConfigError
-from trainer.sweep.space import parse_range, parse_space
+from trainer.sweep.ranges import parse_range
+from trainer.sweep.space import parse_space
 
 CONVNET = {
     "model.depth": "range(1,4)",

@@ -9,6 +9,7 @@ from trainer.config import SweepConfig
 from trainer.errors import ConfigError
 from trainer.sweep.measures import MEASURES, check_measures, watched
 from trainer.sweep.space import parse_space
+from trainer.sweep.storage import without_password
 from trainer.sweep.study import Ledger
 
 PARAMS = {"a": "range(1,5)", "b": "interval(0,1)"}
@@ -130,6 +131,13 @@ def test_another_sweep_of_the_same_name_is_refused(tmp_path):
 def test_a_storage_that_does_not_open_is_a_wrong_configuration(tmp_path):
     with pytest.raises(ConfigError, match=r"sweep\.storage=nonsense://x"):
         ledger(tmp_path, storage="nonsense://x")
+
+
+def test_the_password_of_a_storage_is_not_shown():
+    shown = without_password("postgresql://me:se:cret@host:1/db")
+    assert shown == "postgresql://me:***@host:1/db"
+    for same in (None, "postgresql://me@host/db", "sqlite:////tmp/a:b/c.db"):
+        assert without_password(same) == same
 
 
 def test_unknown_measures_are_refused():

@@ -2,15 +2,18 @@
 
 import csv
 import json
+import os
+import secrets
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from os import getpid, kill
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
@@ -69,20 +72,52 @@ def test_the_same_command_goes_on_and_repeats_nothing(capsys):
     assert len(rows()) == 4
 
 
-def test_ctrl_c_saves_and_the_same_command_finishes_the_trial():
+@pytest.mark.parametrize("resumed", [False, True])
+def test_ctrl_c_saves_and_the_same_command_or_resume_finishes_the_trial(resumed):
     def interrupt():
         while not list(FOLDER.glob("trials/*/checkpoints/*")):
             time.sleep(0.005)
-        kill(getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
     long = [*ARGUMENTS, "phases.train.fit.epochs=20", "checkpoint.every_steps=2", "sweep.trials=2"]
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(long) == 130
     assert summary()["status"] == "interrupted"
     assert summary()["trials"]["unfinished"] == 1
-    assert main(long) == 0
+    assert main([f"resume={FOLDER}", "checkpoint.keep=1"] if resumed else long) == 0
     assert [row["state"] for row in rows()] == ["COMPLETE"] * 2
     assert [row["epochs"] for row in rows()] == ["20", "20"]
+
+
+@pytest.mark.integration
+def test_a_second_ctrl_c_ends_the_sweep_at_once(tmp_path):
+    """With a net that would take a minute for its first step."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "from trainer.models import ConvNet\n"
+        "class Net(ConvNet):\n"
+        "    def forward(self, x):\n"
+        "        if self.training:\n"
+        "            pathlib.Path('stepping').touch()\n"
+        "            time.sleep(60)\n"
+        "        return super().forward(x)\n"
+    )
+    command = [*ARGUMENTS, "model._target_=slow.Net"]
+    run = subprocess.Popen([sys.executable, "-m", "trainer", *command])
+    try:
+        while not (tmp_path / "stepping").exists():
+            assert run.poll() is None
+            time.sleep(0.02)
+        run.send_signal(signal.SIGINT)
+        while not (FOLDER / "summary.json").exists():
+            assert run.poll() is None
+            time.sleep(0.02)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 130
+    finally:
+        run.kill()
+    assert summary()["status"] == "interrupted"
+    assert summary()["trials"]["unfinished"] == 1
 
 
 @pytest.mark.integration
@@ -212,3 +247,52 @@ def test_trials_share_their_first_phases_and_end_in_the_same_bits(monkeypatch):
 def test_what_cannot_be_shared_or_asked_is_refused(changes, said, capsys):
     assert main(["+experiment=interference", "cluster=inline", *changes]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
+def test_a_data_parallel_trial_is_pruned_on_both_ranks_together():
+    """Did one rank go on alone, the next collective would fail, and the trial start again."""
+    params = "sweep.params={optimizer.lr: 'choice(0.05,1e-9,0.04)', model.kernel_size: null}"
+    assert main([
+        *ARGUMENTS[:1], *ARGUMENTS[4:], params, "sweep.sampler=grid", "sweep.slots=1",
+        "sweep.min_trials=1", "cluster.workers=2", "cluster.cpus_per_worker=0.25",
+        "cluster.threads=1", "phases.train.fit.epochs=10",
+    ]) == 0  # fmt: skip
+    assert [row["state"] for row in rows()][:2] == ["COMPLETE", "PRUNED"]
+    assert [row["failures"] for row in rows()] == ["0", "0", "0"]
+    study = optuna.load_study(
+        study_name="sweep_smoke/sweep", storage=f"sqlite:///{FOLDER.resolve()}/study.db"
+    )
+    assert list(study.trials[0].intermediate_values) == list(range(1, 11))
+    assert list(study.trials[1].intermediate_values) == [1]
+
+
+@pytest.mark.integration
+def test_a_sweep_waits_for_room_when_its_only_node_is_lost(tmp_path):
+    """Two slots on one node, which is removed in the middle of two trials; another one comes."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as short:
+        script = Path(__file__).with_name("lost_node.py")
+        done = subprocess.run(
+            [sys.executable, str(script), *ARGUMENTS[:1], *ARGUMENTS[4:7],
+             "cluster.workers=1", "cluster.threads=1", "sweep.slots=2", "sweep.trials=3",
+             "sweep.pruner=none", "phases.train.fit.epochs=20"],
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "RAY_TMPDIR": short,
+                "RAY_health_check_period_ms": "300",  # a lost node is known sooner
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            },
+            timeout=100,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["state"] for row in rows()] == ["COMPLETE"] * 3
+    told = (FOLDER / "log.txt").read_text()
+    assert "it starts again" in told
+    assert [told.count(f"trial {number}: accuracy") for number in range(3)] == [1] * 3
+    finished = (tmp_path / "finished").read_text().split()
+    assert [row["failures"] for row in rows() if row["number"] in finished] == ["0"] * len(finished)
+    assert finished

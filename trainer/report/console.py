@@ -31,7 +31,12 @@ PLAIN_WIDTH = 120  # columns where the output is no terminal
 
 
 class Terminal(rich.console.Console):
-    """Falls silent when whoever read along has gone, as `head` does: the run goes on."""
+    """Standard output. Falls silent when whoever read along has gone, as `head` does."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+        if not self.is_terminal:
+            self.width = PLAIN_WIDTH
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -49,10 +54,7 @@ class Console:
     """Shows the messages of a run. A context manager: the live bar ends with it."""
 
     def __init__(self, terminal: rich.console.Console | None = None) -> None:
-        self.terminal = terminal or Terminal(highlight=False)
-        self._live = self.terminal.is_terminal
-        if not self._live:
-            self.terminal.width = PLAIN_WIDTH
+        self.terminal = terminal or Terminal()
         self._bars = Bars(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -61,7 +63,7 @@ class Console:
             TextColumn("{task.fields[numbers]}"),
             console=self.terminal,
             transient=True,
-            disable=not self._live,
+            disable=not self.terminal.is_terminal,
         )
         self._bar: TaskID | None = None
 

@@ -89,7 +89,7 @@ class _Sweep:
 
     def execute(self) -> dict[str, Any] | None:
         """Search, and leave the results. Returns as `run_sweep`."""
-        with self.signals.holding(self.board.close, self._interrupt):
+        with self.signals.holding(self.board.restore, self._interrupt):
             try:
                 self._open()
                 with self.board, closing(self.ledger):

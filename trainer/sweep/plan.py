@@ -87,7 +87,8 @@ class Plan:
         """All that must stay the same when the sweep goes on."""
         settings = _container(self._base, resolve=False)
         sweep = {k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "storage")}
-        rest = {k: v for k, v in settings.items() if k not in ("sweep", "cluster", "checkpoint")}
+        free = ("sweep", "cluster", "checkpoint", "limits")
+        rest = {k: v for k, v in settings.items() if k not in free}
         workers = {"workers": settings["cluster"]["workers"]}
         return {**rest, "cluster": workers, **{f"sweep.{k}": v for k, v in sweep.items()}}
 

@@ -4,25 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
 from trainer.config import SweepConfig
+from trainer.report.console import Terminal
 from trainer.report.directory import RunDirectory
 from trainer.sweep.study import watched_values
 from trainer.sweep.trial import Trial
-
-PLAIN_WIDTH = 120  # columns where the output is no terminal
 
 
 class Board:
     """Shows a sweep. A context manager: the live table ends with it. Lines go to log.txt too."""
 
     def __init__(self, cfg: SweepConfig, directory: RunDirectory) -> None:
-        self.terminal = Console(highlight=False)
-        if not self.terminal.is_terminal:
-            self.terminal.width = PLAIN_WIDTH
+        self.terminal = Terminal()
         self._cfg, self._directory = cfg, directory
         self._live = Live(console=self.terminal, transient=True, auto_refresh=False)
 
@@ -42,6 +39,10 @@ class Board:
     def close(self) -> None:
         """Take the live table away."""
         self._live.stop()
+
+    def restore(self) -> None:
+        """Give the terminal its cursor back, for a process that ends without closing this."""
+        self.terminal.show_cursor()
 
     def say(self, line: str) -> None:
         """Print one line above the live table, and log it."""

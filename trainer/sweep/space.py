@@ -1,9 +1,4 @@
-"""The space that a sweep searches: ranges in Hydra's override grammar, and when each is drawn.
-
-    model.depth: range(1,5)                        1, 2, 3, 4
-    model.kernel_size: choice(3,5,7)
-    model.width: tag(log, int(interval(8,128)))    both ends included
-    optimizer.lr: tag(log, interval(1e-4,1e-1))
+"""The space that a sweep searches: parameters, their ranges, and when each is drawn.
 
 A key of `sweep.lengths` is a list: element i is a parameter of its own, named `model.width.0` and
 so on, that is drawn where the list is longer than i. Names and values are as Optuna stores them;
@@ -13,75 +8,19 @@ what Optuna cannot store (a choice between lists) is known to it by its text.
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from typing import Any
 
 import optuna
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import (
-    ChoiceSweep,
-    IntervalSweep,
-    QuotedString,
-    RangeSweep,
-    Sweep,
-)
-from hydra.errors import HydraException
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 
 from trainer.config import SweepConfig
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError
 from trainer.sweep.compare import Comparison, parse_condition, satisfied
+from trainer.sweep.ranges import Range, parse_range
 
 GRID_LIMIT = 100_000  # combinations
 
 Drawn = Mapping[str, Any]
 """Values by parameter name, as Optuna knows them: `trial.params`."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """What one parameter may be."""
-
-    distribution: BaseDistribution
-    values: Mapping[str, Any]  # of choices that Optuna knows by their text
-
-    def ends(self) -> list[Any]:
-        """The values at which a mistake would show: the ends of a range, every choice."""
-        match self.distribution:
-            case CategoricalDistribution() as chosen:
-                return list(chosen.choices)
-            case IntDistribution() | FloatDistribution() as numbers:
-                return list(dict.fromkeys([numbers.low, numbers.high]))
-        raise AssertionError(self.distribution)
-
-    def all(self) -> list[Any] | None:
-        """Every value; None where they cannot be counted."""
-        match self.distribution:
-            case CategoricalDistribution() as chosen:
-                return list(chosen.choices)
-            case IntDistribution() as numbers:
-                return list(range(numbers.low, numbers.high + 1, numbers.step))
-            case FloatDistribution(step=float() as step) as numbers:
-                count = round((numbers.high - numbers.low) / step) + 1
-                low, exact = Decimal(str(numbers.low)), Decimal(str(step))
-                return [float(low + i * exact) for i in range(count)]
-        return None
-
-    def suggest(self, trial: optuna.Trial, name: str) -> Any:
-        """Let Optuna draw."""
-        match self.distribution:
-            case CategoricalDistribution() as d:
-                return trial.suggest_categorical(name, d.choices)
-            case IntDistribution() as d:
-                return trial.suggest_int(name, d.low, d.high, step=d.step, log=d.log)
-            case FloatDistribution() as d:
-                return trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
-        raise AssertionError(self.distribution)
 
 
 @dataclass(frozen=True)
@@ -247,77 +186,6 @@ def flatten(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
                 raise ConfigError(f"{where}: {dotted} is there twice, dotted and nested")
             flat[dotted] = leaf
     return flat
-
-
-def parse_range(key: str, text: Any) -> Range:
-    """A range from its text. Raises ConfigError, which names sweep.params.KEY and the text."""
-    said = f"sweep.params.{key}={text}"
-    if not isinstance(text, str):
-        raise ConfigError(f"{said}: it must be a text such as choice(3,5,7) or range(1,5)")
-    try:
-        parsed = OverridesParser.create().parse_override(f"x={text}").value()
-    except HydraException as error:
-        raise ConfigError(f"{said}: {first_line(error)}") from error
-    if not isinstance(parsed, Sweep):
-        raise ConfigError(
-            f"{said}: it must be a choice(...), range(...) or interval(...), "
-            "perhaps inside int(...) or tag(log, ...)"
-        )
-    if unknown := parsed.tags - {"log"}:
-        raise ConfigError(f"{said}: the tag {', '.join(sorted(unknown))} means nothing; log does")
-    if getattr(parsed, "shuffle", False):
-        raise ConfigError(f"{said}: the sampler decides the order; leave shuffle() out")
-    try:
-        return _range(parsed, "log" in parsed.tags)
-    except ValueError as error:
-        raise ConfigError(f"{said}: {first_line(error)}") from error
-
-
-def _range(parsed: Sweep, log: bool) -> Range:
-    match parsed:
-        case ChoiceSweep():
-            if log:
-                raise ValueError("log is for numbers between two ends, not for a choice")
-            return _choice([_plain(item) for item in parsed.list])
-        case IntervalSweep(start=low, end=high):
-            assert low is not None
-            assert high is not None
-            if not low < high:
-                raise ValueError(f"there is nothing between {low} and {high}")
-            if isinstance(low, int) and isinstance(high, int):
-                return Range(IntDistribution(low, high, log=log), {})
-            return Range(FloatDistribution(float(low), float(high), log=log), {})
-        case RangeSweep():
-            values = list(itertools.islice(parsed.range(), 1_000_000))
-            if not values:
-                raise ValueError("it is empty: the end is not part of a range")
-            low, high, step = min(values), max(values), abs(parsed.step)
-            if all(isinstance(value, int) for value in values):
-                return Range(IntDistribution(int(low), int(high), step=int(step), log=log), {})
-            if log:
-                raise ValueError("log and a step exclude each other; use interval(...)")
-            return Range(FloatDistribution(low, high, step=float(step)), {})
-    raise ValueError("it must be a choice, a range or an interval")
-
-
-def _choice(items: list[Any]) -> Range:
-    """Optuna stores plain values only; lists and mappings are known to it by their text."""
-    values = {str(item): item for item in items if isinstance(item, list | dict)}
-    labels = [str(item) if isinstance(item, list | dict) else item for item in items]
-    if len({repr(label) for label in labels}) < len(labels):
-        raise ValueError("a value is there twice")
-    return Range(CategoricalDistribution(labels), values)
-
-
-def _plain(item: Any) -> Any:
-    match item:
-        case QuotedString():
-            return item.text
-        case list():
-            return [_plain(part) for part in item]
-        case dict():
-            return {_plain(key): _plain(part) for key, part in item.items()}
-    return item
 
 
 def _elements(

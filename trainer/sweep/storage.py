@@ -1,5 +1,6 @@
 """Where a study is kept: by default an SQLite file of the sweep's own, else what a URL names."""
 
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,8 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         f"sqlite:///{folder}/study.db", engine_kwargs={"connect_args": {"factory": _Connection}}
     )
     return optuna.storages.get_storage(storage)
+
+
+def without_password(url: str | None) -> str | None:
+    """A storage's URL as it may be shown."""
+    return url and re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

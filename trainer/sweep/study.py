@@ -22,7 +22,7 @@ from trainer.data.hashing import mix
 from trainer.errors import ConfigError, first_line
 from trainer.sweep.proxy import Proxy
 from trainer.sweep.space import GRID_LIMIT, Space
-from trainer.sweep.storage import open_storage
+from trainer.sweep.storage import open_storage, without_password
 
 OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
 SECONDS, SETTINGS, COMMAND = "seconds", "settings", "command"  # attributes of the study
@@ -60,7 +60,11 @@ class Ledger:
                 load_if_exists=True,
             )
         except Exception as error:  # of whichever data base driver
-            raise ConfigError(f"sweep.storage={cfg.storage}: {first_line(error)}") from error
+            # Optuna does not say which module it lacks.
+            reason = (isinstance(error, ImportError) and error.__cause__) or error
+            raise ConfigError(
+                f"sweep.storage={without_password(cfg.storage)}: {first_line(reason)}"
+            ) from error
         self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
         self.study.set_metric_names(list(cfg.objectives))
         self._live: dict[int, optuna.Trial] = {}

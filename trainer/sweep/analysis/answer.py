@@ -46,7 +46,9 @@ class Spread:
     def told(self, spec: str, scale: float = 1.0) -> str:
         """Mean and standard deviation, as `spec` formats numbers."""
         mean = format(scale * self.mean, spec)
-        return mean if self.n < 2 else f"{mean} ± {format(scale * self.deviation, spec.lstrip('+'))}"
+        if self.n < 2:
+            return mean
+        return f"{mean} ± {format(scale * self.deviation, spec.lstrip('+'))}"
 
 
 def spread(values: Sequence[float]) -> Spread:

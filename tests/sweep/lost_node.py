@@ -1,0 +1,44 @@
+"""A sweep on a cluster whose only node with CPUs goes after the first trial; then another comes.
+
+    RAY_TMPDIR=SHORT_FOLDER python lost_node.py ARGUMENT...
+
+Leaves the numbers of the trials that had finished before in the file `finished`.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ray.cluster_utils import Cluster
+
+LOG = Path("outputs/sweep_smoke/sweep/log.txt")
+AWAY_S = 1.0
+
+
+def main() -> int:
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    try:
+        node = cluster.add_node(num_cpus=2)
+        address = f"cluster.address={cluster.address}"
+        sweep = subprocess.Popen([sys.executable, "-m", "trainer", *sys.argv[1:], address])
+        while not (finished := trials_that_finished()) and sweep.poll() is None:
+            time.sleep(0.02)
+        Path("finished").write_text("\n".join(finished))
+        cluster.remove_node(node, allow_graceful=False)
+        time.sleep(AWAY_S)
+        cluster.add_node(num_cpus=2)
+        return sweep.wait()
+    finally:
+        cluster.shutdown()
+
+
+def trials_that_finished() -> list[str]:
+    lines = LOG.read_text().splitlines() if LOG.exists() else []
+    return [line.split()[1].rstrip(":") for line in lines if ": accuracy" in line]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
