@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from trainer.artifact.tensors import SCALE, WIDTH, multiplied
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.coding import han
 
@@ -20,12 +22,19 @@ class PublishedSize:
 
 def published_size(weights: Mapping[str, Tensor]) -> PublishedSize:
     """Gaps of 8 bits in convolutions and 5 elsewhere; what is not pruned or shared takes 32 bits a
-    value, as published.
+    value, as published. Quantized weights that were not pruned take their bits each.
     """
     plain = coded = 0.0
-    for tensor in weights.values():
+    for name, tensor in weights.items():
         if not tensor.is_floating_point():
             continue
+        if name + SCALE in weights:
+            integers = (tensor / multiplied(torch.ones_like(tensor), weights[name + SCALE])).round()
+            if int(integers.count_nonzero()) > 0.9 * integers.numel():
+                plain += integers.numel() * int(weights[name + WIDTH]) / 8
+                coded += integers.numel() * int(weights[name + WIDTH]) / 8
+                continue
+            tensor = integers  # what the scales tell apart is one value
         nonzero = int(tensor.count_nonzero())
         book = codebook_of(tensor)
         if tensor.ndim < 2 or (nonzero == tensor.numel() and book is None):

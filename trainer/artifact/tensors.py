@@ -25,7 +25,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CODEBOOK, GRID, MASK, RAW, ALIAS = "c", "q", "m", "r", "a"
-SCALE = "_quantizer.scale"  # after the name of a GRID: the tensor of its scales
+# After the name of a GRID: the tensors with its scales, and with its bits.
+SCALE, WIDTH = "_quantizer.scale", "_quantizer.width"
 
 
 @dataclass(frozen=True)
