@@ -20,8 +20,9 @@ from trainer.compress.quantize import is_grid
 from trainer.data.mnist import mnist
 from trainer.models import LeNet5, LeNet300
 
-EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-SWEEPS = [name for name in EXPERIMENTS if "sweep" in name]
+FILES = sorted((conf_dir() / "experiment").glob("*.yaml"))
+EXPERIMENTS = [file.stem for file in FILES]
+SWEEPS = [file.stem for file in FILES if "sweep" in yaml.safe_load(file.read_text())]
 
 # What makes any shipped experiment small: one inline worker, a few steps of each phase.
 EXTRAS = 2  # the mean loss and what is asked travel along with the gradients

@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
+from rich.markup import escape
 from rich.table import Table
 
 from trainer.report.directory import RunDirectory
@@ -97,7 +98,7 @@ class Results:
         for trial in self._ledger.best()[:SHOWN]:
             values = [f"{value:.6g}" for value in trial.values]
             settings = " ".join(self._plan.overrides(trial.params))
-            table.add_row(str(trial.number), *values, settings)
+            table.add_row(str(trial.number), *values, escape(settings))
         return table
 
     def _entry(self, trial: FrozenTrial) -> dict[str, Any]:

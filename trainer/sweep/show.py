@@ -6,6 +6,7 @@ from types import TracebackType
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from trainer.config import SweepConfig
@@ -73,7 +74,7 @@ class Board:
         for number, trial in sorted(running.items()):
             value = "" if trial.value is None else f"{trial.value:.4f}"
             drawn = ", ".join(f"{key}={value}" for key, value in trial.drawn.items())
-            table.add_row(str(number), f"{trial.epoch}/{trial.epochs}", value, drawn)
+            table.add_row(str(number), f"{trial.epoch}/{trial.epochs}", value, escape(drawn))
         self._live.update(Group(table), refresh=True)
 
 
