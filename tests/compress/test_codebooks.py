@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainer.compress import codebooks
 from trainer.compress.codebooks import (
     _GROUPS,
     INITS,
@@ -17,6 +18,7 @@ from trainer.compress.codebooks import (
     cluster,
     codebook_of,
     exact,
+    few_values,
 )
 
 
@@ -57,6 +59,35 @@ def test_exact_on_more_values_than_it_takes_at_once() -> None:
         assert best <= error(weights, cluster(weights, 16, init)) * (1 + 1e-9)
     # Lloyd & Max's quantizer of a normal variable with 16 levels: 0.009497 of the variance.
     assert best / len(weights) == pytest.approx(0.009497, rel=0.03)
+
+
+@pytest.mark.parametrize("k", [15, 16, 17, 60])
+def test_exact_with_as_many_clusters_as_groups(k: int, monkeypatch) -> None:
+    monkeypatch.setattr(codebooks, "_GROUPS", 16)
+    torch.manual_seed(0)
+    weights = torch.randn(200)
+    begin = exact(np.sort(weights.double().numpy()), k)
+    assert len(begin) == k
+    assert np.isfinite(begin).all()
+    book = cluster(weights, k, "exact")
+    assert len(book.values) == k
+    assert error(weights, book) < 1.5 * error(weights, cluster(weights, k, "density"))
+
+
+def test_the_table_of_exact_is_bounded(monkeypatch) -> None:
+    made = []
+
+    def partition(counts, sums, squares, k):
+        made.append((len(counts) - 1) * k)
+        return np.linspace(0, len(counts) - 1, k + 1).astype(np.int64)
+
+    monkeypatch.setattr(codebooks, "_TABLE", 1 << 12)
+    monkeypatch.setattr(codebooks, "_partition", partition)
+    values = np.sort(np.random.default_rng(0).normal(size=5000))
+    for k in (2, 10, 63, 64, 3000):
+        assert len(exact(values, k)) == k
+    assert len(made) == 3
+    assert max(made) <= 1 << 12
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -182,3 +213,31 @@ def test_codebook_of_corners() -> None:
     book = codebook_of(torch.tensor([1.0, 1.0, 3.0, 3.0]))
     assert book is not None
     assert book.values.tolist() == [1.0, 3.0]
+
+
+def test_any_repeated_value_can_count_as_few() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(32)
+    weights = torch.cat((torch.zeros(40), values[torch.arange(60) % 32]))
+    assert codebook_of(weights) is None
+    book = codebook_of(weights, any_repeat=True)
+    assert book is not None
+    assert torch.equal(dense(book), weights)
+    assert len(book.values) == 32
+    assert codebook_of(weights[:72], any_repeat=True) is None  # 32 of 32
+    assert codebook_of(weights[:73], any_repeat=True) is not None
+    assert codebook_of(weights, 31, any_repeat=True) is None
+
+
+@pytest.mark.parametrize("number", [100, 3000, 50_000])
+def test_what_repeats_by_chance_is_not_few(number: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for weights in (torch.randn(number, generator=generator), torch.rand(number)):
+        assert few_values(weights, any_repeat=True) is None
+    assert (
+        few_values(weights[torch.arange(number) % (number * 9 // 10)], any_repeat=True) is not None
+    )
+
+
+def test_nan_is_no_value() -> None:
+    assert codebook_of(torch.tensor([1.0, 1.0, 1.0, torch.nan, 2.0, 2.0])) is None

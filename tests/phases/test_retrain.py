@@ -51,6 +51,17 @@ def test_training_keeps_or_loses_zeros_as_declared(kind: type[Train] | type[Retr
     assert (model[0].weight[~zeros] != 0).all()
 
 
+def test_sharing_is_kept_in_a_sparse_layer_and_made_up_in_none() -> None:
+    """60 survivors in 32 clusters: more than half as many values as survivors."""
+    model = pruned()
+    with torch.no_grad():
+        model[0].weight[model[0].weight != 0] = torch.randn(32)[torch.arange(60) % 32]
+        model[2].weight[:10] = 0.5  # norms of dead channels are alike, and not shared
+        model[2].weight[10:] = torch.rand(20)
+    Retrain(TRAINING, keep=["zeros", "sharing"]).enter(model, WORLD)
+    assert counts(model).learnable == 32 + 30 + 60 + 300 + 10
+
+
 def test_leave_changes_no_output() -> None:
     model = pruned().eval()
     keys = list(model.state_dict())

@@ -6,13 +6,14 @@ sums, so that an iteration costs k binary searches however many values there are
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from trainer.compress.jit import jit
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -21,6 +22,7 @@ MOST = (1 << 16) - 1  # clusters of a tensor: what an index of two bytes and zer
 
 _ITERATIONS = 300
 _GROUPS = 1 << 14  # points that the exact algorithm takes; more values are grouped first
+_TABLE = 1 << 26  # clusters times points, for which it keeps 4 bytes each
 
 
 class Codebook(NamedTuple):
@@ -54,13 +56,17 @@ def exact(values: Floats, k: int) -> Floats:
     """The means of the clusters of least squared error, found by dynamic programming.
 
     Optimal for up to 2^14 values. More are put into 2^14 groups of neighbours of equal size, and
-    the clusters of the groups are optimal. Wang & Song, Ckmeans.1d.dp, The R Journal 2011, with the
-    divide and conquer of Gronlund et al. 2017, arXiv:1701.07204: O(k n log n).
+    the clusters of the groups are optimal. Above 4096 clusters the groups become fewer, so that
+    memory stays below 256 MiB, and from 8192 on each group is a cluster. Wang & Song,
+    Ckmeans.1d.dp, The R Journal 2011, with the divide and conquer of Gronlund et al. 2017,
+    arXiv:1701.07204: O(k n log n).
     """
-    cuts = np.linspace(0, len(values), min(len(values), _GROUPS) + 1).astype(np.int64)
-    sums = _prefix(values)[cuts]
-    squares = _prefix(values**2)[cuts]
-    edges = cuts[_partition(cuts.astype(np.float64), sums, squares, k)]
+    groups = min(len(values), max(k, min(_GROUPS, _TABLE // k)))
+    edges = np.linspace(0, len(values), groups + 1).astype(np.int64)
+    if groups > k:
+        sums = _prefix(values)[edges]
+        squares = _prefix(values**2)[edges]
+        edges = edges[_partition(edges.astype(np.float64), sums, squares, k)]
     means: Floats = np.add.reduceat(values, edges[:-1]) / np.diff(edges)
     return means
 
@@ -111,23 +117,45 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
     return Codebook(values, codes.view(weights.shape))
 
 
-def codebook_of(weights: Tensor, most: int = MOST) -> Codebook | None:
+def codebook_of(weights: Tensor, most: int = MOST, any_repeat: bool = False) -> Codebook | None:
     """The codebook of a tensor that has few distinct values already; None where it has many.
 
-    Few is at most `most`, and at most half as many as there are elements other than zero.
+    Args:
+        most, any_repeat: see `few_values`.
     """
+    values = few_values(weights, most, any_repeat)
+    if values is None:
+        return None
     flat = weights.detach().flatten()
     there = flat != 0
-    survivors = flat[there]
-    most = min(most, max(1, len(survivors) // 2))
+    codes = torch.zeros_like(flat, dtype=torch.int32)
+    codes[there] = 1 + torch.searchsorted(values, flat[there], out_int32=True)
+    return Codebook(values, codes.view(weights.shape))
+
+
+def few_values(weights: Tensor, most: int = MOST, any_repeat: bool = False) -> Tensor | None:
+    """The distinct values of a tensor but zero, ascending, where they are few; else None.
+
+    Few is at most `most`, and at most half as many as there are elements other than zero. NaN is
+    no value.
+
+    Args:
+        any_repeat: more than half as many are few as well if they repeat at all: a sparse layer may
+            have 60 survivors in 32 clusters. Floats are equal by chance, too: if random ones of
+            the type repeat m times on average, more than 16 (m + sqrt(m)) repetitions are asked.
+    """
+    flat = weights.detach().flatten()
+    survivors = flat[flat != 0]
+    number = len(survivors)
+    enough = max(1, number // 2)
+    if any_repeat:
+        chance = number**2 / 2 * torch.finfo(weights.dtype).eps / 2
+        enough = max(enough, number - 1 - int(16 * (chance + math.sqrt(chance))))
+    most = min(most, enough)
     if survivors[: 4 * most].unique().numel() > most:  # without a look at the rest
         return None
-    values, codes = survivors.unique(return_inverse=True)
-    if len(values) > most:
-        return None
-    full = torch.zeros_like(flat, dtype=torch.int32)
-    full[there] = codes.int() + 1
-    return Codebook(values, full.view(weights.shape))
+    values = survivors.unique()
+    return None if len(values) > most or values.isnan().any() else values
 
 
 def _distinct(ordered: Floats, k: int) -> Floats:
@@ -197,8 +225,8 @@ def _prefix(values: Floats) -> Floats:
     return np.concatenate(([0.0], np.cumsum(values)))
 
 
-@numba.njit(cache=True)
-def _partition(counts: Floats, sums: Floats, squares: Floats, k: int) -> Any:
+@jit
+def _partition(counts: Floats, sums: Floats, squares: Floats, k: int) -> Ints:
     """Edges [k + 1] of the partition of n points into k runs with the least squared error.
 
     Args:

@@ -67,10 +67,11 @@ def surviving(model: nn.Module, world: World, keep: Collection[str]) -> dict[str
             continue
         weight = places[0].value.detach()
         world.broadcast([weight])
-        book = codebook_of(weight) if "sharing" in keep else None
+        is_vector = name in vector
+        book = codebook_of(weight, any_repeat=not is_vector) if "sharing" in keep else None
         mask = weight != 0
-        if book is not None and (name not in vector or len(book.values) > 1):
+        if book is not None and (not is_vector or len(book.values) > 1):
             made[name] = Shared(weight, book)
-        elif "zeros" in keep and name not in vector and not mask.all():
+        elif "zeros" in keep and not is_vector and not mask.all():
             made[name] = Packed(weight, mask)
     return made

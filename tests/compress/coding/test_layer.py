@@ -1,5 +1,7 @@
 """One contract for all layer coders: what goes in comes out, and damage never does harm."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -87,6 +89,15 @@ def test_wider_than_the_context_coder_goes() -> None:
         np.testing.assert_array_equal(decode_layer(blob, levels.shape, 3), levels)
 
 
+@pytest.mark.parametrize("coder", ALL)
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_layer_of_one_value_justifies_its_positions(coder: str, value: int) -> None:
+    levels = np.full((300, 1000), value, np.uint16)
+    blob = encode_layer(levels, levels.shape, 1, coder=coder)
+    assert levels.size <= max_positions(len(blob))
+    np.testing.assert_array_equal(decode_layer(blob, levels.shape, 1), levels)
+
+
 def test_nearly_nothing_in_a_large_layer_still_justifies_its_positions() -> None:
     shape = (1000, 1000)
     for coder in ALL:
@@ -108,6 +119,19 @@ def test_nearly_nothing_in_a_large_layer_still_justifies_its_positions() -> None
 def test_refuses_levels_that_are_none(levels: list[int], clusters: int, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         encode_layer(np.array(levels), (len(levels),), clusters)
+
+
+def test_the_memory_of_the_context_coder_is_in_proportion() -> None:
+    """Many rows of one position each, two clusters: not kilobytes for each."""
+    levels = layer(0, (4096, 1), 2, 0.5)
+    blob = encode_layer(levels, levels.shape, 2, coder="context")
+    tracemalloc.start()
+    try:
+        decode_layer(blob, levels.shape, 2)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_refuses_unknown_coders() -> None:

@@ -51,6 +51,22 @@ def test_codes_are_complete_and_within_a_bit_of_the_entropy(numbers: list[int]) 
         assert entropy - 1e-9 <= float((p * used).sum()) < entropy + 1
 
 
+def test_codes_of_more_than_32_bits(monkeypatch) -> None:
+    """As Fibonacci numbers of 15 million symbols have."""
+    numbers = [1, 1]
+    while len(numbers) < 50:
+        numbers.append(numbers[-2] + numbers[-1])
+    lengths = code_lengths(numbers)
+    assert max(lengths) == 49
+    monkeypatch.setattr(huffman, "code_lengths", lambda counts: lengths)
+    symbols = np.random.default_rng(0).integers(0, 50, 300).astype(np.uint16)
+    blob = huffman.encode(symbols, 50)
+    np.testing.assert_array_equal(huffman.decode(blob, 300, 50), symbols)
+    for bad in (bytes([63]) + blob[1:], bytes([1]) + blob[1:]):  # too long, too many short ones
+        with pytest.raises(CorruptError):
+            huffman.decode(bad, 300, 50)
+
+
 @given(counts)
 def test_shares_sum_up_and_keep_all_that_occur(numbers: list[int]) -> None:
     if not any(numbers):
@@ -121,11 +137,21 @@ def test_floats(itemsize: int, count: int, seed: int) -> None:
                 decode_floats(bad, len(raw), itemsize)
 
 
+@given(st.binary(max_size=300), st.sampled_from([1, 2, 4, 8]))
+def test_any_bytes_are_coded_as_floats(raw: bytes, itemsize: int) -> None:
+    raw = raw[: len(raw) // itemsize * itemsize]
+    blob = encode_floats(raw, itemsize)
+    assert len(blob) <= len(raw) + 1
+    assert decode_floats(blob, len(raw), itemsize) == raw
+
+
 def test_many_floats_are_stored_as_they_are() -> None:
     raw = bytes(1 << 22) + b"\1\0\0\0"
     blob = encode_floats(raw, 4)
     assert len(blob) == len(raw) + 1
     assert decode_floats(blob, len(raw), 4) == raw
+    with pytest.raises(CorruptError):  # coded, which no encoder does with so many
+        decode_floats(b"\x01" + bytes(9999), len(raw), 4)
 
 
 @given(st.integers(0, (1 << 63) - 1))

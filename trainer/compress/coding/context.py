@@ -12,18 +12,17 @@ from numpy.typing import NDArray
 
 from trainer.compress.coding import rangecoder as rc
 from trainer.compress.coding.errors import CorruptError
-from trainer.compress.coding.jit import jit
 from trainer.compress.coding.mixing import HALF, Decisions, decide, decisions
 from trainer.compress.coding.rangecoder import ONE
 from trainer.compress.coding.tables import LIMIT, LOG, SQUASH
 from trainer.compress.coding.varint import put, take
+from trainer.compress.jit import jit
 
 Int64 = NDArray[np.int64]
 Levels = NDArray[np.uint16]
 
 SPEEDS = (4, 8, 16, 32)  # of the mixers, the encoder chooses
 _STEPS = 16  # magnitudes that have a step of their own; wider and wider buckets follow
-_BUCKETS = 80
 _PLACES = 1 << 16  # rows or columns with counters of their own; further ones share them
 _SIZED = 1 << 12  # the same for rows and magnitudes
 _UNIT = 22  # of the base probability in the head, in the logistic domain
@@ -57,6 +56,16 @@ def _side(x: int) -> int:
 def _bits(bucket: int) -> int:
     """log2 of how many magnitudes share a bucket."""
     return 0 if bucket < _STEPS else 2 + (bucket - _STEPS) // 4
+
+
+def _buckets(clusters: int, negatives: int) -> int:
+    """How many buckets the magnitudes of a layer reach."""
+    most = max(negatives, clusters - negatives) - 1
+    start, bucket = 0, 0
+    while start + (1 << _bits(bucket)) <= most:
+        start += 1 << _bits(bucket)
+        bucket += 1
+    return bucket + 1
 
 
 @jit
@@ -97,17 +106,18 @@ def _code_value(
     magnitude = level - negatives - 1 if sign else negatives - level
     pull = _clip((2 * west + 2 * north + northwest + northeast) * towards, -16, 15) + 16
     at, slot = steps.start, steps.slot
+    buckets = at[1]
     start = 0
     bucket = 0
     while start + (1 << _bits(bucket)) <= most:
         step = 1 << _bits(bucket)
         slot[0] = bucket
-        slot[1] = at[1] + sign * _BUCKETS + bucket
-        slot[2] = at[2] + (2 * pull + (touching > 0)) * _BUCKETS + bucket
-        slot[3] = at[3] + min(63, abs(previous)) * _BUCKETS + bucket
-        slot[4] = at[4] + r % _SIZED * _BUCKETS + bucket
-        slot[5] = at[5] + (fullness * 4 + min(3, touching)) * _BUCKETS + bucket
-        slot[6] = at[6] + heavy * _BUCKETS + bucket
+        slot[1] = at[1] + sign * buckets + bucket
+        slot[2] = at[2] + (2 * pull + (touching > 0)) * buckets + bucket
+        slot[3] = at[3] + min(63, abs(previous)) * buckets + bucket
+        slot[4] = at[4] + r % _SIZED * buckets + bucket
+        slot[5] = at[5] + (fullness * 4 + min(3, touching)) * buckets + bucket
+        slot[6] = at[6] + heavy * buckets + bucket
         more = 1 if magnitude >= start + step else 0
         if not decide(steps, 0, bucket, 2 * speed, 255, state, blob, more, decode):
             break
@@ -288,7 +298,7 @@ def _run(
     rows, columns = levels.shape
     near, far = strides
     wide, high = min(columns, _PLACES), min(rows, _PLACES)
-    sized = min(rows, _SIZED) * _BUCKETS
+    buckets = _buckets(clusters, negatives)
     return int(
         _code(
             levels,
@@ -307,13 +317,13 @@ def _run(
             ),
             decisions([1, 81, 64, wide, high, 243], [2, 2, 2, 4, 4, 2], HALF, 1, 9830),
             decisions(
-                [n * _BUCKETS for n in (1, 2, 64, 64)] + [sized, 256 * _BUCKETS, 64 * _BUCKETS],
+                [n * buckets for n in (1, 2, 64, 64, min(rows, _SIZED), 256, 64)],
                 [2, 2, 2, 2, 4, 2, 2],
                 HALF,
-                _BUCKETS,
+                buckets,
                 6554,
             ),
-            decisions([8 * _BUCKETS], [2], HALF, 1, 0),
+            decisions([8 * buckets], [2], HALF, 1, 0),
             # Signed magnitudes of this row and the three above, in turn, zeros left and right;
             # survivors of each column, and of `far` columns together; each column's last survivor.
             np.zeros((4, columns + 4 * max(near, far) + 4), np.int32),

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from trainer.compress.coding import rangecoder as rc
 from trainer.compress.coding.errors import CorruptError
-from trainer.compress.coding.jit import jit
 from trainer.compress.coding.mixing import HALF, count
+from trainer.compress.jit import jit
 
 _LIMIT = 255
-_MOST = 1 << 22  # bytes that are worth the time
+_MOST = 1 << 22  # bytes that are worth the time; more are stored as they are
 
 
 @jit
@@ -68,8 +68,8 @@ def encode_floats(raw: bytes, itemsize: int) -> bytes:
     return bytes([adaptive]) + blob[:size].tobytes()
 
 
-def decode_floats(blob: bytes, length: int, itemsize: int) -> bytes:
-    """`length` bytes, as given to `encode_floats`.
+def decode_floats(blob: bytes | memoryview, length: int, itemsize: int) -> bytes | memoryview:
+    """`length` bytes, as given to `encode_floats`; part of `blob` where they are stored as such.
 
     Raises:
         CorruptError: no encoder wrote these bytes for so many.
@@ -82,7 +82,7 @@ def decode_floats(blob: bytes, length: int, itemsize: int) -> bytes:
         if len(blob) != length + 1:
             raise CorruptError("raw floats of another length")
         return blob[1:]
-    if blob[0] >> itemsize or length > len(blob) << 12:
+    if blob[0] >> itemsize or length > min(len(blob) << 12, _MOST):
         raise CorruptError("the head of coded floats is damaged")
     planes = np.zeros((itemsize, length // itemsize), np.uint8)
     data = np.frombuffer(blob, np.uint8, offset=1).copy()

@@ -27,11 +27,16 @@ def split(flat: Symbols, longest: int) -> tuple[Symbols, Symbols]:
     """Gap symbols, 0 to `longest`, and the survivors' levels - 1. `longest` stands for so many
     zeros and no survivor; zeros after the last survivor are not in it."""
     places = np.flatnonzero(flat)
-    gaps = np.diff(places, prepend=-1) - 1
-    fillers = gaps // longest
-    gap_symbols = np.full(places.size + int(fillers.sum()), longest, np.uint16)
-    gap_symbols[np.cumsum(fillers + 1) - 1] = gaps % longest
-    return gap_symbols, (flat[places] - 1).astype(np.uint16)
+    values = flat[places] - np.uint16(1)
+    places[1:] -= places[:-1] + 1  # now the gaps
+    ends = places // longest  # how many fillers each has
+    gap_symbols = np.full(places.size + int(ends.sum()), longest, np.uint16)
+    ends += 1
+    np.cumsum(ends, out=ends)
+    ends -= 1
+    places %= longest
+    gap_symbols[ends] = places
+    return gap_symbols, values
 
 
 def join(gap_symbols: Symbols, values: Symbols, longest: int, size: int) -> Symbols:

@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 
 from trainer.compress.coding import varint
 from trainer.compress.coding.errors import CorruptError
-from trainer.compress.coding.jit import jit
+from trainer.compress.jit import jit
 
 Symbols = NDArray[np.uint16]
 Int64 = NDArray[np.int64]
-LONGEST = 32  # bits of a code; 2^45 symbols at least before Huffman's own codes get longer
+# Bits of a code, as they fit 64 with a sign. A code of n bits takes F(n + 2) symbols at least, a
+# Fibonacci number: 9 million for 33 bits, and 10^13, more than any memory holds, for 62.
+LONGEST = 62
 
 
 def code_lengths(counts: Sequence[int]) -> list[int]:
@@ -89,8 +91,6 @@ def encode(symbols: Symbols, alphabet: int) -> bytes:
     A symbol that is alone takes no bits.
     """
     lengths = code_lengths(np.bincount(symbols, minlength=alphabet).tolist())
-    if max(lengths, default=0) > LONGEST:
-        raise ValueError("too many symbols for 32-bit codes")
     head, at = bytearray(), 0
     while at < alphabet:
         run = 1
@@ -129,7 +129,7 @@ def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
         lengths += [0] * run
     if max(lengths, default=0) > LONGEST:
         raise CorruptError("a code is too long")
-    if sum(2.0**-n for n in lengths if n) > 1:
+    if sum(1 << (LONGEST - n) for n in lengths if n) > 1 << LONGEST:
         raise CorruptError("code lengths contradict each other")
     used = [symbol for symbol, length in enumerate(lengths) if length]
     if len(used) < 2:

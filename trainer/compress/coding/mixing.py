@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.compress.coding import rangecoder as rc
-from trainer.compress.coding.jit import jit
 from trainer.compress.coding.rangecoder import FLOOR, ONE
 from trainer.compress.coding.tables import LIMIT, RATE, SQUASH, STRETCH
+from trainer.compress.jit import jit
 
 Int64 = NDArray[np.int64]
 INPUTS = 16  # room for one decision

@@ -12,7 +12,7 @@ State, int64: LOW and RANGE as the encoder has them (modulo 2^32), POS bytes wri
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.compress.coding.jit import jit
+from trainer.compress.jit import jit
 
 Int64 = NDArray[np.int64]
 Bytes = NDArray[np.uint8]

@@ -10,22 +10,23 @@ from numba import njit
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
 ).hexdigest()
 
 
 def jit(function: F) -> F:
-    """numba.njit, kept on disk until any file of this package changes.
+    """numba.njit, kept on disk until any file of trainer.compress changes.
 
     Numba itself looks only at the file of the function: after a change to a table or a helper
     elsewhere it would go on with the old one, and decode other levels than were written. Where no
-    directory can be written to, each process compiles anew.
+    directory can be written to, or numba keeps its cache in another way, each process compiles
+    anew.
     """
     try:
         compiled: Any = njit(cache=True)(function)
-    except RuntimeError:  # no place for the cache
+        index = compiled._cache._cache_file
+        index._source_stamp = (index._source_stamp, _SOURCES)
+    except (RuntimeError, AttributeError):
         return njit(function)  # type: ignore[no-any-return]
-    index = compiled._cache._cache_file
-    index._source_stamp = (index._source_stamp, _SOURCES)
     result: F = compiled
     return result

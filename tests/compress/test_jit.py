@@ -1,0 +1,41 @@
+"""Functions are compiled where nothing can be cached, too."""
+
+import importlib.util
+import sys
+
+import numba
+import pytest
+from numba.core.caching import CacheImpl
+
+from trainer.compress import codebooks, jit
+
+
+def twice(x: int) -> int:
+    return 2 * x
+
+
+def test_no_place_for_a_cache(monkeypatch) -> None:
+    """As in an image that is mounted read-only, of a user without a home."""
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(twice)
+    assert jit.jit(twice)(4) == 8
+    spec = importlib.util.spec_from_file_location("fresh", codebooks.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_a_numba_that_keeps_its_cache_in_another_way(monkeypatch) -> None:
+    def njit(function=None, cache=False):
+        return (lambda f: object()) if cache else function
+
+    monkeypatch.setattr(jit, "njit", njit)
+    assert jit.jit(twice) is twice
+
+
+def test_the_cache_knows_all_sources_of_the_package() -> None:
+    """A change to any of them makes it stale."""
+    if "numba" in sys.modules and hasattr(codebooks._partition, "_cache"):
+        stamp = codebooks._partition._cache._cache_file._source_stamp
+        assert stamp[1] == jit._SOURCES
