@@ -1,8 +1,6 @@
 """What a .dcz file gives back, and that nothing but a whole one is taken for one."""
 
 import random
-import runpy
-import sys
 import tracemalloc
 import zlib
 
@@ -10,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from trainer import artifact
-from trainer.artifact import __main__ as command
-from trainer.artifact.__main__ import main
+from trainer.artifact import read, tensors
 from trainer.artifact.container import HEADER_LIMIT, MAGIC, join, split
 from trainer.compress.codebooks import cluster
 from trainer.compress.coding import encode_floats, encode_layer, varint
@@ -141,12 +138,53 @@ def test_any_shape_and_density(shape: list[int], density: float, k: int, seed: i
     same(artifact.loads(artifact.encode(weights, "fp32")), weights)
 
 
-def test_tied_weights_are_stored_once_and_come_back_as_one(model: dict[str, Tensor]) -> None:
+def test_equal_tensors_are_stored_once_and_come_back_apart(model: dict[str, Tensor]) -> None:
     content = artifact.encode(model)
     alone = artifact.encode({k: v for k, v in model.items() if k != "decoder.weight"})
     assert len(content) - len(alone) < 40
     found = artifact.loads(content)
-    assert found["decoder.weight"] is found["encoder.weight"]
+    memory = {t.untyped_storage().data_ptr() for t in found.values()}
+    assert len(memory) == len(found)
+    save(found)  # refuses tensors that share memory
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    state = artifact.loads(
+        artifact.encode({k: torch.ones_like(v) for k, v in net.state_dict().items()})
+    )
+    net.load_state_dict(state, assign=True)
+    assert net[0].weight is not net[1].weight
+
+
+def test_numbers_of_a_quantizer_are_no_alias_of_rounded_ones() -> None:
+    """A bias may equal a scale in its bits, and is rounded nevertheless."""
+    scale = torch.tensor([1 / 3, 1 / 7])
+    weights = {"a.bias": scale, "w_quantizer.scale": scale.clone()}
+    found = artifact.loads(artifact.encode(weights))
+    assert torch.equal(found["a.bias"], scale.half().float())
+    assert torch.equal(found["w_quantizer.scale"], scale)
+
+
+def test_tensors_that_only_look_like_scales() -> None:
+    torch.manual_seed(0)
+    for scale in (torch.ones(3), torch.ones(4, 1), torch.ones(4).half(), torch.zeros(4)):
+        weights = {"w": torch.randn(4, 3), "w_quantizer.scale": scale}
+        same(artifact.loads(artifact.encode(weights)), weights)
+
+
+def test_a_sparse_layer_of_few_values_is_shared_where_that_is_smaller() -> None:
+    """60 survivors in 32 clusters: 2 bytes a value and 5 bits each, not 4 bytes each."""
+    torch.manual_seed(0)
+    values = torch.randn(32).half().float()
+    weight = torch.zeros(600)
+    weight[torch.randperm(600)[:60]] = values[torch.arange(60) % 32]
+    weights = {"w": weight.view(20, 30)}
+    for numbers in ("fp16", "fp32"):
+        content = artifact.encode(weights, numbers)
+        same(artifact.loads(content), weights)
+        assert artifact.describe(content).layers[0]["kind"] == "shared"
+    assert len(artifact.encode(weights)) < len(artifact.encode({"w": pruned(20, 30)})) - 60
+    # Of 59 values in fp32, a codebook would take as much, and indices besides.
+    weights["w"][weights["w"] != 0] = torch.randn(59)[torch.arange(60) % 59]
+    assert artifact.describe(artifact.encode(weights, "fp32")).layers[0]["kind"] == "pruned"
 
 
 def test_what_the_format_does_not_know_is_refused() -> None:
@@ -154,6 +192,30 @@ def test_what_the_format_does_not_know_is_refused() -> None:
         artifact.encode({"phase": torch.zeros(2, dtype=torch.complex64)})
     with pytest.raises(ValueError, match="the header takes"):
         artifact.encode({}, about={"text": "x" * HEADER_LIMIT})
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "said"),
+    [
+        (torch.empty(2, dtype=torch.uint16, device="meta"), TypeError, r"torch\.uint16 .* float32"),
+        (torch.empty(2, dtype=torch.float8_e4m3fn, device="meta"), TypeError, "float8"),
+        (torch.empty((1,) * 17, device="meta"), ValueError, "17 dimensions .* only 16"),
+        (torch.empty(1 << 24, 1 << 24, device="meta"), ValueError, "281474976710656 elements"),
+        ({"step": 3}, TypeError, "dict cannot be written"),
+    ],
+)
+def test_a_state_dict_is_checked_without_its_values(entry, error, said) -> None:
+    artifact.check({"weight": torch.empty((1,) * 16, device="meta")})
+    with pytest.raises(error, match=f"^extra: .*{said}"):
+        artifact.check({"weight": torch.empty(3), "extra": entry})
+    with pytest.raises(error, match=r"^extra: "):
+        artifact.encode({"extra": entry})
+
+
+def test_too_many_names_are_found_out_beforehand() -> None:
+    one = torch.empty(0)
+    with pytest.raises(ValueError, match="the header takes"):
+        artifact.check({f"{i}{'x' * 1000}": one for i in range(HEADER_LIMIT // 1000)})
 
 
 def test_describe(model: dict[str, Tensor]) -> None:
@@ -178,17 +240,17 @@ def test_describe(model: dict[str, Tensor]) -> None:
     assert kinds["mask"] == ("plain", 8)
     assert kinds["decoder.weight"] == ("= encoder.weight", 32)
     assert layers["decoder.weight"]["bytes"] == 0
-    header = len(content) - sum(layer["bytes"] for layer in found.layers)
-    assert 0 < header < 600
+    assert sum(layer["bytes"] for layer in found.layers) + found.frame == len(content)
+    assert 0 < found.frame < 600
 
 
 # --- damage ---
 
 
 def refused(content: bytes) -> None:
-    for read in (artifact.loads, artifact.describe):
+    for reading in (artifact.loads, artifact.describe):
         with pytest.raises(artifact.ArtifactError):
-            read(content)
+            reading(content)
 
 
 def frames(content: bytes) -> list[bytes]:
@@ -427,6 +489,14 @@ HOSTILE = {
         {"tensors": [["v", "w"], ["w", "f32", [4], "r", "f32"]]},
         [FLOATS],
     ),
+    "stored in more than it takes": (
+        {"tensors": [["w", "i8", [2], "r", "f64"]]},
+        [encode_floats(b"\0" * 16, 8)],
+    ),
+    "megabytes of coded numbers": (
+        {"tensors": [["w", "i8", [(1 << 22) + 1], "r", "i8"]]},
+        [b"\x01" * 2000],
+    ),
     "a bool that is 2": (
         {"tensors": [["w", "bool", [2], "r", "bool"]]},
         [encode_floats(b"\x01\x02", 1)],
@@ -474,88 +544,111 @@ def test_headers_that_are_none_are_refused(text: bytes) -> None:
     refused(framed(text))
 
 
+def aliases(number: int, *shape: int) -> bytes:
+    """A file of ones, and of so many tensors that equal them."""
+    names = [[f"a{i}", "w"] for i in range(number)]
+    ones = encode_layer(torch.ones(shape).numpy(), shape, 1, 0)
+    return join(
+        {"tensors": [["w", "f32", shape, "c", 1, "f32"], *names]},
+        [ones, encode_floats(b"\0\0\x80?", 4)],
+    )
+
+
+# Few bytes that may hold as many positions: 2^28 floats of 4 bytes, with what the limit has to say.
+POSITIONS = join(
+    {"tensors": [["w", "f32", [1 << 14, 1 << 14], "c", 1, "f32"]]},
+    [b"\x00\x0a\x80" + bytes((1 << 28) // 22_000), encode_floats(b"\0\0\x80?", 4)],
+)
+BEYOND = {
+    "positions": (POSITIONS, 1 << 30),
+    "equal tensors": (aliases(5000, 250, 4000), 5001 * 4_000_000),
+}
+
+
 def test_a_small_file_cannot_take_much_memory() -> None:
     bombs = [framed(b" " * (1 << 26)), framed(b"[" + b"[]," * (1 << 22))]
     bombs += [join(*HOSTILE[n]) for n in HOSTILE if n.startswith(("giga", "tera", "empty", "a co"))]
+    bombs.append(BEYOND["equal tensors"][0])
     assert max(map(len, bombs)) < 1 << 19
     tracemalloc.start()
     try:
         for bomb in bombs:
             refused(bomb)
+        for bomb, size in BEYOND.values():
+            for reading in (artifact.loads, artifact.describe):
+                with pytest.raises(artifact.ArtifactError, match=f"would take {size:,} bytes"):
+                    reading(bomb, size - 1)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 200 << 20
 
 
-# --- the command ---
+def test_what_may_be_taken_is_the_callers_to_say(monkeypatch) -> None:
+    content = aliases(9, 10, 10)
+    assert len(artifact.loads(content, 10 * 400)) == 10
+    said = r"4,000 bytes, and 3,999 are allowed; .* most=BYTES in Python, --most-bytes"
+    with pytest.raises(artifact.ArtifactError, match=said):
+        artifact.loads(content, 10 * 400 - 1)
+    monkeypatch.setattr(read, "_LEAST", 0)
+    assert len(artifact.loads(content)) == 10
+    monkeypatch.setattr(read, "_GROWTH", 1)
+    with pytest.raises(artifact.ArtifactError, match=f"and {len(content)} are allowed"):
+        artifact.describe(content)
 
 
-def test_show_verify_and_decode(model, tmp_path, capsys) -> None:
-    file, out = tmp_path / "model.dcz", tmp_path / "out.safetensors"
-    file.write_bytes(artifact.encode(model, about={"name": "tiny"}))
-    assert main(["show", str(file)]) == 0
-    shown = capsys.readouterr().out
-    assert "name: tiny" in shown
-    assert "6 x 3 x 3 x 3" in shown
-    assert main(["verify", str(file)]) == 0
-    assert f"whole, {len(model)} tensors, {file.stat().st_size:,} bytes" in capsys.readouterr().out
-    assert main(["decode", str(file), str(out)]) == 0
-    loaded = load_file(out)
-    same({name: loaded[name] for name in model}, model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.dcz", "out.safetensors"]
-    same(artifact.load(file), model)
+def test_equal_tensors_are_described_without_being_made() -> None:
+    content = aliases(900, 100, 100)
+    tracemalloc.start()
+    try:
+        layers = artifact.describe(content).layers
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+    assert [layer["nonzero"] for layer in layers] == [10_000] * 901
+    assert layers[-1]["kind"] == "= w"
+    assert layers[-1]["name"] == "a899"
 
 
-def test_names_are_shown_as_they_are(tmp_path, capsys) -> None:
-    file = tmp_path / "[bold].dcz"
-    file.write_bytes(artifact.encode({"a[/b]": torch.ones(2)}, about={"x": "[/y]"}))
-    assert main(["show", str(file)]) == 0
-    shown = capsys.readouterr().out
-    assert "a[/b]" in shown
-    assert "x: [/y]" in shown
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_told(error: Exception, monkeypatch) -> None:
+    def decode_layer(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(read, "decode_layer", decode_layer)
+    with pytest.raises(artifact.ArtifactError, match="not enough memory for its tensors, 4,000 by"):
+        artifact.loads(aliases(9, 10, 10))
 
 
-@pytest.mark.parametrize("verb", ["show", "verify", "decode"])
-def test_a_damaged_or_missing_file_ends_in_one_line(verb, model, tmp_path, capsys) -> None:
-    file = tmp_path / "model.dcz"
-    arguments = [verb, str(file), *([str(tmp_path / "out")] if verb == "decode" else [])]
-    for content, told in ((None, "No such file"), (artifact.encode(model)[:-1], "cut short")):
-        if content is not None:
-            file.write_bytes(content)
-        assert main(arguments) == 1
-        shown, said = capsys.readouterr()
-        assert shown == ""
-        assert said.startswith(str(file))
-        assert told in said
-        assert said.count("\n") == 1
-        assert not (tmp_path / "out").exists()
+def test_other_errors_are_not_taken_for_it(monkeypatch) -> None:
+    def decode_layer(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(read, "decode_layer", decode_layer)
+    with pytest.raises(RuntimeError, match="a bug"):
+        artifact.loads(aliases(9, 10, 10))
 
 
-def test_a_place_that_cannot_be_written(model, tmp_path, capsys) -> None:
-    file = tmp_path / "model.dcz"
-    file.write_bytes(artifact.encode(model))
-    assert main(["decode", str(file), str(tmp_path / "no" / "out.safetensors")]) == 1
-    assert "No such file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [[], ["unpack", "x"], ["decode", "x"]])
-def test_wrong_arguments_exit_2(arguments, capsys) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert "usage: python -m trainer.artifact" in capsys.readouterr().err
-
-
-def test_the_module_is_the_command(tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "model.dcz").write_bytes(b"nonsense")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["artifact", "verify", "model.dcz"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(command.__file__, run_name="__main__")
-    assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert said == "model.dcz: this is no .dcz file: it does not begin with DCZ\n"
+def test_writing_and_reading_take_little_memory_beside_the_weights(monkeypatch) -> None:
+    monkeypatch.setattr(tensors, "_PIECE", 1000)
+    torch.manual_seed(0)
+    weights = {f"{i}": shared(300, 1000, density=0.05) for i in range(6)}
+    artifact.encode({"0": weights["0"]}, coder="huffman")  # compiled beforehand
+    tracemalloc.start()  # what NumPy and Python allocate
+    try:
+        content = artifact.encode(weights, coder="huffman")
+        _, encoding = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        found = artifact.loads(content)
+        _, decoding = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    same(found, {name: w.half().float() for name, w in weights.items()})
+    assert encoding < 5 * 300_000  # one tensor at a time, less than it takes itself
+    assert decoding < (6 * 4 + 3) * 300_000
 
 
 def test_a_quantized_model_has_a_published_size_by_its_bits() -> None:

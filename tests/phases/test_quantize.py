@@ -181,6 +181,34 @@ def test_a_decoded_file_gives_the_same_outputs_bit_for_bit(build, inputs: Tensor
     assert artifact.describe(content).parameters == counts(model).parameters
 
 
+class Scaled(nn.Sequential):
+    """Ends in a factor without a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(20, 30), nn.Linear(30, 10))
+        self.factor = nn.Parameter(torch.tensor(1 / 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x) * self.factor
+        return out
+
+
+def test_what_is_not_quantized_is_left_as_its_file_has_it() -> None:
+    torch.manual_seed(0)
+    model, inputs = Scaled(), torch.randn(8, 20)
+    run(Share(FitConfig(), 3), model, inputs, 0)
+    keep = ["zeros", "sharing"]
+    run(Quantize(TRAINING, 4, exempt=["1"], keep=keep, per_channel=False), model, inputs)
+    content = artifact.encode(model.state_dict())
+    decoded = restore(Scaled(), artifact.loads(content)).eval()
+    for name, tensor in decoded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert torch.equal(decoded(inputs), model(inputs))
+    layers = {layer["name"]: layer for layer in artifact.describe(content).layers}
+    assert (layers["1.weight"]["kind"], layers["1.weight"]["bits"]) == ("shared", 3)
+    assert layers["factor"]["bits"] <= 16
+
+
 def _untied(state):
     return {name: tensor.clone() for name, tensor in state.items()}
 

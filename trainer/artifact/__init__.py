@@ -8,12 +8,13 @@ docs/artifact.md specifies the format. `python -m trainer.artifact` looks into f
 from trainer.artifact.comparison import PublishedSize, published_size
 from trainer.artifact.container import ArtifactError
 from trainer.artifact.read import Description, describe, load, loads
-from trainer.artifact.write import encode
+from trainer.artifact.write import check, encode
 
 __all__ = [
     "ArtifactError",
     "Description",
     "PublishedSize",
+    "check",
     "describe",
     "encode",
     "load",

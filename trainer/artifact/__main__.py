@@ -4,6 +4,7 @@
     python -m trainer.artifact verify FILE
     python -m trainer.artifact decode FILE OUT.safetensors
 
+--most-bytes=N allows tensors of so many bytes, where a file says that it holds more than usual.
 Exit codes: 0 done, 1 the file is damaged or cannot be read or written, 2 wrong arguments.
 """
 
@@ -16,25 +17,35 @@ from pathlib import Path
 import safetensors.torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from trainer.artifact.container import ArtifactError
 from trainer.artifact.read import Description, describe, loads
+
+_METADATA = "__metadata__"  # safetensors keeps the name for itself
+_WIDE = 1000  # columns where the output is no terminal: one line for a tensor
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line says and return the exit code."""
     options = _parser().parse_args(arguments)
+    told = options.file
     try:
         content = Path(options.file).read_bytes()
         if options.command == "show":
-            _show(options.file, len(content), describe(content))
-        elif options.command == "verify":
-            tensors = loads(content)
+            _show(options.file, len(content), describe(content, options.most_bytes))
+            return 0
+        tensors = loads(content, options.most_bytes)
+        if options.command == "verify":
             print(f"{options.file}: whole, {len(tensors)} tensors, {len(content):,} bytes")
-        else:
-            _decode(content, Path(options.out))
+            return 0
+        if _METADATA in tensors:
+            raise ArtifactError(f"a tensor is named {_METADATA}, which safetensors cannot hold")
+        told = options.out
+        _write(tensors, Path(options.out))
     except (ArtifactError, OSError) as error:
-        print(f"{options.file}: {error}", file=sys.stderr)
+        reason = error.strerror if isinstance(error, OSError) else None
+        print(f"{told}: {reason or error}", file=sys.stderr)
         return 1
     return 0
 
@@ -51,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=told)
         command.add_argument("file", metavar="FILE")
+        command.add_argument(
+            "--most-bytes", type=int, metavar="N", help="bytes that its tensors may take"
+        )
         if name == "decode":
             command.add_argument("out", metavar="OUT.safetensors")
     return parser
@@ -58,31 +72,39 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(name: str, size: int, found: Description) -> None:
     dense = 4 * found.parameters
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _WIDE
     for key, value in found.about.items():
-        console.print(f"{key}: {value}")
+        console.print(f"{_plain(key)}: {_plain(str(value))}")
     table = Table(
         title=f"{name}: {size:,} bytes, {dense / size:.1f}x smaller", title_justify="left"
     )
-    table.add_column("tensor")
-    table.add_column("kind")
-    for title in ("shape", "not zero", "kept", "bits", "bytes"):
+    table.add_column("tensor", overflow="fold")
+    table.add_column("kind", overflow="fold")
+    table.add_column("shape", justify="right", overflow="fold")
+    for title in ("not zero", "kept", "bits", "bytes"):
         table.add_column(title, justify="right", no_wrap=True)
     for layer in found.layers:
         table.add_row(
-            layer["name"],
-            layer["kind"],
+            _plain(layer["name"]),
+            _plain(layer["kind"]),
             " x ".join(map(str, layer["shape"])),
             f"{layer['nonzero']:,}",
             f"{layer['nonzero'] / max(1, layer['weights']):.1%}",
             str(layer["bits"]),
             f"{layer['bytes']:,}",
         )
+    table.add_row("(header, checksums)", "", "", "", "", "", f"{found.frame:,}")
     console.print(table)
 
 
-def _decode(content: bytes, out: Path) -> None:
-    tensors = {name: tensor.clone() for name, tensor in loads(content).items()}
+def _plain(text: str) -> str:
+    """Nothing that a terminal would obey: a file may be anybody's."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _write(tensors: dict[str, Tensor], out: Path) -> None:
     aside = out.with_name(f"{out.name}.part")
     try:
         aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))

@@ -47,17 +47,23 @@ class ArtifactError(ValueError):
 
 def join(header: Mapping[str, Any], sections: Sequence[bytes]) -> bytes:
     """The bytes of a file. Raises ValueError where the header is too long to be read again."""
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) > HEADER_LIMIT:
-        raise ValueError(f"the header takes {len(text)} bytes, the format {HEADER_LIMIT}")
+    text = header_text(header)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
     packed = deflate.compress(text) + deflate.flush()
-    content = bytearray(MAGIC)
+    parts = [MAGIC]
     checksum = zlib.crc32(MAGIC)
     for payload in (packed, *sections):
         checksum = zlib.crc32(payload, checksum)
-        content += varint.put(len(payload)) + payload + struct.pack("<I", checksum)
-    return bytes(content)
+        parts += [varint.put(len(payload)), payload, struct.pack("<I", checksum)]
+    return b"".join(parts)
+
+
+def header_text(header: Mapping[str, Any]) -> bytes:
+    """The header as JSON. Raises ValueError where it is too long to be read again."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"the header takes {len(text)} bytes, the format {HEADER_LIMIT}")
+    return text
 
 
 def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:

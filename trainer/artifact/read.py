@@ -1,13 +1,14 @@
 """From the bytes of a .dcz file to a state_dict, and to what can be said about it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.artifact.container import ArtifactError, split
@@ -20,69 +21,91 @@ from trainer.artifact.tensors import (
     RAW,
     SCALE,
     Entry,
+    is_scale,
+    look_up,
     multiplied,
     parse,
 )
 from trainer.compress.coding import CorruptError, decode_floats, decode_layer
 from trainer.compress.quantize import is_grid
 
+T = TypeVar("T")
+
 _KINDS = {CODEBOOK: "shared", GRID: "quantized", MASK: "pruned", RAW: "plain"}
 _CODED = (CODEBOOK, GRID, MASK)
 
-LIMIT = 1 << 36  # bytes of all tensors: a file that claims more is refused
+_LEAST, _GROWTH = 1 << 30, 1000  # bytes of tensors that are allowed unasked; for a byte of file
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a file holds."""
+    """What a file holds. The bytes of all layers and of the frame add up to those of the file."""
 
     about: Mapping[str, Any]
-    parameters: int  # single values of its floating tensors but running statistics, ties once
+    # Elements of its floating tensors but running statistics and what belongs to quantizers; equal
+    # tensors count once. Those of the model may be others: it knows which buffers and ties it has.
+    parameters: int
     layers: list[dict[str, Any]]  # name, shape, kind, weights, nonzero, bits, bytes of each tensor
+    frame: int  # bytes that belong to no single tensor: header, lengths, checksums
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state_dict in a .dcz file.
+def load(path: str | os.PathLike[str], most: int | None = None) -> dict[str, Tensor]:
+    """The state_dict in a .dcz file. No two tensors share memory.
+
+    Args:
+        most: bytes that all its tensors may take; a file that claims more is refused before
+            anything is allocated. None: 1 GiB, or 1000 times the size of the file if that is more.
 
     Raises:
-        ArtifactError: it is none, damaged, or made up.
+        ArtifactError: it is none, damaged, made up, or takes more than `most` or all memory.
         OSError: it cannot be read.
     """
-    return loads(Path(path).read_bytes())
+    return loads(Path(path).read_bytes(), most)
 
 
-def loads(content: bytes) -> dict[str, Tensor]:
-    """The state_dict in the content of a .dcz file. Raises ArtifactError."""
-    return _File(content).tensors()
+def loads(content: bytes, most: int | None = None) -> dict[str, Tensor]:
+    """As `load`, from the content of a file."""
+    file = _File(content, most)
+    return file.guarded(file.tensors)
 
 
-def describe(content: bytes) -> Description:
-    """What the content of a .dcz file is made of; it is decoded whole. Raises ArtifactError."""
-    file = _File(content)
-    tensors = file.tensors()
-    layers = [file.facts(entry, tensors[entry.name]) for entry in file.entries]
+def describe(content: bytes, most: int | None = None) -> Description:
+    """What the content of a .dcz file is made of; it is decoded whole. Limits are those of `load`.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    file = _File(content, most)
+    layers = file.guarded(file.layers)
+    own = [entry for entry in file.entries if entry.kind != ALIAS]
     parameters = sum(
         entry.size
-        for entry in file.entries
-        if entry.kind != ALIAS and DTYPES[entry.dtype].is_floating_point and not _statistic(entry)
+        for entry in own
+        if DTYPES[entry.dtype].is_floating_point and not _statistic(entry)
     )
-    return Description(file.about, parameters, layers)
+    frame = len(content) - sum(layer["bytes"] for layer in layers)
+    return Description(file.about, parameters, layers, frame)
 
 
 class _File:
     """The parsed frame of a file: entries, and for each the bytes that it is made of."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, most: int | None) -> None:
         header, sections = split(content)
         rows = header.get("tensors")
         if not isinstance(rows, list) or not isinstance(header.get("about", {}), dict):
             raise ArtifactError("the header lists no tensors")
         self.about: Mapping[str, Any] = header.get("about", {})
         self.entries = [parse(row) for row in rows]
-        if len({entry.name for entry in self.entries}) != len(self.entries):
-            raise ArtifactError("two tensors have one name")
-        if sum(e.size * DTYPES[e.dtype].itemsize for e in self.entries) > LIMIT:
-            raise ArtifactError(f"the tensors would take more than {LIMIT} bytes")
+        self._own = _resolved(self.entries)
+        self._bytes = sum(self._own[entry.name].nbytes for entry in self.entries)
+        allowed = max(_LEAST, _GROWTH * len(content)) if most is None else most
+        if self._bytes > allowed:
+            raise ArtifactError(
+                f"its tensors would take {self._bytes:,} bytes, and {allowed:,} are allowed; if "
+                "you trust where it comes from, allow more: most=BYTES in Python, --most-bytes "
+                "on the command line"
+            )
         coded = [entry for entry in self.entries if entry.kind in _CODED]
         self._counts: dict[str, int] = {}  # of the values in each stream
         for entry in self.entries:
@@ -91,88 +114,127 @@ class _File:
         stored = sorted(self._counts)
         if len(sections) != len(coded) + len(stored):
             raise ArtifactError(f"{len(sections)} sections are not what the header announces")
-        self._layers = {e.name: bytes(s) for e, s in zip(coded, sections, strict=False)}
+        self._layers = {e.name: s for e, s in zip(coded, sections, strict=False)}
         self._streams = dict(zip(stored, sections[len(coded) :], strict=True))
+
+    def guarded(self, decode: Callable[[], T]) -> T:
+        """`decode()`; raises ArtifactError where memory does not suffice."""
+        try:
+            return decode()
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise  # torch has no class of its own for it
+            raise ArtifactError(
+                f"there is not enough memory for its tensors, {self._bytes:,} bytes"
+            ) from error
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, decoded."""
-        places = {stored: (self._numbers(stored), 0) for stored in self._streams}
-        found: dict[str, Tensor] = {}
+        decoded = self._decoded()
+        found = {}
         for entry in self.entries:
-            if entry.kind == ALIAS:
-                if entry.of not in found:
-                    raise ArtifactError(f"{entry.name!r} is said to equal {entry.of!r}: unknown")
-                found[entry.name] = found[entry.of]
-                continue
-            values, place = places[entry.stored]
-            places[entry.stored] = values, place + entry.count
-            own = values[place : place + entry.count].to(DTYPES[entry.dtype])
-            found[entry.name] = self._tensor(entry, own)
-        for entry in self.entries:
-            if entry.kind == GRID:
-                found[entry.name] = _scaled(entry, found[entry.name], found.get(entry.name + SCALE))
-        for entry in self.entries:
-            if entry.kind == ALIAS:
-                found[entry.name] = found[entry.of]
+            tensor = decoded[self._own[entry.name].name]
+            found[entry.name] = tensor.clone() if entry.kind == ALIAS else tensor
         return found
 
-    def facts(self, entry: Entry, tensor: Tensor) -> dict[str, Any]:
-        """One tensor's share of the file."""
-        size = 0.0
-        if entry.kind != ALIAS:
-            stream = len(self._streams[entry.stored])
-            size = stream * entry.count / max(1, self._counts[entry.stored])
-            size += len(self._layers.get(entry.name, b""))
-        bits = 8 * DTYPES[entry.dtype if entry.kind == ALIAS else entry.stored].itemsize
+    def layers(self) -> list[dict[str, Any]]:
+        """Each tensor's share of the file."""
+        facts = {name: self._facts(name, tensor) for name, tensor in self._decoded().items()}
+        found = []
+        for entry in self.entries:
+            own = self._own[entry.name]
+            row = facts[own.name]
+            if entry.kind == ALIAS:
+                bits = 8 * DTYPES[own.dtype].itemsize
+                row = {**row, "name": entry.name, "kind": f"= {entry.of}", "bits": bits, "bytes": 0}
+            found.append(row)
+        return found
+
+    def _facts(self, name: str, tensor: Tensor) -> dict[str, Any]:
+        entry = self._own[name]
+        stream = len(self._streams[entry.stored]) * entry.count
+        share = stream / max(1, self._counts[entry.stored])
+        bits = 8 * DTYPES[entry.stored].itemsize
         if entry.kind in (CODEBOOK, GRID):
             bits = max(1, (entry.count - 1).bit_length())
         return {
-            "name": entry.name,
-            "shape": list(tensor.shape),
-            "kind": _KINDS.get(entry.kind) or f"= {entry.of}",
-            "weights": tensor.numel(),
+            "name": name,
+            "shape": list(entry.shape),
+            "kind": _KINDS[entry.kind],
+            "weights": entry.size,
             "nonzero": int(tensor.count_nonzero()),
             "bits": bits,
-            "bytes": round(size),
+            "bytes": round(share + len(self._layers.get(name, b""))),
         }
 
-    def _numbers(self, stored: str) -> Tensor:
+    def _decoded(self) -> dict[str, Tensor]:
+        """All tensors but aliases."""
+        streams = {stored: self._numbers(stored) for stored in self._streams}
+        places = dict.fromkeys(streams, 0)
+        found: dict[str, Tensor] = {}
+        for entry in self.entries:
+            if entry.kind == ALIAS:
+                continue
+            start, dtype = places[entry.stored], DTYPES[entry.stored]
+            places[entry.stored] = end = start + entry.count * dtype.itemsize
+            values = torch.empty(entry.count, dtype=dtype)
+            values.view(torch.uint8).numpy()[:] = streams[entry.stored][start:end]
+            found[entry.name] = self._tensor(entry, values.to(DTYPES[entry.dtype]))
+        for entry in self.entries:
+            if entry.kind == GRID:
+                own = self._own.get(entry.name + SCALE)
+                scale = None if own is None else found[own.name]
+                found[entry.name] = _scaled(entry, found[entry.name], scale)
+        return found
+
+    def _numbers(self, stored: str) -> NDArray[np.uint8]:
+        """The bytes of all values that are stored in a type."""
         dtype, count = DTYPES[stored], self._counts[stored]
         try:
-            raw = decode_floats(
-                bytes(self._streams[stored]), count * dtype.itemsize, dtype.itemsize
-            )
+            raw = decode_floats(self._streams[stored], count * dtype.itemsize, dtype.itemsize)
         except CorruptError as error:
             raise ArtifactError(f"the {stored} numbers: {error}") from error
-        if dtype is torch.bool and raw.strip(b"\0\1"):
+        numbers = np.frombuffer(raw, np.uint8)
+        if dtype is torch.bool and numbers.max(initial=0) > 1:
             raise ArtifactError("a bool is neither 0 nor 1")
-        return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return numbers
 
     def _tensor(self, entry: Entry, values: Tensor) -> Tensor:
         if entry.kind not in _CODED:
-            return values.reshape(entry.shape).clone()
-        clusters = 1 if entry.kind == MASK else max(1, entry.count)
+            return values.reshape(entry.shape)
         negatives = 0 if entry.kind == MASK else int((values < 0).sum())
+        layer = bytes(self._layers[entry.name])
         try:
-            levels = decode_layer(self._layers[entry.name], entry.shape, clusters, negatives)
+            levels = decode_layer(layer, entry.shape, entry.clusters, negatives)
         except CorruptError as error:
             raise ArtifactError(f"{entry.name!r}: {error}") from error
-        levels = levels.reshape(entry.shape)  # a scalar comes as one element
+        numbers = values.numpy()
         if entry.kind != MASK:
-            table = np.zeros(clusters + 1, dtype=values.numpy().dtype)
-            table[1 : 1 + len(values)] = values.numpy()
-            return torch.from_numpy(np.asarray(table[levels]))
-        dense = np.zeros(entry.shape, dtype=values.numpy().dtype)
+            table = np.zeros(entry.clusters + 1, dtype=numbers.dtype)
+            table[1 : 1 + len(numbers)] = numbers
+            return torch.from_numpy(look_up(table, levels.reshape(entry.shape)))
+        dense = np.zeros(entry.shape, dtype=numbers.dtype)
         if int(levels.sum(dtype=np.int64)) != entry.count:
             raise ArtifactError(f"{entry.name!r}: its positions and values differ in number")
-        dense[levels != 0] = values.numpy()
+        dense[levels.reshape(entry.shape) != 0] = numbers
         return torch.from_numpy(dense)
+
+
+def _resolved(entries: Sequence[Entry]) -> dict[str, Entry]:
+    """By name, the entry that holds the tensor: itself, or the one that it equals."""
+    own: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.name in own:
+            raise ArtifactError(f"two tensors are named {entry.name[:80]!r}")
+        if entry.kind == ALIAS and entry.of not in own:
+            raise ArtifactError(f"{entry.name[:80]!r} is said to equal {entry.of[:80]!r}: unknown")
+        own[entry.name] = own[entry.of] if entry.kind == ALIAS else entry
+    return own
 
 
 def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
     """The weight that a GRID means. Raises ArtifactError where there are no scales for it."""
-    sizes = ((), (1,), entry.shape[:1])
-    if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) not in sizes:
+    if scale is None or not is_scale(scale, entry.shape):
         raise ArtifactError(f"{entry.name!r} has no scales that fit it")
     return multiplied(integers, scale)
 

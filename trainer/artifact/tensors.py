@@ -2,10 +2,13 @@
 
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.artifact.container import ArtifactError
@@ -27,6 +30,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CODEBOOK, GRID, MASK, RAW, ALIAS = "c", "q", "m", "r", "a"
 # After the name of a GRID: the tensors with its scales, and with its bits.
 SCALE, WIDTH = "_quantizer.scale", "_quantizer.width"
+
+DIMENSIONS = 16  # of a tensor, at most
+_PIECE = 1 << 20  # elements that are looked up at once
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,16 @@ class Entry:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, decoded."""
+        return self.size * DTYPES[self.dtype].itemsize
+
+    @property
+    def clusters(self) -> int:
+        """The highest level of a coded layer, 1 at least."""
+        return 1 if self.kind == MASK else max(1, self.count)
+
     def as_json(self) -> list[Any]:
         """As the header has it."""
         if self.kind == ALIAS:
@@ -68,7 +84,33 @@ def multiplied(tensor: Tensor, scale: Tensor) -> Tensor:
 
     Raises RuntimeError where they do not fit.
     """
-    return tensor * (scale.view(-1, *[1] * (tensor.ndim - 1)) if scale.ndim else scale)
+    return tensor * by_rows(scale, tensor.ndim)
+
+
+def by_rows(scale: Tensor, ndim: int) -> Tensor:
+    """A scale in the shape that is broadcast along the first of `ndim` dimensions."""
+    return scale.view(-1, *[1] * (ndim - 1)) if scale.ndim else scale
+
+
+def is_scale(scale: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a tensor can be the scales of a GRID of this shape."""
+    sizes = ((), (1,), tuple(shape[:1]))
+    return scale.dtype == torch.float32 and tuple(scale.shape) in sizes
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Whether the format has room for a tensor of this shape."""
+    # Sides count where others are 0 as well: NumPy and PyTorch multiply them.
+    return len(shape) <= DIMENSIONS and math.prod(n or 1 for n in shape) < 1 << 48
+
+
+def look_up(table: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+    """`table[places]`, piece by piece: NumPy makes indices of 8 bytes of all that it gets."""
+    found = np.empty(places.shape, table.dtype)
+    flat, wanted = found.reshape(-1), places.reshape(-1)
+    for start in range(0, flat.size, _PIECE):
+        flat[start : start + _PIECE] = table[wanted[start : start + _PIECE]]
+    return found
 
 
 def parse(row: Any) -> Entry:
@@ -87,16 +129,16 @@ def parse(row: Any) -> Entry:
         case _:
             raise ArtifactError(f"the header has an entry that is none: {reprlib.repr(row)}")
     sound = all(type(n) is int and 0 <= n < 1 << 48 for n in [*shape, count or 0])
-    if not sound or len(shape) > 16 or dtype not in DTYPES or stored not in DTYPES:
+    if not sound or dtype not in DTYPES or stored not in DTYPES:
         raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
     size = math.prod(shape)
-    # Sides count where others are 0 as well: NumPy and PyTorch multiply them.
-    spread = math.prod(n or 1 for n in shape)
     most = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
-    if spread >= 1 << 48 or (count or 0) > most:
+    if not is_possible(shape) or (count or 0) > most:
         raise ArtifactError(f"the header claims too much of {name[:80]!r}: {reprlib.repr(row)}")
     if kind != RAW and (dtype != "f32" or not size):
         raise ArtifactError(f"{name[:80]!r} cannot be coded: it is empty, or not f32")
     if kind == GRID and stored != "i8":
         raise ArtifactError(f"{name[:80]!r} is said to be integers, but stored as {stored}")
+    if DTYPES[stored].itemsize > DTYPES[dtype].itemsize:
+        raise ArtifactError(f"{name[:80]!r} is said to be {dtype}, but stored as {stored}")
     return Entry(name, kind, dtype, tuple(shape), size if count is None else count, stored)

@@ -1,16 +1,20 @@
 """From a state_dict to the bytes of a .dcz file."""
 
+import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.artifact.container import join
+from trainer.artifact.container import header_text, join
 from trainer.artifact.tensors import (
     ALIAS,
     CODEBOOK,
+    DIMENSIONS,
     DTYPES,
     GRID,
     MASK,
@@ -18,13 +22,16 @@ from trainer.artifact.tensors import (
     RAW,
     SCALE,
     Entry,
+    by_rows,
+    is_possible,
+    is_scale,
+    look_up,
     multiplied,
 )
-from trainer.compress.codebooks import codebook_of
 from trainer.compress.coding import encode_floats, encode_layer
-from trainer.compress.quantize import is_grid
+from trainer.compress.narrow import is_exact, narrow, shared_values
 
-_HALF = 65504.0  # the largest number of fp16
+Levels = NDArray[np.uint16] | NDArray[np.bool_]
 
 
 def encode(
@@ -35,99 +42,149 @@ def encode(
 ) -> bytes:
     """The content of a .dcz file.
 
-    A quantized weight is written as coded integers, next to the scales of its quantizer; any other
-    tensor with few distinct values as a codebook and coded indices, one with zeros as coded
-    positions and its other values, any other as its values; tensors that are equal are written
-    once. Nothing is lost but what `numbers` rounds.
+    A quantized weight is written as coded integers, next to the scales of its quantizer; another
+    float32 tensor with few distinct values as a codebook and coded indices, one with zeros as coded
+    positions and its other values; anything else, such as half-precision weights, as its values.
+    Tensors that are equal are written once. Nothing is lost but what `numbers` rounds. Beside the
+    weights, memory for about three bytes an element of the largest tensor is needed.
 
     Args:
         weights: a state_dict: tensors by name.
         numbers: type in which codebooks, biases and norms (float32 tensors of at most one
-            dimension) are written: "fp16", where they do not overflow, or "fp32".
+            dimension) are written: "fp16", where that loses nothing but the last bits (see
+            trainer.compress.narrow), or "fp32".
         coder: of positions and indices: see trainer.compress.coding.encode_layer.
         about: plain values that `describe` gives back.
 
     Raises:
-        TypeError: a tensor of a type that the format does not know.
-        ValueError: names and `about` take more than the format has room for.
+        TypeError, ValueError: as `check`, or `about` takes more than the format has room for.
     """
+    check(weights)
     entries: list[Entry] = []
     layers: list[bytes] = []
-    streams: dict[str, list[bytes]] = {}
+    streams: dict[str, list[memoryview]] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.dtype not in NAMES:
-            raise TypeError(f"{name}: a {tensor.dtype} tensor cannot be written")
-        key = (tensor.dtype, tensor.shape, _raw(tensor))
+        exact = numbers == "fp32" or is_exact(name, weights)
+        key = (tensor.dtype, tensor.shape, exact, hashlib.sha256(_raw(tensor)).digest())
         if tensor.numel() and key in seen:
             entries.append(Entry(name, ALIAS, of=seen[key]))
             continue
         seen[key] = name
-        scale = weights.get(name + SCALE)
-        found = None if scale is None else _on_grid(name, tensor, scale.detach().cpu())
-        entry, levels, values = found or _plan(name, tensor, numbers)
-        if levels is not None:
-            clusters = 1 if entry.kind == MASK else max(1, entry.count)
-            negatives = 0 if entry.kind == MASK else int((values < 0).sum())
-            matrix = levels.numpy().astype(np.uint16)
-            layers.append(encode_layer(matrix, entry.shape, clusters, negatives, coder))
-        streams.setdefault(entry.stored, []).append(_raw(values))
+        entry, layer, values = _written(name, tensor, weights.get(name + SCALE), exact, coder)
         entries.append(entry)
+        layers += [] if layer is None else [layer]
+        streams.setdefault(entry.stored, []).append(_raw(values))
     header = {"about": dict(about or {}), "tensors": [entry.as_json() for entry in entries]}
     coded = [
-        encode_floats(b"".join(streams[stored]), DTYPES[stored].itemsize)
+        encode_floats(b"".join(streams.pop(stored)), DTYPES[stored].itemsize)
         for stored in sorted(streams)
     ]
     return join(header, [*layers, *coded])
 
 
+def check(weights: Mapping[str, Any]) -> None:
+    """Find out whether a state_dict can be written, without its values: they may be on meta.
+
+    Raises:
+        TypeError: an entry is no tensor, or one of a type that the format does not have.
+        ValueError: one has too many dimensions, or names and shapes take more than there is room
+            for.
+    """
+    rows = []
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: a {type(tensor).__name__} cannot be written, only tensors")
+        if tensor.dtype not in NAMES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in NAMES)
+            raise TypeError(f"{name}: a {tensor.dtype} tensor cannot be written, only {known}")
+        shape = tuple(tensor.shape)
+        if not is_possible(shape):
+            raise ValueError(
+                f"{name}: a tensor of {len(shape)} dimensions and {tensor.numel()} elements cannot "
+                f"be written, only {DIMENSIONS} dimensions and less than 2^48 elements"
+            )
+        dtype = NAMES[tensor.dtype]
+        rows.append(Entry(name, CODEBOOK, dtype, shape, tensor.numel(), dtype).as_json())
+    header_text({"tensors": rows})
+
+
+def _written(
+    name: str, tensor: Tensor, scale: Tensor | None, exact: bool, coder: str
+) -> tuple[Entry, bytes | None, Tensor]:
+    """How a tensor is written, its coded layer if it has one, and the values for the stream."""
+    found = None if scale is None else _on_grid(name, tensor, scale.detach().cpu())
+    entry, levels, values = found or _plan(name, tensor, exact)
+    if levels is None:
+        return entry, None, values
+    negatives = 0 if entry.kind == MASK else int((values < 0).sum())
+    return entry, encode_layer(levels, entry.shape, entry.clusters, negatives, coder), values
+
+
 def _on_grid(
     name: str, tensor: Tensor, scale: Tensor
-) -> tuple[Entry, Tensor | None, Tensor] | None:
+) -> tuple[Entry, Levels | None, Tensor] | None:
     """As `_plan`, for a weight that is integers of 8 bits times a scale; None where it is not."""
-    if tensor.dtype != torch.float32 or not tensor.numel():
-        return None
-    integers = (tensor / multiplied(torch.ones_like(tensor), scale)).round()
-    inside = bool(integers.isfinite().all()) and integers.abs().max() <= 127
-    if not inside or _raw(multiplied(integers.to(torch.int8), scale)) != _raw(tensor):
-        return None
-    values, codes = integers.unique(return_inverse=True)
-    zero = int((values < 0).sum())  # the place of zero, were it there
-    if zero < len(values) and values[zero] == 0:
-        levels = torch.where(codes == zero, 0, codes + (codes < zero).to(codes.dtype))
-        values = values[values != 0]
-    else:
-        levels = codes + 1
     shape = tuple(tensor.shape)
-    return Entry(name, GRID, "f32", shape, len(values), "i8"), levels, values.to(torch.int8)
+    if tensor.dtype != torch.float32 or not tensor.numel() or not is_scale(scale, shape):
+        return None
+    rounded = (tensor / by_rows(scale, tensor.ndim)).round_()
+    if not bool(rounded.abs().amax() <= 127):  # or NaN
+        return None
+    integers = rounded.to(torch.int8)
+    del rounded
+    if not _same_bits(multiplied(integers, scale), tensor):
+        return None
+    codes = integers.numpy()
+    values = np.unique(codes)
+    values = values[values != 0]
+    table = np.zeros(256, np.uint16)
+    table[values.view(np.uint8)] = np.arange(len(values)) + 1
+    levels = look_up(table, codes.view(np.uint8))
+    return Entry(name, GRID, "f32", shape, len(values), "i8"), levels, torch.from_numpy(values)
 
 
-def _plan(name: str, tensor: Tensor, numbers: str) -> tuple[Entry, Tensor | None, Tensor]:
+def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None, Tensor]:
     """How a tensor is written, its levels if they are coded, and the values that go into a stream,
     in the type in which they are stored.
     """
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
-    numbers = "fp32" if is_grid(name) else numbers
-    codable = tensor.dtype == torch.float32 and tensor.numel() > 0
-    book = codebook_of(tensor) if codable else None
-    if book is not None and not (tensor == 0).logical_and(tensor.signbit()).any():
-        values = _narrowed(book.values, numbers)
-        entry = Entry(name, CODEBOOK, dtype, shape, len(values), NAMES[values.dtype])
-        return entry, book.codes, values
-    kept = (tensor != 0) | tensor.signbit() if codable else None
-    if kept is not None and tensor.ndim > 1 and int(kept.sum()) < 0.9 * tensor.numel():
-        survivors = tensor[kept]
-        return Entry(name, MASK, dtype, shape, survivors.numel(), dtype), kept, survivors
-    values = _narrowed(tensor, numbers) if kept is not None and tensor.ndim < 2 else tensor
+    found = shared_values(tensor)
+    if found is not None:
+        values, survivors = found if exact else narrow(found), int(tensor.count_nonzero())
+        if _bits_of_shared(values, survivors) <= 32 * survivors:
+            entry = Entry(name, CODEBOOK, dtype, shape, len(values), NAMES[values.dtype])
+            return entry, _places(tensor, found), values
+    is_float = tensor.dtype == torch.float32 and tensor.numel() > 0
+    if is_float and tensor.ndim > 1:
+        kept = tensor.view(torch.int32) != 0  # minus zero is kept
+        count = int(kept.sum())
+        if count < 0.9 * tensor.numel():
+            return Entry(name, MASK, dtype, shape, count, dtype), kept.numpy(), tensor[kept]
+    values = narrow(tensor) if is_float and tensor.ndim < 2 and not exact else tensor
     return Entry(name, RAW, dtype, shape, tensor.numel(), NAMES[values.dtype]), None, values
 
 
-def _narrowed(values: Tensor, numbers: str) -> Tensor:
-    fits = values.numel() == 0 or bool(values.abs().max() <= _HALF)
-    return values.half() if numbers == "fp16" and fits else values
+def _bits_of_shared(values: Tensor, survivors: int) -> float:
+    """What a codebook and as many indices into it take at most."""
+    index = math.log2(max(1, len(values)))
+    return 8 * values.element_size() * len(values) + index * survivors
 
 
-def _raw(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    return bytes(flat.numpy().data)
+def _places(tensor: Tensor, values: Tensor) -> NDArray[np.uint16]:
+    """The level of each element: 0 for zero, else 1 and more for its place among the values."""
+    weights = tensor.numpy()
+    there = weights != 0
+    levels = np.zeros(weights.shape, np.uint16)
+    levels[there] = np.searchsorted(values.numpy(), weights[there]) + 1
+    return levels
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, not copied where it is contiguous."""
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data

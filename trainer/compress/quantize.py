@@ -20,7 +20,6 @@ BITS = range(2, 9)
 # Layers whose weight and input can be quantized.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
-_HALF = 65504.0  # the largest number of fp16
 _SMALLEST = 1e-12  # scale: below it, its inverse would not be finite in fp32 arithmetic
 
 
@@ -148,18 +147,6 @@ def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
 def is_grid(name: str) -> bool:
     """Whether an entry of a state_dict belongs to a quantizer: it is exact, and no parameter."""
     return name.rpartition(".")[0].endswith("_quantizer")
-
-
-@torch.no_grad()
-def halve_precision(model: nn.Module) -> None:
-    """Round biases, norms and running statistics to fp16, which is what a .dcz file holds of them.
-
-    So the model that is validated is the one that the file decodes to, bit for bit.
-    """
-    for name, tensor in model.state_dict().items():
-        short = tensor.ndim == 1 and tensor.dtype == torch.float32 and not is_grid(name)
-        if short and bool((tensor.abs() <= _HALF).all()):
-            tensor.copy_(tensor.half())
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainer.compress.install import fold, install
+from trainer.compress.narrow import round_numbers
 from trainer.compress.parametrize import FakeQuant
 from trainer.compress.quantize import (
     BITS,
@@ -16,7 +17,6 @@ from trainer.compress.quantize import (
     WeightQuantizer,
     activation_quantizers,
     attach,
-    halve_precision,
 )
 from trainer.compress.rewrite import fold_batch_norms, foldable, skeleton, unroll_lstms
 from trainer.compress.select import Place, choose, match, module_of, parameters
@@ -121,7 +121,7 @@ class Quantize(Phase):
         fold(model)
         for quantizer in activation_quantizers(model):
             quantizer.range.nan_to_num_(0)  # of a layer that was never used
-        halve_precision(model)
+        round_numbers(model)
 
     def _rewrite(self, model: nn.Module) -> dict[str, WeightQuantizer]:
         """Change the structure, and say what quantizes each weight. Raises ConfigError."""
