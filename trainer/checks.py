@@ -7,6 +7,7 @@ imported, its arguments are held against its signature, and combinations are jud
 import torch
 from torch import nn
 
+from trainer import artifact
 from trainer.build import check_arguments, target
 from trainer.config import Config
 from trainer.engine.optim import build_optimizer
@@ -49,7 +50,16 @@ def check(cfg: Config) -> nn.Module | None:
     model = _meta_model(cfg)
     if model is not None:
         check_phases(phases, model)
+        if cfg.artifact.make:
+            _check_writable(model)
     return model
+
+
+def _check_writable(model: nn.Module) -> None:
+    try:
+        artifact.check(model.state_dict())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"artifact.make=true: {error}; set artifact.make=false") from error
 
 
 def _meta_model(cfg: Config) -> nn.Module | None:
