@@ -4,10 +4,10 @@
         [--clusters 16] [--nncodec OTHER_VENV/bin/python]
     python benchmarks/coders.py --vgg16
 
-Takes the tensors with two or more dimensions of each file. One with at most 256 distinct values but
-zero, each at least twice on average, is shared as it is; another is pruned to its density (by
-default as it is) and shared by k-means with --clusters, linear initialisation. Levels only:
-codebooks, names and biases are in no column.
+Takes the tensors with two or more dimensions of each file, pruned to their density (by default as
+they are). One with few distinct values (trainer.compress.codebooks.few_values) is shared as it is,
+another by k-means with --clusters, linear initialisation. Levels only: codebooks, names and biases
+are in no column.
 
     ours        encode_layer, decode_layer, every blob decoded and compared
     Huffman, ANS   the same with that coder alone
@@ -16,19 +16,21 @@ codebooks, names and biases are in no column.
                 lengths; its seconds are those of the best one, its headers are not counted
     zlib, lzma  levels of a byte each (two above 255), level 9
 
---vgg16 codes 138M positions, 7.5% of which survive in 32 clusters, and decodes them in a process of
-its own: seconds, and the most memory that process held.
+--vgg16 writes a state_dict of VGG-16, 138M weights of which 7.5% survive in 32 clusters, as a .dcz
+file and loads it again, each in a process of its own: seconds, and the most memory it held.
 """
 
 import argparse
 import datetime
 import io
 import lzma
+import math
 import multiprocessing
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -36,10 +38,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
+from torch import Tensor
 
+from trainer import artifact
+from trainer.compress.codebooks import cluster, codebook_of
 from trainer.compress.coding import decode_layer, encode_layer
+from trainer.models import VGG16
 
 Levels = NDArray[np.uint16]
 THEIRS = """
@@ -73,27 +80,17 @@ print(*best)
 """
 
 
-def shared(weight: NDArray[Any], density: float, clusters: int) -> tuple[Levels, int, int]:
+def shared(weight: Tensor, density: float, clusters: int) -> tuple[Levels, int, int]:
     """Levels of one weight, the number of clusters, and how many of them are negative."""
-    flat = weight.astype(np.float64).ravel()
-    kept = round(density * flat.size)
-    if kept < np.count_nonzero(flat):
-        flat[np.argsort(-np.abs(flat), kind="stable")[kept:]] = 0
-    centroids = np.unique(flat[flat != 0])
-    values = flat[flat != 0]
-    if 2 * len(centroids) > min(512, values.size):
-        centroids = np.linspace(values.min(), values.max(), clusters)
-        for _ in range(30):
-            near = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, values)
-            sums, counts = np.bincount(near, values), np.bincount(near)
-            centroids = sums[counts > 0] / counts[counts > 0]
-    levels = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, flat) + 1
-    levels[flat == 0] = 0
-    return (
-        levels.reshape(weight.shape).astype(np.uint16),
-        len(centroids),
-        int((centroids < 0).sum()),
-    )
+    weight = weight.clone()
+    flat = weight.flatten()
+    kept = round(density * flat.numel())
+    if kept < flat.count_nonzero():
+        flat[flat.abs().argsort(descending=True, stable=True)[kept:]] = 0
+        weight = flat.view(weight.shape)
+    book = codebook_of(weight) or cluster(weight, clusters)
+    levels = book.codes.numpy().astype(np.uint16)
+    return levels, max(1, len(book.values)), int((book.values < 0).sum())
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -162,37 +159,63 @@ def show(what: str, rows: dict[str, Any]) -> None:
 
 
 def vgg16() -> None:
-    """Seconds and memory of a layer as large as all of VGG-16."""
-    shape, clusters = (5520, 25_000), 32
+    """Seconds and memory of a whole model, written and loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        for job in (write, read):
+            process = multiprocessing.get_context("spawn").Process(
+                target=job, args=(Path(folder) / "model.dcz",)
+            )
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(process.exitcode)
+
+
+def weights() -> dict[str, Tensor]:
+    """A state_dict of VGG-16: weights pruned and shared, biases dense."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in VGG16().state_dict().items()}
     rng = np.random.default_rng(0)
-    levels = np.zeros(shape, np.uint16)
-    for row in levels:  # piece by piece, or making it takes more memory than coding it
-        kept = rng.random(shape[1], dtype=np.float32) < 0.075
-        row[kept] = rng.normal(16.5, 6, int(kept.sum())).round().clip(1, clusters)
-    dense = levels.size * 4
-    survivors = int(np.count_nonzero(levels))
-    blob, seconds = timed(lambda: encode_layer(levels, shape, clusters))
+    values = np.sort(rng.normal(0, 0.02, 32)).astype(np.float16).astype(np.float32)
+    made = {}
+    for name, shape in shapes.items():
+        flat = np.zeros(math.prod(shape), np.float32)
+        for part in np.array_split(flat, max(1, flat.size >> 20)):  # all at once takes more memory
+            kept = rng.random(part.size, dtype=np.float32) < (0.075 if len(shape) > 1 else 1)
+            places = rng.normal(15.5, 6, int(kept.sum())).round().clip(0, 31)
+            part[kept] = values[places.astype(int)]
+        made[name] = torch.from_numpy(flat).view(shape)
+    return made
+
+
+def write(path: Path) -> None:
+    artifact.encode({"w": torch.eye(9)})  # compiled before the clock starts
+    before = peak()
+    state = weights()
+    dense = sum(tensor.numel() for tensor in state.values()) * 4 / 2**20
+    content, seconds = timed(lambda: artifact.encode(state))
+    path.write_bytes(content)
     print(
-        f"{shape[0] * shape[1]:,} positions, {survivors:,} survivors, {dense / 2**20:.0f} MiB of "
-        f"FP32\nencode {seconds:.1f} s to {len(blob):,} bytes, peak {peak():.0f} MiB "
-        "of the process, the levels included"
+        f"{dense:.0f} MiB of FP32\nencode {seconds:.1f} s to {len(content):,} bytes, peak "
+        f"{peak():.0f} MiB of the process, the weights included ({before:.0f} before them)",
+        flush=True,
     )
-    process = multiprocessing.get_context("spawn").Process(target=unpack, args=(blob, shape))
-    process.start()
-    process.join()
+
+
+def read(path: Path) -> None:
+    artifact.loads(artifact.encode({"w": torch.eye(9)}))
+    before = peak()
+    _, seconds = timed(lambda: artifact.load(path))
+    print(
+        f"load {seconds:.1f} s, peak {peak():.0f} MiB of the process ({before:.0f} before)",
+        flush=True,
+    )
 
 
 def peak() -> float:
     """The most MiB this process held. (ru_maxrss would count what the parent held.)"""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) / 1024 if found else float("nan")
-
-
-def unpack(blob: bytes, shape: tuple[int, int]) -> None:
-    decode_layer(encode_layer(np.eye(3), (3, 3), 1), (3, 3), 1)  # compiled before the clock starts
-    before = peak()
-    _, seconds = timed(lambda: decode_layer(blob, shape, 32))
-    print(f"decode {seconds:.1f} s, peak {peak():.0f} MiB of the process ({before:.0f} before)")
 
 
 def main() -> None:
