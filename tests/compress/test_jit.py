@@ -1,7 +1,6 @@
 """Functions are compiled where nothing can be cached, too."""
 
 import importlib.util
-import sys
 
 import numba
 import pytest
@@ -36,6 +35,7 @@ def test_a_numba_that_keeps_its_cache_in_another_way(monkeypatch) -> None:
 
 def test_the_cache_knows_all_sources_of_the_package() -> None:
     """A change to any of them makes it stale."""
-    if "numba" in sys.modules and hasattr(codebooks._partition, "_cache"):
-        stamp = codebooks._partition._cache._cache_file._source_stamp
-        assert stamp[1] == jit._SOURCES
+    cache = getattr(codebooks._partition._cache, "_cache_file", None)
+    if cache is None:
+        pytest.skip("there is no place for a cache here")
+    assert cache._source_stamp[1] == jit._SOURCES
