@@ -236,7 +236,7 @@ def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
     """The weight that a GRID means. Raises ArtifactError where there are no scales for it."""
     if scale is None or not is_scale(scale, entry.shape):
         raise ArtifactError(f"{entry.name!r} has no scales that fit it")
-    return multiplied(integers, scale)
+    return multiplied(integers, scale).reshape(entry.shape)
 
 
 def _statistic(entry: Entry) -> bool:
