@@ -28,6 +28,8 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
             yield RunStopped()
             return
         load = artifact.loads if name == DECODED else safetensors.torch.load
-        model = restore(build_model(cfg), load(content))
+        state = load(content)
+        model = restore(build_model(cfg), state)
         metrics = evaluate(runtime.place(model), test, runtime)
-        yield Measured(name, metrics.accuracy, metrics.loss)
+        parameters = tuple(key for key, _ in model.named_parameters() if key in state)
+        yield Measured(name, metrics.accuracy, metrics.loss, parameters)
