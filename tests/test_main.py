@@ -221,7 +221,7 @@ def test_smoke_ends_in_a_file_that_decodes_to_what_was_measured():
     assert main([*overrides, "precision=fp32"]) == 0
     summary = json.loads(Path("run/summary.json").read_text())
     found = summary["artifact"]
-    keys = "path bytes dense_bytes ratio accuracy loss baseline_accuracy baseline_loss stages layers"
+    keys = "path bytes dense_bytes ratio accuracy loss baseline_accuracy stages layers frame_bytes"
     assert set(found) >= set(keys.split())
     assert set(found["layers"][0]) >= {"name", "weights", "nonzero", "bits", "bytes"}
     assert [stage["name"] for stage in found["stages"]][:3] == ["dense", "P", "P+S"]

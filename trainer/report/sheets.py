@@ -10,6 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 NOTHING = "–"  # noqa: RUF001 - what was not measured, or is not a number
+_FRAME = "names, shapes, checksums"  # what a file holds besides its tensors
+# In the names of stages.
+_LETTERS = {"P": "pruned", "S": "values shared", "Q": "quantized", "H": "Huffman-coded"}
 
 
 @dataclass(frozen=True)
