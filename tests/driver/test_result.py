@@ -19,8 +19,8 @@ from trainer.models import ResNetCifar
 from trainer.report.published import published
 
 SHARED = {
-    "train": {"_target_": "trainer.phases.Train"},
-    "share": {"_target_": "trainer.phases.Share", "bits": 2},
+    "train": {"_target_": "trainer.phases.Train", "fit": {"epochs": 0}},
+    "share": {"_target_": "trainer.phases.Share", "bits": 2, "fit": {"epochs": 0}},
 }
 MNIST = {"_target_": "trainer.data.mnist.mnist", "batch_size": 16, "root": None}
 
@@ -32,7 +32,7 @@ def config(**changes):
         "data": MNIST,
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
         "phases": SHARED,
-        "artifact": {"make": True},
+        "artifact": {"make": True, "coder": "huffman"},
         "cluster": {"workers": 1, "backend": "inline", "threads": 1},
     }
     return typed(Config, {**settings, **changes})

@@ -25,7 +25,7 @@ class PublishedSize:
 def published_size(weights: Mapping[str, Tensor], parameters: Collection[str]) -> PublishedSize:
     """Gaps of 8 bits in convolutions and 5 elsewhere; what is not pruned or shared takes 32 bits a
     value, as published, and what is quantized its own bits, next to its scales. No parameter takes
-    more than so many bits for each of its values.
+    more than so many bits a value: gaps and codebooks are for those that they make smaller.
 
     Args:
         weights: a state_dict.

@@ -79,11 +79,10 @@ class Result:
 
     def _baseline(self, tested: Mapping[str, Measured]) -> dict[str, float | None]:
         """What the dense stage reaches; None where there is none."""
-        dense = tested[_label(self._stages[0])] if self._has_baseline else None
-        return {
-            "baseline_accuracy": dense and dense.accuracy,
-            "baseline_loss": dense and dense.loss,
-        }
+        if not self._has_baseline:
+            return {"baseline_accuracy": None, "baseline_loss": None}
+        dense = tested[_label(self._stages[0])]
+        return {"baseline_accuracy": dense.accuracy, "baseline_loss": dense.loss}
 
     def _artifact_facts(self, tested: Mapping[str, Measured]) -> dict[str, Any]:
         layers = artifact.describe(self.artifact).layers

@@ -123,7 +123,7 @@ def _legend(artifact: Mapping[str, Any]) -> list[str]:
 
 def layers(artifact: Mapping[str, Any]) -> Sheet:
     """What each tensor takes in the file, and in the last row all else."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             layer["name"],
             f"{layer['weights']:,}",
