@@ -89,10 +89,10 @@ def run_of(experiment: str, seed: int, out: Path, overrides: Sequence[str]) -> R
 def control_of(run: Run, experiment: str, seed: int, out: Path, overrides: Sequence[str]) -> Run:
     """The dense run that is trained as long as all phases of `run` together."""
     composed = subprocess.run(
-        [sys.executable, "-m", "trainer", *run.arguments, "--cfg"],
-        stdout=subprocess.PIPE,
-        check=True,
+        [sys.executable, "-m", "trainer", *run.arguments, "--cfg"], stdout=subprocess.PIPE
     )
+    if composed.returncode:
+        raise SystemExit(composed.returncode)  # it has said what is wrong
     phases = yaml.safe_load(composed.stdout)["phases"]
     epochs = sum(phase["fit"]["epochs"] for phase in phases.values())
     alone = [f"{plus}phases.{name}." for plus in ("", "+") for name in phases if name != "train"]
