@@ -44,19 +44,6 @@ def check(cfg: Config) -> nn.Module | None:
     return model
 
 
-def check_limits(cfg: Config) -> None:
-    """Raise ConfigError for a limit that cannot be judged."""
-    if (
-        cfg.limits.max_accuracy_drop is not None
-        and stages(build_phases(cfg.phases))[0].phase < 0
-        and not cfg.init_from
-    ):
-        raise ConfigError(
-            f"limits.max_accuracy_drop={cfg.limits.max_accuracy_drop:g}: there is no dense model "
-            "to compare with; put a train phase first, or set init_from"
-        )
-
-
 def _meta_model(cfg: Config) -> nn.Module | None:
     """The model without memory; None where it cannot be built so, but perhaps for real.
 
@@ -70,3 +57,16 @@ def _meta_model(cfg: Config) -> nn.Module | None:
         if instantiation is None or isinstance(instantiation.__cause__, ValueError):
             raise
         return None
+
+
+def check_limits(cfg: Config) -> None:
+    """Raise ConfigError for a limit that cannot be judged."""
+    if (
+        cfg.limits.max_accuracy_drop is not None
+        and stages(build_phases(cfg.phases))[0].phase < 0
+        and not cfg.init_from
+    ):
+        raise ConfigError(
+            f"limits.max_accuracy_drop={cfg.limits.max_accuracy_drop:g}: there is no dense model "
+            "to compare with; put a train phase first, or set init_from"
+        )

@@ -28,8 +28,8 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
             yield RunStopped()
             return
         load = artifact.loads if name == DECODED else safetensors.torch.load
-        state = load(content)
-        model = restore(build_model(cfg), state)
+        model = restore(build_model(cfg), load(content))
         metrics = evaluate(runtime.place(model), test, runtime)
-        parameters = tuple(key for key, _ in model.named_parameters() if key in state)
+        entries = model.state_dict()
+        parameters = tuple(key for key, _ in model.named_parameters() if key in entries)
         yield Measured(name, metrics.accuracy, metrics.loss, parameters)
