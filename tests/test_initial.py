@@ -61,6 +61,20 @@ def test_a_file_without_a_state_dict(tmp_path):
         read_weights(tmp_path / "odd.pt")
 
 
+@pytest.mark.parametrize("model", [LeNet300(), None], ids=["known", "not known here"])
+def test_a_quantized_model_is_refused_as_such(tmp_path, model):
+    state = {
+        "fc3.weight": torch.randint(-127, 128, (10, 100)) * 0.01,
+        "fc3.weight_quantizer.scale": torch.tensor(0.01),
+        "fc3.weight_quantizer.width": torch.tensor(8, dtype=torch.uint8),
+    }
+    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "a.dcz").write_bytes(artifact.encode(state))
+    for name in ("a.safetensors", "a.dcz"):
+        with pytest.raises(ConfigError, match=r"quantized.*weights before the quantize phase"):
+            initial_weights(tmp_path / name, model)
+
+
 def test_weights_of_another_model(tmp_path, state):
     path = tmp_path / "a.safetensors"
     save_file({**state, "fc1.weight": state["fc1.weight"][:10].clone()}, path)

@@ -19,6 +19,7 @@ from trainer.__main__ import conf_dir, main
 from trainer.compress.quantize import is_grid
 from trainer.data.mnist import mnist
 from trainer.models import LeNet5, LeNet300
+from trainer.report.directory import RunDirectory
 
 FILES = sorted((conf_dir() / "experiment").glob("*.yaml"))
 EXPERIMENTS = [file.stem for file in FILES]
@@ -220,7 +221,7 @@ def test_smoke_ends_in_a_file_that_decodes_to_what_was_measured():
     assert main([*overrides, "precision=fp32"]) == 0
     summary = json.loads(Path("run/summary.json").read_text())
     found = summary["artifact"]
-    keys = "path bytes dense_bytes ratio accuracy baseline_accuracy stages layers"
+    keys = "path bytes dense_bytes ratio accuracy loss baseline_accuracy stages layers frame_bytes"
     assert set(found) >= set(keys.split())
     assert set(found["layers"][0]) >= {"name", "weights", "nonzero", "bits", "bytes"}
     assert [stage["name"] for stage in found["stages"]][:3] == ["dense", "P", "P+S"]
@@ -228,6 +229,12 @@ def test_smoke_ends_in_a_file_that_decodes_to_what_was_measured():
     assert found["bytes"] == len(content)
     assert found["dense_bytes"] == 4 * 431_080
     assert found["ratio"] == pytest.approx(found["dense_bytes"] / found["bytes"])
+    assert found["stages"][0]["ratio"] == 1.0
+    assert (found["stages"][0]["loss"], found["stages"][-1]["loss"]) == (
+        summary["baseline_loss"],
+        found["loss"],
+    )
+    assert sum(layer["bytes"] for layer in found["layers"]) + found["frame_bytes"] == len(content)
     model = LeNet5()
     model.load_state_dict(artifact.load("run/model.dcz"))
     test = mnist(seed=0, train=200, validation=100, test=100).test
@@ -250,7 +257,22 @@ def test_a_missed_limit_is_exit_code_3_and_can_be_judged_anew(capsys):
     assert main(["resume=run", "limits.max_megabytes=0.000001"]) == 3
 
 
-def test_any_weights_can_be_compressed_without_training():
+def test_a_finished_run_is_not_judged_by_a_dense_model_that_it_lacks(capsys):
+    composed = capture(["+experiment=prune_lenet300", "~phases.train", "--cfg"])
+    directory = RunDirectory.claim(Path("run"))
+    directory.write_config(yaml.safe_load(composed))
+    directory.write_summary({"status": "done", "accuracy": 0.9, "baseline_accuracy": None})
+    capsys.readouterr()
+    assert main(["resume=run", "limits.max_accuracy_drop=0.1"]) == 2
+    assert "there is no dense model" in capsys.readouterr().err
+
+
+def test_any_weights_can_be_compressed_without_training(monkeypatch):
+    def write_another(directory, content):
+        """The same weights, but not the same bytes."""
+        (directory.path / "model.dcz").write_bytes(artifact.encode(artifact.loads(content)))
+
+    monkeypatch.setattr(RunDirectory, "write_artifact", write_another)
     torch.manual_seed(1)
     begin = LeNet300()
     torch.save(begin.state_dict(), "mine.pt")
@@ -259,6 +281,8 @@ def test_any_weights_can_be_compressed_without_training():
     phases = ["~phases.train", "~phases.retrain", "phases.prune.schedule=oneshot"]
     phases += ["phases.prune.fit.epochs=0", "phases.share.fit.epochs=0"]
     assert main([*untrained, *phases, "init_from=mine.pt"]) == 0
+    found = json.loads(Path("run/summary.json").read_text())["artifact"]
+    assert found["bytes"] == Path("run/model.dcz").stat().st_size  # what is there counts
     state = artifact.load("run/model.dcz")
     assert int(state["fc1.weight"].count_nonzero()) == round(0.02 * 300 * 784)
     assert state["fc1.weight"][state["fc1.weight"] != 0].unique().numel() <= 8

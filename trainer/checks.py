@@ -26,15 +26,7 @@ def check(cfg: Config) -> nn.Module | None:
     """
     phases = build_phases(cfg.phases)
     check_teachers(phases, cfg.init_from is not None)
-    if (
-        cfg.limits.max_accuracy_drop is not None
-        and stages(phases)[0].phase < 0
-        and not cfg.init_from
-    ):
-        raise ConfigError(
-            f"limits.max_accuracy_drop={cfg.limits.max_accuracy_drop:g}: there is no dense model "
-            "to compare with; put a train phase first, or set init_from"
-        )
+    check_limits(cfg)
     for name, phase in phases.items():
         if cfg.sweep.params and phase.most_rounds > 1:
             raise ConfigError(
@@ -75,3 +67,16 @@ def _meta_model(cfg: Config) -> nn.Module | None:
         if instantiation is None or isinstance(instantiation.__cause__, ValueError):
             raise
         return None
+
+
+def check_limits(cfg: Config) -> None:
+    """Raise ConfigError for a limit that cannot be judged."""
+    if (
+        cfg.limits.max_accuracy_drop is not None
+        and stages(build_phases(cfg.phases))[0].phase < 0
+        and not cfg.init_from
+    ):
+        raise ConfigError(
+            f"limits.max_accuracy_drop={cfg.limits.max_accuracy_drop:g}: there is no dense model "
+            "to compare with; put a train phase first, or set init_from"
+        )

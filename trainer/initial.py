@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import artifact
+from trainer.compress.quantize import is_grid
 from trainer.engine.checkpoint import to_bytes
 from trainer.errors import ConfigError, first_line
 
@@ -44,9 +45,15 @@ def initial_weights(path: Path, model: nn.Module | None) -> bytes:
         model: holds names and shapes that must fit; None: not known here.
 
     Raises:
-        ConfigError: as `read_weights`, or the weights are not those of the model.
+        ConfigError: as `read_weights`, or the weights are quantized, or not those of the model.
     """
     weights = read_weights(path)
+    known = {} if model is None else model.state_dict()
+    if any(name not in known for name in weights if is_grid(name)):
+        raise ConfigError(
+            f"init_from={path}: the model in it is quantized, and nothing can follow that; begin "
+            "with the weights before the quantize phase (in checkpoints/ of its run)"
+        )
     if model is not None:
         _compare({name: tuple(t.shape) for name, t in weights.items()}, model, path)
     return to_bytes(weights)

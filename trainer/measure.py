@@ -30,4 +30,6 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
         load = artifact.loads if name == DECODED else safetensors.torch.load
         model = restore(build_model(cfg), load(content))
         metrics = evaluate(runtime.place(model), test, runtime)
-        yield Measured(name, metrics.accuracy, metrics.loss)
+        entries = model.state_dict()
+        parameters = tuple(key for key, _ in model.named_parameters() if key in entries)
+        yield Measured(name, metrics.accuracy, metrics.loss, parameters)

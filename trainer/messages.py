@@ -142,6 +142,7 @@ class Measured:
     name: str
     accuracy: float  # fraction
     loss: float  # nats
+    parameters: tuple[str, ...] = ()  # the model's entries in its state_dict, tied ones once
 
 
 @dataclass(frozen=True)

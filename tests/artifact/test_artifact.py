@@ -652,12 +652,17 @@ def test_writing_and_reading_take_little_memory_beside_the_weights(monkeypatch) 
 
 def test_a_quantized_model_has_a_published_size_by_its_bits() -> None:
     integers = torch.randint(1, 8, (40, 25)).float()
+    signs = 1 - 2 * torch.randint(0, 2, (40, 25))
     scale = torch.rand(40)
     state = {
-        "fc.weight": integers * scale.view(-1, 1),
+        "fc.weight": signs * integers * scale.view(-1, 1),
         "fc.weight_quantizer.scale": scale,
         "fc.weight_quantizer.width": torch.tensor(4, dtype=torch.uint8),
     }
-    assert artifact.published_size(state).plain == 1000 * 4 / 8 + 40 * 4
+    assert artifact.published_size(state, ["fc.weight"]).plain == 1000 * 4 / 8 + 40 * 4
+    state["fc.weight"].abs_()  # seven values: sharing says it in fewer bits
+    size = artifact.published_size(state, ["fc.weight"])
+    assert size.plain == 1000 * 3 / 8 + 7 * 4 + 40 * 4
     state["fc.weight"][:, ::2] = 0  # then as a codebook of seven, for all channels alike
-    assert artifact.published_size(state).plain < 480 * (3 + 5) / 8 + 7 * 4 + 40 * 4 + 50
+    size = artifact.published_size(state, ["fc.weight"])
+    assert size.plain < 480 * (3 + 5) / 8 + 7 * 4 + 40 * 4 + 50

@@ -36,3 +36,10 @@ def test_without_an_artefact_the_final_model_counts():
     summary = {**SUMMARY, "artifact": None}
     assert missed(summary, LimitsConfig(max_accuracy_drop=0.006)) == []
     assert len(missed(summary, LimitsConfig(max_accuracy_drop=0.004))) == 1
+
+
+def test_a_drop_of_just_the_limit_is_no_miss():
+    """In floats 0.9912 - 0.9892 is more than 0.002."""
+    summary = {"baseline_accuracy": 0.9912, "accuracy": 0.9892}
+    assert missed(summary, LimitsConfig(max_accuracy_drop=0.002)) == []
+    assert len(missed(summary, LimitsConfig(max_accuracy_drop=0.001999))) == 1

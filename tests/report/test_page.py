@@ -72,20 +72,23 @@ ARTIFACT = {
             "bytes": 1724320,
             "ratio": 1.0,
             "accuracy": 0.9456,
+            "loss": 0.2,
             "published": {"ratio": 1.0, "error": 0.008},
         },
         {
-            "name": "P",
+            "name": "P+S",
             "bytes": 209579,
             "ratio": 8.23,
             "accuracy": 0.93,
-            "published": {"ratio": 12, "error": None},
+            "loss": 0.21,
+            "published": {"ratio": 33, "error": None},
         },
         {
             "name": "model.dcz",
             "bytes": 44342,
             "ratio": 38.886,
             "accuracy": 0.9322,
+            "loss": 0.22,
             "published": None,
         },
     ],
@@ -151,6 +154,8 @@ def test_every_number_of_the_tables_is_on_the_page(whole):
     assert "sparsity: 0.92" in parsed.text
     assert parsed.tags.count("svg") == 5
     assert "published: dense, 1x" in parsed.text
+    assert "Hollow: published." in parsed.text
+    assert "P: pruned; S: values shared; perplexity" in parsed.text
     assert "after: 300 values" in parsed.text
 
 
@@ -193,6 +198,43 @@ def test_a_run_that_only_trained_has_no_section_on_compression():
     assert "Compression" not in parsed.text
     assert "sharing" not in parsed.text
     assert "8.0%" in parsed.text
+
+
+def test_without_published_figures_nothing_is_said_of_them():
+    artifact = copy.deepcopy(ARTIFACT)
+    for stage in artifact["stages"]:
+        stage["published"] = None
+    parsed = Page(page({**SUMMARY, "artifact": artifact}, METRICS, CONFIG))
+    assert "ublished" not in parsed.text
+    assert "Han" not in parsed.text
+    assert stages(artifact).columns[-1] == "perplexity"
+
+
+def test_stages_tell_perplexity_and_what_was_published():
+    sheet = stages(ARTIFACT)
+    assert len(set(sheet.columns)) == len(sheet.columns)
+    assert sheet.rows[0][3:] == ("5.44%", "0.2000", "1.2214", "1x, 0.80%")
+    assert [row[-1] for row in sheet.rows] == ["1x, 0.80%", "33x", ""]
+    unknown = copy.deepcopy(ARTIFACT)
+    unknown["stages"][0]["loss"], unknown["stages"][1]["loss"] = None, 1e6
+    assert [row[4:6] for row in stages(unknown).rows[:2]] == [
+        ("–", "–"),  # noqa: RUF001
+        ("1000000.0000", "inf"),
+    ]
+
+
+def test_the_letters_of_stages_are_explained_where_they_occur():
+    artifact = copy.deepcopy(ARTIFACT)
+    artifact["stages"][1]["name"] = "S+Q+H (Han's format)"
+    said = "S: values shared; Q: quantized; H: Huffman-coded; "
+    assert stages(artifact).caption.startswith(said)
+
+
+def test_the_rows_of_the_layers_add_up_to_the_file():
+    sheet = layers(ARTIFACT)
+    column = sheet.columns.index("bytes")
+    assert sum(int(row[column].replace(",", "")) for row in sheet.rows) == ARTIFACT["bytes"]
+    assert sheet.rows[-1][0] == "names, shapes, checksums"
 
 
 def test_a_run_without_training_shows_what_each_phase_left():

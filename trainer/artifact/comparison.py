@@ -1,6 +1,6 @@
 """What a model would take in the format of the published figures, so that they can be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from trainer.artifact.tensors import SCALE, WIDTH, multiplied
 from trainer.compress.codebooks import codebook_of
-from trainer.compress.coding import han
+from trainer.compress.coding import han, huffman
+
+_FLOAT_BITS = 32  # of what is neither shared nor quantized, of scales, of a codebook's values
 
 
 @dataclass(frozen=True)
@@ -20,36 +22,52 @@ class PublishedSize:
     coded: int  # with Huffman codes for gaps and indices: P+Q+H; code tables included
 
 
-def published_size(weights: Mapping[str, Tensor]) -> PublishedSize:
+def published_size(weights: Mapping[str, Tensor], parameters: Collection[str]) -> PublishedSize:
     """Gaps of 8 bits in convolutions and 5 elsewhere; what is not pruned or shared takes 32 bits a
-    value, as published. Quantized weights that were not pruned take their bits each.
+    value, as published, and what is quantized its own bits, next to its scales. No parameter takes
+    more than so many bits a value: gaps and codebooks are for those that they make smaller.
+
+    Args:
+        weights: a state_dict.
+        parameters: the names of its parameters, what is tied once: nothing else is counted.
     """
     plain = coded = 0.0
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point():
-            continue
-        if name + SCALE in weights:
-            integers = (tensor / multiplied(torch.ones_like(tensor), weights[name + SCALE])).round()
-            if int(integers.count_nonzero()) > 0.9 * integers.numel():
-                plain += integers.numel() * int(weights[name + WIDTH]) / 8
-                coded += integers.numel() * int(weights[name + WIDTH]) / 8
-                continue
-            tensor = integers  # what the scales tell apart is one value
-        nonzero = int(tensor.count_nonzero())
-        book = codebook_of(tensor)
-        if tensor.ndim < 2 or (nonzero == tensor.numel() and book is None):
-            plain += 4 * tensor.numel()
-            coded += 4 * tensor.numel()
-            continue
-        gap_bits = han.CONV_BITS if tensor.ndim == 4 else han.FC_BITS
-        levels = (tensor != 0).int() if book is None else book.codes
-        flat = levels.flatten().numpy().astype(np.uint16)
-        if book is None:
-            entries = len(han.entries(flat, gap_bits)[0])
-            plain += entries * (gap_bits + 32) / 8
-            coded += entries * (gap_bits + 32) / 8
-        else:
-            sizes = han.sizes(flat, len(book.values), gap_bits)
-            plain += sizes.shared
-            coded += sizes.coded
+    for name in parameters:
+        tensor, bits = weights[name], _FLOAT_BITS
+        scale = weights.get(name + SCALE)
+        if scale is not None:  # what the scales tell apart is one value
+            tensor = (tensor / multiplied(torch.ones_like(tensor), scale)).round()
+            bits = int(weights[name + WIDTH])
+            plain += scale.numel() * _FLOAT_BITS / 8
+            coded += scale.numel() * _FLOAT_BITS / 8
+        found = _sizes(tensor, bits)
+        plain += found[0]
+        coded += found[1]
     return PublishedSize(round(plain), round(coded))
+
+
+def _sizes(tensor: Tensor, bits: int) -> tuple[float, float]:
+    """Bytes of one parameter without and with Huffman codes, a value taking `bits`."""
+    most = tensor.numel() * bits / 8
+    sparse = int(tensor.count_nonzero()) < tensor.numel()
+    book = codebook_of(tensor) if tensor.ndim > 1 else None
+    if not most or tensor.ndim < 2 or (book is None and not sparse):
+        return most, most
+    gap_bits = han.CONV_BITS if tensor.ndim == 4 else han.FC_BITS
+    levels = (tensor != 0).int() if book is None else book.codes
+    flat = levels.flatten().numpy().astype(np.uint16)
+    if book is None:
+        entries = len(han.entries(flat, gap_bits)[0])
+        size = min(most, entries * (gap_bits + bits) / 8)
+        return size, size
+    clusters = len(book.values)
+    if sparse:
+        sizes = han.sizes(flat, clusters, gap_bits)
+        return min(most, sizes.shared), min(most, sizes.coded)
+    codebook = clusters * _FLOAT_BITS / 8
+    index_bits = max(1, (clusters - 1).bit_length())
+    indices = huffman.encode(flat - 1, clusters)
+    return (
+        min(most, flat.size * index_bits / 8 + codebook),
+        min(most, len(indices) + codebook),
+    )

@@ -20,7 +20,8 @@ class Result:
     """The models of one run: what its stages left, and the compressed file made of the last one.
 
     Attributes:
-        artifact: content of the file; empty where none is asked for.
+        artifact: content of the file; empty where none is asked for. Whoever writes it sets this
+            to what he reads back: that is what counts.
     """
 
     def __init__(self, cfg: Config, ended: Callable[[int], bytes], last: PhaseRecord) -> None:
@@ -67,48 +68,60 @@ class Result:
     def facts(self, tested: Mapping[str, Measured]) -> dict[str, Any]:
         """The entries of summary.json that the test set decides."""
         final = tested[_label(self._stages[-1])]
-        baseline = tested[_label(self._stages[0])].accuracy if self._has_baseline else None
         facts: dict[str, Any] = {
             "accuracy": final.accuracy,
             "loss": final.loss,
-            "baseline_accuracy": baseline,
+            **self._baseline(tested),
         }
         if self.artifact:
-            facts["artifact"] = self._artifact_facts(tested, baseline)
+            facts["artifact"] = self._artifact_facts(tested)
         return facts
 
-    def _artifact_facts(
-        self, tested: Mapping[str, Measured], baseline: float | None
-    ) -> dict[str, Any]:
-        described = artifact.describe(self.artifact)
-        literature = published(self._cfg.model)
-        dense = 4 * described.parameters
+    def _baseline(self, tested: Mapping[str, Measured]) -> dict[str, float | None]:
+        """What the dense stage reaches; None where there is none."""
+        if not self._has_baseline:
+            return {"baseline_accuracy": None, "baseline_loss": None}
+        dense = tested[_label(self._stages[0])]
+        return {"baseline_accuracy": dense.accuracy, "baseline_loss": dense.loss}
+
+    def _artifact_facts(self, tested: Mapping[str, Measured]) -> dict[str, Any]:
+        layers = artifact.describe(self.artifact).layers
+        literature = published(self._cfg.model, self._cfg.data)
         rows = []
+        dense = 0
         for stage in self._stages:
             label = _label(stage)
-            size = artifact.published_size(safetensors.torch.load(self._weights[label]))
-            rows.append((label, size.plain, tested[label].accuracy))
-            if stage is self._stages[-1] and stage.made:
-                rows.append((f"{label}+H (Han's format)", size.coded, tested[label].accuracy))
-        rows.append(("model.dcz", len(self.artifact), tested[DECODED].accuracy))
+            weights, told = safetensors.torch.load(self._weights[label]), tested[label]
+            dense = dense or 4 * sum(weights[name].numel() for name in told.parameters)
+            if not stage.made:
+                rows.append((label, dense, told))
+                continue
+            size = artifact.published_size(weights, told.parameters)
+            rows.append((label, size.plain, told))
+            if stage is self._stages[-1]:
+                rows.append((f"{label}+H (Han's format)", size.coded, told))
+        rows.append(("model.dcz", len(self.artifact), tested[DECODED]))
         return {
             "path": "model.dcz",
             "bytes": len(self.artifact),
             "dense_bytes": dense,
             "ratio": dense / len(self.artifact),
             "accuracy": tested[DECODED].accuracy,
-            "baseline_accuracy": baseline,
+            "loss": tested[DECODED].loss,
+            **self._baseline(tested),
             "stages": [
                 {
                     "name": name,
                     "bytes": size,
                     "ratio": dense / size,
-                    "accuracy": accuracy,
+                    "accuracy": measured.accuracy,
+                    "loss": measured.loss,
                     "published": literature.get(name),
                 }
-                for name, size, accuracy in rows
+                for name, size, measured in rows
             ],
-            "layers": described.layers,
+            "layers": layers,
+            "frame_bytes": len(self.artifact) - sum(layer["bytes"] for layer in layers),
         }
 
 

@@ -68,6 +68,9 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
     directory = RunDirectory(folder.absolute())
     summary = directory.read_summary()
     if summary and summary["status"] in ("done", "limits"):
+        from trainer.checks import check_limits  # slow to import
+
+        check_limits(cfg)
         with directory.locked(), Console() as console:
             _judge(summary, cfg, directory, console)
     else:
@@ -197,6 +200,7 @@ class _Run:
         result = Result(self.cfg, partial(self.checkpoints.ended, self.names), last)
         if result.artifact:
             self.directory.write_artifact(result.artifact)
+            result.artifact = self.directory.read_artifact()  # what is measured is what is there
         self._follow(group, measure, result.models())
         self.summary.result = result.facts(self.summary.tested)
         if self.cfg.export.onnx:

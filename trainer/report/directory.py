@@ -126,6 +126,10 @@ class RunDirectory:
         """model.dcz: the compressed model."""
         self._replace("model.dcz", content)
 
+    def read_artifact(self) -> bytes:
+        """What `write_artifact` left on the disk."""
+        return (self.path / "model.dcz").read_bytes()
+
     def write_onnx(self, content: bytes) -> None:
         """model.onnx: the last model."""
         self._replace("model.onnx", content)

@@ -9,7 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from trainer.report import plots
-from trainer.report.sheets import hosts, layers, megabytes, number, onnx, phases, stages
+from trainer.report.sheets import compared, hosts, layers, megabytes, number, onnx, phases, stages
 from trainer.report.weights import Distribution
 
 _DRAWN = 24  # tensors whose weights are drawn, the largest ones
@@ -37,6 +37,7 @@ def page(
         highlights=_highlights(summary),
         phases=phases(summary),
         stages=artifact and stages(artifact),
+        compared=artifact and compared(artifact),
         layers=artifact and layers(artifact),
         onnx=onnx(summary["onnx"]) if summary.get("onnx") else None,
         facts=_facts(summary),

@@ -1,5 +1,6 @@
 """The tables of a finished run as text: the terminal and report.html show the same ones."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 NOTHING = "–"  # noqa: RUF001 - what was not measured, or is not a number
+_FRAME = "names, shapes, checksums"  # what a file holds besides its tensors
+# In the names of stages.
+_LETTERS = {"P": "pruned", "S": "values shared", "Q": "quantized", "H": "Huffman-coded"}
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,53 @@ def stages(artifact: Mapping[str, Any]) -> Sheet:
     """Bytes and test errors of each stage, beside the published ones where there are any."""
     rows = []
     for stage in artifact["stages"]:
-        literature = stage["published"] or {}
-        ratio, error = literature.get("ratio"), literature.get("error")
-        rows.append(
-            (
-                stage["name"],
-                f"{stage['bytes']:,}",
-                f"{stage['ratio']:.1f}x",
-                f"{1 - stage['accuracy']:.2%}",
-                f"{ratio:g}x" if ratio is not None else "",
-                f"{error:.2%}" if error is not None else "",
-            )
+        loss = stage.get("loss")
+        row = (
+            stage["name"],
+            f"{stage['bytes']:,}",
+            f"{stage['ratio']:.1f}x",
+            f"{1 - stage['accuracy']:.2%}",
+            number(loss, ".4f"),
+            number(None if loss is None else perplexity(loss), ".5g"),
         )
-    columns = ("stage", "bytes", "ratio", "error", "published ratio", "error")
-    return Sheet(f"{artifact['path']}: test set", columns, rows)
+        rows.append((*row, _published(stage)) if compared(artifact) else row)
+    columns = ("stage", "bytes", "ratio", "error", "loss", "perplexity")
+    return Sheet(
+        f"{artifact['path']}: test set",
+        (*columns, "published") if compared(artifact) else columns,
+        rows,
+        "\n".join(_legend(artifact)),
+    )
+
+
+def compared(artifact: Mapping[str, Any]) -> bool:
+    """Whether there are published figures to set the stages beside."""
+    return any(stage["published"] for stage in artifact["stages"])
+
+
+def _published(stage: Mapping[str, Any]) -> str:
+    """The published ratio, and the published error where there is one."""
+    literature = stage["published"]
+    if not literature:
+        return ""
+    error = literature["error"]
+    return f"{literature['ratio']:g}x" + ("" if error is None else f", {error:.2%}")
+
+
+def _legend(artifact: Mapping[str, Any]) -> list[str]:
+    """What the letters in the names of stages mean, and what else the table needs to be told."""
+    names = [stage["name"].partition(" ")[0] for stage in artifact["stages"]]
+    found = {letter for name in names for letter in name.split("+")}
+    used = [f"{letter}: {meaning}" for letter, meaning in _LETTERS.items() if letter in found]
+    lines = ["; ".join([*used, "perplexity: e to the loss"])]
+    if compared(artifact):
+        lines.append("published: ratio and error of Han, Mao & Dally, Deep Compression, ICLR 2016")
+    return lines
 
 
 def layers(artifact: Mapping[str, Any]) -> Sheet:
-    """What each tensor takes in the file."""
-    rows = [
+    """What each tensor takes in the file, and in the last row all else."""
+    rows: list[tuple[str, ...]] = [
         (
             layer["name"],
             f"{layer['weights']:,}",
@@ -103,6 +135,9 @@ def layers(artifact: Mapping[str, Any]) -> Sheet:
         )
         for layer in artifact["layers"]
     ]
+    rest = artifact["bytes"] - sum(layer["bytes"] for layer in artifact["layers"])
+    nothing = [""] * 4
+    rows.append((_FRAME, *nothing, f"{rest:,}", f"{rest / artifact['bytes']:.1%}"))
     columns = ("tensor", "values", "not zero", "kept", "bits", "bytes", "of the file")
     return Sheet("", columns, rows)
 
@@ -162,6 +197,14 @@ def rich_table(sheet: Sheet) -> Table:
 def number(value: float | None, spec: str) -> str:
     """`value` formatted as `spec` says; summary.json has null for what is NaN or infinite."""
     return NOTHING if value is None else format(value, spec)
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss (nats); infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def megabytes(count: float) -> str:

@@ -68,6 +68,7 @@ class Summary:
             "accuracy": None,
             "loss": None,
             "baseline_accuracy": None,
+            "baseline_loss": None,
             "phases": [as_json(p) for p in self.phases],
             **self.result,
             **({"onnx": [*self.converted.values()]} if self.converted else {}),
