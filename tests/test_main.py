@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def shrunk(name):
             overrides += [f"phases.{phase}.fit.epochs=1", f"phases.{phase}.fit.max_steps=3"]
     if composed["sweep"]["params"]:
         overrides += ["sweep.trials=2", "sweep.slots=1"]
+        if composed["sweep"]["constraints"]:  # a net that was trained so little would miss it
+            overrides += ["sweep.constraints={accuracy: '>= 0'}"]
         if composed["sweep"]["during"]:
             overrides += ["sweep.during={data.train: 200, phases.train.fit.epochs: 1}"]
     if composed["data"]["_target_"].endswith("mnist"):
@@ -135,7 +138,7 @@ def test_data_that_cannot_be_read_is_a_wrong_configuration(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_shipped_sweep_runs(name):
+def test_every_shipped_sweep_runs(name, capsys):
     overrides, composed = shrunk(name)
     assert main(overrides) == 0
     summary = json.loads(Path("run/summary.json").read_text())
@@ -147,6 +150,16 @@ def test_every_shipped_sweep_runs(name):
     assert "<script src=" not in report  # it needs no other file, and no network
     assert ("Pareto front" in report) == (len(summary["objectives"]) > 1)
     assert not Path("run/trials").exists()  # the checkpoints of trials that ended
+    command = shlex.split(summary["best"][0]["command"])
+    capsys.readouterr()
+    assert main([*command[3:], "--cfg"]) == 0
+    again = yaml.safe_load(capsys.readouterr().out)
+    for key, value in summary["best"][0]["params"].items():
+        if ".".join(key.split(".")[:-1]) not in composed["sweep"]["lengths"]:
+            found = again
+            for part in key.split("."):
+                found = found[part]
+            assert str(found) == str(value)
     if composed["sweep"]["refit"]:
         best = json.loads(Path("run/best/summary.json").read_text())
         assert best["status"] == "done"

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +30,9 @@ from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, fir
 from trainer.report.console import silence
 from trainer.report.directory import RunDirectory
 from trainer.signals import Signals
+from trainer.sweep.arguments import as_hydra, drop_nested
 
 DONE, FAILED, WRONG_CONFIG, LIMITS = 0, 1, 2, 3
-OPEN = re.compile(r"sweep\.(params|lengths|conditions|during|objectives|constraints)[.=]")
 # Settings that do not make a resumed run another run.
 RESUMABLE = ("cluster.", "checkpoint.", "limits.")
 
@@ -86,14 +85,28 @@ def _sweep(
     from trainer.sweep.driver import run_sweep  # Optuna is not for those who do not sweep
 
     winner = run_sweep(cfg, composed, folder, arguments, signals)
-    if winner is None:
-        return
-    best = folder / "best"
+    if winner is not None:
+        _train_winner(winner, folder / "best", signals)
+
+
+def _train_winner(winner: dict[str, Any], best: Path, signals: Signals) -> None:
+    """Run `winner` in `best`, or go on there; the run of another winner is moved aside."""
     if (best / "config.yaml").exists():
-        changed = {section: winner[section] for section in ("cluster", "checkpoint", "limits")}
-        resume(typed(Config, {**RunDirectory(best).read_config(), **changed}), best, signals)
-    else:
-        drive(typed(Config, winner), winner, best, signals)
+        if _essence(RunDirectory(best).read_config()) == _essence(winner):
+            resume(typed(Config, winner), best, signals)
+            return
+        number = 1
+        while (aside := best.with_name(f"{best.name}-{number}")).exists():
+            number += 1
+        best.rename(aside)
+        _show(f"the best trial is another one than before, whose run is now in {aside}")
+    drive(typed(Config, winner), winner, best, signals)
+
+
+def _essence(plain: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this one: all but what may change when it goes on."""
+    free = tuple(prefix.rstrip(".") for prefix in RESUMABLE)
+    return {section: value for section, value in plain.items() if section not in free}
 
 
 def _show(text: str, stream: TextIO | None = None) -> None:
@@ -139,17 +152,17 @@ def _compose(overrides: list[str], config_dir: str | None) -> tuple[DictConfig, 
             raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
         folder = json.dumps(str(Path(config_dir).resolve()), ensure_ascii=False)
         overrides = [*overrides, f"hydra.searchpath=[{folder}]"]
-    # These mappings have no keys of their own: a new one needs no +.
-    overrides = [f"++{o}" if OPEN.match(o) else o for o in overrides]
+    written = [as_hydra(override) for override in overrides]
     try:
         with initialize_config_dir(str(conf_dir()), job_name="trainer", version_base="1.3"):
-            composed = compose("config", overrides, return_hydra_config=True)
+            composed = compose("config", written, return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
             moved = any(override.startswith("hydra.run.dir=") for override in overrides)
             kind = "sweep" if composed.sweep.get("params") and not moved else "run"
             run_dir = Path(composed.hydra[kind].dir)
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
+            drop_nested(overrides, composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_told(error)) from error
     except (YAMLError, UnicodeDecodeError) as error:
@@ -171,7 +184,7 @@ def _told(error: Exception) -> str:
     """The message of a Hydra error and what caused it, on one line."""
     text = str(error).partition("Config search path")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if error.__cause__ and str(error.__cause__) not in str(error):
+    if error.__cause__ and first_line(error.__cause__) not in text:
         lines.append(first_line(error.__cause__))
     return " ".join(lines)
 

@@ -258,7 +258,7 @@ class SweepConfig:
     during: dict[str, Any] = field(default_factory=dict)  # settings of the trials alone
     name: str = "sweep"  # folder under outputs/NAME/
     storage: str | None = None  # URL of Optuna's storage; null: SQLite in the sweep's folder
-    objectives: dict[str, str] = field(default_factory=dict)  # measure -> maximize | minimize
+    objectives: dict[str, Any] = field(default_factory=dict)  # measure -> maximize | minimize
     constraints: dict[str, str] = field(default_factory=dict)  # measure -> such as ">= 0.98"
     sampler: str = "tpe"  # tpe | random | grid | nsga2
     startup_trials: int = 10  # trials drawn at random before the sampler learns from them
@@ -285,6 +285,7 @@ class SweepConfig:
         if self.analysis is not None:
             one_of("sweep.analysis", self.analysis, ("interference", "sensitivity"))
         one_of("sweep.metric", self.metric, ("accuracy", "loss"))
+        self.objectives = {k: v for k, v in self.objectives.items() if v is not None}
         for measure, direction in self.objectives.items():
             one_of(f"sweep.objectives.{measure}", direction, ("maximize", "minimize"))
         if self.params and not self.objectives:

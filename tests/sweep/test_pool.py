@@ -27,6 +27,9 @@ class Nodes:
     def __init__(self, room):
         self.room = room
         self.lost = False
+        self.started = self.stopped = 0  # groups
+        self.opening = threading.Event()  # they start when it is set
+        self.opening.set()
 
     def open(self): ...
 
@@ -43,18 +46,24 @@ class Group:
     def __init__(self, nodes):
         self.nodes = nodes
         self.stop_asked = threading.Event()
+        self.stopped = False
 
     def start(self):
+        self.nodes.opening.wait()
         if self.nodes.room == 0:
             raise ConfigError("no room")
+        self.nodes.started += 1
 
     def alive(self):
         return not self.nodes.lost
 
-    def run(self, body, *args):
+    def run(self, body, cfg, start):
+        if start is not None:
+            start(self)
         yield from ()
 
-    def stop(self): ...
+    def stop(self):
+        self.nodes.stopped += 1
 
 
 @pytest.fixture
@@ -64,7 +73,8 @@ def made(monkeypatch):
     monkeypatch.setattr(pools, "Fleet", lambda cfg, groups: nodes)
     monkeypatch.setattr(pools, "COUNT_EVERY_S", 0)
     monkeypatch.setattr(slots, "PAUSE_S", 0.005)
-    pool = pools.Pool(typed(Config, CFG), lambda line: None)
+    cfg = typed(Config, {**CFG, "sweep": {"recycle_after": 3}})
+    pool = pools.Pool(cfg, lambda line: None)
     yield pool, nodes
     pool.close()
 
@@ -126,3 +136,60 @@ def test_where_all_workers_are_lost_there_is_a_wait_for_room_before_the_error(ma
     with pytest.raises(RunError, match=r"cluster\.start_timeout_s=0\.1: no room"):
         until(pool, lambda _: False)
     assert time.monotonic() - begun >= 0.1
+
+
+def test_workers_stay_warm_and_are_recycled_after_some_trials_and_after_an_error(made):
+    pool, nodes = made
+    nodes.room = 1
+
+    def one_trial(start):
+        until(pool, lambda _: pool.free)
+        pool.take().run(0, None, start)
+        (event,) = until(pool, lambda events: events)
+        return event.error
+
+    started = []
+    for _ in range(7):
+        assert one_trial(lambda group: started.append(nodes.started)) is None
+    assert started == [1, 1, 1, 2, 2, 2, 3]
+
+    def fail(group):
+        raise ArithmeticError
+
+    assert isinstance(one_trial(fail), ArithmeticError)
+    assert one_trial(lambda group: started.append(nodes.started)) is None
+    assert started[-1] == 4
+
+
+def test_a_trial_that_is_asked_to_stop_at_once_hears_of_it(made):
+    """A slot's thread that is slow to begin must not take the request for an old one."""
+    pool, _ = made
+    heard = []
+    held = threading.Event()
+    until(pool, lambda _: pool.free)
+    nodes_alive, Group.alive = Group.alive, lambda group: held.wait()
+    try:
+        slot = pool.take()
+        slot.group.stop_asked.set()  # by the trial before
+        slot.run(0, None, lambda group: heard.append(group.stop_asked.is_set()))
+        assert not slot.group.stop_asked.is_set()
+        pool.stop_trials()
+        held.set()
+        until(pool, lambda events: events)
+    finally:
+        Group.alive = nodes_alive
+    assert heard == [True]
+
+
+def test_workers_that_start_while_their_slot_is_closed_end_with_it(made):
+    pool, nodes = made
+    nodes.room = 1
+    nodes.opening.clear()
+    pool.follow_cluster()
+    (slot,) = pool._slots
+    while slot._starting is None:
+        time.sleep(0.001)
+    slot.close()
+    nodes.opening.set()
+    slot.join(5)
+    assert (nodes.started, nodes.stopped) == (1, 1)

@@ -32,6 +32,7 @@ def space(params, defaults=None, **settings):
         ("3,5", [3, 5], [3, 5]),
         ("choice(true,false,abc,'a b')", [True, False, "abc", "a b"], [True, False, "abc", "a b"]),
         ("interval(0,1)", [0.0, 1.0], None),
+        ("range(0,10,3)", [0, 9], [0, 3, 6, 9]),
         ("tag(log, interval(1e-4,1e-1))", [1e-4, 1e-1], None),
         ("tag(log, int(interval(8,10)))", [8, 10], [8, 9, 10]),
         ("int(interval(8,10))", [8, 10], [8, 9, 10]),
@@ -51,6 +52,8 @@ def test_ranges(text, ends, values):
         ("range(5,5)", "empty"),
         ("range(5,1)", "empty"),
         ("range(1,5,0)", ""),
+        ("range(1.5,5,0)", "step"),
+        ("range(0,2,0.000001)", "more than 1,000,000 values"),
         ("interval(3,1)", "nothing between 3.0 and 1.0"),
         ("choice()", "empty choice"),
         ("choice(3,3)", "twice"),
@@ -71,6 +74,14 @@ def test_what_is_no_range(text, said):
     assert f"sweep.params.key={text}" in str(error.value)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_long_ranges_of_whole_numbers_reach_their_end():
+    found = parse_range("seed", "range(0,3000000000,7)")
+    assert found.ends() == [0, 2_999_999_996]
+    assert found.count() == 428_571_429
+    with pytest.raises(ConfigError, match="more than 5 combinations"):
+        space({"seed": "range(0,3000000000)"}).grid(5)
 
 
 def test_nested_and_dotted_keys_are_the_same():
@@ -98,6 +109,18 @@ def test_a_list_has_an_element_for_each_layer_that_there_is():
         assert set(settings) == {"model.depth", "model.kernel_size", "optimizer.lr"}
         depths.add(settings["model.depth"])
     assert depths == {1, 2, 3}
+
+
+def test_a_list_whose_length_is_not_drawn_leaves_its_key_alone():
+    deep = space(
+        {"kind": "choice(a,b)", "depth": "range(0,3)", "width": "choice(3,5)"},
+        lengths={"width": "depth"},
+        conditions={"depth": "kind == a"},
+    )
+    assert deep.settings({"kind": "b"}) == {"kind": "b"}
+    assert deep.settings({"kind": "a", "depth": 0}) == {"kind": "a", "depth": 0, "width": []}
+    drawn = {"kind": "a", "depth": 1, "width.0": 5}
+    assert deep.settings(drawn) == {"kind": "a", "depth": 1, "width": [5]}
 
 
 def test_lengths_may_be_numbers_or_keys_that_are_not_searched():

@@ -1,16 +1,18 @@
 """The ledger: what is drawn, told and remembered, without training anything."""
 
 import json
+import math
 
 import pytest
 from optuna.trial import TrialState
 
 from trainer.config import SweepConfig
 from trainer.errors import ConfigError
-from trainer.sweep.measures import MEASURES, check_measures, watched
+from trainer.sweep.budget import Budget
+from trainer.sweep.measures import MEASURES, check_measures, not_finite, watched
 from trainer.sweep.space import parse_space
 from trainer.sweep.storage import without_password
-from trainer.sweep.study import Ledger
+from trainer.sweep.study import Ledger, watched_values
 
 PARAMS = {"a": "range(1,5)", "b": "interval(0,1)"}
 EPOCHS = 4
@@ -24,12 +26,14 @@ def sweep(**settings):
 
 def ledger(folder, **settings):
     cfg = sweep(**settings)
-    return Ledger(cfg, parse_space(cfg, {}), "test", 3, folder, EPOCHS)
+    book = Ledger(cfg, parse_space(cfg, {}), "test", 3, folder, EPOCHS)
+    book.note({"objectives": list(cfg.objectives.items())}, [])
+    return book
 
 
-def finish(book, number, value):
+def finish(book, number, value, **more):
     measured = dict.fromkeys(MEASURES, 0.0) | {"accuracy": value, "nonzero": 100 * value}
-    book.complete(number, measured, {})
+    book.complete(number, measured | more, {})
 
 
 def drive(book, count):
@@ -63,6 +67,64 @@ def test_a_grid_is_gone_through_once(tmp_path):
     assert book.ask() is None
 
 
+def test_a_driver_that_is_killed_as_it_asks_leaves_the_grid_in_order(tmp_path):
+    params = {"a": "range(1,4)", "b": "choice(0.5,0.7)"}
+    drive(ledger(tmp_path, sampler="grid", params=params), 2)
+    killed = ledger(tmp_path, sampler="grid", params=params)
+    assert killed.ask() == 2  # and nothing was drawn
+    book = ledger(tmp_path, sampler="grid", params=params)
+    assert book.unfinished() == [2]
+    third = book.take_up(2)
+    finish(book, 2, 0.5)
+    drive(book, 3)
+    assert third == {"a": 2, "b": 0.5}
+    assert [trial.params for trial in book.trials()] == [
+        {"a": a, "b": b} for a in (1, 2, 3) for b in (0.5, 0.7)
+    ]
+    assert book.ask() is None
+
+
+def test_a_shared_storage_knows_a_folders_trials_also_after_it_moved(tmp_path):
+    storage = f"sqlite:///{tmp_path}/shared.db"
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    ledger(tmp_path / "mine", storage=storage).ask()  # and no more: it was killed
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert ledger(tmp_path / "moved", storage=storage).unfinished() == [0]
+    assert ledger(tmp_path / "other", storage=storage).unfinished() == []
+
+
+def test_a_study_in_which_nothing_began_can_be_taken_back(tmp_path):
+    storage = f"sqlite:///{tmp_path}/shared.db"
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    book = ledger(tmp_path / "mine", storage=storage)
+    book.ask()
+    book.withdraw()
+    book = ledger(tmp_path / "mine", storage=storage)
+    assert book.ask() == 0
+    ledger(tmp_path / "other", storage=storage).ask()
+    book.withdraw()  # others are at work in it
+    assert len(ledger(tmp_path / "mine", storage=storage).trials()) == 2
+
+
+def test_the_time_of_a_session_that_was_killed_counts(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    book = ledger(tmp_path)
+    budget = Budget(sweep(seconds=10), book)
+    now[0] += 7
+    budget.keep(now=False)
+    now[0] += 2  # and no more: it was killed
+    budget.keep(now=False)
+    again = Budget(sweep(seconds=10), ledger(tmp_path))
+    assert again.seconds() == 7
+    assert again.left() == 3
+    assert again.used_up() is None
+    now[0] += 4
+    assert again.used_up() == "sweep.seconds is used up"
+
+
 def test_an_unfinished_trial_is_taken_up_with_what_it_had(tmp_path):
     book = ledger(tmp_path)
     drive(book, 1)
@@ -94,6 +156,71 @@ def test_the_median_stops_a_trial_and_tells_it_pruned_with_its_values(tmp_path):
     assert book.epochs() == 7
 
 
+@pytest.mark.parametrize(
+    ("objectives", "metric", "good", "bad"),
+    [
+        ({"accuracy": "maximize"}, "accuracy", 0.9, 0.1),
+        ({"accuracy": "maximize"}, "loss", 0.1, 0.9),
+        ({"loss": "minimize"}, "accuracy", 0.9, 0.1),
+        ({"loss": "minimize"}, "loss", 0.1, 0.9),
+        ({"bytes": "minimize"}, "accuracy", 0.9, 0.1),
+    ],
+)
+def test_one_objective_is_pruned_by_the_metric_in_the_metrics_own_direction(
+    tmp_path, objectives, metric, good, bad
+):
+    settings = {"objectives": objectives, "metric": metric, "min_trials": 3}
+    book = ledger(tmp_path, **settings)
+    (objective,) = objectives
+    for value in (0.5, 0.6, 0.7):
+        number = book.ask()
+        book.take_up(number)
+        assert not book.report(number, 1, value)
+        finish(book, number, value, **{objective: 0.3})
+    book = ledger(tmp_path, **settings)  # what pruners know survives
+    best, worst = book.ask(), book.ask()
+    book.take_up(best)
+    book.take_up(worst)
+    assert not book.report(best, 1, good)
+    assert book.report(worst, 1, bad)
+    book.prune(worst)
+    (pruned,) = book.trials(TrialState.PRUNED)
+    assert list(watched_values(pruned)) == [1]
+    if metric != objective:
+        assert pruned.value is None  # the metric is no value of the objective
+    assert book.watched.trials[worst].intermediate_values == watched_values(pruned)
+
+
+def test_a_trial_whose_last_watched_value_is_nan_says_nothing_to_the_pruner(tmp_path):
+    book = ledger(tmp_path, metric="loss")
+    number = book.ask()
+    book.take_up(number)
+    book.report(number, 1, math.nan)
+    finish(book, number, 0.5)
+    assert book.watched.trials[0].state == TrialState.FAIL
+    again = ledger(tmp_path, metric="loss")
+    assert again.watched.trials[0].state == TrialState.FAIL
+
+
+def test_what_is_not_finite_is_named():
+    measured = dict.fromkeys(MEASURES, 0.5)
+    assert not_finite(sweep(), measured) is None
+    for name in ("accuracy", "loss"):
+        said = not_finite(sweep(), measured | {name: math.nan})
+        assert said == f"the {name} after the last phase is nan"
+    assert not_finite(sweep(), measured | {"bytes": math.inf}) is None
+    judged = sweep(constraints={"bytes": "<= 1"})
+    assert not_finite(judged, measured | {"bytes": math.inf})
+
+
+def test_an_objective_can_be_taken_away():
+    assert sweep(objectives={"accuracy": None, "loss": "minimize"}).objectives == {
+        "loss": "minimize"
+    }
+    with pytest.raises(ConfigError, match=r"sweep\.objectives: there are none"):
+        sweep(objectives={"accuracy": None})
+
+
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_several_objectives_are_pruned_by_the_watched_value(tmp_path, pruner):
     objectives = {"accuracy": "maximize", "nonzero": "minimize"}
@@ -121,11 +248,22 @@ def test_the_best_keeps_the_constraints(tmp_path):
 
 
 def test_another_sweep_of_the_same_name_is_refused(tmp_path):
-    ledger(tmp_path).note({"model": 1, "data": 2}, ["+experiment=x"])
-    book = ledger(tmp_path)
-    book.note({"model": 1, "data": 2}, ["+experiment=x"])
+    cfg = sweep()
+    book = Ledger(cfg, parse_space(cfg, {}), "test", 3, tmp_path, EPOCHS)
+    for _ in range(2):
+        book.note({"model": 1, "data": 2}, ["+experiment=x"])
     with pytest.raises(ConfigError, match=r"sweep\.name=s.*another data;"):
         book.note({"model": 1, "data": 3}, [])
+
+
+@pytest.mark.parametrize(
+    "objectives", [{"loss": "minimize"}, {"accuracy": "maximize", "bytes": "minimize"}]
+)
+def test_other_objectives_are_another_sweep_and_leave_the_first_as_it_was(tmp_path, objectives):
+    ledger(tmp_path)
+    with pytest.raises(ConfigError, match="another objectives;"):
+        ledger(tmp_path, objectives=objectives)
+    assert ledger(tmp_path).study.metric_names == ["accuracy"]
 
 
 def test_a_storage_that_does_not_open_is_a_wrong_configuration(tmp_path):

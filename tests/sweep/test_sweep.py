@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import secrets
 import shlex
@@ -16,15 +17,21 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+import yaml
 
 from trainer.__main__ import main
 from trainer.config import Config, typed
-from trainer.run import Start, experiment
+from trainer.errors import ConfigError
+from trainer.models import LeNet300
+from trainer.report.directory import RunDirectory
+from trainer.run import Start, build_model, experiment
+from trainer.sweep.plan import Plan
 
 ARGUMENTS = [
     "+experiment=sweep_smoke", "cluster=inline", "cluster.threads=1", "sweep.slots=1",
     "data.train=100", "data.validation=100", "data.test=100", "sweep.trials=3",
 ]  # fmt: skip
+ONLY = [f"sweep.params.{key}=null" for key in ("model.depth", "model.kernel_size", "optimizer.lr")]
 FOLDER = Path("outputs/sweep_smoke/sweep")
 
 
@@ -146,6 +153,250 @@ def test_a_diverging_trial_is_retried_then_failed_with_its_reason(capsys):
     assert "the loss is" in row["reason"]
 
 
+def test_a_trial_that_ends_in_nan_is_retried_then_failed(monkeypatch):
+    from trainer.sweep import search
+
+    real, seen = search.measure, []
+
+    def measure(records):
+        seen.append(len(seen))
+        return real(records) | ({"loss": math.nan} if len(seen) <= 2 else {})
+
+    monkeypatch.setattr(search, "measure", measure)
+    assert main([*ARGUMENTS, "sweep.trials=2"]) == 0
+    assert [row["state"] for row in rows()] == ["FAIL", "COMPLETE"]
+    assert rows()[0]["failures"] == "2"
+    assert rows()[0]["reason"] == "the loss after the last phase is nan"
+
+
+FAILS_ONCE = """
+import pathlib, time
+from trainer.models import ConvNet
+class Net(ConvNet):
+    def forward(self, x):
+        if self.training:
+            steps = pathlib.Path('{steps}')
+            with steps.open('a') as file:
+                file.write('.')
+            if steps.stat().st_size == 5:
+                {how}
+        return super().forward(x)
+"""
+
+
+def test_a_trial_that_failed_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    """Of six steps, two an epoch, the fifth fails; the second and the fourth left checkpoints."""
+    (tmp_path / "once.py").write_text(
+        FAILS_ONCE.format(steps=tmp_path / "steps", how="raise ArithmeticError('once')")
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main([
+        *ARGUMENTS, "model._target_=once.Net", "phases.train.fit.epochs=3",
+        "checkpoint.every_steps=2", "sweep.trials=1",
+    ]) == 0  # fmt: skip
+    assert "ArithmeticError: once; it starts again" in (FOLDER / "log.txt").read_text()
+    (row,) = rows()
+    assert (row["state"], row["failures"], row["epochs"]) == ("COMPLETE", "1", "3")
+    assert len((tmp_path / "steps").read_text()) == 5 + 2  # the fifth again, and the sixth
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
+def test_a_trial_that_hangs_is_ended_and_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text(
+        FAILS_ONCE.format(steps=tmp_path / "steps", how="time.sleep(60)")
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main([
+        *ARGUMENTS[:1], *ARGUMENTS[2:], "model._target_=hangs.Net", "phases.train.fit.epochs=3",
+        "checkpoint.every_steps=2", "sweep.trials=1", "cluster.hang_timeout_s=2",
+    ]) == 0  # fmt: skip
+    (row,) = rows()
+    assert (row["state"], row["failures"], row["epochs"]) == ("COMPLETE", "1", "3")
+    assert "no sign of life for cluster.hang_timeout_s=2" in (FOLDER / "log.txt").read_text()
+    assert len((tmp_path / "steps").read_text()) == 5 + 2
+
+
+def test_what_a_trials_messages_meet_here_is_that_trials_failure(monkeypatch):
+    from trainer import artifact
+
+    real, calls = artifact.encode, []
+
+    def encode(*args):
+        calls.append(args)
+        if len(calls) <= 2:
+            raise MemoryError("no room to encode")
+        return real(*args)
+
+    monkeypatch.setattr(artifact, "encode", encode)
+    wanted = ["sweep.objectives={bytes: minimize}", "sweep.trials=2"]
+    assert main([*ARGUMENTS, *wanted]) == 0
+    assert [row["state"] for row in rows()] == ["FAIL", "COMPLETE"]
+    assert rows()[0]["reason"] == "no room to encode"
+    assert "Traceback" in (FOLDER / "log.txt").read_text()
+
+
+INIT = [
+    *ARGUMENTS,
+    "sweep.sampler=grid",
+    *ONLY,
+    "sweep.params.init_from=choice(a.pt,b.pt)",
+]
+
+
+def test_weights_to_begin_with_are_held_against_the_model(capsys, tmp_path):
+    assert main(INIT) == 2
+    assert "with init_from=a.pt, init_from=a.pt: it cannot be read" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    torch.save(LeNet300().state_dict(), "a.pt")
+    assert main(INIT) == 2
+    assert "in the model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys):
+    from trainer import initial
+
+    assert main([*INIT, "--cfg"]) == 0
+    net = build_model(typed(Config, yaml.safe_load(capsys.readouterr().out)))
+    for name in ("a.pt", "b.pt"):
+        torch.save(net.state_dict(), name)
+    real = initial.initial_weights
+
+    def weights(path, model):
+        if model is None and path.name == "b.pt":
+            raise ConfigError(f"init_from={path}: gone")
+        return real(path, model)
+
+    monkeypatch.setattr(initial, "initial_weights", weights)
+    assert main(INIT) == 0
+    assert [row["state"] for row in rows()] == ["COMPLETE", "FAIL"]
+    assert rows()[1]["reason"] == "init_from=b.pt: gone"
+
+
+def test_what_no_trial_can_begin_with_is_a_wrong_configuration(capsys, tmp_path):
+    assert main([*ARGUMENTS, "data.root=/no/where"]) == 2
+    assert "/no/where" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["report.write_report", "study.Ledger.complete"])
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_the_log(
+    where, capsys, monkeypatch
+):
+    def lost(*args, **kwargs):
+        raise ArithmeticError("storage gone\nand more")
+
+    module = "trainer.sweep.results.write_report" if "report" in where else f"trainer.sweep.{where}"
+    monkeypatch.setattr(module, lost)
+    assert main(ARGUMENTS) == 1
+    shown, said = capsys.readouterr()
+    assert said.startswith("failed: storage gone (more in ")
+    assert said.count("storage gone") == said.count("\n") == 1
+    assert "results in" in shown
+    assert "ArithmeticError: storage gone" in (FOLDER / "log.txt").read_text()
+    assert summary()["status"] == "failed"
+    assert summary()["error"].startswith("storage gone")
+
+
+def test_where_no_trial_keeps_the_constraints_the_closest_is_named(capsys):
+    limits = "sweep.constraints={nonzero: '<= 1000', accuracy: '>= 0'}"
+    assert main([*ARGUMENTS, limits, "sweep.trials=2", "sweep.refit=true"]) == 0
+    assert summary()["best"] == []
+    sizes = {int(row["number"]): float(row["nonzero"]) for row in rows()}
+    closest = min(sizes, key=sizes.get)
+    said = (
+        f"no trial keeps sweep.constraints; the closest is trial {closest}, which misses nonzero "
+        f"by {sizes[closest] - 1000:.6g}"
+    )
+    assert said in capsys.readouterr().out
+    assert said in (FOLDER / "log.txt").read_text()
+    assert not (FOLDER / "best").exists()
+
+
+def test_a_trial_whose_values_do_not_go_together_is_told(capsys, monkeypatch):
+    """The ends of ranges are tried before, not what lies between."""
+    real = Plan.trial
+
+    def trial(plan, drawn):
+        if drawn["seed"] == 1:
+            raise ConfigError("seed=1: not with this model")
+        return real(plan, drawn)
+
+    monkeypatch.setattr(Plan, "trial", trial)
+    assert main([*ARGUMENTS, *ONLY, "sweep.params.seed=range(0,3)", "sweep.sampler=grid"]) == 0
+    assert [row["state"] for row in rows()] == ["COMPLETE", "FAIL", "COMPLETE"]
+    told = "trial 1: failed: seed=1: not with this model"
+    assert told in capsys.readouterr().out
+    assert told in (FOLDER / "log.txt").read_text()
+
+
+def test_a_better_trial_is_trained_anew_and_the_old_one_moves_aside(capsys):
+    wanted = [
+        *ARGUMENTS, "sweep.refit=true", "phases.train.fit.epochs=10", "sweep.sampler=grid",
+        "sweep.pruner=none", "sweep.params={optimizer.lr: 'choice(1e-9,0.05)', "
+        "model.kernel_size: null, model.depth: null}", "sweep.lengths={}",
+    ]  # fmt: skip
+    best = FOLDER / "best"
+    assert main([*wanted, "sweep.trials=1"]) == 0
+    assert RunDirectory(best).read_config()["optimizer"]["lr"] == 1e-9
+    assert main([*wanted, "sweep.trials=2"]) == 0
+    assert "whose run is now in" in capsys.readouterr().out
+    assert RunDirectory(best).read_config()["optimizer"]["lr"] == 0.05
+    assert RunDirectory(FOLDER / "best-1").read_config()["optimizer"]["lr"] == 1e-9
+    trained = (best / "metrics.jsonl").read_text()
+    assert main([*wanted, "sweep.trials=2", "checkpoint.keep=1"]) == 0  # the same one
+    assert (best / "metrics.jsonl").read_text() == trained
+    assert not (FOLDER / "best-2").exists()
+    assert RunDirectory(FOLDER).read_config()["sweep"]["trials"] == 2
+
+
+def test_resume_goes_on_with_the_budget_that_was_given_last():
+    assert main([*ARGUMENTS, "sweep.trials=1"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.sweep.search.Search.run", killed)
+        with pytest.raises(Killed):
+            main([*ARGUMENTS, "sweep.trials=2"])
+    assert main([f"resume={FOLDER}"]) == 0
+    assert [row["state"] for row in rows()] == ["COMPLETE"] * 2
+
+
+class Killed(BaseException):
+    """No handler of errors runs after a real one either."""
+
+
+def killed(*_):
+    raise Killed
+
+
+@pytest.mark.integration
+def test_a_signal_while_ray_starts_leaves_nothing_behind():
+    """SIGTERM, for which Ray sets handlers of its own while it starts."""
+    from tests.test_main import alive, children
+
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as short:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "trainer", *ARGUMENTS[:1], *ARGUMENTS[4:]],
+            env={**os.environ, "TMPDIR": short},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        while not list(Path(short).glob("trainer-*/session_*")):  # ray.init is at work
+            assert run.poll() is None
+            time.sleep(0.01)
+        family = children(run.pid)
+        run.send_signal(signal.SIGTERM)
+        _, told = run.communicate(timeout=60)
+        assert run.returncode == 143
+        assert b"SIGTERM received" not in told
+        deadline = time.monotonic() + 30
+        while alive(family) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert alive(family) == []
+        assert list(Path(short).glob("trainer-*")) == []
+    assert summary()["status"] == "interrupted"
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
@@ -180,8 +431,6 @@ def test_budgets_end_a_sweep_and_leave_the_rest_for_later():
 @pytest.mark.integration
 @pytest.mark.usefixtures("shared_ray")
 def test_a_warm_worker_gives_the_bits_of_a_cold_one():
-    import yaml
-
     from tests.test_main import capture
     from trainer.cluster import open_group
     from trainer.messages import PhaseEnded
@@ -207,20 +456,35 @@ def test_a_warm_worker_gives_the_bits_of_a_cold_one():
     assert results[0] == results[1]
 
 
-def test_trials_share_their_first_phases_and_end_in_the_same_bits(monkeypatch):
+def test_trials_share_their_first_phases_and_end_in_the_same_bits(tmp_path, monkeypatch):
+    """With a net so small that it takes no time to train and to encode."""
+    (tmp_path / "tiny.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.fc1, self.fc2 = nn.Linear(784, 6), nn.Linear(6, 8)\n"
+        "        self.fc3 = nn.Linear(8, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc3(self.fc2(self.fc1(x.flatten(1)).relu()).relu())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
     wanted = [
         "+experiment=interference",
         "cluster=inline",
         "cluster.threads=1",
         "sweep.slots=1",
-        "data.train=300",
-        "data.validation=100",
-        "data.test=100",
-        "sweep.params.seed='choice(0,1)'",
+        "artifact.coder=huffman",
+        "model._target_=tiny.Net",
+        "data.train=100",
+        "data.validation=50",
+        "data.test=50",
+        "sweep.params.seed=choice(0,1)",
         *(f"phases.{name}.fit.epochs=1" for name in ("train", "prune", "share", "quantize")),
     ]
     assert main([*wanted, "hydra.sweep.dir=shared"]) == 0
     assert len(list(Path("shared/prefixes").iterdir())) == 2  # one for each seed
+    monkeypatch.setattr("trainer.sweep.results.write_report", lambda *_: None)  # one is enough
     assert main([*wanted, "sweep.prefix=null", "hydra.sweep.dir=alone"]) == 0
     measures = []
     for folder in ("shared", "alone"):

@@ -3,12 +3,15 @@
 import math
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from trainer.cluster.environment import prepare_environment
 from trainer.cluster.group import WorkerGroup
 from trainer.cluster.open import open_group
 from trainer.config import ClusterConfig
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, or max, per microseconds
 
 
 class Fleet:
@@ -31,9 +34,7 @@ class Fleet:
         prepare_environment(self._cfg)
         from trainer.cluster.session import RaySession
 
-        self._session = RaySession(
-            self._cfg, self._limit or self._fitting({"CPU": os.cpu_count() or 1})
-        )
+        self._session = RaySession(self._cfg, self._limit or self._fitting({"CPU": cpus()}))
         self._session.open()
 
     def size(self) -> int:
@@ -67,3 +68,16 @@ class Fleet:
         if cfg.device != "cpu" and gpus >= 1:
             fitting = min(fitting, gpus)
         return max(1, math.floor(fitting))
+
+
+def cpus(quota: Path = QUOTA) -> int:
+    """CPUs that this process may use: of its affinity, and of its container's quota."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    try:
+        allowed, period = quota.read_text().split()
+        return max(1, min(count, int(allowed) // int(period)))
+    except (OSError, ValueError):  # there is none, or it says max
+        return count

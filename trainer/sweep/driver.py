@@ -1,9 +1,10 @@
-"""The sweep: hand trials out to slots, listen, prune, retry, tell; until a budget is used up."""
+"""A sweep as its command sees it: folder, workers, study; then the search; in the end, results."""
 
-import time
-from collections.abc import Iterable
+import contextlib
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,16 @@ from optuna.trial import TrialState
 from trainer.config import Config
 from trainer.errors import ConfigError, Interrupted, RunError, first_line
 from trainer.report.directory import RunDirectory
-from trainer.report.sheets import rich_table
 from trainer.signals import Signals
-from trainer.sweep.measures import measure, parse_constraints, violations
+from trainer.sweep.budget import Budget
 from trainer.sweep.plan import Plan
 from trainer.sweep.pool import Pool
-from trainer.sweep.prefix import Prefixes
 from trainer.sweep.results import Results
+from trainer.sweep.search import Search
 from trainer.sweep.show import Board
-from trainer.sweep.slots import Ended, GivenBack, Said, Slot
 from trainer.sweep.study import Ledger
-from trainer.sweep.trial import Trial
 
-INTERRUPTED = "interrupted"  # status, and why a sweep stops
-MOST_WAITING = 8  # trials that wait for what another one trains, before no more are drawn
-LOOK_EVERY_S = 0.25  # at signals and budgets
+INTERRUPTED = "interrupted"  # status
 
 
 def run_sweep(
@@ -46,8 +42,9 @@ def run_sweep(
         The plain configuration of the best trial where `sweep.refit` wants it run in full.
 
     Raises:
-        ConfigError: before anything started; a new folder is not left behind.
-        RunError: no trial was completed, or no workers could be had.
+        ConfigError: before any trial began; a new folder is not left behind.
+        RunError: no trial was completed, no workers could be had, or whatever else went wrong;
+            log.txt holds the traceback.
         Interrupted: likewise; the same command goes on.
     """
     plan = Plan(cfg, base)
@@ -59,8 +56,9 @@ def run_sweep(
             settings = OmegaConf.to_container(base, resolve=False)
             assert isinstance(settings, dict)
             directory.write_config({str(key): value for key, value in settings.items()})
-        with directory.locked():
-            return _Sweep(plan, directory, arguments, signals).execute()
+        with ExitStack() as locks:
+            locks.enter_context(directory.locked())
+            return _Sweep(plan, directory, arguments, signals, locks).execute()
     except ConfigError:
         if new:
             directory.discard()
@@ -71,31 +69,35 @@ def run_sweep(
 
 class _Sweep:
     def __init__(
-        self, plan: Plan, directory: RunDirectory, arguments: list[str], signals: Signals
+        self,
+        plan: Plan,
+        directory: RunDirectory,
+        arguments: list[str],
+        signals: Signals,
+        locks: ExitStack,
     ) -> None:
         self.plan, self.cfg, self.sweep = plan, plan.cfg, plan.cfg.sweep
-        self.directory, self.signals = directory, signals
+        self.directory, self.signals, self.locks = directory, signals, locks
         self.arguments = arguments
-        self.bounds = parse_constraints(self.sweep)
         self.board = Board(self.sweep, directory)
         self.pool = Pool(self.cfg, self.board.say)
-        self.trials: dict[int, Trial] = {}  # that have begun and not ended
-        self.reported: dict[int, set[int]] = {}  # epochs, by trial
-        self.waiting: list[int] = []  # of them, those that no slot runs
         self.interrupted = False  # by the first signal
-        self.stopping: str | None = None  # why nothing new is started
-        self.exhausted = False  # a grid has come to its end
-        self.prefixes = Prefixes(self.sweep.prefix, directory.path)
+        self.saved = False  # what is known, since then
 
     def execute(self) -> dict[str, Any] | None:
         """Search, and leave the results. Returns as `run_sweep`."""
-        with self.signals.holding(self.board.restore, self._interrupt):
-            try:
-                self._open()
-                with self.board, closing(self.ledger):
-                    return self._search()
-            finally:
-                self.pool.close()
+        try:
+            with self.signals.holding(self.board.restore, self._interrupt):
+                try:
+                    self._open()
+                    with closing(self.ledger):
+                        return self._search()
+                finally:
+                    self.pool.close()
+        except (ConfigError, RunError):
+            raise
+        except Exception as error:
+            raise self._logged(error) from error
 
     def _interrupt(self) -> None:
         """The first signal. Within its handler, no more than this can be done safely."""
@@ -114,200 +116,93 @@ class _Sweep:
             self.sweep, self.plan.space, self.cfg.name, self.cfg.seed, self.directory.path, epochs
         )
         self.ledger.note(self.plan.identity(), self.arguments)
+        self._keep_budget()
         self.results = Results(self.plan, self.ledger, self.directory)
-        self.epochs = self.ledger.epochs()
-        self.count = len(self.ledger.trials())
-        self.began = time.monotonic() - self.ledger.seconds
+        self.budget = Budget(self.sweep, self.ledger)
+
+    def _keep_budget(self) -> None:
+        """Let config.yaml, with which resume= goes on, have the budget of now.
+
+        The file is the lock too: the new one is locked before the old one is let go.
+        """
+        settings = self.directory.read_config()
+        changed = {**settings, "sweep": {**settings["sweep"], **self.plan.budget()}}
+        if changed != settings:
+            self.directory.write_config(changed)
+            self.locks.enter_context(self.directory.locked())
 
     def _search(self) -> dict[str, Any] | None:
-        for number in self.ledger.unfinished():
-            if self._begin(number, self.ledger.reported(number)):
-                self.waiting.append(number)
-        status, error = "failed", "ended at once"
+        search = Search(self.plan, self.ledger, self.pool, self.board, self.budget, self.directory)
         try:
-            self._loop()
-            status, error = "done", ""
+            with self.board:
+                search.run(self._asked_to_stop)
             if self.interrupted:
                 raise self.signals.interrupted()
             if not self.ledger.trials(TrialState.COMPLETE):
-                status, error = "failed", "no trial was completed"
-                raise RunError(f"{error} (more in {self.directory.path}/log.txt)")
-        except Interrupted as interrupted:
-            status, error = INTERRUPTED, str(interrupted)
+                raise RunError(f"no trial was completed (more in {self.directory.path}/log.txt)")
+        except ConfigError:  # no trial has begun
+            self.ledger.withdraw()
             raise
-        except Exception as raised:
-            status, error = "failed", first_line(raised)
+        except Interrupted as error:
+            self._finish(search, INTERRUPTED, str(error))
             raise
-        finally:
-            for trial in self.trials.values():
-                trial.pause()
-            self.ledger.note_seconds(self._seconds())
-            self.results.write(status, error or None, self._seconds())
-            self.board.close()
-            self.board.terminal.print(self.results.table())
-            for sheet in self.results.answer.sheets:
-                self.board.terminal.print(rich_table(sheet))
-            for sentence in self.results.answer.sentences:
-                self.board.say(sentence)
-            self.board.say(f"results in {self.directory.path}")
+        except RunError as error:
+            self._finish(search, "failed", first_line(error))
+            raise
+        except Exception as error:
+            told = self._logged(error)
+            self._finish(search, "failed", str(told))
+            raise told from error
+        if failed := self._finish(search, "done", None):
+            raise failed
         best = self.ledger.best()
         if not self.sweep.refit or not best:
             return None
         return self.plan.winner(best[0].params)
 
-    def _loop(self) -> None:
-        while True:
-            self._look_at_signals_and_budgets()
-            if not self.stopping:
-                self.pool.follow_cluster()
-            self._hand_out()
-            if not self.pool.busy and (self.stopping or not self._more()):
-                return
-            event = self.pool.event(LOOK_EVERY_S)
-            if event is None:
-                self.board.show(self.trials, self.ledger.trials, self._left())
-            else:
-                self._on(event)
+    def _asked_to_stop(self) -> bool:
+        if self.interrupted and not self.saved:
+            self.saved = True  # at once, since a second signal would leave no time for it
+            self.budget.keep()
+            error = str(self.signals.interrupted())
+            self.results.write(INTERRUPTED, error, self.budget.seconds(), report=False)
+        return self.interrupted
 
-    def _on(self, event: Said | Ended | GivenBack) -> None:
-        number = event.slot.trial
-        assert number is not None
-        match event:
-            case Said():
-                self._listen(event.slot, self.trials[number], event.message)
-            case Ended():
-                event.slot.trial = None
-                self._end(self.trials[number], event.error)
-            case GivenBack():
-                event.slot.trial = None
-                self._wait(self.trials[number])
-
-    def _listen(self, slot: Slot, trial: Trial, message: Any) -> None:
-        report = trial.on(message)
-        if report is None or trial.pruned:
-            return
-        epoch, value = report
-        if epoch in self.reported[trial.number]:  # an attempt that began at a checkpoint
-            return
-        self.reported[trial.number].add(epoch)
-        self.epochs += 1
-        if self.ledger.report(trial.number, epoch, value) and epoch < trial.epochs:
-            trial.pruned = True
-            slot.stop_trial()
-
-    def _end(self, trial: Trial, error: Exception | None) -> None:
-        """Tell what became of a trial, or let it wait for another attempt."""
-        number = trial.number
-        if trial.pruned:
-            self.ledger.prune(number)
-        elif error is not None:
-            self.directory.log(getattr(error, "detail", "") or repr(error))
-            reason = first_line(error)
-            failures = self.ledger.failed_once_more(number, reason)
-            if failures <= self.sweep.max_retries and not isinstance(error, ConfigError):
-                self.board.say(f"trial {number}: {reason}; it starts again")
-                self._wait(trial)
-                return
-            self.ledger.fail(number, reason)
-        elif trial.stopped:  # goes on another time
-            self._wait(trial)
-            return
-        else:
-            measured = measure(trial.records)
-            self.ledger.complete(number, measured, violations(self.bounds, measured))
-        trial.forget()
-        del self.trials[number], self.reported[number]
-        self.board.ended(self.ledger.trial(number))
-
-    def _wait(self, trial: Trial) -> None:
-        """The trial's next attempt waits for a slot."""
-        trial.pause()
-        self.waiting.append(trial.number)
-
-    def _hand_out(self) -> None:
-        while self.pool.free and not self.stopping:
-            number = self._next()
-            if number is None:
-                return
-            trial = self.trials[number]
-            self.pool.take().run(number, trial.cfg, trial.start(self.board.say))
-            self.board.show(self.trials, self.ledger.trials, self._left())
-
-    def _next(self) -> int | None:
-        """A trial to run now: one that waits, or a new one; None where there is none."""
-        for number in self.waiting:
-            if not self._must_wait(number):
-                self.waiting.remove(number)
-                return number
-        while self._may_begin() and len(self.waiting) < MOST_WAITING:
-            asked = self.ledger.ask()
-            if asked is None:
-                self.exhausted = True
-                return None
-            self.count = asked + 1
-            if not self._begin(asked):
-                continue
-            if not self._must_wait(asked):
-                return asked
-            self.waiting.append(asked)
-        return None
-
-    def _must_wait(self, number: int) -> bool:
-        """Whether another trial is just training what this one will go on from."""
-        prefix = self.trials[number].prefix
-        if prefix is None or self.prefixes.ready(prefix):
-            return False
-        return any(
-            trial.prefix == prefix and other != number and other not in self.waiting
-            for other, trial in self.trials.items()
-        )
-
-    def _begin(self, number: int, reported: Iterable[int] = ()) -> bool:
-        """Make the trial; one whose values do not go together fails at once.
+    def _finish(self, search: Search, status: str, error: str | None) -> RunError | None:
+        """Save, write and show all that is known. A part that fails keeps no other from its work.
 
         Args:
-            reported: epochs that earlier attempts have reported.
+            error: why the sweep has not come to its end; None: it has.
+
+        Returns:
+            The first failure among the parts; it is in the log.
         """
-        drawn = self.ledger.take_up(number)
+        if self.interrupted:
+            status, error = INTERRUPTED, str(self.signals.interrupted())
+        parts: list[Callable[[], None]] = [
+            search.pause,
+            self.budget.keep,
+            lambda: self.results.write(status, error, self.budget.seconds()),
+            lambda: self.results.show(self.board),
+            lambda: self.board.say(f"results in {self.directory.path}"),
+        ]
+        failures: list[RunError] = []
+        for part in parts:
+            try:
+                part()
+            except Exception as raised:  # storage, disk, plots, analysis
+                failures.append(self._logged(raised))
+        if failures and status == "done":
+            with contextlib.suppress(Exception):  # the summary comes first, and the rest is told
+                failed = str(failures[0])
+                self.results.write("failed", failed, self.budget.seconds(), report=False)
+        return failures[0] if failures else None
+
+    def _logged(self, error: Exception) -> RunError:
+        """An error that nobody expected, as one line; where it came from goes into the log."""
+        where = "".join(traceback.format_exception(error)).rstrip("\n")
         try:
-            cfg = self.plan.trial(drawn)
-        except ConfigError as error:
-            self.ledger.fail(number, str(error))
-            return False
-        self.trials[number] = Trial(
-            number, drawn, cfg, self.sweep, self.directory.path, self.prefixes
-        )
-        self.reported[number] = set(reported)
-        return True
-
-    def _may_begin(self) -> bool:
-        limit = self.sweep.trials
-        return not self.exhausted and (limit is None or self.count < limit)
-
-    def _more(self) -> bool:
-        return bool(self.waiting) or self._may_begin()
-
-    def _look_at_signals_and_budgets(self) -> None:
-        if self.interrupted and self.stopping != INTERRUPTED:
-            self._stop(INTERRUPTED)
-            # At once, since a second signal would leave no time for it.
-            error = str(self.signals.interrupted())
-            self.results.write(INTERRUPTED, error, self._seconds(), report=False)
-        if self.stopping:
-            return
-        if self.sweep.seconds is not None and self._seconds() > self.sweep.seconds:
-            self._stop("sweep.seconds is used up")
-        elif self.sweep.epochs is not None and self.epochs >= self.sweep.epochs:
-            self._stop("sweep.epochs is used up")
-
-    def _stop(self, why: str) -> None:
-        """Start nothing new, and let what runs save and end."""
-        self.stopping = why
-        self.pool.stop_trials()
-
-    def _seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def _left(self) -> float | None:
-        """Seconds until the time is used up; None: no limit."""
-        return None if self.sweep.seconds is None else self.sweep.seconds - self._seconds()
+            self.directory.log(where)
+        except OSError as lost:
+            return RunError(f"{self.directory.path}: it cannot be written to: {lost}")
+        return RunError(f"{first_line(error)} (more in {self.directory.path}/log.txt)")

@@ -60,6 +60,20 @@ def violations(bounds: Mapping[str, Comparison], measured: Mapping[str, float]) 
     return {name: excess(bound, measured[name]) for name, bound in bounds.items()}
 
 
+def not_finite(cfg: SweepConfig, measured: Mapping[str, float]) -> str | None:
+    """What is NaN or infinite of all that a trial is judged by, as a sentence; None: nothing."""
+    for name in dict.fromkeys(("loss", "accuracy", *cfg.objectives, *cfg.constraints)):
+        if not math.isfinite(measured[name]):
+            return f"the {name} after the last phase is {measured[name]}"
+    return None
+
+
+def better(cfg: SweepConfig) -> str:
+    """Which way `sweep.metric` improves: maximize or minimize."""
+    natural = "maximize" if cfg.metric == "accuracy" else "minimize"
+    return str(cfg.objectives.get(cfg.metric, natural))
+
+
 def watched(cfg: SweepConfig, value: float, weights_left: float) -> float:
     """The one number that the pruner compares.
 
@@ -74,4 +88,4 @@ def watched(cfg: SweepConfig, value: float, weights_left: float) -> float:
     if len(cfg.objectives) == 1 or not sizes or not cfg.exchange:
         return value
     price = cfg.exchange * math.log10(max(weights_left, 1.0))
-    return value - price if cfg.metric == "accuracy" else value + price
+    return value - price if better(cfg) == "maximize" else value + price

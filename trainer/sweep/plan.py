@@ -1,7 +1,9 @@
 """What a sweep will do, checked before anything starts; from what was drawn to a configuration."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -16,6 +18,7 @@ from trainer.sweep.space import GRID_LIMIT, Drawn, flatten, parse_space
 
 FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
 BUDGET = ("trials", "seconds", "epochs", "slots", "max_retries", "recycle_after", "refit")
+_PLAIN_KEY = re.compile(r"\w+")
 
 
 class Plan:
@@ -60,10 +63,10 @@ class Plan:
     def overrides(self, drawn: Drawn) -> list[str]:
         """What turns the experiment into that trial, for the command line."""
         settings = {**self.during, **self.space.settings(drawn)}
-        return [f"{key}={_text(value)}" for key, value in settings.items()]
+        return [_override(key, value) for key, value in settings.items()]
 
     def check(self) -> int:
-        """Hold the ends of all ranges against model and phases.
+        """Hold the ends of all ranges against model, phases and the weights to begin with.
 
         Returns:
             The most epochs that a trial takes.
@@ -72,25 +75,38 @@ class Plan:
             ConfigError: names the parameter and the value.
         """
         from trainer.checks import check
+        from trainer.initial import initial_weights
 
         epochs = 0
+        compared = set()  # files may be large
         for name, drawn in self.space.ends():
             try:
                 cfg = self.trial(drawn)
-                check(cfg)
+                model = check(cfg)
+                if cfg.init_from and (pair := (cfg.init_from, str(cfg.model))) not in compared:
+                    initial_weights(Path(cfg.init_from), model)
+                    compared.add(pair)
             except ConfigError as error:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
             epochs = max(epochs, sum(phase["fit"]["epochs"] for phase in cfg.phases.values()))
         return epochs
 
     def identity(self) -> dict[str, Any]:
-        """All that must stay the same when the sweep goes on."""
+        """All that must stay the same when the sweep goes on; of phases, their order too."""
         settings = _container(self._base, resolve=False)
         sweep = {k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "storage")}
         free = ("sweep", "cluster", "checkpoint", "limits")
-        rest = {k: v for k, v in settings.items() if k not in free}
-        workers = {"workers": settings["cluster"]["workers"]}
-        return {**rest, "cluster": workers, **{f"sweep.{k}": v for k, v in sweep.items()}}
+        same = {k: v for k, v in settings.items() if k not in free}
+        same["phases"] = [[name, phase] for name, phase in settings["phases"].items()]
+        same["cluster.workers"] = settings["cluster"]["workers"]
+        same |= {f"sweep.{k}": v for k, v in sweep.items()}
+        same["sweep.objectives"] = [list(item) for item in self.cfg.sweep.objectives.items()]
+        return same
+
+    def budget(self) -> dict[str, Any]:
+        """The settings of `sweep` that may be others when it goes on."""
+        sweep = _container(self._base, resolve=False)["sweep"]
+        return {key: sweep[key] for key in BUDGET if key in sweep}
 
     def _settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         if self._literal:  # a copy of plain values takes a tenth of the time
@@ -146,6 +162,16 @@ def _check_key(said: str, key: str, settings: Mapping[str, Any]) -> None:
         here = here[part]
     if isinstance(here, Mapping):
         raise ConfigError(f"{said}: it is a section; search its keys {', '.join(map(str, here))}")
+
+
+def _override(key: str, value: Any) -> str:
+    """`key=value` in Hydra's grammar; parts that it takes for no key, as conv*, go into braces."""
+    parts = key.split(".")
+    odd = next((i for i, part in enumerate(parts) if not _PLAIN_KEY.fullmatch(part)), len(parts))
+    text = _text(value)
+    for part in reversed(parts[odd:]):
+        text = f"{{{part}: {text}}}"
+    return f"{'.'.join(parts[:odd])}={text}"
 
 
 def _text(value: Any) -> str:

@@ -1,10 +1,12 @@
-"""Early stopping with several objectives: a study in memory of one number, the watched value.
+"""Early stopping by a number that is not the one objective: a study of it in memory.
 
-Optuna's pruners know one objective only, and its TPE fails on a study of several whose pruned
-trials have intermediate values. So the watched values are kept beside the study, and trial n is
-mirrored here as trial n of a study that pruners understand.
+Optuna's pruners compare the values of the objective, and know one only; its TPE takes the last of
+them for the result of a pruned trial, and fails on a study of several objectives whose pruned
+trials have any. So the watched values are kept beside the study, and trial n is mirrored here as
+trial n of a study that pruners understand.
 """
 
+import math
 from collections.abc import Mapping
 
 import optuna
@@ -19,7 +21,7 @@ class Proxy:
     def __init__(self, name: str, direction: StudyDirection, pruner: BasePruner) -> None:
         """Args: name: Hyperband assigns trials to brackets by it."""
         sampler = optuna.samplers.RandomSampler(seed=0)  # nothing is drawn
-        self._study = optuna.create_study(
+        self.study = optuna.create_study(
             direction=direction, study_name=name, pruner=pruner, sampler=sampler
         )
         self._trials: list[optuna.Trial] = []
@@ -38,16 +40,16 @@ class Proxy:
         return trial.should_prune()
 
     def end(self, number: int, state: TrialState) -> None:
-        """The trial has ended so; one without any value says nothing to the pruner."""
+        """The trial has ended so; one without a last value says nothing to the pruner."""
         trial = self._trial(number)
-        values = self._study.trials[number].intermediate_values
-        if state == TrialState.COMPLETE and values:
-            self._study.tell(trial, values[max(values)])
+        values = self.study.trials[number].intermediate_values
+        if state == TrialState.COMPLETE and values and math.isfinite(values[max(values)]):
+            self.study.tell(trial, values[max(values)])
         else:
             lost = TrialState.FAIL if state == TrialState.COMPLETE else state
-            self._study.tell(trial, state=lost)
+            self.study.tell(trial, state=lost)
 
     def _trial(self, number: int) -> optuna.Trial:
         while len(self._trials) <= number:
-            self._trials.append(self._study.ask())
+            self._trials.append(self.study.ask())
         return self._trials[number]

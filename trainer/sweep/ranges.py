@@ -8,7 +8,6 @@
 What Optuna cannot store (a choice between lists) is known to it by its text.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,6 +32,8 @@ from optuna.distributions import (
 
 from trainer.errors import ConfigError, first_line
 
+MOST_STEPS = 1_000_000  # of a range of numbers that are not whole
+
 
 @dataclass(frozen=True)
 class Range:
@@ -50,6 +51,17 @@ class Range:
                 return list(dict.fromkeys([numbers.low, numbers.high]))
         raise AssertionError(self.distribution)
 
+    def count(self) -> int | None:
+        """How many values there are; None where they cannot be counted."""
+        match self.distribution:
+            case CategoricalDistribution() as chosen:
+                return len(chosen.choices)
+            case IntDistribution() as numbers:
+                return (numbers.high - numbers.low) // numbers.step + 1
+            case FloatDistribution(step=float() as step) as numbers:
+                return round((numbers.high - numbers.low) / step) + 1
+        return None
+
     def all(self) -> list[Any] | None:
         """Every value; None where they cannot be counted."""
         match self.distribution:
@@ -58,9 +70,8 @@ class Range:
             case IntDistribution() as numbers:
                 return list(range(numbers.low, numbers.high + 1, numbers.step))
             case FloatDistribution(step=float() as step) as numbers:
-                count = round((numbers.high - numbers.low) / step) + 1
                 low, exact = Decimal(str(numbers.low)), Decimal(str(step))
-                return [float(low + i * exact) for i in range(count)]
+                return [float(low + i * exact) for i in range(self.count() or 0)]
         return None
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
@@ -95,7 +106,7 @@ def parse_range(key: str, text: Any) -> Range:
         raise ConfigError(f"{said}: the sampler decides the order; leave shuffle() out")
     try:
         return _range(parsed, "log" in parsed.tags)
-    except ValueError as error:
+    except (ValueError, HydraException) as error:
         raise ConfigError(f"{said}: {first_line(error)}") from error
 
 
@@ -114,11 +125,19 @@ def _range(parsed: Sweep, log: bool) -> Range:
                 return Range(IntDistribution(low, high, log=log), {})
             return Range(FloatDistribution(float(low), float(high), log=log), {})
         case RangeSweep():
-            values = list(itertools.islice(parsed.range(), 1_000_000))
+            assert parsed.start is not None
+            assert parsed.stop is not None
+            numbers = parsed.range()
+            whole = isinstance(numbers, range)
+            span = abs(parsed.stop - parsed.start)
+            if not whole and span > MOST_STEPS * abs(parsed.step) > 0:
+                raise ValueError(f"it has more than {MOST_STEPS:,} values; use interval(...)")
+            values = numbers if isinstance(numbers, range) else list(numbers)
             if not values:
                 raise ValueError("it is empty: the end is not part of a range")
-            low, high, step = min(values), max(values), abs(parsed.step)
-            if all(isinstance(value, int) for value in values):
+            low, high = sorted((values[0], values[-1]))
+            step = abs(parsed.step)
+            if whole:
                 return Range(IntDistribution(int(low), int(high), step=int(step), log=log), {})
             if log:
                 raise ValueError("log and a step exclude each other; use interval(...)")

@@ -16,15 +16,23 @@ ENOUGH = 2  # completed trials before there is anything to plot
 
 
 def write_report(
-    path: Path, study: optuna.Study, summary: Mapping[str, Any], answer: Answer
+    path: Path,
+    study: optuna.Study,
+    watched: optuna.Study,
+    summary: Mapping[str, Any],
+    answer: Answer,
 ) -> None:
-    """Write the plots, the analysis and the best trials of `summary` (summary.json) to `path`."""
+    """Write the plots, the analysis and the best trials of `summary` (summary.json) to `path`.
+
+    Args:
+        watched: the study whose intermediate values pruners compare.
+    """
     from plotly.offline import get_plotlyjs
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that few trials make inaccurate plots is plain to see
-        plots = answer.figures | (_plots(study) if len(done) >= ENOUGH else {})
+        plots = answer.figures | (_plots(study, watched) if len(done) >= ENOUGH else {})
     pages = Environment(loader=PackageLoader("trainer.sweep", "."), autoescape=True)
     text = pages.get_template("report.html.jinja").render(
         summary=summary,
@@ -37,12 +45,12 @@ def write_report(
     os.replace(aside, path)
 
 
-def _plots(study: optuna.Study) -> dict[str, Any]:
+def _plots(study: optuna.Study, watched: optuna.Study) -> dict[str, Any]:
     from optuna import visualization as plot
 
     names = study.metric_names or ["value"]
     plots: dict[str, Any] = {}
-    if len(names) == 2 or len(names) == 3:
+    if len(names) in (2, 3) and study.best_trials:
         plots["Pareto front"] = plot.plot_pareto_front(study)
     for i, name in enumerate(names):
 
@@ -58,5 +66,5 @@ def _plots(study: optuna.Study) -> dict[str, Any]:
         }
         for title, make in drawn.items():
             plots[f"{name}: {title}"] = make(study, **target)
-    plots["values at each epoch"] = plot.plot_intermediate_values(study)
+    plots["values at each epoch"] = plot.plot_intermediate_values(watched)
     return plots

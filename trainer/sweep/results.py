@@ -12,11 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.report.directory import RunDirectory
+from trainer.report.sheets import rich_table
 from trainer.sweep.analysis import ANALYSES, Answer, Row
-from trainer.sweep.measures import MEASURES
+from trainer.sweep.measures import MEASURES, parse_constraints
 from trainer.sweep.plan import Plan
 from trainer.sweep.report import write_report
-from trainer.sweep.show import tally
+from trainer.sweep.show import Board, tally
 from trainer.sweep.study import RESULT, Ledger, watched_values
 
 SHOWN = 10  # rows of the table in the terminal, and trials in summary.json
@@ -27,27 +28,61 @@ class Results:
 
     def __init__(self, plan: Plan, ledger: Ledger, directory: RunDirectory) -> None:
         self._plan, self._ledger, self._directory = plan, ledger, directory
+        self._answer = Answer()
         self._objectives = list(plan.cfg.sweep.objectives)
+        self._bounds = parse_constraints(plan.cfg.sweep)
 
     def write(self, status: str, error: str | None, seconds: float, *, report: bool = True) -> None:
-        """Write all files.
+        """Write all files; the summary first, since the others may fail.
 
         Args:
             status: done, failed or interrupted.
             seconds: that the sweep has taken in all.
             report: also the report, whose plots take seconds.
         """
-        self._write_csv()
         summary = self.summary(status, error, seconds)
-        self.answer = self._analyse()
+        self._directory.write_summary(summary)
+        self._write_csv()
+        self._answer = self._analyse()
         summary["analysis"] = {
-            "sentences": self.answer.sentences,
-            "tables": [dataclasses.asdict(sheet) for sheet in self.answer.sheets],
+            "sentences": self._answer.sentences,
+            "tables": [dataclasses.asdict(sheet) for sheet in self._answer.sheets],
         }
         self._directory.write_summary(summary)
         if report:
             path = self._directory.path / "report.html"
-            write_report(path, self._ledger.study, summary, self.answer)
+            study, watched = self._ledger.study, self._ledger.watched
+            write_report(path, study, watched, summary, self._answer)
+
+    def show(self, board: Board) -> None:
+        """Tell what was found: the best trials, and what the analysis says."""
+        board.terminal.print(self.table())
+        for sheet in self._answer.sheets:
+            board.terminal.print(rich_table(sheet))
+        for sentence in self._answer.sentences:
+            board.say(sentence)
+        if missed := self._none_feasible():
+            board.say(missed)
+
+    def _none_feasible(self) -> str | None:
+        """Where no trial keeps the constraints, the one that comes closest; else None.
+
+        Several constraints are compared by what part of its bound each misses.
+        """
+        done = self._ledger.trials(TrialState.COMPLETE)
+        if not done or self._ledger.best():
+            return None
+        bounds = {k: abs(float(b.right)) or 1.0 for k, b in self._bounds.items()}
+        closest = min(done, key=lambda t: max(t.constraints[k] / bounds[k] for k in bounds))
+        missed = " and ".join(
+            f"{name} by {closest.constraints[name]:.6g}"
+            for name in bounds
+            if closest.constraints[name] > 0
+        )
+        return (
+            f"no trial keeps sweep.constraints; the closest is trial {closest.number}, "
+            f"which misses {missed}"
+        )
 
     def _analyse(self) -> Answer:
         """What the completed trials say together; nothing where no analysis is asked for."""

@@ -1,6 +1,6 @@
 """The sweep in the terminal: a live table, and a line for each trial that ended."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
@@ -8,11 +8,12 @@ from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from trainer.config import SweepConfig
 from trainer.report.console import Terminal
 from trainer.report.directory import RunDirectory
-from trainer.sweep.study import watched_values
+from trainer.sweep.study import Ledger, watched_values
 from trainer.sweep.trial import Trial
 
 
@@ -23,6 +24,7 @@ class Board:
         self.terminal = Terminal()
         self._cfg, self._directory = cfg, directory
         self._live = Live(console=self.terminal, transient=True, auto_refresh=False)
+        self._best: list[FrozenTrial] | None = None  # None: asked for when it is shown
 
     def __enter__(self) -> "Board":
         if self.terminal.is_terminal:
@@ -52,30 +54,34 @@ class Board:
 
     def ended(self, trial: FrozenTrial) -> None:
         """Say what became of a trial."""
+        self._best = None
         self.say(describe(trial, list(self._cfg.objectives)))
 
-    def show(
-        self,
-        running: Mapping[int, Trial],
-        trials: Callable[[], Sequence[FrozenTrial]],
-        left: float | None,
-    ) -> None:
-        """Renew the live table.
+    def show(self, running: Mapping[int, Trial], ledger: Ledger, left: float | None) -> None:
+        """Renew the live table, where there is one.
 
         Args:
-            trials: asked for where there is a live table.
             left: seconds; None: no limit.
         """
         if not self._live.is_started:
             return
-        table = Table(title=tally(trials(), left), title_justify="left")
-        for title in ("trial", "epoch", self._cfg.metric, "tries"):
-            table.add_column(title)
+        if self._best is None:
+            self._best = ledger.best()
+        title = tally(ledger.trials(), left)
+        if self._best:
+            best = told_values(self._best[0], list(self._cfg.objectives))
+            title += f"\nbest: trial {self._best[0].number}, {best}"
+        self._live.update(Group(Text(title), self._table(running)), refresh=True)
+
+    def _table(self, running: Mapping[int, Trial]) -> Table:
+        table = Table()
+        for column in ("trial", "epoch", self._cfg.metric, "settings"):
+            table.add_column(column)
         for number, trial in sorted(running.items()):
             value = "" if trial.value is None else f"{trial.value:.4f}"
             drawn = ", ".join(f"{key}={value}" for key, value in trial.drawn.items())
             table.add_row(str(number), f"{trial.epoch}/{trial.epochs}", value, escape(drawn))
-        self._live.update(Group(table), refresh=True)
+        return table
 
 
 def tally(trials: Sequence[FrozenTrial], left: float | None) -> str:
@@ -88,6 +94,12 @@ def tally(trials: Sequence[FrozenTrial], left: float | None) -> str:
     return text if left is None else f"{text}, {max(left, 0):.0f} s left"
 
 
+def told_values(trial: FrozenTrial, objectives: Sequence[str]) -> str:
+    """The values of a trial that was completed."""
+    values = zip(objectives, trial.values, strict=True)
+    return ", ".join(f"{name} {value:.6g}" for name, value in values)
+
+
 def describe(trial: FrozenTrial, objectives: Sequence[str]) -> str:
     """One line on a trial that ended."""
     drawn = ", ".join(
@@ -96,8 +108,7 @@ def describe(trial: FrozenTrial, objectives: Sequence[str]) -> str:
     )
     match trial.state:
         case TrialState.COMPLETE:
-            values = zip(objectives, trial.values, strict=True)
-            what = ", ".join(f"{name} {value:.6g}" for name, value in values)
+            what = told_values(trial, objectives)
         case TrialState.PRUNED:
             what = f"pruned after epoch {max(watched_values(trial))}"
         case _:

@@ -75,16 +75,18 @@ class Slot:
 
     def run(self, number: int, cfg: Config, start: Any) -> None:
         """Run a trial; only after Ready."""
+        assert self.group is not None
+        self.group.stop_asked.clear()  # here, where `stop_trial` is called, so that none is lost
         self.trial = number
         self._jobs.put((cfg, start))
 
     def stop_trial(self) -> None:
         """Let the trial end at its next step, with a checkpoint."""
-        if self.group:
-            self.group.stop_asked.set()
+        if group := self.group:  # its thread may take it away meanwhile
+            group.stop_asked.set()
 
     def close(self) -> None:
-        """Take no more trials. The group is stopped by whoever closes the fleet."""
+        """Take no more trials; the group ends, unless it is amid one: the fleet stops it then."""
         self._closed.set()
         self._jobs.put(None)
         if starting := self._starting:
@@ -104,15 +106,15 @@ class Slot:
                 continue
             self._events.put(Ready(self))
             job = self._jobs.get()
+            assert self.group is not None
             if job is None:
+                self._drop_group()
                 return
             error: Exception | None = None
-            assert self.group is not None
             if not self.group.alive():  # its node may have gone while it waited
                 self._drop_group()
                 self._events.put(GivenBack(self))
                 continue
-            self.group.stop_asked.clear()
             try:
                 for message in self.group.run(experiment, *job):
                     self._events.put(Said(self, message))

@@ -85,27 +85,27 @@ class Space:
         """Every combination once. Raises ConfigError for more than `limit`, or uncountably many."""
         combinations: list[dict[str, Any]] = [{}]
         for parameter in self.parameters:
-            values = parameter.range.all()
-            if values is None:
+            count = parameter.range.count()
+            if count is None:
                 raise ConfigError(
                     f"sweep.params.{parameter.key}: it has no end of values, which "
                     "sweep.sampler=grid needs: use a range with a step or a choice, or "
                     "another sampler"
                 )
-            combinations = [
-                longer
-                for drawn in combinations
-                for longer in (
-                    [drawn | {parameter.name: value} for value in values]
-                    if self._active(parameter, drawn)
-                    else [drawn]
-                )
-            ]
-            if len(combinations) > limit:
+            active = [self._active(parameter, drawn) for drawn in combinations]
+            if sum(count if drawn_here else 1 for drawn_here in active) > limit:
                 raise ConfigError(
                     f"sweep.sampler=grid: there are more than {limit:,} combinations; "
                     "search fewer values, or use another sampler"
                 )
+            values = (parameter.range.all() or []) if any(active) else []
+            combinations = [
+                longer
+                for drawn, drawn_here in zip(combinations, active, strict=True)
+                for longer in (
+                    [drawn | {parameter.name: value} for value in values] if drawn_here else [drawn]
+                )
+            ]
         return combinations
 
     def _active(self, parameter: Parameter, drawn: Drawn) -> bool:
@@ -171,7 +171,11 @@ def parse_space(cfg: SweepConfig, defaults: Mapping[str, Any]) -> Space:
     parameters = [
         replace(p, conditions=conditions.get(p.key, []) + p.conditions) for p in parameters
     ]
-    lists = {key: conditions.get(key, []) for key in lengths if key in ranges}
+    lists = {
+        key: conditions.get(key, []) + _length_drawn(length, ranges)
+        for key, length in lengths.items()
+        if key in ranges
+    }
     return Space(_in_order(parameters), lists)
 
 
@@ -205,6 +209,11 @@ def _elements(
     if type(count) is not int or count < 1:
         raise ConfigError(f"{said}: it must be a number above 0, or a key that holds one")
     return [Parameter(f"{key}.{i}", key, found, []) for i in range(count)]
+
+
+def _length_drawn(length: Any, ranges: Mapping[str, Range]) -> list[Comparison]:
+    """The condition that a list's length is drawn: none can be made without, and its key stays."""
+    return [Comparison(length, "!=", None)] if length in ranges else []
 
 
 def _in_order(parameters: list[Parameter]) -> list[Parameter]:

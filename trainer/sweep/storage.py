@@ -2,6 +2,7 @@
 
 import re
 import sqlite3
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         f"sqlite:///{folder}/study.db", engine_kwargs={"connect_args": {"factory": _Connection}}
     )
     return optuna.storages.get_storage(storage)
+
+
+def owner_of(folder: Path) -> str:
+    """Whose trials are this folder's, in a storage that others use too.
+
+    A random name in a file of the folder: it goes where the folder goes.
+    """
+    path = folder / "owner"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="ascii")
+    return path.read_text(encoding="ascii")
 
 
 def without_password(url: str | None) -> str | None:

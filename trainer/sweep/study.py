@@ -5,7 +5,6 @@ sweep that was interrupted draws what an undisturbed one would have drawn.
 """
 
 import json
-import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,21 +14,23 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trainer.config import SweepConfig
 from trainer.data.hashing import mix
 from trainer.errors import ConfigError, first_line
+from trainer.sweep.measures import better
 from trainer.sweep.proxy import Proxy
 from trainer.sweep.space import GRID_LIMIT, Space
-from trainer.sweep.storage import open_storage, without_password
+from trainer.sweep.storage import open_storage, owner_of, without_password
 
 OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
 SECONDS, SETTINGS, COMMAND = "seconds", "settings", "command"  # attributes of the study
+FIXED = "fixed_params"  # Optuna's own attribute of a trial: what it is to draw
 
 
 class Ledger:
-    """All trials of a sweep and what became of them."""
+    """All trials of a sweep and what became of them. `note` comes before everything else."""
 
     def __init__(
         self, cfg: SweepConfig, space: Space, name: str, seed: int, folder: Path, epochs: int
@@ -47,10 +48,10 @@ class Ledger:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._cfg, self._space, self._seed = cfg, space, seed
-        self._owner = f"{socket.gethostname()}:{folder}"
         self._private = cfg.storage is None
         directions = [_direction(name) for name in cfg.objectives.values()]
         try:
+            self._owner = None if self._private else owner_of(folder)
             self._storage = open_storage(cfg.storage, folder)
             self.study = optuna.create_study(
                 storage=self._storage,
@@ -66,23 +67,20 @@ class Ledger:
                 f"sweep.storage={without_password(cfg.storage)}: {first_line(reason)}"
             ) from error
         self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
-        self.study.set_metric_names(list(cfg.objectives))
         self._live: dict[int, optuna.Trial] = {}
         self._proxy: Proxy | None = None
-        if len(directions) > 1:
-            best = _direction("maximize" if cfg.metric == "accuracy" else "minimize")
-            self._proxy = Proxy(self.study.study_name, best, self.study.pruner)
-            for trial in self.trials():
-                self._proxy.replay(trial.number, watched_values(trial), trial.state)
         self._grid = space.grid(GRID_LIMIT) if cfg.sampler == "grid" else None
+        self._new = False
 
     def note(self, settings: Mapping[str, Any], command: Sequence[str]) -> None:
         """Remember what makes this sweep what it is. Raises ConfigError for another one's study."""
         text = json.dumps(settings, sort_keys=True)
         known = self.study.user_attrs.get(SETTINGS)
         if known is None:
+            self._new = True
             self.study.set_user_attr(SETTINGS, text)
             self.study.set_user_attr(COMMAND, list(command))
+            self.study.set_metric_names(list(self._cfg.objectives))
         elif known != text:
             changed = [
                 key
@@ -93,6 +91,21 @@ class Ledger:
                 f"sweep.name={self._cfg.name}: there is a sweep of that name with another "
                 f"{', '.join(sorted(changed))}; choose another sweep.name, or the same settings"
             )
+        if list(self._cfg.objectives) != [self._cfg.metric]:
+            which = _direction(better(self._cfg))
+            self._proxy = Proxy(self.study.study_name, which, self.study.pruner)
+            for trial in self.trials():
+                self._proxy.replay(trial.number, watched_values(trial), trial.state)
+
+    def withdraw(self) -> None:
+        """Take back a study that this session made, unless others have trials in it by now."""
+        if self._new and all(self._mine(trial) for trial in self.trials()):
+            self._storage.delete_study(self._study_id)
+
+    @property
+    def watched(self) -> optuna.Study:
+        """A study whose intermediate values are the watched ones."""
+        return self._proxy.study if self._proxy else self.study
 
     @property
     def command(self) -> list[str]:
@@ -113,33 +126,35 @@ class Ledger:
 
     def unfinished(self) -> list[int]:
         """Trials that a driver of this sweep left behind."""
-        return [
-            t.number
-            for t in self.trials(TrialState.RUNNING)
-            if self._private or t.user_attrs.get(OWNER) == self._owner
-        ]
+        return [t.number for t in self.trials(TrialState.RUNNING) if self._mine(t)]
 
     def ask(self) -> int | None:
-        """A new trial; None where a grid has come to its end."""
+        """A new trial, which `take_up` draws; None where a grid has come to its end.
+
+        It is made in one transaction with its owner and its place in the grid: a driver that is
+        killed leaves it whole, or not at all.
+        """
+        fixed = None
         if self._grid is not None:
             # JSON keeps the type, which == between 1 and True does not.
-            seen = {_canonical(t.params) for t in self.trials()}
-            left = next((draw for draw in self._grid if _canonical(draw) not in seen), None)
-            if left is None:
+            seen = {_canonical(t.system_attrs.get(FIXED, t.params)) for t in self.trials()}
+            fixed = next((draw for draw in self._grid if _canonical(draw) not in seen), None)
+            if fixed is None:
                 return None
-            self.study.enqueue_trial(left)
-        trial = self.study.ask()
-        self._seed_sampler(trial.number)  # it draws no sooner than in `take_up`
-        self._live[trial.number] = trial
-        if not self._private:
-            trial.set_user_attr(OWNER, self._owner)
-        return trial.number
+        made = self._storage.create_new_trial(
+            self._study_id,
+            create_trial(
+                state=TrialState.RUNNING,
+                user_attrs=None if self._private else {OWNER: self._owner},
+                system_attrs=None if fixed is None else {FIXED: fixed},
+            ),
+        )
+        return self._storage.get_trial_number_from_id(made)
 
     def take_up(self, number: int) -> dict[str, Any]:
         """What trial `number` is to try; one that was cut off while it was drawn is completed."""
-        if number not in self._live:
-            self._seed_sampler(number)
-            self._live[number] = optuna.Trial(self.study, self._id(number))
+        self._seed_sampler(number)
+        self._live[number] = optuna.Trial(self.study, self._id(number))
         return self._space.suggest(self._live[number])
 
     def reported(self, number: int) -> dict[int, float]:
@@ -207,6 +222,9 @@ class Ledger:
         sign = -1 if next(iter(self._cfg.objectives.values())) == "maximize" else 1
         return sorted(done, key=lambda t: (sign * t.values[0], t.number))
 
+    def _mine(self, trial: FrozenTrial) -> bool:
+        return self._private or trial.user_attrs.get(OWNER) == self._owner
+
     def _seed_sampler(self, number: int) -> None:
         seed = mix(self._seed, number, 0) % 2**32
         self.study.sampler = make_sampler(self._cfg, self._space, seed)
@@ -222,7 +240,7 @@ class Ledger:
 
 def watched_values(trial: FrozenTrial) -> dict[int, float]:
     """What was reported of a trial, by epoch."""
-    kept = trial.user_attrs.get(VALUES, {})  # where there are several objectives
+    kept = trial.user_attrs.get(VALUES, {})  # where a proxy is asked
     return {int(epoch): value for epoch, value in kept.items()} or dict(trial.intermediate_values)
 
 

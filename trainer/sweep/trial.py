@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config, SweepConfig
+from trainer.errors import RunError
 from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
 from trainer.report.checkpoints import Checkpoints
 from trainer.report.directory import as_json
@@ -33,6 +34,7 @@ class Trial:
         self.value: float | None = None  # the metric at that epoch
         self.pruned = False
         self.stopped = False
+        self.error: Exception | None = None  # that its messages met here; the attempt has failed
         self.records: list[dict[str, Any]] = []
         self.prefix = prefixes.key(cfg)  # what it shares with others
         self._prefixes = prefixes
@@ -43,7 +45,12 @@ class Trial:
         self._parameters = 0
 
     def start(self, say: Any) -> Any:
-        """Where the next attempt begins: at the last checkpoint, if there is one."""
+        """Where the next attempt begins: at the last checkpoint, if there is one.
+
+        Raises:
+            ConfigError: init_from holds no weights.
+            RunError, OSError: a checkpoint that is needed is gone.
+        """
         from trainer.initial import initial_weights
         from trainer.run import start_at
 
@@ -57,7 +64,7 @@ class Trial:
         self.records = [dict(record) for record in point.records]
         if point.weights and point.phase == len(self._names) and needs_artifact(self._sweep):
             self.records[-1]["bytes"] = self._artifact_bytes(point.weights)
-        self.stopped = False
+        self.stopped, self.error = False, None
         return start_at(self.cfg, point, partial(self._checkpoints.ended, self._names))
 
     @property
@@ -107,15 +114,22 @@ class Trial:
         return len(artifact.encode(state, made.numbers, made.coder))
 
     def pause(self) -> None:
-        """The attempt is over; what is written stays."""
+        """The attempt is over; what is written stays.
+
+        Raises:
+            RunError: the last checkpoint could not be written; there is the one before it.
+        """
         if self._checkpoints:
-            self._checkpoints.wait()
-            self._checkpoints.close()
-            self._checkpoints = None
+            try:
+                self._checkpoints.wait()
+            finally:
+                self._checkpoints.close()
+                self._checkpoints = None
 
     def forget(self) -> None:
         """The trial is over: its checkpoints go."""
-        self.pause()
+        with contextlib.suppress(RunError):  # a checkpoint that nobody needs any more
+            self.pause()
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # other trials are there
             self._folder.parent.rmdir()

@@ -1,0 +1,71 @@
+"""A sweep's settings on the command line: sweep.params.model.depth=range(1,5), and its like.
+
+The keys of `sweep.params` and others are themselves keys of the configuration, with dots, and their
+values are texts that Hydra would take for a sweep of its own. So such arguments are written anew.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString, Sweep
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from trainer.errors import ConfigError
+
+# These mappings have no keys of their own: a new one needs no +.
+_OPEN = re.compile(r"sweep\.(params|lengths|conditions|during|objectives|constraints)[.=]")
+# The keys of these have dots.
+_DOTTED = re.compile(r"\+{0,2}sweep\.(params|lengths|conditions|during)\.([^=]+)=(.*)", re.DOTALL)
+_PARAMS = re.compile(r"\+{0,2}sweep\.params=(.*)", re.DOTALL)
+
+
+def as_hydra(argument: str) -> str:
+    """An argument as Hydra takes it.
+
+    Raises:
+        ConfigError: it is a mapping whose ranges are not in quotes.
+    """
+    if matched := _PARAMS.fullmatch(argument):
+        _check_quoted(_parsed(matched[1]))
+    elif matched := _DOTTED.fullmatch(argument):
+        section, key, text = matched.groups()
+        if isinstance(_parsed(text), Sweep):
+            text = QuotedString(text, Quote.single).with_quotes()
+        return f"++sweep.{section}={{{key}: {text}}}"
+    return f"++{argument}" if _OPEN.match(argument) else argument
+
+
+def drop_nested(arguments: list[str], composed: DictConfig) -> None:
+    """Where an argument gives a key that a file has nested, take the file's away."""
+    for argument in arguments:
+        if matched := _DOTTED.fullmatch(argument):
+            section, key, _ = matched.groups()
+            *path, last = key.split(".")
+            here: Any = composed.sweep[section]
+            for part in path:
+                here = here.get(part) if isinstance(here, DictConfig) else None
+            if path and isinstance(here, DictConfig):
+                here.pop(last, None)
+
+
+def _parsed(text: str) -> Any:
+    """The value of an argument; None where Hydra will say what is wrong with it."""
+    try:
+        return OverridesParser.create().parse_override(f"x={text}").value()
+    except HydraException:
+        return None
+
+
+def _check_quoted(value: Any, keys: tuple[str, ...] = ()) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_quoted(item, (*keys, str(key)))
+    elif isinstance(value, Sweep):
+        key = ".".join(keys)
+        raise ConfigError(
+            f"sweep.params: put the range of {key} in quotes, as in "
+            f"'sweep.params={{{key}: \"range(1,5)\"}}', or write sweep.params.{key}=range(1,5)"
+        )
