@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Config, typed
 from trainer.errors import ConfigError, first_line
+from trainer.sweep.analysis import check_analysis
 from trainer.sweep.measures import check_measures
 from trainer.sweep.prefix import check_prefix
 from trainer.sweep.space import GRID_LIMIT, Drawn, flatten, parse_space
@@ -46,6 +47,7 @@ class Plan:
                 _check_key(f"sweep.{where}.{key}", key, settings)
         check_measures(cfg.sweep)
         check_prefix(cfg)
+        check_analysis(cfg.sweep, self.space)
         if cfg.sweep.sampler == "grid":
             self.space.grid(GRID_LIMIT)
 
@@ -72,6 +74,7 @@ class Plan:
             ConfigError: names the parameter and the value.
         """
         from trainer.checks import check
+        from trainer.phases import build_phases
 
         epochs = 0
         for name, drawn in self.space.ends():
@@ -80,13 +83,22 @@ class Plan:
                 check(cfg)
             except ConfigError as error:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
+            for phase, built in build_phases(cfg.phases).items():
+                if built.most_rounds > 1:
+                    raise ConfigError(
+                        f"phases.{phase}: it goes on for as many rounds as it finds out "
+                        "(sparsity=auto), and a sweep must know how long a trial trains; give it "
+                        "a number, or search one"
+                    )
             epochs = max(epochs, sum(phase["fit"]["epochs"] for phase in cfg.phases.values()))
         return epochs
 
     def identity(self) -> dict[str, Any]:
         """All that must stay the same when the sweep goes on."""
         settings = _container(self._base, resolve=False)
-        sweep = {k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "storage")}
+        sweep = {
+            k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "analysis", "storage")
+        }
         free = ("sweep", "cluster", "checkpoint", "limits")
         rest = {k: v for k, v in settings.items() if k not in free}
         workers = {"workers": settings["cluster"]["workers"]}

@@ -28,6 +28,7 @@ class Results:
     def __init__(self, plan: Plan, ledger: Ledger, directory: RunDirectory) -> None:
         self._plan, self._ledger, self._directory = plan, ledger, directory
         self._objectives = list(plan.cfg.sweep.objectives)
+        self.answer = Answer()
 
     def write(self, status: str, error: str | None, seconds: float, *, report: bool = True) -> None:
         """Write all files.
@@ -39,6 +40,7 @@ class Results:
         """
         self._write_csv()
         summary = self.summary(status, error, seconds)
+        self._directory.write_summary(summary)  # whatever becomes of the analysis
         self.answer = self._analyse()
         summary["analysis"] = {
             "sentences": self.answer.sentences,
@@ -59,7 +61,7 @@ class Results:
             for trial in self._ledger.trials()
             if trial.state == TrialState.COMPLETE
         ]
-        return ANALYSES[wanted](rows)
+        return ANALYSES[wanted].answer(rows)
 
     def summary(self, status: str, error: str | None, seconds: float) -> dict[str, Any]:
         """The content of summary.json."""
