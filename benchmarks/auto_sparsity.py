@@ -1,7 +1,7 @@
 """sparsity=auto against the best sparsity set by hand: LeNet-300-100 on MNIST.
 
     python benchmarks/auto_sparsity.py --out FOLDER [--drop 0.002] [--seed 0]
-        [--sparsities 0.90,0.92,0.94,0.95,0.96,0.97] [key=value ...]
+        [--sparsities 0.90,0.92,0.94,0.95,0.96,0.97] [--as-long] [key=value ...]
 
 One after the other, each alone in its process and on one thread:
 
@@ -11,8 +11,9 @@ One after the other, each alone in its process and on one thread:
 
 The best by hand is the largest sparsity whose validation accuracy stays within DROP of its own
 dense model's; the test set has no say in that, and is told for the two that are compared alone.
-Wall times are of whole runs, from the command to the end; by hand all tries count. More overrides
-go to all runs. Runs that are done are skipped.
+Wall times are of whole runs, from the command to the end; by hand all tries count. `--as-long`
+retrains each by hand until it has had as many epochs as `auto`. More overrides go to all runs. Runs
+that are done are skipped.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 import yaml
 
+BEFORE_RETRAINING = 28  # epochs of prune_lenet300
 COLUMNS = ("run", "sparsity", "validation accuracy %", "against dense", "epochs", "wall time s")
 
 
@@ -107,9 +109,11 @@ def run(name: str, out: Path, arguments: list[str]) -> Run:
     return Run(name, folder, known["seconds"])
 
 
-def by_hand(sparsity: float) -> list[str]:
-    """The settings of a run whose sparsity is set."""
+def by_hand(sparsity: float, epochs: int | None) -> list[str]:
+    """The settings of a run whose sparsity is set. Args: epochs: in all; None: the recipe's."""
+    longer = [] if epochs is None else [f"phases.retrain.fit.epochs={epochs - BEFORE_RETRAINING}"]
     return [
+        *longer,
         "+experiment=prune_lenet300",
         f"phases.prune.sparsity={sparsity:g}",
         f"phases.prune.overrides.fc2={sparsity - 0.01:g}",
@@ -123,14 +127,17 @@ def main() -> None:
     parser.add_argument("--drop", type=float, default=0.002, help="of validation accuracy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", default="0.90,0.92,0.94,0.95,0.96,0.97")
+    parser.add_argument("--as-long", action="store_true", help="as many epochs by hand")
     args = parser.parse_intermixed_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     shared = [f"seed={args.seed}", *args.overrides]
     auto = ["+experiment=auto_prune_lenet300", f"phases.prune.max_drop={args.drop:g}"]
     found = run("auto", out, [*auto, "artifact.make=false", *shared])
+    epochs = found.epochs if args.as_long else None
+    suffix = "-as-long" if args.as_long else ""
     tries = [
-        run(f"by-hand-{sparsity:g}", out, [*by_hand(sparsity), *shared])
+        run(f"by-hand-{sparsity:g}{suffix}", out, [*by_hand(sparsity, epochs), *shared])
         for sparsity in map(float, args.sparsities.split(","))
     ]
     print(
