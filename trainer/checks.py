@@ -4,16 +4,18 @@ What single values and their types must be is checked by trainer.config; here ev
 imported, its arguments are held against its signature, and combinations are judged.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from trainer import artifact
 from trainer.build import check_arguments, target
-from trainer.config import Config
+from trainer.config import Config, LimitsConfig
 from trainer.engine.optim import build_optimizer
 from trainer.errors import ConfigError
 from trainer.export import check_installed
-from trainer.phases import build_phases
+from trainer.phases import Phase, Prune, build_phases
 from trainer.phases.stages import check_teachers, stages
 from trainer.run import build_model, check_phases, data_settings
 
@@ -27,12 +29,7 @@ def check(cfg: Config) -> nn.Module | None:
     phases = build_phases(cfg.phases)
     check_teachers(phases, cfg.init_from is not None)
     check_limits(cfg)
-    for name, phase in phases.items():
-        if cfg.sweep.params and phase.most_rounds > 1:
-            raise ConfigError(
-                f"phases.{name}.sparsity=auto in a sweep: how long a trial trains must be known "
-                "before; give the sparsity, or search it"
-            )
+    _check_drops(phases, cfg.limits)
     if cfg.export.onnx:
         check_installed()
     build_optimizer(cfg.optimizer, [nn.Parameter(torch.zeros(1))])
@@ -52,6 +49,18 @@ def _check_writable(model: nn.Module) -> None:
         artifact.check(model.state_dict())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"artifact.make=true: {error}; set artifact.make=false") from error
+
+
+def _check_drops(phases: Mapping[str, Phase], limits: LimitsConfig) -> None:
+    """Refuse a search (sparsity=auto) that may lose more than the result is allowed to."""
+    limit = limits.max_accuracy_drop
+    for name, phase in phases.items():
+        drop = phase.max_drop if isinstance(phase, Prune) and phase.sparsity == "auto" else None
+        if limit is not None and drop is not None and drop > limit:
+            raise ConfigError(
+                f"phases.{name}.max_drop={drop:g}: the search may lose more than "
+                f"limits.max_accuracy_drop={limit:g} allows; lower it, a little below the limit"
+            )
 
 
 def _meta_model(cfg: Config) -> nn.Module | None:

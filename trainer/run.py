@@ -104,8 +104,10 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
             if should_stop(world):
                 yield RunStopped()
                 return
-            left = list(phases.values())[index:]
-            if index > baseline and teacher is None and any(p.fit.distill.weight for p in left):
+            later = list(phases.values())[index + 1 :]
+            if index == baseline + 1 and (
+                phase.fit.distill.weight or any(p.wants_dense for p in later)
+            ):
                 teacher = copy.deepcopy(model)  # the dense one
             within = unpack(start.within) if start.within and index == start.phase else None
             run = _PhaseRun(
@@ -125,7 +127,7 @@ class _PhaseRun:
     name: str
     phase: Phase
     model: nn.Module
-    teacher: nn.Module | None  # to distil from, where the phase does
+    teacher: nn.Module | None  # the dense model, where the phase wants it
     data: Splits
     runtime: Runtime
     epochs_before: int
@@ -194,7 +196,7 @@ class _PhaseRun:
         number = len(rounds)
         world.pulse.phase, world.pulse.step = self.index, within["fit"]["step"] if within else 0
         if within is None:
-            phase.plan(model, world, self._measure)
+            phase.plan(model, world, self._measure, self.teacher)
         phase.enter(model, world)
         if within is not None:
             model.load_state_dict(within["model"])

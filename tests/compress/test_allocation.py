@@ -36,6 +36,18 @@ def test_a_noisy_curve_that_falls_is_taken_as_flat() -> None:
     assert 290 <= made["a"] == made["b"] <= 310
 
 
+@pytest.mark.parametrize("rises", [(0.0, 0.0, 0.0, 0.0), (-0.1, -0.2, -0.3, -0.4)])
+def test_a_layer_that_no_probe_hurts_is_pruned_as_far_as_is_asked(rises) -> None:
+    curve = tuple(zip((0.7, 0.5, 0.3, 0.15), rises, strict=True))
+    assert allocate({"a": 1000}, {"a": curve}, {"a": 1}, 0.5) == {"a": 500}
+    assert (
+        sum(
+            allocate({"a": 500, "b": 500}, {"a": curve, "b": STEEP}, {"a": 1, "b": 1}, 0.6).values()
+        )
+        == 600
+    )
+
+
 def test_nothing_is_pruned_beyond_what_was_measured() -> None:
     assert allocate({"a": 1000}, {"a": FLAT}, {"a": 1}, 0.01) == {"a": 150}
 
@@ -60,3 +72,6 @@ def test_whatever_was_measured_the_numbers_are_possible(layers, fraction: float)
     made = allocate(kept, curves, floors, fraction)
     for name, number in made.items():
         assert min(floors[name], kept[name]) <= number <= kept[name]
+    least = sum(min(n, max(floors[name], round(0.15 * n))) for name, n in kept.items())
+    wanted = max(least, fraction * sum(kept.values()))
+    assert wanted - 1e-6 <= sum(made.values()) <= wanted + len(kept)

@@ -10,15 +10,17 @@ from torch import nn
 
 from tests.engine.conftest import run_ranks
 from tests.test_resume import FIT, STEPS, config, run
+from trainer.checks import check
 from trainer.config import FitConfig
 from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.messages import PhaseEnded, RoundEnded
-from trainer.phases import Prune
-from trainer.phases.auto import LAST, Search
-from trainer.run import Start, build_model, experiment
+from trainer.messages import Checkpoint, PhaseEnded, RoundEnded
+from trainer.phases import Prune, build_phases
+from trainer.phases.auto import LAST, PROBES, Search
+from trainer.phases.stages import teacher_phase
+from trainer.run import Start, build_data, build_model, experiment
 
 WORLD = World.single(torch.device("cpu"))
 TRAINING = FitConfig(epochs=1)
@@ -33,6 +35,7 @@ TRAINING = FitConfig(epochs=1)
         ({"max_drop": 0.1, "rounds": 0}, "rounds=0: it must be at least 1"),
         ({"max_drop": 0.1, "fit": FitConfig(epochs=0)}, "auto with fit.epochs=0"),
         ({"max_drop": 0.1, "schedule": "cubic"}, "sparsity=auto with schedule=cubic"),
+        ({"max_drop": 0.1, "scope": "global"}, "sparsity=auto with .*scope=global.* scope=layer"),
         ({"max_drop": 0.1, "overrides": {"0": 0.5}}, "overrides={'0': 0.5}.* no overrides"),
     ],
 )
@@ -51,8 +54,13 @@ class Scripted:
         self.left = iter(accuracies)
         self.kept: list[int] = []
         self.states: list[dict[str, torch.Tensor]] = []
+        self.measured = 0
+        self.dense: nn.Module | None = None
 
     def measure(self, model: nn.Module) -> Metrics:
+        self.measured += 1
+        if model is self.dense:
+            return Metrics(loss=0.0, accuracy=0.95)
         # The second layer is worth ten times as much as the first.
         lost = [1 - float(layer.weight.count_nonzero() / layer.weight.numel()) for layer in model]
         return Metrics(loss=lost[0] + 10 * lost[1], accuracy=0.9)
@@ -60,7 +68,7 @@ class Scripted:
     def run(self) -> list[Any]:
         records = []
         while True:
-            self.phase.plan(self.model, WORLD, self.measure)
+            self.phase.plan(self.model, WORLD, self.measure, self.dense)
             self.phase.enter(self.model, WORLD)
             self.phase.leave(self.model)
             self.kept.append(sum(int(layer.weight.count_nonzero()) for layer in self.model))
@@ -106,15 +114,36 @@ def test_it_stops_where_no_layer_may_lose_more() -> None:
     assert "every layer keeps as much as min_density asks for" in records[-1].stopped
 
 
+def test_it_stops_where_a_round_would_prune_nothing() -> None:
+    scripted = Scripted([0.8, 0.8], min_density=1.0)
+    (record,) = scripted.run()
+    assert scripted.kept == [1200]
+    assert record.stopped == "no layer has a weight left that a round could prune"
+
+
+def test_a_model_that_was_put_back_is_not_measured_again() -> None:
+    scripted = Scripted([0.9, 0.8, 0.8, 0.9, 0.8], rounds=5)
+    scripted.run()
+    assert scripted.measured == 3 * (1 + 2 * len(PROBES))  # the initial one and two accepted ones
+
+
+def test_the_drop_is_that_of_the_dense_model() -> None:
+    scripted = Scripted([0.945, 0.93, 0.92], rounds=3)
+    scripted.dense = nn.Linear(1, 1)
+    records = scripted.run()
+    assert [record.accepted for record in records] == [True, False, False]
+
+
 def test_the_state_survives_a_checkpoint() -> None:
     scripted = Scripted([0.9, 0.8, 0.8, 0.8, 0.8, 0.8])
     scripted.run()
-    search = scripted.phase._search
-    assert search is not None
-    again = Search(0.01, 20)
+    search = scripted.phase._targets
+    assert isinstance(search, Search)
+    again = Search(0.01, 20, 0.01)
     again.load(unpack(pack(search.state())))
     assert again.history == search.history
     assert again.targets == search.targets
+    assert again.curves == search.curves != {}
     assert (again.baseline, again.fraction) == (search.baseline, search.fraction)
     assert all(torch.equal(again.good[name], value) for name, value in search.good.items())
 
@@ -148,6 +177,49 @@ def test_stopped_anywhere_and_resumed_it_ends_in_the_same_bits() -> None:
     weights, again, _ = run(cfg, start)
     assert stops == 5
     assert (weights, again) == (undisturbed, validation)
+
+
+class Spoil(Prune):
+    """Pruning that leaves a model of another accuracy: it always says class 1."""
+
+    def leave(self, model: nn.Module) -> None:
+        super().leave(model)
+        always(model, 1)
+
+
+def always(model: nn.Module, label: int) -> None:
+    """Let the model answer with one class, whatever it sees."""
+    *_, bias = model.parameters()
+    with torch.no_grad():
+        bias.copy_(1e3 * nn.functional.one_hot(torch.tensor(label), len(bias)))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_after_another_prune_phase_the_baseline_is_still_the_dense_model(resumed: bool) -> None:
+    spoil = {"_target_": "tests.phases.test_auto.Spoil", "sparsity": 0.5, "fit": {"epochs": 0}}
+    fit = {"epochs": 1, "max_steps": 2}
+    search = {**AUTO["prune"], "rounds": 1, "fit": fit}
+    phases = {"train": AUTO["train"], "prune": spoil, "more": search}
+    cfg = config(phases=phases, checkpoint={"every_steps": 1, "every_seconds": None})
+    cfg.data["validation"] = 100
+    model = build_model(cfg)
+    always(model, 0)
+    dense = to_bytes(model.state_dict())
+    always(model, 1)
+    start = Start(2, to_bytes(model.state_dict()), None, dense) if resumed else Start(1, dense)
+    (kept,) = [m for m in experiment(WORLD, cfg, start) if isinstance(m, Checkpoint)]
+    _, labels = next(iter(build_data(cfg).validation.batches([torch.arange(100)], None)))
+    found = [float((labels == label).double().mean()) for label in (0, 1)]
+    assert found[0] != found[1]
+    assert unpack(kept.content)["phase"]["baseline"] == pytest.approx(found[0])
+    assert teacher_phase(build_phases(phases), 2) == 0
+
+
+def test_a_search_that_may_lose_more_than_the_result_is_refused() -> None:
+    settings = {"phases": AUTO, "limits": {"max_accuracy_drop": 0.1}}
+    with pytest.raises(ConfigError, match=r"phases\.prune\.max_drop=0\.15.*max_accuracy_drop=0\.1"):
+        check(config(**settings))
+    check(config(**settings | {"limits": {"max_accuracy_drop": 0.15}}))
 
 
 def test_ranks_agree_and_resume_as_well() -> None:

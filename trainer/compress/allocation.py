@@ -20,8 +20,9 @@ def allocate(
     """How many weights each layer keeps, so that all together keep about `fraction` of theirs.
 
     Every layer is pruned as far as its own curve stays below one common rise of the loss: layers
-    that are sensitive keep more. Between the points of a curve, the logarithm of the fraction is
-    linear in the rise; beyond its last point a layer is not pruned.
+    that are sensitive keep more. Where a curve is flat or falls it is taken to rise a little.
+    Between the points of a curve, the logarithm of the fraction is linear in the rise; beyond its
+    last point a layer is not pruned.
 
     Args:
         kept: weights that each layer has now.
@@ -34,15 +35,16 @@ def allocate(
         is at least `fraction` of all, or as small as curves and floors let it be.
     """
     wanted = fraction * sum(kept.values())
-    low, high = 0.0, max((rise for curve in curves.values() for _, rise in curve), default=0.0)
-    high = max(high, 0.0) + 1e-9
+    lifted = {name: _lifted(curve) for name, curve in curves.items()}
+    low, high = 0.0, max((rise for curve in lifted.values() for _, rise in curve), default=0.0)
+    high += 1e-9
     for _ in range(60):
         middle = (low + high) / 2
-        if sum(_at(kept, curves, floors, middle).values()) >= wanted:
+        if sum(_at(kept, lifted, floors, middle).values()) >= wanted:
             low = middle
         else:
             high = middle
-    return _at(kept, curves, floors, low)
+    return _at(kept, lifted, floors, low)
 
 
 def _at(
@@ -54,12 +56,23 @@ def _at(
     }
 
 
-def _fraction(curve: Curve, rise: float) -> float:
-    """The smallest fraction whose rise is at most `rise`; rises are taken as always growing."""
+def _lifted(curve: Curve) -> Curve:
+    """The curve with rises that always grow."""
+    lifted: list[tuple[float, float]] = []
     before, cost = 0.0, 0.0  # logarithm of the fraction, rise
     for fraction, measured in curve:
         now = math.log(fraction)
-        measured = max(measured, cost + _LEAST * (before - now))
+        cost = max(measured, cost + _LEAST * (before - now))
+        lifted.append((fraction, cost))
+        before = now
+    return lifted
+
+
+def _fraction(lifted: Curve, rise: float) -> float:
+    """The smallest fraction whose rise is at most `rise`."""
+    before, cost = 0.0, 0.0  # logarithm of the fraction, rise
+    for fraction, measured in lifted:
+        now = math.log(fraction)
         if measured > rise:
             share = (rise - cost) / (measured - cost)
             return math.exp(before + share * (now - before))

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer.compress.allocation import Curve, allocate
+from trainer.compress.counts import counts
 from trainer.compress.masks import largest
 from trainer.compress.select import Place
 from trainer.engine.evaluate import Metrics
 from trainer.messages import RoundRecord
 from trainer.phases.base import Measure
+from trainer.phases.targets import Targets, floor
 
 FIRST = 0.5  # fraction of the weights that the first round keeps
 LAST = 0.97  # a step that keeps more is not worth a round
@@ -21,63 +23,73 @@ PROBES = (0.7, 0.5, 0.3, 0.15)  # of a layer's weights: where its sensitivity is
 
 
 @dataclass
-class Search:
-    """Where the search stands; the numbers are the same on all ranks."""
+class Search(Targets):
+    """Where the search stands; the numbers are the same on all ranks.
+
+    A round that loses too much is taken back, and the next one prunes less. As the model is then
+    what it was before, bit for bit, so is the sensitivity of its layers: it is not measured again.
+    """
 
     max_drop: float  # of validation accuracy, a fraction
     rounds: int  # at most so many
-    baseline: float = math.nan  # accuracy before the first round
+    min_density: float  # smallest fraction that any layer keeps
+    baseline: float = math.nan  # accuracy of the dense model
     fraction: float = FIRST  # of the weights that the next round keeps
     targets: dict[str, int] = field(default_factory=dict)  # weights that each layer keeps in it
+    curves: dict[str, Curve] = field(default_factory=dict)  # by layer, of the last good state
     exhausted: bool = False  # every layer is at its floor after it
+    idle: bool = False  # it prunes nothing
     good: dict[str, Tensor] = field(default_factory=dict)  # the last state that was good enough
     history: list[RoundRecord] = field(default_factory=list)
+
+    @property
+    def most_rounds(self) -> int:
+        return self.rounds
 
     @torch.no_grad()
     def plan(
         self,
         model: nn.Module,
         layers: Mapping[str, list[Place]],
-        floors: Mapping[str, int],
         measure: Measure,
+        dense: nn.Module | None,
     ) -> None:
-        """Decide what the next round keeps of each layer, from where the model stands.
-
-        Args:
-            layers: the weights to prune, by name.
-            floors: what each keeps at least.
-            measure: called once for the model as it is, and once for each probe of each layer.
-        """
-        now = measure(model)
-        if not self.good:
-            self.baseline = now.accuracy
-            self._keep(model)
         values = {name: places[0].value for name, places in layers.items()}
         kept = {name: int(value.count_nonzero()) for name, value in values.items()}
-        curves: dict[str, Curve] = {}
-        for name, value in values.items():
-            before = value.clone()
-            curve = []
-            for fraction in PROBES:
-                value.masked_fill_(~largest(before, round(fraction * kept[name])), 0)
-                curve.append((fraction, measure(model).loss - now.loss))
-                value.copy_(before)
-            curves[name] = curve
-        self.targets = allocate(kept, curves, floors, self.fraction)
+        floors = {name: floor(value.numel(), self.min_density) for name, value in values.items()}
+        if not self.curves:
+            now = measure(model)
+            if not self.good:
+                self.baseline = measure(dense).accuracy if dense is not None else now.accuracy
+                self._keep(model)
+            for name, value in values.items():
+                before = value.clone()
+                curve = []
+                for fraction in PROBES:
+                    value.masked_fill_(~largest(before, round(fraction * kept[name])), 0)
+                    curve.append((fraction, measure(model).loss - now.loss))
+                    value.copy_(before)
+                self.curves[name] = curve
+        self.targets = allocate(kept, self.curves, floors, self.fraction)
         self.exhausted = all(self.targets[name] <= floors[name] for name in floors)
+        self.idle = self.targets == kept
 
-    def judge(self, model: nn.Module, metrics: Metrics, sparsity: float) -> RoundRecord:
-        """Keep what a round came to, or put the model back to the last good state.
+    def begin(self, model: nn.Module) -> None:
+        model.load_state_dict(self.good)
 
-        Args:
-            model: after the round, plain.
-            metrics: of it on validation data.
-            sparsity: of it.
-        """
+    def keep(
+        self, latent: Mapping[str, Tensor], present: Mapping[str, int], progress: float
+    ) -> dict[str, int]:
+        return self.targets
+
+    def judge(self, model: nn.Module, metrics: Metrics) -> RoundRecord:
+        """Keep what a round came to, or put the model back to the last good state."""
+        sparsity = counts(model).sparsity
         accepted = metrics.accuracy >= self.baseline - self.max_drop - 1e-12
         said = f"{sparsity:.2%} sparse: accuracy {metrics.accuracy:.2%}"
         if accepted:
             self._keep(model)
+            self.curves = {}
         else:
             model.load_state_dict(self.good)
             self.fraction = math.sqrt(self.fraction)
@@ -88,6 +100,8 @@ class Search:
             stopped = f"{said}, and a smaller step would not be worth a round"
         elif accepted and self.exhausted:
             stopped = "every layer keeps as much as min_density asks for"
+        elif self.idle:
+            stopped = "no layer has a weight left that a round could prune"
         elif number >= self.rounds:
             stopped = f"all {self.rounds} rounds are used up"
         record = RoundRecord(number, sparsity, metrics.accuracy, metrics.loss, accepted, stopped)
@@ -95,21 +109,25 @@ class Search:
         return record
 
     def state(self) -> dict[str, Any]:
-        """All that outlives an interruption."""
         return {
             "baseline": self.baseline,
             "fraction": self.fraction,
             "targets": self.targets,
+            "curves": self.curves,
             "exhausted": self.exhausted,
+            "idle": self.idle,
             "good": self.good,
             "history": [asdict(record) for record in self.history],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
         self.baseline, self.fraction = state["baseline"], state["fraction"]
-        self.exhausted = state["exhausted"]
+        self.exhausted, self.idle = state["exhausted"], state["idle"]
         self.targets, self.good = dict(state["targets"]), dict(state["good"])
+        self.curves = {
+            name: [(fraction, rise) for fraction, rise in curve]
+            for name, curve in state["curves"].items()
+        }
         self.history = [RoundRecord(**record) for record in state["history"]]
 
     def _keep(self, model: nn.Module) -> None:

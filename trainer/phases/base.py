@@ -64,8 +64,22 @@ class Phase:
         """How often at most it plans, enters, trains and leaves. Most phases do it once."""
         return 1
 
-    def plan(self, model: nn.Module, world: World, measure: Measure) -> None:
-        """Called before each `enter`, but where a round is resumed. May measure the model."""
+    @property
+    def wants_dense(self) -> bool:
+        """Whether it needs the experiment's dense model: to learn from it, or to compare with it.
+
+        That is what the last phase before the first compressing one left, or the initial weights.
+        """
+        return bool(self.fit.distill.weight)
+
+    def plan(
+        self, model: nn.Module, world: World, measure: Measure, dense: nn.Module | None
+    ) -> None:
+        """Called before each `enter`, but where a round is resumed. May measure models.
+
+        Args:
+            dense: the dense model, where `wants_dense`; None where `model` still is it.
+        """
 
     def judge(self, model: nn.Module, world: World, metrics: Metrics) -> RoundRecord | None:
         """Called after each `leave`: what the round came to, and whether it was the last one.

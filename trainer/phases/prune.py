@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from trainer.compress.counts import counts
 from trainer.compress.install import fold, install
-from trainer.compress.masks import cubic_sparsity, largest, share
+from trainer.compress.masks import largest
 from trainer.compress.parametrize import Masked, compression
-from trainer.compress.select import Place, choose, match, weights
+from trainer.compress.select import Place, choose, weights
 from trainer.config import FitConfig, at_least, one_of
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
@@ -21,6 +20,7 @@ from trainer.messages import RoundRecord
 from trainer.phases.auto import Search
 from trainer.phases.base import Measure, Phase
 from trainer.phases.retrain import preserve
+from trainer.phases.targets import Given, Targets
 
 
 @dataclass
@@ -39,8 +39,10 @@ class Prune(Phase):
     the weights that it exempts keep the zeros that they have.
 
     With `sparsity: auto` it prunes and trains in rounds, as far as the accuracy on validation data
-    stays within `max_drop` of what it was before (trainer.phases.auto); it ends in the last state
+    stays within `max_drop` of the dense model's (trainer.phases.auto); it ends in the last state
     that did. Each round keeps most of the layers whose loss rises most when they are pruned alone.
+    As it goes to the edge on validation data, other data may fall beyond it: where the test set
+    must stay within limits.max_accuracy_drop, give it a smaller max_drop.
     """
 
     kind: ClassVar[str] = "prune"
@@ -59,7 +61,7 @@ class Prune(Phase):
         default_factory=lambda: ["*"]
     )  # name patterns of the weights to prune
     exempt: list[str] = field(default_factory=list)  # name patterns of those not to prune after all
-    max_drop: float | None = None  # auto: of validation accuracy, against that before; a fraction
+    max_drop: float | None = None  # auto: of the dense model's validation accuracy, a fraction
     rounds: int = 15  # auto: at most so many times pruned and trained
     _present: dict[str, int] = field(init=False, repr=False, default_factory=dict)
 
@@ -99,29 +101,28 @@ class Prune(Phase):
 
     @property
     def most_rounds(self) -> int:
-        return self.rounds if self._search else 1
+        return self._targets.most_rounds
 
-    def plan(self, model: nn.Module, world: World, measure: Measure) -> None:
-        if self._search:
-            layers = self._chosen(model)
-            floors = {n: self._floor(found[0].value.numel()) for n, found in layers.items()}
-            self._search.plan(model, layers, floors, measure)
+    @property
+    def wants_dense(self) -> bool:
+        return super().wants_dense or self.sparsity == "auto"
+
+    def plan(
+        self, model: nn.Module, world: World, measure: Measure, dense: nn.Module | None
+    ) -> None:
+        self._targets.plan(model, self._chosen(model), measure, dense)
 
     def judge(self, model: nn.Module, world: World, metrics: Metrics) -> RoundRecord | None:
-        if not self._search:
-            return None
-        return self._search.judge(model, metrics, counts(model).sparsity)
+        return self._targets.judge(model, metrics)
 
     def state(self) -> Mapping[str, Any]:
-        return self._search.state() if self._search else {}
+        return self._targets.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        if self._search:
-            self._search.load(state)
+        self._targets.load(state)
 
     def enter(self, model: nn.Module, world: World) -> None:
-        if self._search:  # a resumed round begins where it began
-            model.load_state_dict(self._search.good)
+        self._targets.begin(model)
         values = {name: places[0].value.detach() for name, places in self._chosen(model).items()}
         if self.schedule == "cubic":
             survivors = {name: weight != 0 for name, weight in values.items()}
@@ -148,60 +149,25 @@ class Prune(Phase):
 
     def leave(self, model: nn.Module) -> None:
         masked = _masked(model)
-        if masked and not self._finished(masked):  # training was cut short
-            _set_masks(model, self._masks(_learnt(model), 1.0))
+        if masked:
+            masks = self._masks(_learnt(model), 1.0)
+            if _total(masks) < _total({name: found.mask for name, found in masked.items()}):
+                _set_masks(model, masks)  # training was cut short
         fold(model)
 
     def _chosen(self, model: nn.Module) -> dict[str, list[Place]]:
         """The weights to prune. Raises ConfigError where the settings do not fit them."""
         chosen = choose(model, self.include, self.exempt)
-        if self._search:
-            return chosen
-        sizes = {name: found[0].value.numel() for name, found in chosen.items()}
-        _, pool, keep = self._targets(sizes, sizes, 1.0)
-        if sum(self._floor(sizes[name]) for name in pool) > keep:
-            raise ConfigError(
-                f"sparsity={self.sparsity} keeps {keep} of these weights, fewer than "
-                f"min_density={self.min_density} of each layer, at least one, needs: lower one"
-            )
+        self._targets.check({name: found[0].value.numel() for name, found in chosen.items()})
         return chosen
 
-    def _targets(
-        self, sizes: Mapping[str, int], present: Mapping[str, int], progress: float
-    ) -> tuple[dict[str, int], list[str], int]:
-        """How many weights to keep at `progress`: of each layer that stands alone, and then of the
-        layers that share a threshold, all together.
-
-        Args:
-            sizes: weights of each layer.
-            present: how many of them were not zero when the phase began.
-        """
-        if self._search:
-            return self._search.targets, [], 0
-        assert not isinstance(self.sparsity, str)
-        alone = match(self.overrides, sizes)
-        if self.scope == "layer":
-            alone = dict.fromkeys(sizes, self.sparsity) | alone
-        pool = [name for name in sizes if name not in alone]
-        size, there = sum(sizes[n] for n in pool), sum(present[n] for n in pool)
-        counts = {n: self._keep(sizes[n], present[n], s, progress) for n, s in alone.items()}
-        return counts, pool, self._keep(size, there, self.sparsity, progress) if pool else 0
-
-    def _keep(self, size: int, present: int, sparsity: float, progress: float) -> int:
-        initial = 1 - present / size
-        if self.schedule == "cubic":
-            final = max(initial, sparsity)
-            sparsity = cubic_sparsity(progress, initial, final, self.begin, self.end)
-        return max(1, round((1 - sparsity) * size))
-
     @cached_property
-    def _search(self) -> Search | None:
-        """Where sparsity=auto stands; None for a given sparsity."""
-        return (
-            None
-            if self.max_drop is None or self.sparsity != "auto"
-            else Search(self.max_drop, self.rounds)
-        )
+    def _targets(self) -> Targets:
+        if isinstance(self.sparsity, str):
+            assert self.max_drop is not None  # _check_auto
+            return Search(self.max_drop, self.rounds, self.min_density)
+        ramp = (self.begin, self.end) if self.schedule == "cubic" else None
+        return Given(self.sparsity, self.scope, self.min_density, self.overrides, ramp)
 
     def _check_auto(self, sparsity: str) -> None:
         if sparsity != "auto":
@@ -215,30 +181,17 @@ class Prune(Phase):
         at_least("rounds", self.rounds, 1)
         if self.fit.epochs == 0:
             raise ConfigError("sparsity=auto with fit.epochs=0: each round trains; set epochs")
-        if self.schedule != "oneshot" or self.overrides:
+        if (self.schedule, self.scope, self.overrides) != ("oneshot", "layer", {}):
             raise ConfigError(
-                f"sparsity=auto with schedule={self.schedule}, overrides={self.overrides}: each "
-                "round prunes at its start, by sensitivity; set schedule=oneshot and no overrides"
+                f"sparsity=auto with schedule={self.schedule}, scope={self.scope}, overrides="
+                f"{self.overrides}: each round prunes at its start, each layer by its sensitivity; "
+                "set schedule=oneshot, scope=layer and no overrides"
             )
-
-    def _floor(self, size: int) -> int:
-        return max(1, int(self.min_density * size))
 
     def _masks(self, latent: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         """The masks that the magnitudes ask for at `progress` of the fit."""
-        sizes = {name: weight.numel() for name, weight in latent.items()}
-        counts, pool, keep = self._targets(sizes, self._present, progress)
-        if pool:
-            shares = share([latent[n] for n in pool], keep, [self._floor(sizes[n]) for n in pool])
-            counts |= zip(pool, shares, strict=True)
+        counts = self._targets.keep(latent, self._present, progress)
         return {name: largest(weight, counts[name]) for name, weight in latent.items()}
-
-    def _finished(self, masked: Mapping[str, Masked]) -> bool:
-        """Whether the masks have reached the final sparsity."""
-        sizes = {name: found.mask.numel() for name, found in masked.items()}
-        kept = {name: int(found.mask.sum()) for name, found in masked.items()}
-        counts, pool, keep = self._targets(sizes, self._present, 1.0)
-        return sum(kept[n] for n in pool) == keep and all(kept[n] == counts[n] for n in counts)
 
 
 def _masked(model: nn.Module) -> dict[str, Masked]:
@@ -256,6 +209,10 @@ def _learnt(model: nn.Module) -> dict[str, Tensor]:
 def _set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     for name, masked in _masked(model).items():
         masked.mask.copy_(masks[name])
+
+
+def _total(masks: Mapping[str, Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
 
 
 def _decide(masks: Mapping[str, Tensor], world: World) -> None:

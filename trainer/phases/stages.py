@@ -28,15 +28,16 @@ def stages(phases: Mapping[str, Phase]) -> list[Stage]:
 
 
 def teacher_phase(phases: Mapping[str, Phase], going_on: int) -> int | None:
-    """Index of the phase whose weights teach those from `going_on` on; -1: the initial weights.
+    """Index of the phase that left the dense model which those from `going_on` on want; -1: the
+    initial weights.
 
-    None where no phase needs them, or where they are what the run goes on from anyway.
+    None where no phase wants it, or where it is what the run goes on from anyway.
     """
     baseline = stages(phases)[0].phase
     if baseline >= going_on - 1:
         return None
     left = list(phases.values())[going_on:]
-    return baseline if any(phase.fit.distill.weight for phase in left) else None
+    return baseline if any(phase.wants_dense for phase in left) else None
 
 
 def check_teachers(phases: Mapping[str, Phase], initialised: bool) -> None:

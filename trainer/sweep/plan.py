@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Config, typed
 from trainer.errors import ConfigError, first_line
+from trainer.sweep.analysis import check_analysis
 from trainer.sweep.measures import check_measures
 from trainer.sweep.prefix import check_prefix
 from trainer.sweep.space import GRID_LIMIT, Drawn, flatten, parse_space
@@ -49,6 +50,7 @@ class Plan:
                 _check_key(f"sweep.{where}.{key}", key, settings)
         check_measures(cfg.sweep)
         check_prefix(cfg)
+        check_analysis(cfg.sweep, self.space)
         if cfg.sweep.sampler == "grid":
             self.space.grid(GRID_LIMIT)
 
@@ -76,6 +78,7 @@ class Plan:
         """
         from trainer.checks import check
         from trainer.initial import initial_weights
+        from trainer.phases import build_phases
 
         epochs = 0
         compared = set()  # files may be large
@@ -88,13 +91,22 @@ class Plan:
                     compared.add(pair)
             except ConfigError as error:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
+            for phase, built in build_phases(cfg.phases).items():
+                if built.most_rounds > 1:
+                    raise ConfigError(
+                        f"phases.{phase}: it goes on for as many rounds as it finds out "
+                        "(sparsity=auto), and a sweep must know how long a trial trains; give it "
+                        "a number, or search one"
+                    )
             epochs = max(epochs, sum(phase["fit"]["epochs"] for phase in cfg.phases.values()))
         return epochs
 
     def identity(self) -> dict[str, Any]:
         """All that must stay the same when the sweep goes on; of phases, their order too."""
         settings = _container(self._base, resolve=False)
-        sweep = {k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "storage")}
+        sweep = {
+            k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "analysis", "storage")
+        }
         free = ("sweep", "cluster", "checkpoint", "limits")
         same = {k: v for k, v in settings.items() if k not in free}
         same["phases"] = [[name, phase] for name, phase in settings["phases"].items()]

@@ -94,7 +94,7 @@ class Results:
             for trial in self._ledger.trials()
             if trial.state == TrialState.COMPLETE
         ]
-        return ANALYSES[wanted](rows)
+        return ANALYSES[wanted].answer(rows)
 
     def summary(self, status: str, error: str | None, seconds: float) -> dict[str, Any]:
         """The content of summary.json."""

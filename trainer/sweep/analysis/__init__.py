@@ -1,14 +1,36 @@
 """What a sweep over a whole grid answers, beyond the best trial: `sweep.analysis`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
+from trainer.config import SweepConfig
 from trainer.sweep.analysis.answer import Answer, Row
+from trainer.sweep.analysis.interference import check as check_interference
 from trainer.sweep.analysis.interference import interference
+from trainer.sweep.analysis.sensitivity import check as check_sensitivity
 from trainer.sweep.analysis.sensitivity import sensitivity
+from trainer.sweep.measures import MEASURES, needs_artifact
+from trainer.sweep.space import Space
 
-ANALYSES: dict[str, Callable[[Sequence[Row]], Answer]] = {
-    "interference": interference,
-    "sensitivity": sensitivity,
+
+class Analysis(NamedTuple):
+    """One kind of question."""
+
+    check: Callable[[Space, Collection[str]], None]  # of what is searched and measured
+    answer: Callable[[Sequence[Row]], Answer]  # from the trials that were completed
+
+
+ANALYSES = {
+    "interference": Analysis(check_interference, interference),
+    "sensitivity": Analysis(check_sensitivity, sensitivity),
 }
 
-__all__ = ["ANALYSES", "Answer", "Row", "interference", "sensitivity"]
+
+def check_analysis(cfg: SweepConfig, space: Space) -> None:
+    """Refuse a sweep that could not answer what `sweep.analysis` asks. Raises ConfigError."""
+    if cfg.analysis is not None:
+        measured = [name for name in MEASURES if name != "bytes" or needs_artifact(cfg)]
+        ANALYSES[cfg.analysis].check(space, measured)
+
+
+__all__ = ["ANALYSES", "Answer", "Row", "check_analysis", "interference", "sensitivity"]

@@ -8,6 +8,8 @@ from typing import Any
 
 from trainer.report.sheets import Sheet
 
+ROUNDING = 1e-9  # a mean this close to zero is what rounding left of zero
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,9 +41,12 @@ class Spread:
         """Standard error of the mean."""
         return self.deviation / math.sqrt(self.n)
 
-    def clear(self) -> bool:
-        """Whether the mean is further from zero than twice its standard error."""
-        return self.n > 1 and abs(self.mean) > 2 * self.error
+    def clear(self, level: float) -> bool:
+        """Whether the mean differs from zero by Student's t test, two-sided, at `level`."""
+        if self.n < 2 or abs(self.mean) < ROUNDING:
+            return False
+        t = self.mean / self.error if self.error else math.inf
+        return p_value(t, self.n - 1) < level
 
     def told(self, spec: str, scale: float = 1.0) -> str:
         """Mean and standard deviation, as `spec` formats numbers."""
@@ -55,3 +60,21 @@ def spread(values: Sequence[float]) -> Spread:
     """Of at least one value."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return Spread(len(values), statistics.fmean(values), deviation)
+
+
+def p_value(t: float, freedom: int) -> float:
+    """How often Student's t is at least as far from zero as `t` where nothing but chance decides.
+
+    Abramowitz & Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+    """
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    odd = freedom % 2
+    total, term = 0.0, math.cos(angle) if odd else 1.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * k / (k + 1)
+    within = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + within) if odd else within)

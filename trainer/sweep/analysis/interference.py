@@ -5,47 +5,83 @@ seeds. Each seed is a pair with its own baseline: drops of accuracy are taken wi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 
+from trainer.errors import ConfigError
 from trainer.report.sheets import Sheet
 from trainer.sweep.analysis.answer import Answer, Row, Spread, spread
+from trainer.sweep.analysis.searched import check_searched
+from trainer.sweep.space import Space
 
-_ENABLED = ".enabled"
+LEVEL = 0.05  # how often chance alone may make any sentence of an answer claim something
+
+_PHASES, _ENABLED = "phases.", ".enabled"
 
 Combination = frozenset[str]
 Table = Mapping[int, Mapping[Combination, Row]]
 """Trials by seed, and by the methods that they used."""
 
 
-def interference(rows: Sequence[Row]) -> Answer:
-    """A line for each combination, and sentences for each pair of methods and for all together.
+def check(space: Space, measured: Collection[str]) -> None:
+    """Refuse a sweep that cannot say anything of methods. Raises ConfigError."""
+    keys = [parameter.key for parameter in space.parameters]
+    methods = _methods(keys)
+    if len(methods) < 2:
+        raise ConfigError(
+            "sweep.analysis=interference: sweep.params must search phases.NAME.enabled of two "
+            f"phases or more, each choice(true,false); it searches {', '.join(keys)}"
+        )
+    check_searched("interference", space, [f"{_PHASES}{m}{_ENABLED}" for m in methods])
+    if "bytes" not in measured:
+        raise ConfigError(
+            "sweep.analysis=interference: it compares bytes, which this sweep does not measure; "
+            "add bytes: minimize to sweep.objectives"
+        )
 
-    The interaction of a pair is what both together lose, less what each loses alone. A sentence
-    claims one only where it is further from zero than twice its standard error over the seeds.
-    """
-    methods = _methods(rows)
+
+def interference(rows: Sequence[Row]) -> Answer:
+    """A line for each combination, and sentences for each pair of methods and for all together."""
+    methods = _methods(key for row in rows for key in row.settings)
     table = _by_seed(rows, methods)
     every = [frozenset(c) for n in range(len(methods) + 1) for c in combinations(methods, n)]
-    answer = Answer(sheets=[_sheet(every, methods, table)])
-    answer.figures["accuracy and bytes of each pair of methods"] = _matrix(methods, table)
-    for first, second in combinations(methods, 2):
-        answer.sentences += _sentences((first, second), table)
+    return Answer(
+        [_sheet(every, methods, table)],
+        {"accuracy and bytes of each pair of methods": _matrix(methods, table)},
+        sentences(rows),
+    )
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Two for each pair of methods, and for all together where there are more: accuracy, bytes.
+
+    The interaction of methods is what they lose together, less what each loses alone; of bytes,
+    the ratio of what they save together to the product of what each saves. A sentence claims one
+    where its mean over the seeds differs from none by Student's t test. As each sentence is one
+    more chance to be wrong, each test is held to `LEVEL` divided by their number (Bonferroni).
+    Nothing is said where trials are missing.
+    """
+    methods = _methods(key for row in rows for key in row.settings)
+    table = _by_seed(rows, methods)
+    groups: list[tuple[str, ...]] = [*combinations(methods, 2)]
     if len(methods) > 2:
-        answer.sentences += _sentences(tuple(methods), table)
-    return answer
+        groups.append(tuple(methods))
+    whole = {group: _whole(group, table) for group in groups}
+    said = [group for group in groups if whole[group]]
+    level = LEVEL / max(1, 2 * len(said))
+    return [sentence for group in said for sentence in _sentences(group, whole[group], level)]
 
 
-def _methods(rows: Sequence[Row]) -> list[str]:
+def _methods(keys: Iterable[str]) -> list[str]:
     """The phases that are left out in some trials, in their order."""
-    keys = dict.fromkeys(key for row in rows for key in row.settings if key.endswith(_ENABLED))
-    return [key.removesuffix(_ENABLED).rpartition(".")[2] for key in keys]
+    found = dict.fromkeys(k for k in keys if k.startswith(_PHASES) and k.endswith(_ENABLED))
+    return [key.removeprefix(_PHASES).removesuffix(_ENABLED) for key in found]
 
 
 def _by_seed(rows: Sequence[Row], methods: Sequence[str]) -> Table:
     table: dict[int, dict[Combination, Row]] = {}
     for row in rows:
-        used = frozenset(m for m in methods if row.settings[f"phases.{m}{_ENABLED}"])
+        used = frozenset(m for m in methods if row.settings[f"{_PHASES}{m}{_ENABLED}"])
         table.setdefault(int(row.settings.get("seed", 0)), {})[used] = row
     return table
 
@@ -93,7 +129,8 @@ def _sheet(every: Sequence[Combination], methods: Sequence[str], table: Table) -
         "every combination",
         ("methods", "accuracy %", "points lost", "bytes", "smaller", "n"),
         lines,
-        "means and standard deviations over seeds; validation data; bytes of model.dcz",
+        "means and standard deviations over seeds; validation data; bytes of model.dcz; below, "
+        f"interactions that Student's t test supports at {LEVEL:.0%} over all sentences together",
     )
 
 
@@ -101,14 +138,16 @@ def _name(used: Combination, methods: Sequence[str]) -> str:
     return " + ".join(m for m in methods if m in used) or "none"
 
 
-def _sentences(methods: tuple[str, ...], table: Table) -> list[str]:
-    """What the numbers say of some methods used together; nothing where trials are missing."""
+def _whole(methods: tuple[str, ...], table: Table) -> Table:
+    """The seeds that have the baseline, each of the methods alone, and all of them together."""
+    needed = {frozenset(), frozenset(methods), *(frozenset({method}) for method in methods)}
+    return {seed: trials for seed, trials in table.items() if needed <= trials.keys()}
+
+
+def _sentences(methods: tuple[str, ...], whole: Table, level: float) -> list[str]:
+    """What the numbers say of some methods used together: of accuracy, and of bytes."""
     alone = [frozenset({method}) for method in methods]
     together = frozenset(methods)
-    needed = {frozenset(), together, *alone}
-    whole = {seed: trials for seed, trials in table.items() if needed <= trials.keys()}
-    if not whole:
-        return []
     parts = [_drops(used, whole) for used in alone]
     both = _drops(together, whole)
     interaction = spread([b - sum(p) for b, *p in zip(both, *parts, strict=True)])
@@ -119,25 +158,27 @@ def _sentences(methods: tuple[str, ...], table: Table) -> list[str]:
     names = f"{', '.join(methods[:-1])} and {methods[-1]}"
     apart = " and ".join(f"{spread(p).mean:+.2f}" for p in parts)
     return [
-        f"{names}: {_verdict(interaction)} Together they lose {spread(both).mean:+.2f} points of "
-        f"accuracy, alone {apart} (interaction {interaction.told('+.2f')}, n = {interaction.n}).",
+        f"{names}: {_verdict(interaction, level)} Together they lose {spread(both).mean:+.2f} "
+        f"points of accuracy, alone {apart} (interaction {interaction.told('+.2f')}, "
+        f"n = {interaction.n}).",
         f"{names}: the file is {spread(_ratios(together, whole)).mean:.1f} times smaller, "
-        f"{_of_product(factor)} the product of what each does alone (n = {factor.n}).",
+        f"{math.exp(factor.mean):.2f} of the product of what each does alone "
+        f"(n = {factor.n}{_sure(factor, level)}).",
     ]
 
 
-def _verdict(interaction: Spread) -> str:
+def _verdict(interaction: Spread, level: float) -> str:
     if interaction.n < 2:
         return "one seed shows no spread, so nothing is claimed."
-    if not interaction.clear():
+    if not interaction.clear(level):
         return "no interference beyond the spread over seeds."
     return "they hurt one another." if interaction.mean > 0 else "they help one another."
 
 
-def _of_product(factor: Spread) -> str:
-    share = math.exp(factor.mean)
-    sure = "" if factor.clear() else " (not told from it by the spread)" if factor.n > 1 else ""
-    return f"{share:.2f} of{sure}"
+def _sure(factor: Spread, level: float) -> str:
+    if factor.n < 2:
+        return ", no spread"
+    return "" if factor.clear(level) else ", not told from it by the spread"
 
 
 def _matrix(methods: Sequence[str], table: Table) -> object:
