@@ -11,7 +11,6 @@ from trainer.build import check_arguments, target
 from trainer.config import Config
 from trainer.engine.optim import build_optimizer
 from trainer.errors import ConfigError
-from trainer.export import check_installed
 from trainer.phases import build_phases
 from trainer.phases.stages import check_teachers, stages
 from trainer.run import build_model, check_phases, data_settings
@@ -40,8 +39,6 @@ def check(cfg: Config) -> nn.Module | None:
                 f"phases.{name}.sparsity=auto in a sweep: how long a trial trains must be known "
                 "before; give the sparsity, or search it"
             )
-    if cfg.export.onnx:
-        check_installed()
     build_optimizer(cfg.optimizer, [nn.Parameter(torch.zeros(1))])
     data = data_settings(cfg)
     check_arguments("data", target("data", data), data)
