@@ -38,10 +38,12 @@ def try_export(world: World, cfg: Config) -> Iterator[Message]:
         ConfigError: a package is missing on this node, or the model cannot be exported; or what
             the run itself would refuse before its first step.
     """
-    if world.rank == 0:
-        check_installed()
-        with world.pulse.waits():  # a large model may take minutes
-            _try(cfg)
+    if world.rank != 0:
+        world.pulse.waiting = True  # for rank 0, up to the next collective
+        return
+    check_installed()
+    with world.pulse.waits():  # a large model may take minutes
+        _try(cfg)
     yield from ()
 
 
@@ -73,6 +75,7 @@ def convert(world: World, cfg: Config, final: bytes, dense: bytes | None) -> Ite
         dense: those of the dense stage, to compare a quantized model with; None: there is none.
     """
     if world.rank != 0:
+        world.pulse.waiting = True  # as in try_export
         return
     split = build_data(cfg).validation
     models = {FP32: _built(cfg, final)}
