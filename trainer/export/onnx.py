@@ -94,7 +94,12 @@ def _put_integers(name: str, layer: nn.Module) -> None:
 
 
 def _integers(name: str, layer: nn.Module, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
-    """A weight as integers (float32) that use up all 8 bits, and their scale. Raises RunError."""
+    """A weight as integers (float32), and their scale. Raises RunError.
+
+    Integers of few bits are multiplied up to 7 bits, which makes the steps finer in which a bias is
+    counted. With the eighth, sums of two products could overflow the 16 bits that some kernels for
+    x86 have for them.
+    """
     weight = cast(Tensor, layer.weight).detach()
     steps = weight / _along(quantizer.scale, weight)
     integers = steps.round()
@@ -104,7 +109,7 @@ def _integers(name: str, layer: nn.Module, quantizer: WeightQuantizer) -> tuple[
             f"{name} is not on the grid of its quantizer, so it cannot be written as integers: "
             "something changed it after the quantize phase"
         )
-    finer = 1 << (8 - quantizer.bits)
+    finer = 1 << max(0, 7 - quantizer.bits)
     return integers * finer, quantizer.scale / finer
 
 
