@@ -91,6 +91,8 @@ def test_activations_are_noted_and_left_until_there_is_a_range() -> None:
     assert quantizer.seen.tolist() == [-1, 3]
     quantizer(x * 2)
     assert quantizer.seen.tolist() == [-2, 6]  # of all that it saw since it was asked
+    quantizer.follow(torch.zeros(2), 0.1)  # of zeros alone: still no range
+    assert torch.equal(quantizer(x * 2), x * 2)
     quantizer.follow(quantizer.seen.clone(), 0.1)
     assert quantizer.range.tolist() == [-2, 6]
     assert quantizer.seen.isnan().all()

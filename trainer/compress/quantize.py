@@ -122,7 +122,7 @@ class ActivationQuantizer(Quantizer):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if not self.range.is_meta:
-            self.ready = bool(self.range.isfinite().all())
+            self.ready = not self.empty
 
     @property
     def most(self) -> int:
@@ -131,8 +131,8 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing but zero was ever seen: there is no range to spread a grid over."""
-        return not self.ready or not bool(self.range[1] > self.range[0])
+        """Whether it saw nothing, or nothing but zero: that is no range to spread a grid over."""
+        return not bool(self.range[1] > self.range[0])
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32), both 0-dim."""
@@ -143,15 +143,14 @@ class ActivationQuantizer(Quantizer):
 
     @torch.no_grad()
     def follow(self, seen: Tensor, momentum: float) -> None:
-        """Move the range by `momentum` towards `seen` [minimum, maximum]; the first time, onto it.
-
-        What is NaN in `seen` moves nothing.
+        """Move the range by `momentum` towards `seen` [minimum, maximum]; while there is none, onto
+        it. What is NaN in `seen` moves nothing.
         """
-        before = torch.where(self.range.isnan(), seen, self.range)
+        before = self.range if self.ready else seen
         moved = before + momentum * (seen - before)
         self.range.copy_(torch.where(seen.isnan(), self.range, moved))
         self.seen.fill_(torch.nan)
-        self.ready = self.ready or bool(self.range.isfinite().all())
+        self.ready = self.ready or not self.empty
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape on the grid, float32."""

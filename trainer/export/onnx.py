@@ -78,7 +78,7 @@ def _put_integers(name: str, layer: nn.Module) -> None:
     """Let a quantized layer compute with what ONNX calls quantized tensors."""
     weights, inputs = (getattr(layer, f"{kind}_quantizer", None) for kind in ("weight", "input"))
     if isinstance(weights, WeightQuantizer):
-        integers, scale = _integers(f"{name}.weight", layer, weights)
+        integers, scale = _integers(f"{name}.weight".removeprefix("."), layer, weights)
         bias = getattr(layer, "bias", None)
         if bias is not None and isinstance(inputs, ActivationQuantizer) and inputs.ready:
             step = inputs.grid()[0]
