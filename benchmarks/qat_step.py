@@ -1,6 +1,6 @@
 """Time of a quantization-aware training step: our phase, torchao's PT2E, and plain training.
 
-    pip install torchao==0.18.0
+    pip install torchao==0.18.0   # without it, that row is left out
     python benchmarks/qat_step.py [--steps 100] [--repeats 9]
 
 LeNet-5, batch 64, one thread, fused SGD, the same images again and again. All take turns, in an
@@ -14,6 +14,7 @@ ratio is the median of the ratios to plain fp32 within each turn.
 
 import argparse
 import datetime
+import importlib.util
 import platform
 import statistics
 import sys
@@ -23,12 +24,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-import torchao
 from torch import nn
 from torch.nn import functional as F
-from torchao.quantization.pt2e import move_exported_model_to_train
-from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
 from trainer.config import FitConfig
 from trainer.engine.world import World
@@ -65,6 +62,10 @@ def contestant(model: nn.Module, bf16: bool = False, phase: Quantize | None = No
 
 
 def pt2e() -> nn.Module:
+    from torchao.quantization.pt2e import move_exported_model_to_train
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     example = (torch.randn(BATCH, 1, 28, 28),)
@@ -91,8 +92,15 @@ def main() -> None:
         "ours, bf16 + channels_last": contestant(
             LeNet5().to(memory_format=channels_last), True, Quantize(settings)
         ),
-        "torchao PT2E QAT, fp32": contestant(pt2e()),
     }
+    versions = f"torch {torch.__version__}"
+    if importlib.util.find_spec("torchao"):
+        import torchao
+
+        contestants["torchao PT2E QAT, fp32"] = contestant(pt2e())
+        versions += f", torchao {torchao.__version__}"
+    else:
+        versions += ", without torchao, which is not installed"
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(args.repeats + 1):
@@ -101,8 +109,8 @@ def main() -> None:
             times[name] += [seconds] * (number > 0)
     print(
         f"# Quantization-aware training step, {datetime.date.today()}\n\n"
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchao {torchao.__version__}; command: python {' '.join(sys.argv)}\n\n"
+        f"{platform.machine()}, Python {platform.python_version()}, {versions}; "
+        f"command: python {' '.join(sys.argv)}\n\n"
         "| step | ms | of plain fp32 | min - max | n |\n|" + " --- |" * 5
     )
     for name, column in times.items():

@@ -194,6 +194,32 @@ def test_every_shipped_experiment_runs(name):
     zeros = sum(int((value == 0).sum()) for value in weights.values())
     nonzero = sum(value.numel() for value in weights.values()) - zeros
     assert nonzero == summary["phases"][-1]["nonzero"]
+    if composed["export"]["onnx"]:
+        fp32, int8 = summary["onnx"]
+        assert [fp32["name"], int8["name"]] == ["fp32", "int8"]
+        assert int8["file_bytes"] == (run / "model.onnx").stat().st_size
+        assert int8["file_bytes"] < 0.35 * fp32["file_bytes"]
+        for told in (fp32, int8):  # of 100 samples, in onnxruntime and in PyTorch
+            assert abs(told["accuracy"] - told["torch_accuracy"]) <= 0.02
+    else:
+        assert not (run / "model.onnx").exists()
+
+
+def test_a_model_that_cannot_be_exported_is_refused_before_training(capsys, tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "from trainer.models import LeNet300\n"
+        "class Net(LeNet300):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x if x.sum() > 0 else -x)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        overrides, _ = shrunk("lenet300")
+        assert main([*overrides, "export.onnx=true", "model._target_=odd.Net"]) == 2
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "export.onnx=true: Net cannot be exported to ONNX" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_the_model_file_loads_into_the_plain_class_and_the_config_runs_again():

@@ -14,7 +14,6 @@ from trainer.build import check_arguments, target
 from trainer.config import Config, LimitsConfig
 from trainer.engine.optim import build_optimizer
 from trainer.errors import ConfigError
-from trainer.export import check_installed
 from trainer.phases import Phase, Prune, build_phases
 from trainer.phases.stages import check_teachers, stages
 from trainer.run import build_model, check_phases, data_settings
@@ -30,8 +29,6 @@ def check(cfg: Config) -> nn.Module | None:
     check_teachers(phases, cfg.init_from is not None)
     check_limits(cfg)
     _check_drops(phases, cfg.limits)
-    if cfg.export.onnx:
-        check_installed()
     build_optimizer(cfg.optimizer, [nn.Parameter(torch.zeros(1))])
     data = data_settings(cfg)
     check_arguments("data", target("data", data), data)

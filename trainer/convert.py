@@ -1,7 +1,8 @@
-"""The ONNX file of a finished run: the body that workers execute when all has been measured.
+"""The ONNX file of a run: what workers execute before the first phase, and when all is measured.
 
 Rank 0 exports the final model, and the dense one to compare with, runs both in onnxruntime on
-validation data, and tells what came of it. The other ranks have nothing to do.
+validation data, and tells what came of it. Before anything is trained it tries that with the fresh
+model. The other ranks have nothing to do.
 """
 
 from collections.abc import Iterator
@@ -13,14 +14,57 @@ from torch import Tensor, nn
 from trainer.compress.rewrite import restore
 from trainer.config import Config
 from trainer.data.split import Split
+from trainer.engine.match import check_match
 from trainer.engine.world import World
+from trainer.errors import ConfigError, first_line
+from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
 from trainer.export.runtime import BATCHES, OnnxModel, correct, latencies
 from trainer.messages import Converted, Message
-from trainer.run import build_data, build_model
+from trainer.phases import Quantize, build_phases
+from trainer.run import build_data, build_model, build_runtime, check_phases
 
 FP32, INT8 = "fp32", "int8"
 BATCH = 256  # samples that are evaluated at a time
+
+
+def try_export(world: World, cfg: Config) -> Iterator[Message]:
+    """Refuse a model that could not be exported in the end. Tells nothing else.
+
+    The fresh model goes through the quantize phases without training, to ONNX, and through
+    onnxruntime once: structure and operators are those of the final one.
+
+    Raises:
+        ConfigError: a package is missing on this node, or the model cannot be exported; or what
+            the run itself would refuse before its first step.
+    """
+    if world.rank != 0:
+        world.pulse.waiting = True  # for rank 0, up to the next collective
+        return
+    check_installed()
+    with world.pulse.waits():  # a large model may take minutes
+        _try(cfg)
+    yield from ()
+
+
+def _try(cfg: Config) -> None:
+    alone = World.single(torch.device("cpu"))
+    phases, data, model = build_phases(cfg.phases), build_data(cfg), build_model(cfg)
+    check_phases(phases, model)
+    check_match(model, data, build_runtime(alone, cfg))
+    sample = _inputs(data.validation, 2)
+    for phase in phases.values():
+        if isinstance(phase, Quantize):
+            phase.enter(model, alone)
+            model.train()(sample)
+            phase.after_step(model, alone, 1, 1)
+            phase.leave(model)
+    try:
+        OnnxModel(to_onnx(model, sample))(sample)
+    except Exception as error:  # onnxruntime has its own
+        raise ConfigError(
+            f"export.onnx=true: {first_line(error)}; set export.onnx=false, or change the model"
+        ) from error
 
 
 def convert(world: World, cfg: Config, final: bytes, dense: bytes | None) -> Iterator[Message]:
@@ -31,6 +75,7 @@ def convert(world: World, cfg: Config, final: bytes, dense: bytes | None) -> Ite
         dense: those of the dense stage, to compare a quantized model with; None: there is none.
     """
     if world.rank != 0:
+        world.pulse.waiting = True  # as in try_export
         return
     split = build_data(cfg).validation
     models = {FP32: _built(cfg, final)}

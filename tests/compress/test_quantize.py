@@ -1,5 +1,7 @@
 """Grids: what is on them, what they cost, and that they keep zeros, clusters and gradients."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,9 @@ from torch import nn
 from trainer.compress.quantize import (
     ActivationQuantizer,
     WeightQuantizer,
+    activation_quantizers,
     attach,
+    detach_unused,
 )
 
 
@@ -51,6 +55,16 @@ def test_the_scale_has_the_least_error_of_all_tried(bits: int) -> None:
     assert 5 < spread[3] < 20
 
 
+def test_a_faint_channel_has_no_tiny_scale() -> None:
+    weight = torch.ones(4, 5) * torch.tensor([[1.0], [1e-2], [1e-9], [0.0]])
+    quantizer = WeightQuantizer(8, 4)
+    quantizer.calibrate(weight)
+    largest = 1 / 127
+    torch.testing.assert_close(quantizer.scale, largest * torch.tensor([1, 1e-2, 1e-4, 1e-4]))
+    quantizer.calibrate(torch.zeros(4, 5))
+    assert quantizer.scale.tolist() == [1, 1, 1, 1]
+
+
 def test_equal_weights_stay_equal_with_one_scale() -> None:
     weight = torch.tensor([[0.5, -0.25, 0.5], [0.0, 0.5, -0.25]])
     quantizer = WeightQuantizer(8)
@@ -69,25 +83,102 @@ def test_the_gradient_passes_through_and_stops_beyond_the_grid() -> None:
     assert weight.grad.tolist() == [1, 1, 1, 0]
 
 
-def test_activations_take_the_range_of_the_batch_until_they_have_one() -> None:
+def test_activations_are_noted_and_left_until_there_is_a_range() -> None:
     quantizer = ActivationQuantizer(8)
     x = torch.linspace(-1, 3, 100)
-    assert torch.allclose(quantizer(x), x, atol=4 / 255 / 2 + 1e-6)
+    assert torch.equal(quantizer(x), x)
     assert quantizer.seen.tolist() == [-1, 3]
     quantizer(x * 2)
     assert quantizer.seen.tolist() == [-2, 6]  # of all that it saw since it was asked
-    quantizer.range.copy_(torch.tensor([0.0, 1.0]))
+    quantizer.follow(torch.zeros(2), 0.1)  # of zeros alone: still no range
+    assert torch.equal(quantizer(x * 2), x * 2)
+    quantizer.follow(quantizer.seen.clone(), 0.1)
+    assert quantizer.range.tolist() == [-2, 6]
+    assert quantizer.seen.isnan().all()
+    assert torch.allclose(quantizer(x), x, atol=8 / 255 / 2 + 1e-6)
+    quantizer.follow(torch.tensor([torch.nan, torch.nan]), 0.1)
+    quantizer.follow(torch.tensor([-1.0, 7.0]), 0.5)
+    assert quantizer.range.tolist() == [-1.5, 6.5]
+    quantizer.follow(torch.tensor([0.0, 1.0]), 1.0)
+    quantizer.follow(torch.tensor([torch.nan, 1.0]), 1.0)
+    quantizer(x * 2)
     clipped = quantizer.eval()(torch.tensor([-5.0, 0.5, 5.0]))
     assert torch.allclose(clipped, torch.tensor([0, 0.5, 1]), atol=1 / 255)
     assert quantizer.seen.tolist() == [-2, 6]
     assert quantizer(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_leaves_the_range_alone(odd: float) -> None:
+    quantizer = ActivationQuantizer(8)
+    quantizer(torch.tensor([-1.0, odd, 2.0]))
+    assert not quantizer.seen.isinf().any()
+    assert not (quantizer.seen.abs() > 2).any()
+    quantizer.follow(quantizer.seen.clone(), 0.1)
+    assert not quantizer.ready
+    quantizer(torch.tensor([-1.0, 2.0]))
+    quantizer.follow(quantizer.seen.clone(), 0.1)
+    assert quantizer.ready
+    quantizer(torch.tensor([-1.0, odd, 2.0]))
+    quantizer.follow(quantizer.seen.clone(), 0.1)
+    assert quantizer.range.tolist() == [-1, 2]
+
+
 def test_positive_numbers_alone_still_have_zero_on_the_grid() -> None:
     quantizer = ActivationQuantizer(4)
-    made = quantizer(torch.tensor([3.0, 4.0]))
+    numbers = torch.tensor([3.0, 4.0])
+    quantizer(numbers)
     assert quantizer.seen.tolist() == [0, 4]
-    assert made[1] == 4
+    quantizer.follow(quantizer.seen.clone(), 0.1)
+    assert quantizer(numbers)[1] == 4
+
+
+def test_a_range_is_loaded() -> None:
+    source, target = ActivationQuantizer(8), ActivationQuantizer(8)
+    target.load_state_dict(source.state_dict())
+    assert not target.ready
+    source.follow(torch.tensor([-1.0, 1.0]), 0.1)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(9)
+    assert torch.equal(target.eval()(x), source.eval()(x))
+    assert not torch.equal(target(x), x)
+
+
+def test_what_is_never_used_or_always_zero_is_not_quantized() -> None:
+    attention = nn.MultiheadAttention(4, 2)  # its out_proj is never called: only its weight is used
+    model = nn.ModuleDict(
+        {"attention": attention, "idle": nn.Linear(4, 4), "used": nn.Linear(4, 4)}
+    )
+    for layer in (attention.out_proj, model["idle"], model["used"]):
+        attach(layer, "input", ActivationQuantizer(8))
+        attach(layer, "output", ActivationQuantizer(8))
+    x = torch.randn(3, 4)
+    attention(x, x, x)
+    model["idle"](torch.zeros(3, 4))
+    model["used"](x)
+    for quantizer in activation_quantizers(model):
+        quantizer.follow(quantizer.seen.clone(), 0.1)
+    model = copy.deepcopy(model)
+    detach_unused(model)
+    assert not [name for name in model.state_dict() if "attention" in name and "quantizer" in name]
+    assert [name for name in model.state_dict() if "idle" in name and "range" in name] == [
+        "idle.output_quantizer.range"
+    ]
+    assert len(activation_quantizers(model["used"])) == 2
+    expected = nn.functional.linear(x, model["idle"].weight, model["idle"].bias)
+    made = model["idle"].eval()(x)
+    assert torch.equal(made, model["idle"].output_quantizer(expected))
+
+
+def test_an_input_may_be_given_by_name() -> None:
+    layer = nn.Linear(2, 2)
+    attach(layer, "input", ActivationQuantizer(2))
+    x = torch.tensor([[0.0, 3.0], [1.4, 2.6]])
+    layer(input=x)
+    assert layer.input_quantizer.seen.tolist() == [0, 3]
+    layer.input_quantizer.follow(layer.input_quantizer.seen.clone(), 0.1)
+    assert torch.equal(layer(input=x), layer(x))
+    assert not torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_bits_are_loaded_with_the_grid() -> None:
@@ -103,7 +194,12 @@ def test_inputs_and_outputs_of_a_layer_are_quantized() -> None:
     layer = nn.Linear(2, 2)
     for kind in ("input", "output"):
         attach(layer, kind, ActivationQuantizer(2))
-    made = layer(torch.tensor([[0.0, 3.0], [1.4, 2.6]]))
+    x = torch.tensor([[0.0, 3.0], [1.4, 2.6]])
+    for _ in range(2):  # the range of the outputs follows that of inputs on their grid
+        layer(x)
+        for quantizer in activation_quantizers(layer):
+            quantizer.follow(quantizer.seen.clone(), 1.0)
+    made = layer(x)
     steps = made.unique()
     assert len(steps) <= 4
     expected = nn.functional.linear(torch.tensor([[0.0, 3], [1, 3]]), layer.weight, layer.bias)

@@ -5,13 +5,20 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from trainer.compress.lstm import LinearLSTM
-from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, attach
+from trainer.compress.quantize import (
+    ActivationQuantizer,
+    WeightQuantizer,
+    activation_quantizers,
+    attach,
+)
 from trainer.compress.rewrite import (
     conform,
     fold_batch_norms,
     foldable,
+    restore,
     skeleton,
     unroll_lstms,
 )
@@ -49,11 +56,11 @@ def test_a_folded_model_computes_the_same(build) -> None:
 
 
 def test_zeros_stay_when_batch_norm_is_folded() -> None:
-    model = lively(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+    model = lively(nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.BatchNorm1d(4)))
     with torch.no_grad():
-        model[0].weight[:, ::2] = 0
+        model[1].weight[:, ::2] = 0
     fold_batch_norms(model)
-    assert model[0].weight.count_nonzero() == 12
+    assert model[1].weight.count_nonzero() == 12
 
 
 class Branching(nn.Module):
@@ -74,6 +81,37 @@ class Branching(nn.Module):
         return made
 
 
+class Tied(nn.Module):
+    """Two convolutions of one weight, and a batch norm for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+        self.b.weight = self.a.weight
+        self.bn_a, self.bn_b = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.bn_b(self.b(self.bn_a(self.a(x))))
+        return made
+
+
+class Read(nn.Module):
+    """The weight of a convolution is used a second time, without the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.bn(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+        return made
+
+
+class Halved(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
 class Untraceable(Branching):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum() > 0 else x
@@ -83,6 +121,49 @@ def test_what_cannot_be_folded_is_left() -> None:
     assert foldable(Branching()) == {}
     with pytest.raises(ConfigError, match=r"cannot trace Untraceable .* set fold=false"):
         foldable(Untraceable())
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (Tied, torch.randn(3, 2, 4, 4)),
+        (Read, torch.randn(3, 2, 4, 4)),
+        (
+            lambda: nn.Sequential(weight_norm(nn.Conv2d(2, 3, 1)), nn.BatchNorm2d(3)),
+            torch.randn(3, 2, 4, 4),
+        ),
+        (lambda: nn.Sequential(Halved(2, 3, 1), nn.BatchNorm2d(3)), torch.randn(3, 2, 4, 4)),
+        # Along dimension 1, where the channels of a Linear are the last ones.
+        (lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), torch.randn(3, 5, 6)),
+        (lambda: nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(5)), torch.randn(3, 5, 6)),
+        (
+            lambda: nn.Sequential(nn.Flatten(2), nn.Linear(6, 5), nn.BatchNorm1d(5)),
+            torch.randn(3, 5, 2, 3),
+        ),
+    ],
+    ids=["tied", "read", "weight_norm", "subclass", "wrong axis", "sizes", "flatten"],
+)
+def test_what_would_compute_something_else_is_not_folded(build, inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    model = lively(build())
+    expected = model(inputs)
+    fold_batch_norms(model)
+    assert torch.equal(model(inputs), expected)
+
+
+@pytest.mark.parametrize("shape", [lambda x: x.flatten(1), lambda x: x.view(x.shape[0], -1)])
+def test_a_linear_is_folded_where_samples_are_surely_flat(shape) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.bn1 = nn.Linear(8, 5), nn.BatchNorm1d(5)
+            self.fc2, self.bn2 = nn.Linear(5, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.bn2(self.fc2(self.bn1(self.fc1(shape(x))).relu()))
+            return made
+
+    assert foldable(Flat()) == {"bn1": "fc1", "bn2": "fc2"}
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -106,9 +187,35 @@ def test_an_lstm_of_linears_computes_the_same(layers: int, batch_first: bool, bi
     torch.testing.assert_close(lstm.weight_hh_l0.grad, wanted)
 
 
+def test_the_weight_of_a_recurrence_is_computed_once_for_all_steps() -> None:
+    lstm = LinearLSTM(nn.LSTM(3, 4))
+    hh = lstm.layers[0].hh
+    attach(hh, "input", ActivationQuantizer(8))
+    reads = []
+
+    class Computed(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            reads.append(weight)
+            return weight
+
+    nn.utils.parametrize.register_parametrization(hh, "weight", Computed(), unsafe=True)
+    reads.clear()
+    calls = []
+    hh.input_quantizer.register_forward_hook(lambda *_: calls.append(_))
+    lstm(torch.randn(5, 2, 3))
+    assert (len(reads), len(calls)) == (1, 5)
+
+
 def test_other_lstms_are_left() -> None:
+    class Own(nn.LSTM):
+        pass
+
     model = nn.ModuleDict(
-        {"two": nn.LSTM(3, 4, bidirectional=True), "p": nn.LSTM(3, 4, proj_size=2)}
+        {
+            "two": nn.LSTM(3, 4, bidirectional=True),
+            "p": nn.LSTM(3, 4, proj_size=2),
+            "own": Own(3, 4),
+        }
     )
     unroll_lstms(model)
     assert all(isinstance(module, nn.LSTM) for module in model.values())
@@ -129,10 +236,8 @@ def changed(model: nn.Module) -> nn.Module:
                 attach(module, "input", ActivationQuantizer(6))
             last = module
     attach(last, "output", ActivationQuantizer(5))
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("range"):
-                tensor.copy_(torch.tensor([-1.0, 1.0]))
+    for quantizer in activation_quantizers(model):
+        quantizer.follow(torch.tensor([-1.0, 1.0]), 1.0)
     return model
 
 
@@ -154,6 +259,55 @@ def test_a_fresh_model_conforms_to_a_state_dict(build, inputs: Tensor) -> None:
     assert list(fresh.state_dict()) == list(state)
     again = copy.deepcopy(fresh)
     assert torch.equal(again(inputs), model(inputs))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(3, 4),
+        lambda: nn.Sequential(
+            nn.Linear(3, 4),
+            nn.ReLU(),
+            nn.BatchNorm1d(4, affine=False, track_running_stats=False),
+            nn.Linear(4, 4),
+        ),
+    ],
+    ids=["only a layer", "a batch norm without state"],
+)
+def test_what_was_not_folded_is_still_there(build) -> None:
+    model = changed(build().eval())
+    inputs = torch.randn(5, 3)
+    restored = restore(build().eval(), model.state_dict())
+    assert str(restored) == str(model)
+    assert torch.equal(restored(inputs), model(inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("0.weight_quantizer.width", torch.tensor(200, dtype=torch.uint8)),
+        ("0.weight_quantizer.width", torch.tensor([8, 8], dtype=torch.uint8)),
+        ("0.input_quantizer.width", torch.tensor(torch.nan)),
+        ("0.weight_quantizer.scale", None),
+        ("0.weight_quantizer.scale", torch.ones(7)),
+        ("0.weight_quantizer.scale", torch.ones(30, 1)),
+        ("0.input_quantizer.range", None),
+        ("0.input_quantizer.range", torch.ones(3)),
+        ("1.input_quantizer.width", torch.tensor(8, dtype=torch.uint8)),
+        ("2.input_quantizer.width", torch.tensor(8, dtype=torch.uint8)),
+    ],
+)
+def test_a_damaged_grid_is_refused(name: str, value: Tensor | None) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(20, 30), nn.ReLU())
+
+    state = dict(changed(build()).state_dict())
+    restore(build(), state)
+    state[name] = value
+    if value is None:
+        del state[name]
+    with pytest.raises(RuntimeError, match=name.rpartition(".")[0]):
+        restore(build(), state)
 
 
 def test_an_ordinary_state_dict_changes_nothing() -> None:

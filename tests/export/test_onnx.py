@@ -35,6 +35,62 @@ def images(count: int) -> Tensor:
     return torch.rand(count, 1, 28, 28)
 
 
+def dequantized(content: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weights and biases of a file: integers, and the numbers that they stand for."""
+    graph = onnx.load_from_string(content).graph
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in held:
+            integers, scale = (held[name] for name in node.input[:2])
+            shape = (-1, *[1] * (integers.ndim - 1)) if scale.ndim else ()
+            found.append((integers, integers * scale.reshape(shape)))
+    return found
+
+
+def test_any_bias_is_exact() -> None:
+    """One that is huge beside the grids, one of a channel without weights, and ordinary ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 5), nn.Linear(5, 3)
+    )
+    with torch.no_grad():
+        model[0].weight[0] *= 1e-9  # what a dead channel of a batch norm comes to
+        model[0].bias.copy_(torch.tensor([0.5, 0.25, -1.5, 1e-3]))
+        model[0].weight[1] = 0
+        model[3].weight.zero_()
+        model[3].bias.copy_(torch.tensor([0.3, -0.1, 1e-3, 2.0, 0.0]))
+    faint = 1e-9 * images(16)
+    model = quantized(model, faint, fold=False)  # steps of the first input are tiny
+    model[3].bias.data[4] = 1e3
+    before = model.state_dict()
+    content = to_onnx(model, images(2))
+    biases = {len(value): value for integers, value in dequantized(content) if integers.ndim == 1}
+    for name in ("0.bias", "3.bias"):
+        np.testing.assert_allclose(biases[len(before[name])], before[name], rtol=1e-6)
+    np.testing.assert_allclose(biases[3], before["4.bias"], atol=2e-5)  # half a step
+    file = OnnxModel(content)
+    for batch in (faint[:3], images(3)):
+        np.testing.assert_allclose(file(batch), model(batch).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_few_bits_have_exact_biases_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3))
+    model[0].bias.data = torch.tensor([0.1234, -0.4321, 0.0567])
+    x = torch.rand(9, 2)
+    model = quantized(model, x, bits=2, activations=2)
+    np.testing.assert_allclose(OnnxModel(to_onnx(model, x))(x), model(x).detach(), atol=5e-3)
+
+
+@pytest.mark.parametrize("change", [1.01, 2.0])
+def test_a_weight_that_left_its_grid_is_refused(change: float) -> None:
+    model = quantized(LeNet300(), images(8))
+    model.fc2.weight.data *= change
+    with pytest.raises(RunError, match=r"fc2.weight is not on the grid of its quantizer"):
+        to_onnx(model, images(2))
+
+
 def test_a_plain_model_answers_as_pytorch_does() -> None:
     torch.manual_seed(0)
     model = LeNet300().eval()
@@ -59,15 +115,16 @@ def test_a_quantized_model_holds_integers_and_answers_as_pytorch_does(settings) 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     assert __file__.encode() not in content  # the exporter notes which line made each node
-    graph = onnx.load_from_string(content).graph
-    large = [numpy_helper.to_array(t) for t in graph.initializer if np.prod(t.dims) > 10]
-    assert sorted(str(a.dtype) for a in large if a.ndim > 1) == ["int8", "int8"]
-    for weight in (a for a in large if a.ndim > 1):
-        name = "0" if weight.ndim == 4 else "4"
-        scale = before[f"{name}.weight_quantizer.scale"]
-        assert np.array_equal(weight == 0, before[f"{name}.weight"] == 0)
-        scale = scale.view(-1, *[1] * (weight.ndim - 1)) if scale.ndim else scale
-        np.testing.assert_allclose(weight * scale.numpy(), before[f"{name}.weight"], rtol=1e-6)
+    held = dequantized(content)
+    assert sorted(str(integers.dtype) for integers, _ in held) == ["int32"] * 2 + ["int8"] * 2
+    for integers, value in held:
+        kind = "bias" if integers.ndim == 1 else "weight"
+        name = f"{0 if len(value) == 6 else 4}.{kind}"
+        if kind == "weight":
+            assert np.array_equal(integers == 0, before[name] == 0)
+            np.testing.assert_allclose(value, before[name], rtol=1e-6)
+        else:
+            np.testing.assert_allclose(value, before[name], rtol=1e-3, atol=1e-4)
 
     file = OnnxModel(content)
     for count in (1, 32):
@@ -111,7 +168,8 @@ def test_a_language_model_with_tied_weights_answers_as_pytorch_does() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(11, (4, 5))
     model = quantized(LSTMLanguageModel(11, 8, 8, tied=True), tokens)
-    file = OnnxModel(to_onnx(model, tokens[:2]))
+    content = to_onnx(model, tokens[:2])
+    file = OnnxModel(content)
     expected = model(tokens[:3]).detach()
     made = file(tokens[:3])
     assert made.shape == (3, 5, 11)

@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.config import FitConfig
 from trainer.errors import ConfigError
-from trainer.phases import Phase, Prune, Retrain, Train, build_phases, check_order
+from trainer.phases import Phase, Prune, Retrain, Share, Train, build_phases, check_order
 
 CONF = Path(__file__).parents[2] / "conf" / "phase"
 TRAINING = FitConfig(epochs=1)
@@ -22,6 +22,10 @@ class Own(Phase):
 
     fit: FitConfig
     strength: float = 1.0
+
+    @property
+    def destroys(self) -> frozenset[str]:
+        return frozenset({"sharing"})
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -107,6 +111,9 @@ def test_order() -> None:
             check_order({"train": train, "prune": maker, "r": retrain, "train2": train})
     with pytest.raises(ConfigError, match="'own'"):
         check_order({"prune": prune, "own": Own(TRAINING)})
+    check_order({"prune": prune, "own": Own(FitConfig())})
+    with pytest.raises(ConfigError, match=r"'own' .* destroy the sharing made by 'share', trained"):
+        check_order({"share": Share(FitConfig()), "own": Own(FitConfig())})
 
 
 def test_settings_are_checked_against_the_model() -> None:

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tests.engine.conftest import run_ranks
 from trainer import artifact
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.counts import counts
@@ -74,10 +75,13 @@ def test_settings_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ConfigError, match="'conv' matches no weight"):
         Quantize(TRAINING, overrides={"conv": 4}).check(net())
     gru = nn.ModuleDict({"gru": nn.GRU(3, 4)})
-    with pytest.raises(ConfigError, match=r"weight of GRU cannot be quantized.* exempt=\[gru\]"):
+    with pytest.raises(ConfigError, match=r"not gru.weight_ih_l0 \(of GRU\).* exempt=\[gru\]"):
+        Quantize(TRAINING).check(gru)
+    gru.register_parameter("table", nn.Parameter(torch.ones(2, 2)))
+    with pytest.raises(ConfigError, match=r"table \(of ModuleDict\).* exempt=\[table, gru\]"):
         Quantize(TRAINING).check(gru)
     shared = Quantize(TRAINING, per_channel=False, keep=["zeros", "sharing"])
-    folded = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    folded = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(ConfigError, match=r"fold=true with keep=\[sharing\].* set fold=false"):
         shared.check(folded)
     model = net()
@@ -97,6 +101,68 @@ def test_nothing_may_train_after_it() -> None:
         check_order({"share": sharing, "q": quantize})
     keeping = Quantize(TRAINING, per_channel=False, keep=["zeros", "sharing"])
     check_order({"share": sharing, "q": keeping})
+
+
+def test_nothing_may_be_clustered_or_rounded_after_it_even_without_training() -> None:
+    rounding = Quantize(FitConfig(), activations=None)
+    for later in (Share(FitConfig(), 4), rounding):
+        with pytest.raises(ConfigError, match="destroy the quantization made by 'q', trained or"):
+            check_order({"q": rounding, "later": later})
+    with pytest.raises(ConfigError, match=r"destroy the sharing made by 's'.*keep=\[zeros,sharing"):
+        check_order({"s": Share(FitConfig(), 4), "q": rounding})
+    check_order({"q": rounding, "prune": Prune(FitConfig(), 0.5), "idle": Train(FitConfig())})
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranges_are_those_of_one_worker(size: int) -> None:
+    torch.manual_seed(0)
+    batches = torch.randn(4, 3, 20) * torch.tensor([3.0, 1.0, 2.0, 1.0]).view(4, 1, 1)
+
+    def ranges(world: World) -> list[list[float]]:
+        model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+        for number, parameter in enumerate(model.parameters()):  # ranks are threads of one seed
+            generator = torch.Generator().manual_seed(number)
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        phase = Quantize(TRAINING, momentum=0.3)
+        phase.enter(model, world)
+        model.train()
+        for step, batch in enumerate(batches):
+            # Three samples for four workers: one of them sees nothing.
+            for share in batch.tensor_split(world.size)[world.rank :][:1]:
+                if len(share):
+                    model(share)
+            phase.after_step(model, world, step + 1, len(batches))
+        phase.leave(model)
+        return [quantizer.range.tolist() for quantizer in activation_quantizers(model)]
+
+    alone = torch.tensor(ranges(WORLD))
+    found = run_ranks(size, ranges)
+    assert all(one == found[0] for one in found)
+    assert torch.equal(torch.tensor(found[0])[0], alone[0])
+    torch.testing.assert_close(torch.tensor(found[0]), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_is_never_called_keeps_its_inputs() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return made
+
+    torch.manual_seed(0)
+    model, inputs = Attending(), torch.randn(2, 3, 8)
+    exempt = ["attention.in_proj_weight"]
+    run(Quantize(TRAINING, exempt=exempt), model, inputs)
+    assert activation_quantizers(model) == []
+    integers(model, "attention.out_proj.weight")
+    again = restore(Attending(), model.state_dict()).eval()
+    assert torch.equal(again(inputs), model(inputs))
+    layer = model.attention.out_proj
+    x = torch.randn(4, 8)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize(("bits", "per_channel"), [(8, True), (4, False), (2, True)])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, linear
 
 
 class LinearLSTM(nn.Module):
@@ -49,30 +49,38 @@ class _Layer(nn.Module):
 
     def __init__(self, lstm: nn.LSTM, number: int) -> None:
         super().__init__()
-        self.ih = _linear(lstm, f"ih_l{number}")
-        self.hh = _linear(lstm, f"hh_l{number}")
+        self.ih = _linear(nn.Linear, lstm, f"ih_l{number}")
+        self.hh = _linear(_Recurrent, lstm, f"hh_l{number}")
 
     def forward(self, inputs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         outputs = []
+        weight = self.hh.weight  # once for all steps: while it is trained, it is computed
         for gates in self.ih(inputs).unbind():
-            i, f, g, o = (gates + self.hh(h)).chunk(4, -1)
+            i, f, g, o = (gates + self.hh(h, weight)).chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             outputs.append(h)
         return torch.stack(outputs), (h, c)
 
 
+class _Recurrent(nn.Linear):
+    """A Linear that may be given its own weight, where its caller has read it before."""
+
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
+        return linear(input, self.weight if weight is None else weight, self.bias)
+
+
 def convertible(module: Any) -> bool:
-    """Whether `LinearLSTM` can take the place of a module."""
-    return isinstance(module, nn.LSTM) and not module.bidirectional and not module.proj_size
+    """Whether `LinearLSTM` can take the place of a module: a subclass may compute otherwise."""
+    return type(module) is nn.LSTM and not module.bidirectional and not module.proj_size
 
 
-def _linear(lstm: nn.LSTM, suffix: str) -> nn.Linear:
+def _linear(kind: type[nn.Linear], lstm: nn.LSTM, suffix: str) -> nn.Linear:
     weight = getattr(lstm, f"weight_{suffix}")
     outputs, inputs = weight.shape
     with torch.device("meta"):
-        linear = nn.Linear(inputs, outputs, lstm.bias)
-    linear.weight = weight
+        made = kind(inputs, outputs, lstm.bias)
+    made.weight = weight
     if lstm.bias:
-        linear.bias = getattr(lstm, f"bias_{suffix}")
-    return linear
+        made.bias = getattr(lstm, f"bias_{suffix}")
+    return made

@@ -6,7 +6,7 @@ zero where a number lies beyond the grid (Bengio et al. 2013, arXiv:1308.3432).
 
 A quantizer is a child of the layer that it serves, `weight_quantizer`, `input_quantizer` or
 `output_quantizer`, and its grid is in the state_dict. That of the inputs runs whenever the layer
-does. That of the weight only says which grid the weight is on, once training is over.
+is called. That of the weight only says which grid the weight is on, once training is over.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 BITS = range(2, 9)
 
@@ -21,6 +22,7 @@ BITS = range(2, 9)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 _SMALLEST = 1e-12  # scale: below it, its inverse would not be finite in fp32 arithmetic
+_FAINTEST = 1e-4  # scale of a channel, as a fraction of the weight's largest one
 
 
 class Quantizer(nn.Module):
@@ -34,6 +36,7 @@ class Quantizer(nn.Module):
         if bits not in BITS:
             raise ValueError(f"bits={bits}: it must be 2 to 8")
         self.bits = bits
+        self.handles: list[RemovableHandle] = []  # of the hooks that call it
         self.register_buffer("width", torch.tensor(bits, dtype=torch.uint8))
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -63,12 +66,17 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor) -> None:
-        """Take the scale of least squared error for `weight`, clipping what is far out."""
+        """Take the scale of least squared error for `weight`, clipping what is far out.
+
+        A channel that is empty, or as good as that, takes a small fraction of the largest scale.
+        """
         rows = weight.float().reshape(self.scale.numel(), -1)
         top = rows.abs().amax(1, keepdim=True) / self.most
-        best, least = torch.ones_like(top), torch.full_like(top, math.inf)
+        floor = (_FAINTEST * top.amax()).clamp_min(_SMALLEST)
+        least = torch.full_like(top, math.inf)
+        best = torch.where(top.amax() > 0, floor, torch.ones_like(top))
         for part in torch.linspace(1, 0.25, 26).tolist():
-            scale = (top * part).clamp_min(_SMALLEST)
+            scale = (top * part).clamp_min(floor)
             rounded = (rows / scale).round_().clamp_(-self.most, self.most).mul_(scale)
             error = rounded.sub_(rows).square_().sum(1, keepdim=True)
             best = torch.where((error < least) & (top > 0), scale, best)
@@ -92,40 +100,69 @@ class WeightQuantizer(Quantizer):
 class ActivationQuantizer(Quantizer):
     """Affine: the integers 0 to 2^bits - 1 spread over [minimum, maximum], which holds zero.
 
-    While it trains it notes what it sees; `trainer.phases.Quantize` makes the moving average of
-    that over all ranks. Before the first average it takes the range of the batch at hand.
+    While it trains it notes the extremes of what it sees, but where they are infinite or NaN;
+    `trainer.phases.Quantize` lets the range follow those of all ranks. Until it has a range it
+    changes nothing, so that the first step does not depend on how a batch is shared out.
+
+    Attributes:
+        ready: whether it has a range.
     """
 
     range: Tensor
     seen: Tensor
+    ready: bool
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.register_buffer("range", torch.full((2,), math.nan))
         self.register_buffer("seen", torch.full((2,), math.nan), persistent=False)
+        self.ready = False
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if not self.range.is_meta:
+            self.ready = not self.empty
 
     @property
     def most(self) -> int:
         """The largest integer of the grid."""
         return (1 << self.bits) - 1
 
-    def grid(self, extent: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero point (int32) for a range [minimum, maximum], both 0-dim."""
-        scale = ((extent[1] - extent[0]) / self.most).clamp_min(_SMALLEST)
-        zero_point = (-extent[0] / scale).round().clamp(0, self.most)
+    @property
+    def empty(self) -> bool:
+        """Whether it saw nothing, or nothing but zero: that is no range to spread a grid over."""
+        return not bool(self.range[1] > self.range[0])
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32), both 0-dim."""
+        low, high = self.range.unbind()
+        scale = ((high - low) / self.most).clamp_min(_SMALLEST)
+        zero_point = (-low / scale).round().clamp(0, self.most)
         return scale, zero_point.int()
+
+    @torch.no_grad()
+    def follow(self, seen: Tensor, momentum: float) -> None:
+        """Move the range by `momentum` towards `seen` [minimum, maximum]; while there is none, onto
+        it. What is NaN in `seen` moves nothing.
+        """
+        before = self.range if self.ready else seen
+        moved = before + momentum * (seen - before)
+        self.range.copy_(torch.where(seen.isnan(), self.range, moved))
+        self.seen.fill_(torch.nan)
+        self.ready = self.ready or not self.empty
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape on the grid, float32."""
         x = x.float()
-        extent = self.range
         if self.training and x.numel():
             low, high = torch.aminmax(x.detach())
-            now = torch.stack((low.clamp_max(0), high.clamp_min(0))).nan_to_num()
+            now = torch.stack((low.clamp_max(0), high.clamp_min(0)))
+            now = torch.where(now.isfinite(), now, torch.nan)
             seen = self.seen
             seen.copy_(torch.stack((seen[0].fmin(now[0]), seen[1].fmax(now[1]))))
-            extent = torch.where(extent.isnan(), now, extent)
-        scale, zero_point = self.grid(extent)
+        if not self.ready:
+            return x
+        scale, zero_point = self.grid()
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, self.most)
 
 
@@ -134,9 +171,24 @@ def attach(layer: nn.Module, kind: str, quantizer: Quantizer) -> None:
     device = next(layer.parameters()).device
     layer.add_module(f"{kind}_quantizer", quantizer.to(device).train(layer.training))
     if kind == "input":
-        layer.register_forward_pre_hook(_quantize_input)
+        quantizer.handles.append(layer.register_forward_pre_hook(_quantize_input, with_kwargs=True))
     elif kind == "output":
-        layer.register_forward_hook(_quantize_output)
+        quantizer.handles.append(layer.register_forward_hook(_quantize_output))
+
+
+def detach_unused(model: nn.Module) -> None:
+    """Take away the quantizers of activations that saw nothing, or nothing but zeros.
+
+    A layer that is never called, because only its weight is used (MultiheadAttention.out_proj),
+    keeps the inputs that it gets.
+    """
+    for layer in list(model.modules()):
+        for kind in ("input", "output"):
+            quantizer = getattr(layer, f"{kind}_quantizer", None)
+            if isinstance(quantizer, ActivationQuantizer) and quantizer.empty:
+                for handle in quantizer.handles:
+                    handle.remove()
+                delattr(layer, f"{kind}_quantizer")
 
 
 def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
@@ -149,9 +201,14 @@ def is_grid(name: str) -> bool:
     return name.rpartition(".")[0].endswith("_quantizer")
 
 
-def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    first, *rest = args
-    return (module.input_quantizer(first), *rest)  # type: ignore[operator]
+def _quantize_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    quantizer: Any = module.input_quantizer
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))  # self.fc(input=x)
+    return args, {**kwargs, name: quantizer(kwargs[name])}
 
 
 def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -6,18 +6,31 @@ Nothing needs to be recorded beside the weights: their names say which changes w
 """
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.compress.lstm import LinearLSTM, convertible
-from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, attach
+from trainer.compress.quantize import BITS, LAYERS, ActivationQuantizer, WeightQuantizer, attach
 from trainer.errors import ConfigError, first_line
 
-_FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Which batch norm can be folded into which layer. A subclass may compute something else.
+_FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: nn.BatchNorm1d,
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+
+# What gives as many dimensions as it takes.
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+_LAYERS_OF_ONE_SHAPE = (nn.Linear, nn.BatchNorm1d, nn.Identity, nn.Dropout, *_ACTIVATIONS)
+_FUNCTIONS_OF_ONE_SHAPE = ("relu", torch.relu, F.relu, "tanh", torch.tanh, F.gelu, F.dropout)
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -30,7 +43,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         state: a state_dict; of a model that was not quantized, `load_state_dict` does the same.
 
     Raises:
-        RuntimeError: the state_dict is that of another model.
+        RuntimeError: the state_dict is that of another model, or damaged.
     """
     conform(model, state)
     model.load_state_dict(state)
@@ -38,29 +51,38 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def conform(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The structure alone; a state_dict without quantizers leaves it as it is."""
+    """The structure alone; a state_dict without quantizers leaves it as it is.
+
+    Raises RuntimeError where an entry of a quantizer fits no layer, or is damaged.
+    """
     if not any(name.endswith("_quantizer.width") for name in state):
         return
     for name, module in list(model.named_modules()):
         if convertible(module) and f"{name}.layers.0.ih.weight" in state:
             model.set_submodule(name, LinearLSTM(module))
-        elif isinstance(module, _BatchNorm) and not any(
-            f"{name}.{key}" in state for key in module.state_dict()
-        ):
-            model.set_submodule(name, nn.Identity())
+        elif isinstance(module, _BatchNorm):
+            own = [f"{name}.{key}" in state for key in module.state_dict()]
+            if own and not any(own):
+                model.set_submodule(name, nn.Identity())
     for name, module in model.named_modules():
-        if isinstance(module, _FOLDABLE) and module.bias is None and f"{name}.bias" in state:
-            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
+        if type(module) in _FOLDABLE and module.bias is None and f"{name}.bias" in state:
+            weight = cast(Tensor, module.weight)
+            module.bias = nn.Parameter(weight.new_zeros(len(weight)))
     shared: dict[int, WeightQuantizer] = {}
     for name, module in list(model.named_modules()):
-        weight = getattr(module, "weight", None)
-        if (width := state.get(f"{name}.weight_quantizer.width")) is not None:
-            scale = state[f"{name}.weight_quantizer.scale"]
-            quantizer = WeightQuantizer(int(width), len(scale) if scale.ndim else None)
-            attach(module, "weight", shared.setdefault(id(weight), quantizer))
-        for kind in ("input", "output"):
-            if (width := state.get(f"{name}.{kind}_quantizer.width")) is not None:
-                attach(module, kind, ActivationQuantizer(int(width)))
+        for kind in ("weight", "input", "output"):
+            prefix = f"{name}.{kind}_quantizer".removeprefix(".")
+            if f"{prefix}.width" not in state:
+                continue
+            if not isinstance(module, LAYERS):
+                raise RuntimeError(f"{prefix}: a {type(module).__name__} has no quantizer")
+            bits = _bits(f"{prefix}.width", state)
+            if kind == "weight":
+                channels = _channels(f"{prefix}.scale", state, module.weight)
+                quantizer = WeightQuantizer(bits, channels)
+                attach(module, kind, shared.setdefault(id(module.weight), quantizer))
+            else:
+                attach(module, kind, ActivationQuantizer(bits))
 
 
 def unroll_lstms(model: nn.Module) -> None:
@@ -97,6 +119,10 @@ def fold_batch_norms(model: nn.Module) -> None:
 def foldable(model: nn.Module) -> dict[str, str]:
     """The layer that each batch norm can be folded into, by the names of both.
 
+    That is a convolution of the same number of dimensions, or a Linear whose inputs were flattened
+    to [samples, features]; nothing else uses what it computes or its weight, which is an ordinary
+    parameter.
+
     Raises:
         ConfigError: there are batch norms, and torch.fx cannot follow the model.
     """
@@ -110,22 +136,78 @@ def foldable(model: nn.Module) -> dict[str, str]:
             "fold=true: it cannot be found out which layer each batch norm follows, since torch.fx "
             f"cannot trace {type(model).__name__} ({first_line(error)}): set fold=false"
         ) from error
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    once = {node.target for node in calls if sum(n.target == node.target for n in calls) == 1}
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found = {}
-    for node in calls:
-        norm = model.get_submodule(str(node.target))
-        before = node.args[0] if node.args else None
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
+        names = str(node.target), str(before.target)
+        norm, layer = map(model.get_submodule, names)
         if (
             isinstance(norm, _BatchNorm)
-            and norm.track_running_stats
-            and isinstance(before, fx.Node)
-            and {node.target, before.target} <= once
+            and _matching(norm, layer)
+            and (type(layer) is not nn.Linear or _flat(before, model))
+            and all(calls[name] == 1 for name in names)
             and len(before.users) == 1
-            and isinstance(model.get_submodule(str(before.target)), _FOLDABLE)
+            and not read & {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+            and all(places[id(p)] == 1 for p in (*norm.parameters(), *layer.parameters()))
         ):
-            found[str(node.target)] = str(before.target)
+            found[names[0]] = names[1]
     return found
+
+
+def _matching(norm: _BatchNorm, layer: nn.Module) -> bool:
+    """Whether the channels of `norm` are those of `layer`, whose weight is an ordinary one."""
+    weight = layer._parameters.get("weight")
+    return (
+        type(norm) is _FOLDABLE.get(type(layer))
+        and norm.track_running_stats
+        and weight is not None  # the old weight_norm has others
+        and norm.num_features == len(weight)
+        and not (layer._forward_pre_hooks or layer._forward_hooks)
+    )
+
+
+def _flat(value: object, model: nn.Module) -> bool:
+    """Whether a traced value is sure to be [samples, features]: batch norm is along dimension 1,
+    a Linear along the last one.
+    """
+    while isinstance(value, fx.Node) and value.args:
+        rest = (*value.args[1:], *value.kwargs.values())
+        if value.op == "call_module":
+            module = model.get_submodule(str(value.target))
+            if isinstance(module, nn.Flatten):
+                return (module.start_dim, module.end_dim) == (1, -1)
+            if not isinstance(module, _LAYERS_OF_ONE_SHAPE):
+                return False
+        elif value.target in ("flatten", torch.flatten):
+            return rest in ((1,), (1, -1))
+        elif value.target in ("view", "reshape"):
+            return len(rest) == 2
+        elif value.target not in _FUNCTIONS_OF_ONE_SHAPE:
+            return False
+        value = value.args[0]
+    return False
+
+
+def _bits(name: str, state: Mapping[str, Tensor]) -> int:
+    width = state[name]
+    if width.dtype != torch.uint8 or width.ndim or int(width) not in BITS:
+        raise RuntimeError(f"{name} is damaged: it must be one number of type uint8, from 2 to 8")
+    return int(width)
+
+
+def _channels(name: str, state: Mapping[str, Tensor], weight: Tensor) -> int | None:
+    shape = tuple(state[name].shape) if name in state else None
+    if shape not in ((), (len(weight),)):
+        raise RuntimeError(
+            f"{name} is missing or damaged: a weight of shape {[*weight.shape]} has one scale, or "
+            f"{len(weight)}"
+        )
+    return len(weight) if shape else None
 
 
 def skeleton(model: nn.Module) -> nn.Module:

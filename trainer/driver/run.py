@@ -187,7 +187,12 @@ class _Run:
         """Run the phases, from the last checkpoint on."""
         from trainer.run import experiment, start_at
 
-        start = start_at(self.cfg, self._rewind(), partial(self.checkpoints.ended, self.names))
+        point = self._rewind()
+        if self.cfg.export.onnx and not (point.phase or point.step):
+            from trainer.convert import try_export
+
+            self._follow(group, try_export)
+        start = start_at(self.cfg, point, partial(self.checkpoints.ended, self.names))
         self._follow(group, experiment, start)
         self.checkpoints.wait()
 

@@ -3,6 +3,10 @@
 Weights are int8 initializers behind DequantizeLinear, biases int32, and QuantizeLinear and
 DequantizeLinear stand before each quantized layer: the QDQ form, from which runtimes make kernels
 for integers (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+
+A bias is counted in steps of the input times steps of the weight; to leave it fp32 would not help,
+since onnxruntime makes such integers of it by itself, and wraps those that are too large. So the
+file's grids of weights are chosen for the biases to be exact: see `_fitted`.
 """
 
 import copy
@@ -21,6 +25,7 @@ from trainer.errors import RunError, first_line
 
 OPSET = 21  # the first that quantizes to all types of integers that are used here
 INPUT, OUTPUT = "input", "logits"
+_LARGEST = 2.0**30  # bias in its file, in steps: as much again is left for the products
 
 
 def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
@@ -34,11 +39,11 @@ def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
         sample: a batch of inputs, two at least.
 
     Raises:
-        RunError: PyTorch cannot export the model.
+        RunError: PyTorch cannot export the model, or a weight is no longer on its grid.
     """
     exported = copy.deepcopy(model).cpu().float().eval()
-    for layer in list(exported.modules()):
-        _put_integers(layer)
+    for name, layer in list(exported.named_modules()):
+        _put_integers(name, layer)
     batch = torch.export.Dim("batch")
     sample = sample.cpu().contiguous()
     try:
@@ -69,25 +74,70 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, WeightQuantizer) for module in model.modules())
 
 
-def _put_integers(layer: nn.Module) -> None:
+def _put_integers(name: str, layer: nn.Module) -> None:
     """Let a quantized layer compute with what ONNX calls quantized tensors."""
     weights, inputs = (getattr(layer, f"{kind}_quantizer", None) for kind in ("weight", "input"))
     if isinstance(weights, WeightQuantizer):
-        weight = cast(Tensor, layer.weight).detach()
-        scale = weights.scale
-        steps = scale.view(-1, *[1] * (weight.ndim - 1)) if scale.ndim else scale
-        _replace(layer, "weight", (weight / steps).round().to(torch.int8), scale)
+        integers, scale = _integers(f"{name}.weight".removeprefix("."), layer, weights)
         bias = getattr(layer, "bias", None)
-        if bias is not None and isinstance(inputs, ActivationQuantizer):
-            # What integer products come in; with any other bias they would have to be floats.
-            unit = (inputs.grid(inputs.range)[0] * scale).expand(len(bias)).clone()
-            limit = torch.iinfo(torch.int32).max
-            integers = (bias.detach().double() / unit).round().clamp(-limit, limit)
-            _replace(layer, "bias", integers.to(torch.int32), unit)
+        if bias is not None and isinstance(inputs, ActivationQuantizer) and inputs.ready:
+            step = inputs.grid()[0]
+            integers, scale = _fitted(integers, scale, bias.detach().double() / step)
+            unit = (step * scale).expand(len(bias)).clone()
+            count = (bias.detach().double() / unit).round()
+            _replace(layer, "bias", count.to(torch.int32), unit)
+        _replace(layer, "weight", integers.to(torch.int8), scale)
     for kind in ("input", "output"):
         quantizer = getattr(layer, f"{kind}_quantizer", None)
-        if isinstance(quantizer, ActivationQuantizer):
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.ready:
             setattr(layer, f"{kind}_quantizer", _Quantized(quantizer))
+
+
+def _integers(name: str, layer: nn.Module, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
+    """A weight as integers (float32), and their scale. Raises RunError.
+
+    Integers of few bits are multiplied up to 7 bits, which makes the steps finer in which a bias is
+    counted. With the eighth, sums of two products could overflow the 16 bits that some kernels for
+    x86 have for them.
+    """
+    weight = cast(Tensor, layer.weight).detach()
+    steps = weight / _along(quantizer.scale, weight)
+    integers = steps.round()
+    on_grid = (steps - integers).abs().max() < 1e-3 and integers.abs().max() <= quantizer.most
+    if not on_grid:
+        raise RunError(
+            f"{name} is not on the grid of its quantizer, so it cannot be written as integers: "
+            "something changed it after the quantize phase"
+        )
+    finer = 1 << max(0, 7 - quantizer.bits)
+    return integers * finer, quantizer.scale / finer
+
+
+def _fitted(integers: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The same weight on grids of which each bias is an exact number of int32, nearly always as
+    it is.
+
+    A channel whose bias has too many steps gets fewer and larger ones, by a power of two: that
+    moves its products by less than 1e-7 of the bias for each weight. One without a weight that is
+    not zero may have any steps.
+
+    Args:
+        integers: [channels, ...].
+        scale: of one element, or one for each channel.
+        bias: [channels], in steps of the input.
+    """
+    count = (bias / scale).abs()
+    free = (integers.flatten(1) == 0).all(1)
+    larger = (count / _LARGEST).clamp_min(2.0**-60).log2().ceil().exp2()
+    larger = torch.where((count > _LARGEST) | (free & (count > 0)), larger, 1.0)
+    if bool((larger == 1).all()):
+        return integers, scale
+    return (integers / _along(larger, integers)).round(), (scale * larger).float()
+
+
+def _along(scale: Tensor, weight: Tensor) -> Tensor:
+    """`scale` in a shape that multiplies the channels of `weight`."""
+    return scale.view(-1, *[1] * (weight.ndim - 1)) if scale.ndim else scale
 
 
 def _replace(layer: nn.Module, name: str, integers: Tensor, scale: Tensor) -> None:
@@ -117,7 +167,7 @@ class _Quantized(nn.Module):
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
-        scale, zero = quantizer.grid(quantizer.range)
+        scale, zero = quantizer.grid()
         self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero.to(torch.uint8))
         # QuantizeLinear stops at 0 and 255; a grid of fewer bits ends before.
         self.ends: tuple[float, float] | None = None

@@ -1,4 +1,4 @@
-"""What training may do to a model: train, prune, retrain, share, or a phase of your own."""
+"""What training may do to a model: train, prune, retrain, share, quantize, or your own."""
 
 from trainer.phases.base import Phase
 from trainer.phases.build import build_phases, check_order

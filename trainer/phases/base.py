@@ -1,7 +1,7 @@
 """What a phase is: what happens to a model before, during and after a stretch of training.
 
 Phases know nothing of one another. They find plain weights and leave plain weights; what one did to
-them shows in their values (pruned is zero) and nowhere else.
+them shows in their values (pruned is zero) and, where it quantized them, in the grids beside them.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,6 +34,11 @@ class Phase:
         """What its training does not destroy, such as "zeros"."""
         return frozenset()
 
+    @property
+    def destroys(self) -> frozenset[str]:
+        """What it destroys even where it trains nothing, such as "sharing"."""
+        return frozenset()
+
     def check(self, model: nn.Module) -> None:
         """Refuse settings that do not fit `model`. Called before anything starts.
 
@@ -57,7 +62,11 @@ class Phase:
         """
 
     def leave(self, model: nn.Module) -> None:
-        """Turn everything that `enter` installed back into plain weights."""
+        """Turn everything that `enter` installed back into plain weights, under their old names.
+
+        A phase that changes layers for good leaves names from which
+        `trainer.compress.rewrite.conform` finds the change, as quantize does.
+        """
 
     @property
     def most_rounds(self) -> int:

@@ -40,18 +40,20 @@ def _build(key: str, settings: Mapping[str, Any]) -> Phase:
 
 
 def check_order(phases: Mapping[str, Phase]) -> None:
-    """Refuse an order in which the training of a phase destroys what an earlier one made.
+    """Refuse an order in which a phase, or its training, destroys what an earlier one made.
 
     Raises:
         ConfigError: names both phases and what to do.
     """
     made: dict[str, str] = {}
     for name, phase in phases.items():
-        trains = phase.fit.epochs > 0
         for what, maker in made.items():
-            if trains and what not in phase.keeps:
+            told = f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}"
+            if what in phase.destroys:
                 raise ConfigError(
-                    f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}: "
-                    f"use retrain in its place, or move it before {maker!r}"
+                    f"{told}, trained or not: move it before {maker!r}, or keep the {what} where "
+                    "it has a setting for that, such as keep=[zeros,sharing]"
                 )
+            if phase.fit.epochs > 0 and what not in phase.keeps:
+                raise ConfigError(f"{told}: use retrain in its place, or move it before {maker!r}")
         made.update(dict.fromkeys(phase.makes, name))

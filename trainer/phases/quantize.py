@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from trainer.compress.quantize import (
     WeightQuantizer,
     activation_quantizers,
     attach,
+    detach_unused,
 )
 from trainer.compress.rewrite import fold_batch_norms, foldable, skeleton, unroll_lstms
 from trainer.compress.select import Place, choose, match, module_of, parameters
@@ -31,13 +33,15 @@ from trainer.phases.retrain import surviving
 class Quantize(Phase):
     """Round weights and the inputs of layers to a grid of few integers, and train with that.
 
-    Batch norm is folded first, and an LSTM is made of Linear layers (its weights have names such as
-    "lstm.layers.0.ih.weight" then, for patterns too). The scale of a weight is that of least
-    squared error at the start, and stays. The range of an input is a moving average of the
-    smallest and largest number of each step, over all ranks.
+    Batch norm is folded first, where that changes nothing (trainer.compress.rewrite.foldable), and
+    an LSTM is made of Linear layers (its weights have names such as "lstm.layers.0.ih.weight" then,
+    for patterns too). The scale of a weight is that of least squared error at the start, and stays.
+    The range of an input is a moving average of the smallest and largest finite number of each
+    step, over all ranks; the first step, in which there is none yet, rounds weights alone.
 
     What leaves are plain weights on their grid, and quantizers that hold scales and ranges
-    (trainer.compress.quantize).
+    (trainer.compress.quantize). The inputs of a layer that the model never calls, and those that
+    were never other than zero, are not quantized.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -58,6 +62,10 @@ class Quantize(Phase):
     @property
     def keeps(self) -> frozenset[str]:
         return frozenset(self.keep)
+
+    @property
+    def destroys(self) -> frozenset[str]:
+        return frozenset({"sharing", "quantization"}) - self.keeps
 
     def __post_init__(self) -> None:
         asked: dict[str, int | None] = {"bits": self.bits, "activations": self.activations}
@@ -106,21 +114,18 @@ class Quantize(Phase):
         found = activation_quantizers(model)
         if not found:
             return
-        seen = torch.stack([quantizer.seen for quantizer in found])
-        there = ~seen.isnan()
-        sums = torch.stack((seen.nan_to_num(0), there.float()))
-        world.all_reduce(sums)
-        mean = sums[0] / sums[1]  # NaN where no rank saw anything
-        for quantizer, now in zip(found, mean.unbind(), strict=True):
-            before = torch.where(quantizer.range.isnan(), now, quantizer.range)
-            moved = before + self.momentum * (now - before)
-            quantizer.range.copy_(torch.where(now.isnan(), quantizer.range, moved))
-            quantizer.seen.fill_(torch.nan)
+        mine = torch.stack([quantizer.seen for quantizer in found])
+        table = mine.new_zeros(world.size, *mine.shape)  # a row for each rank
+        table[world.rank] = mine
+        world.all_reduce(table)
+        low = reduce(torch.fmin, table[..., 0])  # NaN where no rank saw anything
+        high = reduce(torch.fmax, table[..., 1])
+        for quantizer, seen in zip(found, torch.stack((low, high), 1), strict=True):
+            quantizer.follow(seen, self.momentum)
 
     def leave(self, model: nn.Module) -> None:
         fold(model)
-        for quantizer in activation_quantizers(model):
-            quantizer.range.nan_to_num_(0)  # of a layer that was never used
+        detach_unused(model)
         round_numbers(model)
 
     def _rewrite(self, model: nn.Module) -> dict[str, WeightQuantizer]:
@@ -146,10 +151,16 @@ class Quantize(Phase):
 
 
 def _check_layers(chosen: Mapping[str, list[Place]]) -> None:
-    for name, places in chosen.items():
-        for layer, attribute in places:
-            if not isinstance(layer, LAYERS) or attribute != "weight":
-                raise ConfigError(
-                    f"{name}: a weight of {type(layer).__name__} cannot be quantized, only those "
-                    f"of Linear, Conv, Embedding and a plain LSTM; exempt=[{module_of(name)}]"
-                )
+    wrong = {
+        name: type(layer).__name__
+        for name, places in chosen.items()
+        for layer, attribute in places
+        if not isinstance(layer, LAYERS) or attribute != "weight"
+    }
+    if wrong:
+        told = ", ".join(f"{name} (of {kind})" for name, kind in wrong.items())
+        patterns = dict.fromkeys(module_of(name) or name for name in wrong)
+        raise ConfigError(
+            f"only weights of Linear, Conv, Embedding and a plain LSTM can be quantized, not {told}"
+            f"; exempt=[{', '.join(patterns)}]"
+        )

@@ -45,6 +45,10 @@ class Share(Phase):
     def keeps(self) -> frozenset[str]:
         return frozenset({"zeros", "sharing"})
 
+    @property
+    def destroys(self) -> frozenset[str]:
+        return frozenset({"quantization"})  # a mean of weights is on no grid
+
     def __post_init__(self) -> None:
         asked = {"bits": self.bits, "biases": self.biases} | _dotted("overrides", self.overrides)
         for key, bits in asked.items():

@@ -1,4 +1,4 @@
-"""What the phases of an experiment leave behind, stage by stage: dense, pruned, shared."""
+"""What the phases of an experiment leave, stage by stage: dense, pruned, shared, quantized."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

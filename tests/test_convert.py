@@ -1,0 +1,85 @@
+"""What is tried with the fresh model before training, and what is told of the final one."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.test_resume import config
+from trainer.config import Config
+from trainer.convert import convert, try_export
+from trainer.engine.checkpoint import to_bytes
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.phases import Quantize, build_phases
+from trainer.run import build_model
+
+WORLD = World.single(torch.device("cpu"))
+
+
+def second() -> World:
+    return World(1, 2, torch.device("cpu"), WORLD.transport, None)
+
+
+class Odd(nn.Module):
+    """Its logits depend on a decision that no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x.flatten(1))
+        return logits if logits.sum() > 0 else -logits
+
+
+def chosen(**model: Any) -> Config:
+    settings = model or {"_target_": "trainer.models.LeNet300"}
+    quantize = {"_target_": "trainer.phases.Quantize", "fit": {"epochs": 1}}
+    return config(model=settings, phases={"quantize": quantize})
+
+
+def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_trained() -> None:
+    said = r"export.onnx=true: Odd cannot be exported to ONNX: .*; set export.onnx=false"
+    with pytest.raises(ConfigError, match=said):
+        list(try_export(WORLD, chosen(_target_=f"{__name__}.Odd")))
+    assert list(try_export(WORLD, chosen())) == []
+
+
+def test_what_the_run_would_refuse_is_told_as_the_run_tells_it() -> None:
+    with pytest.raises(ConfigError, match=r"data and model: .*LeNet300 has 9 outputs"):
+        list(try_export(WORLD, chosen(_target_="trainer.models.LeNet300", classes=9)))
+
+
+def test_only_the_rank_that_exports_needs_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    idle = second()
+    assert list(try_export(idle, chosen())) == []
+    assert idle.pulse.waiting  # however long rank 0 takes, it does not hang
+    with pytest.raises(ConfigError, match="onnxruntime cannot be imported"):
+        list(try_export(WORLD, chosen()))
+
+
+def test_the_final_model_is_compared_with_the_dense_one() -> None:
+    cfg = chosen()
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    dense = to_bytes(model.state_dict())
+    phase = build_phases(cfg.phases)["quantize"]
+    assert isinstance(phase, Quantize)
+    phase.enter(model, WORLD)
+    model.train()(torch.rand(8, 1, 28, 28))
+    phase.after_step(model, WORLD, 1, 1)
+    phase.leave(model)
+    final = to_bytes(model.state_dict())
+    idle = second()
+    assert list(convert(idle, cfg, final, dense)) == []
+    assert idle.pulse.waiting
+    told = list(convert(WORLD, cfg, final, dense))
+    assert [one.name for one in told] == ["fp32", "int8"]
+    assert told[0].content == b""
+    assert len(told[1].content) == told[1].file_bytes < 0.35 * told[0].file_bytes
+    assert all(abs(one.accuracy - one.torch_accuracy) <= 0.05 for one in told)
+    assert told[0].difference < 1e-4
