@@ -21,13 +21,16 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
     Args:
         models: by name, the content of a safetensors file; `DECODED` that of a compressed model.
     """
-    test = build_data(cfg).test
+    world.pulse.begin("in the measurement", len(cfg.phases))
+    with world.pulse.waits():
+        test = build_data(cfg).test
     runtime = build_runtime(world, cfg)
     for name, content in models.items():
         if should_stop(world):
             yield RunStopped()
             return
         load = artifact.loads if name == DECODED else safetensors.torch.load
-        model = restore(build_model(cfg), load(content))
+        with world.pulse.waits():
+            model = restore(build_model(cfg), load(content))
         metrics = evaluate(runtime.place(model), test, runtime)
         yield Measured(name, metrics.accuracy, metrics.loss)
