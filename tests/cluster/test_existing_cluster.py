@@ -136,7 +136,7 @@ def test_runs_as_a_submitted_job(cluster, tmp_path):
     """The job joins its own cluster by RAY_ADDRESS, and workers get the folder's code."""
     code, results = tmp_path / "code", tmp_path / "results"
     code.mkdir()
-    (code / "mynet.py").write_text("from trainer.models import LeNet300 as Net\n")
+    (code / "mynet.py").write_text("from trainer.models import LeNet5 as Net\n")
     submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(code)]
     command = ["python", "-m", "trainer", *SHORT, "model={_target_: mynet.Net}"]
     done = cluster.call(
@@ -168,6 +168,4 @@ def test_a_stopped_job_saves(cluster, tmp_path):
     assert stopped.returncode == 0, stopped.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["error"]) == ("interrupted", "interrupted by SIGTERM")
-    log = cluster.call("ray", "job", "logs", *job, "mine", cwd=tmp_path).stdout
-    assert "interrupted by SIGTERM" in log
     assert list(run.glob("checkpoints/01-train-step-*"))  # what resume= goes on from
