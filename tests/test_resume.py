@@ -506,6 +506,7 @@ class TestWorkers:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
 
+    @pytest.mark.timeout(300)  # four commands, one after the other
     def test_what_ends_the_driver_costs_nothing_but_time_and_leaves_nothing(
         self, undisturbed, tmp_path, monkeypatch
     ):

@@ -1,10 +1,13 @@
 """Decisions about workers that are lost, hang or find no room: pure, tested without processes."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from trainer.cluster.group import Failure
 from trainer.cluster.restart import Loss, why_not_restart
 from trainer.cluster.room import shortage
+from trainer.cluster.signs import LOOK_EVERY_S, Signs
 from trainer.cluster.watch import AWAY_S, Sign, Watch
 
 DIED = Loss("the process died", None)
@@ -80,6 +83,37 @@ def test_looks_at_short_intervals_forgive_nothing():
         watch.look(now)
         assert now < 20
     assert now <= 10 + AWAY_S
+
+
+class Busy:
+    """An actor that has done something whenever it is asked; what it is asked for is the answer."""
+
+    def __init__(self):
+        self.beats = 0
+
+    @property
+    def sign(self):
+        return self
+
+    def remote(self):
+        self.beats += 1
+        return object(), sign(self.beats)
+
+
+def test_every_look_takes_in_the_signs_of_all_ranks(monkeypatch):
+    """With many of them, one sign a look would not come round in time."""
+    now = [0.0]
+    fake_ray = SimpleNamespace(
+        get=lambda ref: ref[1],
+        wait=lambda refs, num_returns=1, timeout=None: (refs[:num_returns], refs[num_returns:]),
+    )
+    monkeypatch.setattr("trainer.cluster.signs.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("trainer.cluster.signs.ray", fake_ray)
+    signs = Signs([Busy() for _ in range(100)], 5)
+    while now[0] < 20:
+        assert signs.look() is None
+        now[0] += LOOK_EVERY_S
+    assert signs.last(99).beats > 10
 
 
 @pytest.mark.parametrize(

@@ -74,15 +74,16 @@ class RayGroup:
 
     def restart(self) -> None:
         """Replace the workers that are lost; the others stay warm."""
-        idle = [rank.actor.identity.remote() for rank in self._ranks]
+        idle = {rank.actor.identity.remote(): number for number, rank in enumerate(self._ranks)}
         deadline = time.monotonic() + IDLE_WAIT_S
-        for number, (rank, ref) in enumerate(zip(self._ranks, idle, strict=True)):
-            try:
-                ray.get(ref, timeout=max(0, deadline - time.monotonic()))
-            except RayActorError:
-                self._ranks[number] = _Rank(self._new_actor(number))
-            except GetTimeoutError:
-                self._kill(rank)
+        while idle:
+            answered, silent = ray.wait(list(idle), timeout=max(0, deadline - time.monotonic()))
+            for ref in answered or silent:
+                number = idle.pop(ref)
+                if not answered:
+                    self._kill(self._ranks[number])
+                elif not _died(ref):
+                    continue
                 self._ranks[number] = _Rank(self._new_actor(number))
         self._meet()
         if self._room.device == "cuda" and (blind := self._blind()):
@@ -268,6 +269,15 @@ def _told_at_start() -> Iterator[None]:
     except RayError as error:
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise RunError(f"the workers did not start: {last}", str(error)) from error
+
+
+def _died(answer: Any) -> bool:
+    """Whether an actor died before it could give this answer."""
+    try:
+        ray.get(answer)
+    except RayActorError:
+        return True
+    return False
 
 
 def _ready(streams: Mapping[Any, int], timeout: float) -> list[Any]:

@@ -8,10 +8,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from trainer.cluster.group import NoRoom
+from trainer.cluster.signs import LOOK_EVERY_S
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
-
-LOOK_EVERY_S = 0.5  # between two looks at a request to stop
 
 
 class Room:

@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 
 from trainer.cluster.watch import Sign, Watch
 
-LOOK_EVERY_S = 0.5  # seconds between two looks
+LOOK_EVERY_S = 0.5  # seconds between two looks, and between two at a request to stop
 
 
 class Signs:
