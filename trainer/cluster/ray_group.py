@@ -170,7 +170,7 @@ class RayGroup:
                 up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_EVERY_S)
                 ray.get(up)  # raises where one has died
                 self._heed_stop()
-                self._room.wait(self._heed_stop)
+                self._room.keep(self._heed_stop)
                 if time.monotonic() > deadline:
                     raise GetTimeoutError(f"they are not up after {START_WAIT_S:g} s")
             for rank, identity in zip(self._ranks, ray.get(answers), strict=True):

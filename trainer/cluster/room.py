@@ -41,20 +41,33 @@ class Room:
         """
         self.device = self._choose_device()
         self.group = placement_group([self.bundle] * self._cfg.workers, strategy="PACK")
-        self.wait(heed_stop)
+        if not self._found(heed_stop):
+            message, forever = self._shortage()
+            raise ConfigError(message) if forever else NoRoom(message)
 
-    def wait(self, heed_stop: Callable[[], None]) -> None:
-        """Return when every worker has its place: at once, unless a node was lost meanwhile.
+    def keep(self, heed_stop: Callable[[], None]) -> None:
+        """Return when every worker has its place: at once, unless a node went away meanwhile.
 
-        Raises as `reserve`.
+        Args: as of `reserve`.
+
+        Raises:
+            NoRoom: no other node came in its place.
         """
+        if not self._found(heed_stop):
+            raise NoRoom(self._shortage()[0])
+
+    def _found(self, heed_stop: Callable[[], None]) -> bool:
+        """Whether there are places for all within the time-out; if not, none is kept."""
         assert self.group is not None
         deadline = time.monotonic() + self._cfg.start_timeout_s
         while (left := deadline - time.monotonic()) > 0:
             if self.group.wait(min(left, LOOK_EVERY_S)):
-                return
+                return True
             heed_stop()
         self.free()
+        return False
+
+    def _shortage(self) -> tuple[str, bool]:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         missing, forever = shortage(
             self.bundle, self._cfg.workers, nodes, ray.available_resources()
@@ -63,7 +76,7 @@ class Room:
             f"no room for cluster.workers={self._cfg.workers} within cluster.start_timeout_s="
             f"{self._cfg.start_timeout_s:g}: {missing}"
         )
-        raise ConfigError(message) if forever else NoRoom(message)
+        return message, forever
 
     def free(self) -> None:
         """Give the places back."""
