@@ -459,6 +459,20 @@ class TestWorkers:
             below |= {int(pid) for pid, parent, _ in rows if int(parent) in below}
         return [int(pid) for pid, _, args in rows if int(pid) in below and "ray::Worker" in args]
 
+    def test_two_workers_send_what_they_learn(self, undisturbed):
+        extras = 2  # the mean loss and what is asked travel along with the gradients
+        assert "2 workers on cpu" in (undisturbed / "log.txt").read_text()
+        summary = json.loads((undisturbed / "summary.json").read_text())
+        assert summary["workers"] == 2
+        assert len(summary["nodes"]) == 2
+        train, prune, retrain, share = summary["phases"]
+        for phase in (train, retrain, share):
+            assert phase["sent_bytes_per_step"] == 4 * (phase["learnable"] + extras)
+        assert retrain["learnable"] < 0.12 * train["learnable"]
+        assert share["learnable"] < 0.001 * train["learnable"]
+        assert prune["sparsity"] == pytest.approx(0.9, abs=1e-4)
+        assert retrain["sparsity"] >= prune["sparsity"]
+
     def test_a_killed_and_a_stopped_worker_cost_nothing_but_time(
         self, undisturbed, tmp_path, monkeypatch
     ):
