@@ -4,8 +4,9 @@
 
 Two warm Ray workers with one thread each train AlexNet on random images by the body that every run
 executes; this process takes in what they report and writes the checkpoints, as the driver does.
-Passes with and without checkpoints take turns. A pass is 41 steps; its time is from the end of the
-first step to the end of the last, so that two checkpoints are made in it.
+Passes with and without checkpoints take turns. A pass is 61 steps; its time is from the end of step
+20 to the end of step 60: two checkpoints are made in it, and each is written beside the 20 steps
+that follow it.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from trainer.report.checkpoints import Checkpoints
 from trainer.run import Start, experiment
 
 EVERY = 20  # steps between two checkpoints
-STEPS = 2 * EVERY + 1
+STEPS = 3 * EVERY + 1
+TIMED = slice(EVERY - 1, 3 * EVERY)  # ends of steps, from just before a checkpoint on
 STAMPS = "CHECKPOINT_STAMPS"  # environment: the file with rank 0's time stamps
 
 
@@ -93,7 +95,8 @@ def measure(group: WorkerGroup, cfg: Config, stamps: Path) -> float:
     columns = [[*map(float, file.read_text().split())] for file in stamps.iterdir()]
     ends = [max(pair) for pair in zip(*columns, strict=True)]
     assert len(ends) == STEPS
-    return (ends[-1] - ends[0]) / (STEPS - 1)
+    timed = ends[TIMED]
+    return (timed[-1] - timed[0]) / (len(timed) - 1)
 
 
 def main() -> None:

@@ -2,13 +2,16 @@
 
     python benchmarks/soak.py [--minutes 30] [--seed 0]
 
-LeNet-5 on 6,000 digits, trained, pruned along a ramp and retrained by Ray workers, a checkpoint
-every two seconds. Every 10 to 30 seconds one of these happens to it:
+LeNet-5 on 6,000 digits, trained, pruned along a ramp, retrained and shared by Ray workers, a
+checkpoint every two seconds. Every 10 to 30 seconds one of these happens to it:
 
     worker killed       SIGKILL to a random worker
     worker frozen       SIGSTOP to a random worker; cluster.hang_timeout_s is 8
     driver killed       SIGKILL to the command's process
     Ctrl-C, SIGTERM     the command must save and exit 130 or 143
+    Ctrl-C twice        the second one, a moment later, ends it at once
+
+One command in three is hit early, while Ray or the workers start.
 
 Whenever the command has ended, `resume=RUN_DIR` goes on. A run that got to its end is held against
 an undisturbed one of the same settings, and the next run begins: two workers in fp32, then three in
@@ -40,11 +43,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAUSE_S = (10.0, 30.0)  # between two faults
+EARLY = 1 / 3  # of the commands get their first fault at their start
+EARLY_S = (3.0, 8.0)  # after the start of the command, which has its handlers by then
+SECOND_S = (0.0, 1.0)  # from the first Ctrl-C to the second
 GONE_WITHIN_S = 30.0  # after the command's end, for Ray's processes and its folder
-RUN_LIMIT_S = 600.0  # for the undisturbed run, and for a command that was asked to end
+RUN_LIMIT_S = 600.0  # for the undisturbed run, and for a command that nothing disturbs any more
 SETTINGS = [
     *("+experiment=smoke", "phases.train.fit.epochs=10", "phases.retrain.fit.epochs=10"),
     *("phases.prune.schedule=cubic", "phases.prune.fit.epochs=10", "optimizer.lr=0.005"),
+    "phases.share.fit.epochs=3",
     *("checkpoint.every_seconds=2", "cluster.max_restarts=1000", "cluster.hang_timeout_s=8"),
 ]
 VARIANTS = {
@@ -60,6 +67,7 @@ FAULTS = {
     "driver killed": signal.SIGKILL,
     "Ctrl-C": signal.SIGINT,
     "SIGTERM": signal.SIGTERM,
+    "Ctrl-C twice": signal.SIGINT,
 }
 
 
@@ -177,6 +185,9 @@ def hit(run: Soaked, chance: random.Random) -> tuple[str, signal.Signals | None]
             chance.choice(workers).send_signal(number)
         return kind, None
     run.command.send_signal(number)
+    if kind == "Ctrl-C twice":
+        time.sleep(chance.uniform(*SECOND_S))
+        run.command.send_signal(number)
     return kind, number
 
 
@@ -198,9 +209,12 @@ def exit_codes(sent: signal.Signals | None, done: bool) -> set[int]:
 def soak(run: Soaked, chance: random.Random, until: float, tally: Tally) -> bool:
     """Disturb a run until it is done, or the time is up. Returns whether it is done."""
     run.start()
+    just_started = True
     pending: list[str] = []  # faults of which it is not known yet whether the run survives them
     while True:
-        pause = chance.uniform(*PAUSE_S)
+        early = just_started and chance.random() < EARLY
+        pause = chance.uniform(*(EARLY_S if early else PAUSE_S))
+        just_started = False
         sent: signal.Signals | None = None
         code = run.wait(pause)
         if code is None and time.monotonic() < until:
@@ -212,12 +226,14 @@ def soak(run: Soaked, chance: random.Random, until: float, tally: Tally) -> bool
             code = run.wait(RUN_LIMIT_S)
         elif code is None:  # no time left: let it end undisturbed
             code = run.wait(RUN_LIMIT_S)
+        wrong = []
         if code not in exit_codes(sent, run.done()):
-            tally.fail(f"exit code {code} after {pending}, in {run.folder}:\n{run.told()}")
-            pending.clear()
-        for what in run.left_behind():
-            tally.fail(f"left behind after {pending}: {what}")
-        tally.survived.update(pending)
+            wrong.append(f"exit code {code} after {pending}, in {run.folder}:\n{run.told()}")
+        wrong += [f"left behind after {pending}: {what}" for what in run.left_behind()]
+        for what in wrong:
+            tally.fail(what)
+        if not wrong:
+            tally.survived.update(pending)
         pending.clear()
         if code == 0:
             return True
@@ -225,6 +241,7 @@ def soak(run: Soaked, chance: random.Random, until: float, tally: Tally) -> bool
             run.command.kill()
             return False
         run.start()
+        just_started = True
 
 
 def undisturbed(folder: Path, settings: list[str], tally: Tally) -> bytes:
@@ -234,6 +251,9 @@ def undisturbed(folder: Path, settings: list[str], tally: Tally) -> bytes:
     run.start()
     while (code := run.wait(1.0)) is None:
         run.look()
+        if time.monotonic() - started > RUN_LIMIT_S:
+            run.command.kill()
+            raise SystemExit(f"the undisturbed run takes too long:\n{run.told()}")
     if code:
         raise SystemExit(f"the undisturbed run failed:\n{run.told()}")
     print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)

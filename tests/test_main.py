@@ -6,8 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -27,8 +25,6 @@ EXPERIMENTS = [file.stem for file in FILES]
 SWEEPS = [file.stem for file in FILES if "sweep" in yaml.safe_load(file.read_text())]
 
 # What makes any shipped experiment small: one inline worker, a few steps of each phase.
-EXTRAS = 2  # the mean loss and what is asked travel along with the gradients
-
 TINY = [
     "cluster=inline",
     "hydra.run.dir=run",
@@ -365,84 +361,6 @@ def test_own_experiments_live_in_a_folder_of_their_own(tmp_path):
         [sys.executable, "-m", "trainer", "--config-dir", "my conf"], capture_output=True, text=True
     )
     assert "My own" in done.stdout
-
-
-@pytest.fixture
-def short_tmp():
-    """A temporary folder with a path that Ray's sockets fit in."""
-    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield folder
-
-
-def children(pid):
-    """All living descendants of a process."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
-    parents = {int(p): int(pp) for p, pp in (line.split() for line in listed.splitlines())}
-    found, border = set(), {pid}
-    while border:
-        border = {p for p, parent in parents.items() if parent in border} - found
-        found |= border
-    return found
-
-
-def alive(pids):
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-@pytest.mark.integration
-@pytest.mark.skipif(not Path("/proc").exists(), reason="counts processes under /proc")
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
-)
-def test_nothing_stays_behind_after_a_signal(number, code, short_tmp):
-    """Two Ray workers, interrupted in the middle of training."""
-    environment = {**os.environ, "TMPDIR": short_tmp}
-    endless = ["phases.train.fit.epochs=500", "optimizer.lr=0.001"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", "+experiment=smoke", "hydra.run.dir=run", *endless],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    metrics = Path("run/metrics.jsonl")
-    deadline = time.monotonic() + 90
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert metrics.exists()
-    family = children(process.pid)
-    assert len(family) > 2
-    segments = set(Path("/dev/shm").iterdir())
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert b"SIGTERM received" not in told  # Ray's native handler would abort it in three seconds
-    deadline = time.monotonic() + 30
-    while alive(family) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert alive(family) == []
-    assert list(Path(short_tmp).glob("trainer-*")) == []
-    if number != signal.SIGKILL:
-        assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
-    assert set(Path("/dev/shm").iterdir()) <= segments
-
-
-@pytest.mark.integration
-def test_two_ray_workers_run_smoke(tmp_path):
-    said = capture(["+experiment=smoke", "hydra.run.dir=run", "data.train=1000"])
-    assert "2 workers on cpu" in said
-    summary = json.loads(Path("run/summary.json").read_text())
-    assert summary["workers"] == 2
-    assert len(summary["nodes"]) == 2
-    train, prune, retrain, share = summary["phases"]
-    assert train["sent_bytes_per_step"] == 4 * (train["learnable"] + EXTRAS)
-    assert retrain["sent_bytes_per_step"] == 4 * (retrain["learnable"] + EXTRAS)
-    assert retrain["learnable"] < 0.12 * train["learnable"]
-    assert share["sent_bytes_per_step"] == 4 * (share["learnable"] + EXTRAS)
-    assert share["learnable"] < 0.001 * train["learnable"]
-    assert prune["sparsity"] == pytest.approx(0.9, abs=1e-4)
-    assert retrain["sparsity"] >= prune["sparsity"]
 
 
 @pytest.mark.integration

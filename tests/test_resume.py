@@ -191,14 +191,31 @@ ARGUMENTS = [
 
 
 @pytest.fixture
-def finished(tmp_path, monkeypatch):
-    """A folder with an undisturbed run, to compare others with."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    assert main([*ARGUMENTS, "hydra.run.dir=undisturbed"]) == 0
-    yield tmp_path
-    for number, handler in handlers.items():
+def handlers():
+    """The signal handlers of the tests are kept."""
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_run(tmp_path_factory):
+    """A run that was left alone, to compare others with; nobody writes to it."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    assert main([*ARGUMENTS, f"hydra.run.dir={folder}"]) == 0
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    return folder
+
+
+@pytest.fixture
+def finished(undisturbed_run, tmp_path, monkeypatch, handlers):
+    """A folder to work in, with an undisturbed run to compare others with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "undisturbed").symlink_to(undisturbed_run)
+    return tmp_path
 
 
 def same_end(one, other):
@@ -223,27 +240,40 @@ def same_end(one, other):
     )
 
 
+@contextlib.contextmanager
 def once(pattern, act):
-    """Call `act` as soon as there is a file that matches."""
+    """Call `act` as soon as there is a file that matches, while the block lasts."""
+    folder, over = Path.cwd(), threading.Event()
 
     def wait():
-        while not list(Path().glob(pattern)):
-            time.sleep(0.005)
+        while not list(folder.glob(pattern)):
+            if over.wait(0.005):
+                return
         act()
 
-    threading.Thread(target=wait, daemon=True).start()
+    watcher = threading.Thread(target=wait)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def test_interrupted_then_resumed_from_the_command_line(finished, capsys):
     folder = finished / "with space=and equals"
     pattern = f"{folder.name}/checkpoints/01-train-step*.safetensors"
-    once(pattern, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert main([*ARGUMENTS, f'hydra.run.dir="{folder.name}"']) == 130
-    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    with once(pattern, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        assert main([*ARGUMENTS, f'hydra.run.dir="{folder.name}"']) == 130
+    before = json.loads((folder / "summary.json").read_text())
+    assert before["status"] == "interrupted"
     assert not (folder / "checkpoints" / "01-train.safetensors").exists()
     assert main([f"resume={folder}", "checkpoint.keep=1"]) == 0
     assert same_end("undisturbed", folder)
     assert not list(folder.glob("checkpoints/*step*"))
+    after = json.loads((folder / "summary.json").read_text())
+    trained = sum(phase["seconds"] for phase in after["phases"])
+    assert after["seconds"] > max(before["seconds"] / 2, trained)  # of both commands
     capsys.readouterr()
     assert main([f"resume={folder}"]) == 0  # a finished run shows its summary
     assert "test set" in capsys.readouterr().out
@@ -265,6 +295,7 @@ def test_what_cannot_be_resumed_is_a_wrong_configuration(finished, arguments, sa
     assert message.count("\n") == 1
 
 
+@pytest.mark.usefixtures("handlers")
 def test_a_diverging_loss_ends_the_run_and_keeps_the_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*ARGUMENTS, "hydra.run.dir=run", "optimizer.lr=1e10"]) == 1
@@ -299,24 +330,27 @@ def fill(file):
 
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(finished, small_disk, capsys):
     run, filler = small_disk / "run", small_disk / "filler"
-    once("disk/run/checkpoints/01-train-step*.safetensors", lambda: fill(filler))
-    assert main([*ARGUMENTS, f"hydra.run.dir={run}"]) == 1
+    with once("disk/run/checkpoints/01-train-step*.safetensors", lambda: fill(filler)):
+        assert main([*ARGUMENTS, f"hydra.run.dir={run}"]) == 1
     said = capsys.readouterr().err
     assert "No space left" in said
     assert said.count("\n") == 1
     assert list(run.glob("checkpoints/*step*.safetensors"))
-    assert not list(run.glob("checkpoints/*.part"))
     assert main([f"resume={run}"]) == 1  # still full
     assert capsys.readouterr().err.count("\n") == 1
+    assert not list(run.rglob("*.part"))
     filler.unlink()
     assert main([f"resume={run}"]) == 0
     assert same_end("undisturbed", run)
 
 
+@pytest.mark.usefixtures("handlers")
 def test_a_run_whose_directory_is_deleted_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    once("run/checkpoints/01-train-step*.safetensors", lambda: shutil.rmtree("run"))
-    assert main([*ARGUMENTS, "hydra.run.dir=run"]) == 1
+    with once(
+        "run/checkpoints/01-train-step*.safetensors", lambda: shutil.rmtree(tmp_path / "run")
+    ):
+        assert main([*ARGUMENTS, "hydra.run.dir=run"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("failed: ")
     assert "No such file or directory" in said
@@ -397,10 +431,10 @@ class TestWorkers:
             text=True,
         )
 
-    def wait_for(self, run, pattern):
+    def wait_for(self, run, pattern, but=frozenset()):
         """Until a file is there."""
         deadline = time.monotonic() + 60
-        while not glob.glob(pattern):
+        while not set(glob.glob(pattern)) - but:
             assert run.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -424,6 +458,20 @@ class TestWorkers:
         for _ in range(6):
             below |= {int(pid) for pid, parent, _ in rows if int(parent) in below}
         return [int(pid) for pid, _, args in rows if int(pid) in below and "ray::Worker" in args]
+
+    def test_two_workers_send_what_they_learn(self, undisturbed):
+        extras = 2  # the mean loss and what is asked travel along with the gradients
+        assert "2 workers on cpu" in (undisturbed / "log.txt").read_text()
+        summary = json.loads((undisturbed / "summary.json").read_text())
+        assert summary["workers"] == 2
+        assert len(summary["nodes"]) == 2
+        train, prune, retrain, share = summary["phases"]
+        for phase in (train, retrain, share):
+            assert phase["sent_bytes_per_step"] == 4 * (phase["learnable"] + extras)
+        assert retrain["learnable"] < 0.12 * train["learnable"]
+        assert share["learnable"] < 0.001 * train["learnable"]
+        assert prune["sparsity"] == pytest.approx(0.9, abs=1e-4)
+        assert retrain["sparsity"] >= prune["sparsity"]
 
     def test_a_killed_and_a_stopped_worker_cost_nothing_but_time(
         self, undisturbed, tmp_path, monkeypatch
@@ -472,23 +520,39 @@ class TestWorkers:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
 
-    def test_a_killed_driver_and_ctrl_c_cost_nothing_but_time(
+    @pytest.mark.timeout(300)  # four commands, one after the other
+    def test_what_ends_the_driver_costs_nothing_but_time_and_leaves_nothing(
         self, undisturbed, tmp_path, monkeypatch
     ):
-        """Ctrl-C reaches the whole process group, as from a terminal."""
+        """Killed, then SIGTERM, then Ctrl-C, which reaches the whole process group."""
         monkeypatch.chdir(tmp_path)
-        run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
-        self.wait_for(run, "run/checkpoints/01-train-step*")
-        run.kill()
-        run.communicate()
-        run = self.start("resume=run")
-        self.wait_for(run, "run/checkpoints/02-prune.safetensors")
-        os.killpg(run.pid, signal.SIGINT)
-        said = run.communicate(timeout=60)[0]
-        assert run.returncode == 130, said
-        summary = json.loads(Path("run/summary.json").read_text())
-        assert (summary["status"], summary["restarts"]) == ("interrupted", 0), said
-        run = self.start("resume=run")
-        said = run.communicate(timeout=100)[0]
-        assert run.returncode == 0, said
-        assert same_end(undisturbed, "run")
+        with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:  # short: Ray's sockets
+            monkeypatch.setenv("TMPDIR", folder)
+            run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
+            for end, number, code in (
+                (os.kill, signal.SIGKILL, -signal.SIGKILL),
+                (os.kill, signal.SIGTERM, 143),
+                (os.killpg, signal.SIGINT, 130),
+            ):
+                kept = set(glob.glob("run/checkpoints/*.safetensors"))
+                self.wait_for(run, "run/checkpoints/*.safetensors", but=kept)
+                family = psutil.Process(run.pid).children(recursive=True)
+                assert len(family) > 2
+                segments = set(Path("/dev/shm").iterdir())
+                end(run.pid, number)
+                said = run.communicate(timeout=60)[0]
+                assert run.returncode == code, said
+                # Ray's native handler would abort it in three seconds.
+                assert "SIGTERM received" not in said
+                if number != signal.SIGKILL:
+                    summary = json.loads(Path("run/summary.json").read_text())
+                    assert (summary["status"], summary["restarts"]) == ("interrupted", 0), said
+                deadline = time.monotonic() + 30
+                while any(p.is_running() for p in family) or list(Path(folder).glob("trainer-*")):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                assert set(Path("/dev/shm").iterdir()) <= segments
+                run = self.start("resume=run")
+            said = run.communicate(timeout=100)[0]
+            assert run.returncode == 0, said
+            assert same_end(undisturbed, "run")

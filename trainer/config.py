@@ -205,7 +205,9 @@ class ClusterConfig:
     nice: int = 0  # niceness of the worker processes (Ray's own default is 15)
     max_restarts: int = 3  # how often a run starts again after a worker was lost
     start_timeout_s: float = 60.0  # seconds to wait until the cluster has room for all workers
-    hang_timeout_s: float = 60.0  # seconds without a sign of life after which a collective gives up
+    hang_timeout_s: float = (
+        60.0  # seconds without a sign of life after which a worker counts as dead
+    )
     working_dir: str | None = (
         None  # folder of your code that a remote cluster's workers get; null: none
     )

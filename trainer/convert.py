@@ -39,7 +39,6 @@ def try_export(world: World, cfg: Config) -> Iterator[Message]:
             the run itself would refuse before its first step.
     """
     if world.rank != 0:
-        world.pulse.waiting = True  # for rank 0, up to the next collective
         return
     check_installed()
     with world.pulse.waits():  # a large model may take minutes
@@ -75,7 +74,6 @@ def convert(world: World, cfg: Config, final: bytes, dense: bytes | None) -> Ite
         dense: those of the dense stage, to compare a quantized model with; None: there is none.
     """
     if world.rank != 0:
-        world.pulse.waiting = True  # as in try_export
         return
     split = build_data(cfg).validation
     models = {FP32: _built(cfg, final)}

@@ -22,17 +22,20 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
     Args:
         models: by name, the content of a safetensors file; `DECODED` that of a compressed model.
     """
-    test = build_data(cfg).test
+    world.pulse.begin("in the measurement", len(cfg.phases))
+    with world.pulse.waits():
+        test = build_data(cfg).test
     runtime = build_runtime(world, cfg)
     for name, content in models.items():
         if should_stop(world):
             yield RunStopped()
             return
-        if name == DECODED:
-            weights = artifact.loads(content, most=sys.maxsize)  # our own file
-        else:
-            weights = safetensors.torch.load(content)
-        model = restore(build_model(cfg), weights)
+        with world.pulse.waits():
+            if name == DECODED:
+                weights = artifact.loads(content, most=sys.maxsize)  # our own file
+            else:
+                weights = safetensors.torch.load(content)
+            model = restore(build_model(cfg), weights)
         metrics = evaluate(runtime.place(model), test, runtime)
         entries = model.state_dict()
         parameters = tuple(key for key, _ in model.named_parameters() if key in entries)

@@ -7,6 +7,7 @@ the driver, so that the body needs no rank-specific branches.
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from trainer.engine.match import check_match
 from trainer.engine.objective import Distilled, Objective, supervised
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import ConfigError, Diverged
+from trainer.errors import ConfigError, Diverged, RunError
 from trainer.messages import (
     Checkpoint,
     Message,
@@ -65,7 +66,12 @@ def start_at(cfg: Config, point: Point, ended: Callable[[int], bytes]) -> Start:
     Args:
         point: the last checkpoint.
         ended: the weights that a phase left, by its index; -1: the initial ones.
+
+    Raises:
+        RunError: what it needs is gone, or damaged.
     """
+    if cfg.init_from and point.weights is None:
+        raise RunError("the initial weights in checkpoints/ are damaged: resume the run")
     if point.phase == 0:  # no phase has left anything yet
         return Start(0, point.weights, point.within)
     taught_by = teacher_phase(build_phases(cfg.phases), point.phase)
@@ -75,20 +81,21 @@ def start_at(cfg: Config, point: Point, ended: Callable[[int], bytes]) -> Start:
 
 def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
     """Run the phases of `cfg` on this worker. The test set is not touched (trainer.measure)."""
-    world.pulse.phase = world.pulse.step = 0  # a warm worker was elsewhere
-    torch.manual_seed(cfg.seed)
-    data = build_data(cfg)
-    phases = build_phases(cfg.phases)
-    runtime = build_runtime(world, cfg)
-    model = runtime.place(build_model(cfg))
-    check_phases(phases, model)
-    check_match(model, data, runtime)
-    teacher = None
-    if start.baseline is not None:
-        teacher = restore(copy.deepcopy(model), safetensors.torch.load(start.baseline))
-    if start.weights is not None:
-        restore(model, safetensors.torch.load(start.weights))
-    world.broadcast(_tensors(model))
+    world.pulse.begin("at the start", 0)  # a warm worker was elsewhere
+    with world.pulse.waits():
+        torch.manual_seed(cfg.seed)
+        data = build_data(cfg)
+        phases = build_phases(cfg.phases)
+        runtime = build_runtime(world, cfg)
+        model = runtime.place(build_model(cfg))
+        check_phases(phases, model)
+        check_match(model, data, runtime)
+        teacher = None
+        if start.baseline is not None:
+            teacher = restore(copy.deepcopy(model), safetensors.torch.load(start.baseline))
+        if start.weights is not None:
+            restore(model, safetensors.torch.load(start.weights))
+        world.broadcast(_tensors(model))
     yield RunStarted(
         workers=world.size,
         device=_device_name(world.device),
@@ -167,6 +174,7 @@ class _PhaseRun:
                 left, metrics = counts(model), self._measure(model)
                 break
             within = None
+        self._check_finite(metrics)
         steps = self._steps_of_a_round() * max(1, len(rounds))
         record = PhaseRecord(
             name=self.name,
@@ -185,8 +193,9 @@ class _PhaseRun:
             macs=self._macs(),
             rounds=rounds,
         )
-        weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
-        yield PhaseEnded(index=self.index, record=record, weights=weights)
+        with world.pulse.waits():
+            weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
+            yield PhaseEnded(index=self.index, record=record, weights=weights)
 
     def _round(
         self, clock: PhaseClock, rounds: list[RoundRecord], within: Mapping[str, Any] | None
@@ -194,12 +203,14 @@ class _PhaseRun:
         """Plan, enter, train, leave."""
         model, phase, cfg, world = self.model, self.phase, self.phase.fit, self.runtime.world
         number = len(rounds)
-        world.pulse.phase, world.pulse.step = self.index, within["fit"]["step"] if within else 0
-        if within is None:
-            phase.plan(model, world, self._measure, self.teacher)
-        phase.enter(model, world)
-        if within is not None:
-            model.load_state_dict(within["model"])
+        step_before = within["fit"]["step"] if within else 0
+        world.pulse.begin(f"in phase {self.name}", self.index, step_before)
+        with world.pulse.waits():
+            if within is None:
+                phase.plan(model, world, self._measure, self.teacher)
+            phase.enter(model, world)
+            if within is not None:
+                model.load_state_dict(within["model"])
         entered = counts(model)
         self.learnable = entered.learnable
         if within is not None or not rounds:
@@ -239,7 +250,8 @@ class _PhaseRun:
                     yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
                 every = self.checkpoint.every_steps
                 if step.asked != GO_ON or (every and step.step % every == 0):
-                    yield self._keep(step, clock, rounds)
+                    with world.pulse.waits():
+                        yield self._keep(step, clock, rounds)
                     clock.kept = time.monotonic()
                 if step.asked == STOP:
                     self.stopped = True
@@ -249,7 +261,17 @@ class _PhaseRun:
             raise Diverged(f"phase {self.name}: {error}") from error
         if self.last:
             clock.end_epoch()
-        phase.leave(model)
+        with world.pulse.waits():
+            phase.leave(model)
+
+    def _check_finite(self, metrics: Metrics) -> None:
+        """Refuse what the last update left: the loss before each update is checked by the loop."""
+        if math.isfinite(metrics.loss):
+            return
+        message = f"phase {self.name}: the validation loss is {metrics.loss} at its end"
+        if self.last:
+            message += f", after step {self.last.step} at a learning rate of {self.last.lr:g}"
+        raise Diverged(f"{message}: lower optimizer.lr, warm up, or clip")
 
     def _measure(self, model: nn.Module) -> Metrics:
         return evaluate(model, self.data.validation, self.runtime)

@@ -4,7 +4,6 @@ The cluster is one node with folder, ports and token of its own, on the loopback
 ended by the reaper that ends private Rays, so that it goes even if these tests are killed.
 """
 
-import importlib.util
 import json
 import os
 import secrets
@@ -24,7 +23,6 @@ from trainer.cluster import reaper
 
 pytestmark = pytest.mark.integration
 
-HAS_JOBS = importlib.util.find_spec("aiohttp_cors") is not None
 SCRIPTS = Path(sys.executable).parent
 SHORT = [
     *("+experiment=smoke", "cluster.start_timeout_s=90", "phases.train.fit.epochs=1"),
@@ -88,6 +86,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind the loopback interface only
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",  # as the recipes set it
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     cluster = Cluster(folder, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environ)
@@ -97,7 +96,7 @@ def cluster() -> Iterator[Cluster]:
             *("ray", "start", "--head", "--num-cpus=2", "--num-gpus=0"),
             *(f"--port={port}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
             *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
-            *(f"--include-dashboard={HAS_JOBS}", "--object-store-memory=100000000"),
+            *("--include-dashboard=true", "--object-store-memory=100000000"),
             cwd=folder,
         )
         try:
@@ -133,14 +132,11 @@ def test_without_the_token_nobody_is_let_in(cluster, tmp_path):
     assert cluster.address in done.stdout
 
 
-@pytest.mark.skipif(
-    not HAS_JOBS, reason="ray job submit is in ray[default]: pip install .[cluster]"
-)
 def test_runs_as_a_submitted_job(cluster, tmp_path):
     """The job joins its own cluster by RAY_ADDRESS, and workers get the folder's code."""
     code, results = tmp_path / "code", tmp_path / "results"
     code.mkdir()
-    (code / "mynet.py").write_text("from trainer.models import LeNet300 as Net\n")
+    (code / "mynet.py").write_text("from trainer.models import LeNet5 as Net\n")
     submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(code)]
     command = ["python", "-m", "trainer", *SHORT, "model={_target_: mynet.Net}"]
     done = cluster.call(
@@ -151,3 +147,25 @@ def test_runs_as_a_submitted_job(cluster, tmp_path):
     assert json.loads((results / "summary.json").read_text())["status"] == "done"
     assert cluster.environ["RAY_AUTH_TOKEN"] not in done.stdout
     assert cluster.secret_in(tmp_path, cluster.folder) == []
+
+
+def test_a_stopped_job_saves(cluster, tmp_path):
+    """`ray job stop` sends SIGTERM, and waits."""
+    job = ["--address", cluster.dashboard]
+    run = tmp_path / "run"
+    command = [
+        *("python", "-m", "trainer", *SHORT, "phases.train.fit.epochs=2000", "cluster.workers=1"),
+        *("checkpoint.every_steps=5", f"hydra.run.dir={run}"),
+    ]
+    submit = ["ray", "job", "submit", *job, "--no-wait", "--submission-id=mine", "--", *command]
+    submitted = cluster.call(*submit, cwd=tmp_path)
+    assert submitted.returncode == 0, submitted.stdout
+    deadline = time.monotonic() + 60
+    while not list(run.glob("checkpoints/01-train-step-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    stopped = cluster.call("ray", "job", "stop", *job, "mine", cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("interrupted", "interrupted by SIGTERM")
+    assert list(run.glob("checkpoints/01-train-step-*"))  # what resume= goes on from

@@ -33,9 +33,17 @@ def group(request):
     opened.stop()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def doomed(request):
-    """A group of its own for a body that fails."""
+    """Another one for bodies that fail, after which it is restarted."""
+    opened = started(request)
+    yield opened
+    opened.stop()
+
+
+@pytest.fixture(params=KINDS)
+def own(request):
+    """A group for one test, which may stop it."""
     opened = started(request)
     yield opened
     opened.stop()
@@ -88,6 +96,7 @@ def test_a_request_to_stop_that_came_first_is_heard(group):
     ],
 )
 def test_a_failure_comes_with_its_rank_node_and_whole_traceback(doomed, body, reason, detail):
+    (before,) = doomed.run(bodies.environment)
     stream = doomed.run(body)
     assert next(stream) == "before"
     with pytest.raises(WorkerFailed) as error:
@@ -97,14 +106,17 @@ def test_a_failure_comes_with_its_rank_node_and_whole_traceback(doomed, body, re
     assert error.value.node == doomed.nodes[error.value.rank]
     if body is bodies.raises_on_last:
         assert error.value.rank == doomed.size - 1
+    doomed.restart()
+    assert len(list(doomed.run(bodies.ranks, 2))) == 2
+    assert list(doomed.run(bodies.environment)) == [before]  # nobody was lost: the process is warm
 
 
-def test_a_wrong_configuration_stays_one(doomed):
+def test_a_wrong_configuration_stays_one(own):
     with pytest.raises(ConfigError, match=r"data\.root=/nowhere: there is no such folder"):
-        list(doomed.run(bodies.wrong_config))
-    doomed.stop()  # may be called twice: the fixture does it again
+        list(own.run(bodies.wrong_config))
+    own.stop()  # may be called twice: the fixture does it again
     with pytest.raises(RuntimeError, match=r"start\(\)"):
-        list(doomed.run(bodies.ranks, 1))
+        list(own.run(bodies.ranks, 1))
 
 
 @pytest.mark.integration
@@ -117,7 +129,19 @@ class TestRay:
             begun = time.monotonic()
             with pytest.raises(WorkerFailed, match=r"worker 1 on .*: the process died"):
                 list(group.run(bodies.dies_on_last))
-            assert time.monotonic() - begun < 50  # the peer's collective alone would wait 60 s
+            assert time.monotonic() - begun < 10  # the peer's collective alone would wait 120 s
+        finally:
+            group.stop()
+
+    def test_long_work_is_no_hang_and_a_standstill_is_one(self):
+        """One rank says that it takes long, the other one shows that it does something."""
+        group = open_group(ClusterConfig(workers=2, cpus_per_worker=0.25, hang_timeout_s=2))
+        group.start()
+        try:
+            assert list(group.run(bodies.takes_long, 3)) == ["done"]
+            with pytest.raises(WorkerFailed, match=r"worker 1 on .*hang_timeout_s=2; last heard of "
+                               r"in phase train, step 17"):  # fmt: skip
+                list(group.run(bodies.stands_still))
         finally:
             group.stop()
 

@@ -48,7 +48,8 @@ values = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 @given(
     st.dictionaries(
         st.text() | st.integers(),
-        st.recursive(values, lambda n: st.lists(n) | st.dictionaries(st.text(), n)),
+        st.recursive(values, lambda n: st.lists(n) | st.dictionaries(st.text(), n), max_leaves=8),
+        max_size=4,
     )
 )
 def test_any_plain_state_comes_back(state):

@@ -151,13 +151,9 @@ class TestDockerfile:
         python, *arguments = shlex.split(command)
         assert python == "python"
         listed = subprocess.check_output([sys.executable, *arguments], cwd=ROOT, text=True)
-        extra = PROJECT["optional-dependencies"]["cluster"]
-        assert listed.splitlines() == [*PROJECT["dependencies"], *extra]
-
-
-def test_constraints_of_the_image_add_to_those_of_the_project():
-    more = pins(ROOT / "docker" / "constraints.txt")
-    assert not more.keys() & pins(ROOT / "constraints.txt").keys()
+        extras = PROJECT["optional-dependencies"]
+        wanted = [*PROJECT["dependencies"], *extras["cluster"], *extras["onnx"]]
+        assert listed.splitlines() == wanted
 
 
 class TestCompose:
@@ -257,9 +253,9 @@ class TestClusterLauncher:
     def test_set_up_uses_the_constraints_that_it_copies(self, config):
         assert config["file_mounts"]["~/trainer"] == "."
         install = config["setup_commands"][-1]
-        for name in re.findall(r"--constraint trainer/(\S+)", install):
-            assert (ROOT / name).is_file()
-        assert install.count("--constraint") == 2
+        assert re.findall(r"--constraint trainer/(\S+)", install) == ["constraints.txt"]
+        assert (ROOT / "constraints.txt").is_file()
+        assert install.endswith("'./trainer[cluster,onnx]'")  # all that an experiment may ask for
 
 
 class TestSlurm:

@@ -1,5 +1,7 @@
 """The checkpoints of a run: which one a resumed run goes on from."""
 
+import threading
+
 import pytest
 import torch
 
@@ -25,10 +27,26 @@ def state(value):
     return pack({"value": value})
 
 
-def latest(store):
+def latest(store, names=NAMES):
     said = []
     store.wait()
-    return store.latest(NAMES, said.append), said
+    return store.latest(names, said.append), said
+
+
+def keep(store, phase, name, *steps):
+    """States within a phase, each of them written."""
+    for step in steps:
+        store.within_phase(phase, name, step, state(step))
+        store.wait()
+
+
+def damage(store, file):
+    path = store.folder / file
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def files(store):
+    return sorted(path.name for path in store.folder.iterdir())
 
 
 def test_an_empty_run_begins(store):
@@ -38,8 +56,7 @@ def test_an_empty_run_begins(store):
 
 
 def test_the_furthest_point_wins_and_old_steps_go(store):
-    for step in (5, 10, 15):
-        store.within_phase(0, "train", step, state(step))
+    keep(store, 0, "train", 5, 10, 15)
     point, _ = latest(store)
     assert (point.phase, point.step, point.weights) == (0, 15, None)
     assert unpack(point.within) == {"value": 15}
@@ -62,17 +79,17 @@ def test_a_finished_run_has_nothing_left_to_do(store):
     assert (point.phase, [r["name"] for r in point.records]) == (3, NAMES)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(store, damage):
-    store.within_phase(0, "train", 5, state(5))
-    store.within_phase(0, "train", 10, state(10))
-    store.wait()
+@pytest.mark.parametrize("hurt", [lambda b: b[:-3], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(store, hurt):
+    keep(store, 0, "train", 5, 10)
     path = store.folder / "01-train-step-00000010.safetensors"
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(hurt(path.read_bytes()))
     point, said = latest(store)
     assert point.step == 5
     assert len(said) == 1
     assert path.name in said[0]
+    assert f"set aside as {path.name}.damaged" in said[0]
+    assert latest(store)[1] == []  # not again
 
 
 def test_a_half_written_one_does_not_count_and_goes(store):
@@ -93,3 +110,96 @@ def test_a_folder_that_cannot_be_written_is_told_and_what_is_there_stays(store):
     with pytest.raises(RunError, match="a checkpoint cannot be written"):
         store.wait()
     assert [path.name for path in moved.iterdir()] == ["01-train-step-00000005.safetensors"]
+
+
+def test_the_newest_is_damaged_and_there_is_no_other(tmp_path):
+    """What is written after the restart counts from a lower step on, and must stay."""
+    store = Checkpoints(tmp_path, keep=1)
+    keep(store, 0, "train", 100)
+    damage(store, "01-train-step-00000100.safetensors")
+    point, _ = latest(store)
+    assert (point.step, point.within) == (0, None)
+    for step in (60, 70):
+        keep(store, 0, "train", step)
+        assert latest(store)[0].step == step
+    assert files(store) == [
+        "01-train-step-00000070.safetensors",
+        "01-train-step-00000100.safetensors.damaged",
+    ]
+    store.close()
+
+
+def test_a_damaged_end_of_a_phase_takes_later_phases_along(store):
+    keep(store, 0, "train", 5)
+    store.phase_ended(0, {"name": "train"}, weights(1))
+    store.phase_ended(1, {"name": "prune"}, weights(2))
+    keep(store, 2, "retrain", 7, 8)
+    damage(store, "01-train.safetensors")
+    point, said = latest(store)
+    assert (point.phase, point.step, point.weights, len(said)) == (0, 0, None, 1)
+    keep(store, 0, "train", 5)
+    assert files(store) == ["01-train-step-00000005.safetensors", "01-train.safetensors.damaged"]
+    assert latest(store)[0].step == 5
+
+
+@pytest.mark.parametrize("name", ["two-step-train", "a-step-00000001", "train[1]*", "x.y"])
+def test_a_phase_may_have_any_name(store, name):
+    names = [name, "a"]
+    keep(store, 0, name, 1, 2, 3)
+    assert len(files(store)) == 2
+    store.phase_ended(0, {"name": name}, weights(1))
+    store.wait()
+    assert files(store) == [f"01-{name}.safetensors"]
+    keep(store, 1, "a", 4)
+    point, said = latest(store, names)
+    assert (point.phase, point.step, said) == (1, 4, [])
+
+
+def test_steps_of_one_phase_leave_those_of_others_alone(store):
+    """A phase that ended before a crash may still have some; `latest` lets them go."""
+    keep(store, 1, "prune", 900)
+    keep(store, 0, "train", 1, 2, 3)
+    assert "02-prune-step-00000900.safetensors" in files(store)
+    assert latest(store)[0].phase == 0
+    assert len(files(store)) == 2
+    store.phase_ended(0, {"name": "train"}, weights(1))
+    keep(store, 0, "train", 3)
+    assert latest(store)[0].phase == 1
+    assert files(store) == ["01-train.safetensors"]
+
+
+def test_a_slow_disk_holds_nobody_up_and_loses_no_end_of_a_phase(store, monkeypatch):
+    begun, go_on, written = threading.Event(), threading.Event(), []
+
+    def slow(file):
+        begun.set()
+        assert go_on.wait(10)
+        written.append(file.name)
+
+    monkeypatch.setattr(store, "_write_now", slow)
+    store.within_phase(0, "train", 1, b"")
+    assert begun.wait(10)
+    for step in (2, 3, 4):  # the disk is busy with the first
+        store.within_phase(0, "train", step, b"")
+    store.phase_ended(0, {"name": "train"}, b"")
+    for step in (1, 2):
+        store.within_phase(1, "prune", step, b"")
+    store.phase_ended(1, {"name": "prune"}, b"")
+    store.within_phase(2, "retrain", 1, b"")
+    go_on.set()
+    store.wait()
+    assert written == [
+        "01-train-step-00000001.safetensors",
+        "01-train.safetensors",
+        "02-prune.safetensors",
+        "03-retrain-step-00000001.safetensors",
+    ]
+
+
+def test_what_the_driver_says_of_the_run_comes_back(store):
+    store.within_phase(0, "train", 5, state(5), {"seconds": 7.5})
+    assert latest(store)[0].so_far == {"seconds": 7.5}
+    store.phase_ended(0, {"name": "train"}, weights(1), {"seconds": 9.0})
+    assert latest(store)[0].so_far == {"seconds": 9.0}
+    keep(store, 1, "prune", 1)  # by a version that did not say
+    assert latest(store)[0].so_far == {}

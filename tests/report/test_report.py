@@ -76,6 +76,28 @@ def test_a_terminal_gets_a_live_bar_too():
     assert "\x1b" in shown(is_terminal=True)
 
 
+def test_a_phase_that_begins_again_has_one_bar():
+    out = Terminal(file=io.StringIO(), force_terminal=True, width=120)
+    with Console(out) as console:
+        for message in [*MESSAGES[:3], *MESSAGES[:3]]:  # a worker was lost on the way
+            console.on(message)
+        assert len(console._bars.tasks) == 1
+        console.on(MESSAGES[5])
+        assert len(console._bars.tasks) == 0
+
+
+def test_seconds_and_restarts_are_of_the_whole_run():
+    summary = Summary("mine", 3, "fp32")
+    summary.restore([], {"seconds": 100.0, "restarts": 2})
+    summary.restarts += 1
+    told = summary.as_dict("done")
+    assert told["restarts"] == 3
+    assert 100 <= told["seconds"] < 110
+    summary.restore([], summary.so_far())  # its own checkpoint, after the restart
+    assert summary.as_dict("done")["restarts"] == 3
+    assert summary.as_dict("done")["seconds"] < 110
+
+
 def test_the_summary_is_complete_at_any_moment():
     summary = Summary("mine", seed=3, precision="bf16")
     early = summary.as_dict("failed", "worker 1 died")
@@ -183,6 +205,28 @@ def test_two_drivers_do_not_share_a_run(tmp_path):
         RunDirectory(tmp_path).locked(),
     ):
         pass
+
+
+def test_a_url_is_no_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=s3://bucket/run: .* not to a URL"):
+        RunDirectory.claim(Path("s3://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
+    RunDirectory.claim(Path("run:7"))  # an ordinary name
+
+
+def test_a_disk_that_gets_full_keeps_the_old_file_and_nothing_half_written(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    directory.write_config({"a": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        directory.write_config({"a": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert directory.read_config() == {"a": 1}
 
 
 @pytest.mark.parametrize("folder", [".", "", "/"])

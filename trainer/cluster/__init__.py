@@ -5,7 +5,7 @@ imports the rest meanwhile.
 """
 
 from trainer.cluster.fleet import Fleet
-from trainer.cluster.group import Body, WorkerFailed, WorkerGroup
+from trainer.cluster.group import Body, NoRoom, WorkerFailed, WorkerGroup
 from trainer.cluster.open import open_group
 from trainer.cluster.restart import Loss, why_not_restart
 
@@ -13,6 +13,7 @@ __all__ = [
     "Body",
     "Fleet",
     "Loss",
+    "NoRoom",
     "WorkerFailed",
     "WorkerGroup",
     "open_group",

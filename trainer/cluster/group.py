@@ -23,6 +23,19 @@ class Failure:
     peer: bool = False  # only a consequence: another worker went away first
     place: tuple[int, int] | None = None  # phase and step; None: not known
 
+    def spoils(self, device: str) -> bool:
+        """Whether its worker is of no use any more, though its process lives.
+
+        After an error on a GPU, such as a failed assertion in a kernel, every later CUDA call of
+        the process fails too; which errors are of that kind cannot be told from outside.
+        """
+        known = self.wrong_config or self.final or self.peer
+        return device == "cuda" and not known
+
+
+class NoRoom(RunError):
+    """The cluster has no room for the workers, and got none while they waited for it."""
+
 
 class WorkerFailed(RunError):
     """A worker raised, or died.
@@ -64,7 +77,8 @@ class WorkerGroup(Protocol):
 
         Raises:
             ConfigError: the cluster lacks what is asked for; the message says what.
-            RunError: it could, but did not start, or `stop_asked` was set meanwhile.
+            RunError: it could, but did not start, or `stop_asked` was set meanwhile; NoRoom where
+                others take up the room.
         """
 
     def run(self, body: Body, *args: Any) -> Iterator[Any]:
@@ -82,7 +96,7 @@ class WorkerGroup(Protocol):
     def restart(self) -> None:
         """After WorkerFailed: replace the workers that are lost, keep the others, connect anew.
 
-        Raises as `start`.
+        Raises as `start`; NoRoom where a node went away and none came.
         """
 
     def alive(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from trainer.cluster.group import Body, WorkerFailed
 from trainer.config import ClusterConfig
-from trainer.engine.world import World
+from trainer.engine.world import World, same_bits_on_cuda
 from trainer.errors import ConfigError, RunError
 
 
@@ -34,6 +34,8 @@ class InlineGroup:
                 "cluster.device=cuda: torch sees no CUDA device; set cluster.device=cpu"
             )
         device = "cuda" if has_cuda and self._cfg.device != "cpu" else "cpu"
+        if device == "cuda":
+            same_bits_on_cuda()
         torch.set_num_threads(self._cfg.threads or os.cpu_count() or 1)
         self._world = World.single(torch.device(device))
         self._world.stop = self.stop_asked

@@ -8,26 +8,45 @@ class Sign:
     """What a worker says of itself when asked."""
 
     beats: int  # steps and batches done so far
-    waiting: bool  # for other workers
+    waiting: bool  # for other workers, or at work that gives no beats
     place: tuple[int, int]  # phase and step
+    where: str  # the same in words
+
+
+AWAY_S = 2.0  # seconds between two looks, above which the watcher itself was away
 
 
 @dataclass
 class _Seen:
     sign: Sign | None
-    moved: float  # when it last did something, or was waiting for others
+    moved: float  # when it last did something, or was waiting
 
 
 class Watch:
     """Collects signs and tells who has been silent or still for too long.
 
-    A worker that waits for another one does not hang; the other one does. All times are seconds of
-    one clock.
+    A worker that waits for another one does not hang; the other one does. Time in which nobody
+    looked, because the watcher was busy or stopped itself, is held against no one. All times are
+    seconds of one clock.
     """
 
     def __init__(self, size: int, timeout_s: float, now: float) -> None:
         self._timeout_s = timeout_s
         self._seen = [_Seen(None, now) for _ in range(size)]
+        self._working = set(range(size))
+        self._looked = now
+
+    def ended(self, rank: int) -> None:
+        """Say that `rank` has nothing more to do, and so gives no more signs."""
+        self._working.discard(rank)
+
+    def look(self, now: float) -> None:
+        """Say that the watcher is there: before `heard` and `hung`, again and again."""
+        away = now - self._looked - AWAY_S
+        self._looked = now
+        if away > 0:
+            for seen in self._seen:
+                seen.moved += away
 
     def heard(self, rank: int, sign: Sign, now: float) -> None:
         """Take in a sign of `rank`."""
@@ -36,12 +55,13 @@ class Watch:
             seen.moved = now
         seen.sign = sign
 
-    def place(self, rank: int) -> tuple[int, int] | None:
-        """Where `rank` was when last heard of."""
-        sign = self._seen[rank].sign
-        return sign.place if sign else None
+    def last(self, rank: int) -> Sign | None:
+        """What `rank` said last; None: nothing yet."""
+        return self._seen[rank].sign
 
     def hung(self, now: float) -> int | None:
-        """The rank that has been still for longest, if that is too long."""
-        rank = min(range(len(self._seen)), key=lambda r: self._seen[r].moved)
-        return rank if now - self._seen[rank].moved > self._timeout_s else None
+        """The rank at work that has been still for longest, if that is too long."""
+        rank = min(self._working, key=lambda r: (self._seen[r].moved, r), default=None)
+        if rank is None or now - self._seen[rank].moved <= self._timeout_s:
+            return None
+        return rank

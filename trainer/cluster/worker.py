@@ -95,7 +95,7 @@ class Worker:
         if self._world is None:
             return None
         pulse = self._world.pulse
-        return Sign(pulse.beats, pulse.waiting, pulse.place)
+        return Sign(pulse.beats, pulse.waiting, pulse.place, pulse.where)
 
     @ray.method(concurrency_group=CONTROL)
     def stop_soon(self, number: int) -> None:

@@ -6,15 +6,23 @@ is lost costs the steps since the last checkpoint; whether to start again is dec
 trainer.cluster.restart.
 """
 
+import contextlib
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.cluster import Body, Loss, WorkerFailed, WorkerGroup, open_group, why_not_restart
+from trainer.cluster import (
+    Body,
+    Loss,
+    NoRoom,
+    WorkerFailed,
+    WorkerGroup,
+    open_group,
+    why_not_restart,
+)
 from trainer.config import Config
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
 from trainer.messages import (
@@ -71,8 +79,12 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
         from trainer.checks import check_limits  # slow to import
 
         check_limits(cfg)
-        with directory.locked(), Console() as console:
-            _judge(summary, cfg, directory, console)
+        with _told(directory), directory.locked(), Console() as console:
+            judged = _judged(summary, cfg)
+            if judged != summary:
+                directory.write_summary(judged)
+                _write_page(judged, cfg, directory, console)
+            _show(judged, directory, console)
     else:
         _drive(cfg, directory, signals)
 
@@ -80,25 +92,40 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
 def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
     with _told(directory), directory.locked(), Console() as console:
         summary = _Run(cfg, directory, console, signals).execute()
-        _judge(summary, cfg, directory, console)
+        _write_page(summary, cfg, directory, console)
+        _show(summary, directory, console)
 
 
-def _judge(summary: dict[str, Any], cfg: Config, directory: RunDirectory, console: Console) -> None:
-    """Show a finished run, and leave its status on disk. Raises LimitsMissed."""
-    misses = missed(summary, cfg.limits)
-    summary |= {"status": "limits" if misses else "done", "error": "; ".join(misses) or None}
-    directory.write_summary(summary)
+def _judged(summary: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
+    """The summary of a run that got to its end, with what the limits say of it."""
+    error = "; ".join(missed(summary, cfg.limits)) or None
+    return {**summary, "status": "limits" if error else "done", "error": error}
+
+
+def _write_page(
+    summary: Mapping[str, Any], cfg: Config, directory: RunDirectory, console: Console
+) -> None:
+    """Leave report.html. The run is done: what goes wrong here is said, and changes nothing."""
     from trainer.driver.page import write_page  # slow to import
 
-    write_page(summary, cfg, directory, console.say)
+    try:
+        write_page(summary, cfg, directory, console.say)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the disk may be the reason
+            directory.log(traceback.format_exc())
+        console.say(f"report.html could not be written: {first_line(error)} (more in log.txt)")
+
+
+def _show(summary: Mapping[str, Any], directory: RunDirectory, console: Console) -> None:
+    """Show a finished run. Raises LimitsMissed."""
     for sheet in sheets(summary):
         console.terminal.print(rich_table(sheet))
     console.say(f"results in {directory.path}")
-    if misses:
-        raise LimitsMissed("; ".join(misses))
+    if summary["status"] == "limits":
+        raise LimitsMissed(summary["error"])
 
 
-@contextmanager
+@contextlib.contextmanager
 def _told(directory: RunDirectory) -> Iterator[None]:
     """A disk that is full, a folder that is gone: one line."""
     try:
@@ -130,7 +157,9 @@ class _Run:
                 group = open_group(self.cfg.cluster)
             self._start(group)
             self._work(group)
-            return self._end("done")
+            summary = _judged(self.summary.as_dict("done"), self.cfg)
+            self.directory.write_summary(summary)
+            return summary
         except Interrupted as error:
             self._end("interrupted", str(error))
             raise
@@ -168,7 +197,6 @@ class _Run:
     def _work(self, group: WorkerGroup) -> None:
         from trainer.report.curves import Curves
 
-        self.summary.nodes = group.nodes
         self.curves = Curves(self.directory.path / "tensorboard")
         losses: list[Loss] = []
         try:
@@ -187,6 +215,7 @@ class _Run:
         """Run the phases, from the last checkpoint on."""
         from trainer.run import experiment, start_at
 
+        self.summary.nodes = group.nodes
         point = self._rewind()
         if self.cfg.export.onnx and not (point.phase or point.step):
             from trainer.convert import try_export
@@ -224,7 +253,10 @@ class _Run:
     def _start_again(
         self, group: WorkerGroup, lost: RunError, loss: Loss, losses: list[Loss]
     ) -> None:
-        """Start the workers again, or raise `lost`."""
+        """Start the workers again, or raise `lost`; Interrupted where that was asked for before."""
+        if self.signals.received is not None:
+            self.checkpoints.wait()
+            raise self.signals.interrupted() from lost
         losses.append(loss)
         reason = why_not_restart(losses, self.cfg.cluster.max_restarts)
         if reason is not None:
@@ -233,14 +265,16 @@ class _Run:
         self.summary.restarts += 1
         self.directory.log(lost.detail)
         self._say(f"{lost}; starting again from the last checkpoint (restart {len(losses)})")
-        self.checkpoints.wait()
         try:
             group.restart()
+        except NoRoom:  # it has waited for some
+            raise
         except RunError as error:  # another one was lost meanwhile
             self._start_again(group, error, Loss(str(error), None), losses)
 
     def _rewind(self) -> Point:
         """Find the last checkpoint, and forget all that was reported after it."""
+        self.checkpoints.wait()
         point = self.checkpoints.latest(self.names, self._say)
         done = {name: index for index, name in enumerate(self.names)}
 
@@ -248,12 +282,17 @@ class _Run:
             return (done[entry["phase"]], entry["step"]) <= (point.phase, point.step)
 
         self.directory.cut_metrics(before)
-        self.summary.restore(point.records)
+        self.summary.restore(point.records, point.so_far)
         if point.phase or point.step:
             self.curves.go_on(sum(record["steps"] for record in point.records), point.step)
-            name = self.names[min(point.phase, len(self.names) - 1)]
-            self._say(f"going on after step {point.step:,} of {name}")
+            self._say(f"going on {self._where(point)}")
         return point
+
+    def _where(self, point: Point) -> str:
+        if point.phase == len(self.names):
+            return "after the last phase"
+        name = self.names[point.phase]
+        return f"after step {point.step:,} of {name}" if point.step else f"with {name}"
 
     def _on(self, message: Message) -> None:
         self.started = True
@@ -266,12 +305,16 @@ class _Run:
                 self.directory.append_metrics(as_json(message))
             case Checkpoint():
                 name = self.names[message.phase]
-                self.checkpoints.within_phase(message.phase, name, message.step, message.content)
+                self.checkpoints.within_phase(
+                    message.phase, name, message.step, message.content, self.summary.so_far()
+                )
             case Converted() if message.content:
                 self.directory.write_onnx(message.content)
             case PhaseEnded():
                 record = as_json(message.record)
-                self.checkpoints.phase_ended(message.index, record, message.weights)
+                self.checkpoints.phase_ended(
+                    message.index, record, message.weights, self.summary.so_far()
+                )
                 self.directory.write_model(message.weights)
 
     def _say(self, line: str) -> None:
@@ -283,10 +326,8 @@ class _Run:
         self.console.restore()
         self._end("interrupted", str(self.signals.interrupted()))
 
-    def _end(self, status: str, error: str | None = None) -> dict[str, Any]:
-        summary = self.summary.as_dict(status, error)
-        self.directory.write_summary(summary)
-        return summary
+    def _end(self, status: str, error: str) -> None:
+        self.directory.write_summary(self.summary.as_dict(status, error))
 
 
 def _imports_and_checks(cfg: Config, checkpoints: Checkpoints) -> None:

@@ -104,7 +104,8 @@ def fit(
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
             batches = batches[step % per_epoch :][: total - step]
             shares = [_micro_batches(b, world.rank, world.size, cfg.accumulate) for b in batches]
-            loaded = split.batches((micro for share in shares for micro in share), run_epoch)
+            micros = (micro for share in shares for micro in share)
+            loaded = world.pulse.patient(split.batches(micros, run_epoch))
             for batch, share in zip(batches, shares, strict=True):
                 lr = peak * lr_factor(step, total, per_epoch, cfg)
                 set_lr(optimizer, lr)
@@ -126,6 +127,7 @@ def fit(
                         loss_slot.copy_(loss)
                         reducer.arm()
                     precision.backward(part)
+                    world.pulse.beat()
                 assert loss is not None
                 reducer.finish()
                 mean_loss, mean_asked = reducer.extra.tolist()
@@ -167,7 +169,6 @@ def _micro_batches(batch: Tensor, rank: int, size: int, accumulate: int) -> list
 def _seed_step(runtime: Runtime, step: int) -> None:
     """Seed dropout by (seed, step of the run, rank): a resumed run draws the same numbers."""
     mixed = mix(runtime.seed, step, runtime.world.rank)
+    torch.default_generator.manual_seed(mixed)
     if runtime.world.device.type == "cuda":
         torch.cuda.manual_seed(mixed)
-    else:
-        torch.default_generator.manual_seed(mixed)

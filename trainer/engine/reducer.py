@@ -89,8 +89,8 @@ class Reducer:
     def finish(self) -> None:
         """Send what has not left yet, and wait until every gradient is the mean.
 
-        On CUDA the current stream waits. Raises ConnectionError when a rank is gone, TimeoutError
-        when one is silent; then close the reducer and the world.
+        Raises ConnectionError when a rank is gone, TimeoutError when one is silent; then close the
+        reducer and the world.
         """
         if self._world.size == 1:
             for parameter in self._parameters:
@@ -199,6 +199,7 @@ class _Stream:
 
     def wait(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)
+        self._stream.synchronize()  # silent ranks are waited for here, not when `extra` is read
 
     def close(self) -> None:
         pass  # nothing to end: the stream goes with its last user

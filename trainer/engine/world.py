@@ -6,11 +6,12 @@ group, for NCCL's batched sends. Gradients take another way (reducer.py, over `W
 """
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,20 +21,38 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
 from trainer.errors import RunError
 
+T = TypeVar("T")
+
 
 class Pulse:
     """Signs of life of one rank, for whoever watches it from another thread."""
 
     def __init__(self) -> None:
         self.beats = 0  # steps and batches done
-        self.waiting = False  # for other ranks, whose fault a standstill then is
         self.phase = 0
         self.step = 0
+        self._doing = "at the start"
+        # One entry per `waits` that is open, in any thread: lists grow and shrink atomically.
+        self._waits: list[None] = []
 
     @property
     def place(self) -> tuple[int, int]:
         """Phase and step that are being done."""
         return self.phase, self.step
+
+    @property
+    def where(self) -> str:
+        """The same in words."""
+        return f"{self._doing}, step {self.step}" if self.step else self._doing
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a standstill is no hang of this rank: see `waits`."""
+        return bool(self._waits)
+
+    def begin(self, doing: str, phase: int, step: int = 0) -> None:
+        """Say what comes now, in words such as "in phase train", and after which step of it."""
+        self._doing, self.phase, self.step = doing, phase, step
 
     def beat(self) -> None:
         """Say that something was done."""
@@ -41,12 +60,24 @@ class Pulse:
 
     @contextlib.contextmanager
     def waits(self) -> Iterator[None]:
-        """Mark a wait for other ranks."""
-        self.waiting = True
+        """Mark a stretch without beats whose length says nothing; it may hold others like it.
+
+        A wait for other ranks, whose fault a standstill then is, or work that depends on the size
+        of model and data alone: to build them, to cluster a layer, to put a checkpoint together.
+        """
+        self._waits.append(None)
         try:
             yield
         finally:
-            self.waiting = False
+            self._waits.pop()
+
+    def patient(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the first may take long, as loaders start their processes for it."""
+        with self.waits():
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            yield from batches
 
 
 class World:
@@ -123,6 +154,7 @@ class World:
             gloo = _gloo(rank, size, PrefixStore("gloo", store), address, limit)
             transport: Transport
             if device.type == "cuda":
+                same_bits_on_cuda()
                 torch.cuda.set_device(device)
                 nccl = PrefixStore("nccl", store)
                 dist.init_process_group(
@@ -201,6 +233,18 @@ class World:
         except RuntimeError as error:
             kind = TimeoutError if "imed out" in str(error) else ConnectionError
             raise kind(f"{what} failed on rank {self.rank} of {self.size}: {error}") from error
+
+
+def same_bits_on_cuda() -> None:
+    """Let CUDA's libraries take algorithms that give equal bits for equal inputs; before first use.
+
+    Operations that have none warn. (https://docs.pytorch.org/docs/stable/notes/randomness.html)
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid that takes time; torch makes the module a class with a property.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def _gloo(rank: int, size: int, store: Store, address: str, limit: timedelta) -> Any:

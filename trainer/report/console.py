@@ -91,20 +91,26 @@ class Console:
         """Show one message; returns the line that was printed, if any."""
         line = describe(message)
         match message:
-            case PhaseStarted() if message.steps:
-                self._bar = self._bars.add_task(message.name, total=message.steps, numbers="")
+            case PhaseStarted():
+                self._remove_bar()  # of a phase that is done again after a restart
+                if message.steps:
+                    self._bar = self._bars.add_task(message.name, total=message.steps, numbers="")
             case Progress() if self._bar is not None:
                 numbers = (
                     f"epoch {message.epoch}/{message.epochs}  loss {message.loss:.4f}  "
                     f"{message.images_per_second:,.0f} samples/s"
                 )
                 self._bars.update(self._bar, completed=message.step, numbers=numbers)
-            case PhaseEnded() if self._bar is not None:
-                self._bars.remove_task(self._bar)
-                self._bar = None
+            case PhaseEnded():
+                self._remove_bar()
         if line:
             self.say(line)
         return line
+
+    def _remove_bar(self) -> None:
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
 
 
 def describe(message: Message) -> str | None:

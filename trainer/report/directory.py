@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from trainer.errors import ConfigError, RunError
+from trainer.report.files import write_whole
 
 
 class RunDirectory:
@@ -30,6 +30,11 @@ class RunDirectory:
         Raises:
             ConfigError: the folder cannot be made.
         """
+        if len(wanted.parts) > 1 and wanted.parts[0].endswith(":"):  # pathlib has made s3:/ of it
+            raise ConfigError(
+                f"hydra.run.dir={wanted.parts[0]}//{'/'.join(wanted.parts[1:])}: a run is written "
+                "to a folder of this machine, not to a URL; copy it, or mount the storage"
+            )
         wanted = candidate = wanted.resolve()
         number = 1
         if wanted == Path.cwd() or not wanted.name:
@@ -89,7 +94,8 @@ class RunDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: all that is needed to run the same again."""
-        self._replace("config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+        content = yaml.safe_dump(dict(config), sort_keys=False).encode()
+        self._replace("config.yaml", content, durable=True)  # without it nothing can be resumed
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json."""
@@ -142,10 +148,8 @@ class RunDirectory:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def _replace(self, name: str, content: bytes) -> None:
-        aside = self.path / f"{name}.part"
-        aside.write_bytes(content)
-        os.replace(aside, self.path / name)
+    def _replace(self, name: str, content: bytes, *, durable: bool = False) -> None:
+        write_whole(self.path / name, lambda file: file.write(content), durable=durable)
 
 
 def _json(record: Mapping[str, Any], indent: int | None = None) -> str:

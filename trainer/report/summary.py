@@ -17,17 +17,32 @@ class Summary:
 
     def __init__(self, name: str, seed: int, precision: str) -> None:
         self._started = time.monotonic()
+        self._earlier: Mapping[str, Any] | None = None  # `so_far` of the commands before this one
         self._facts: dict[str, Any] = {"name": name, "seed": seed, "precision": precision}
-        self.restarts = 0
+        self.restarts = 0  # of this command
         self.nodes: list[str] = []  # host name of each rank
         self.phases: list[PhaseRecord] = []
         self.tested: dict[str, Measured] = {}  # by name of the model
         self.converted: dict[str, dict[str, Any]] = {}  # likewise, the facts of its ONNX file
         self.result: dict[str, Any] = {}  # what the test set said
 
-    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Take over the records of phases that ended earlier."""
+    def restore(self, records: Iterable[Mapping[str, Any]], so_far: Mapping[str, Any]) -> None:
+        """Take over the records of phases that ended earlier.
+
+        Args:
+            so_far: as the checkpoint holds it. The first time it is of the commands before this
+                one, whose time and restarts count too; later it is this one's own.
+        """
         self.phases = [PhaseRecord(**record) for record in records]
+        if self._earlier is None:
+            self._earlier = so_far
+
+    def so_far(self) -> dict[str, Any]:
+        """Time and restarts of all commands of the run: what a checkpoint keeps of them."""
+        earlier = self._earlier or {}
+        seconds = earlier.get("seconds", 0.0) + time.monotonic() - self._started
+        restarts = earlier.get("restarts", 0) + self.restarts
+        return {"restarts": restarts, "seconds": round(seconds, 3)}
 
     def on(self, message: Message) -> None:
         """Take in one message of the run."""
@@ -57,13 +72,12 @@ class Summary:
             "error": error,
             "workers": self._facts.get("workers"),
             "nodes": self.nodes,
-            "restarts": self.restarts,
+            **self.so_far(),
             "versions": {
                 "trainer": __version__,
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in ("torch", "ray")},
             },
-            "seconds": round(time.monotonic() - self._started, 3),
             "images_per_second": statistics.harmonic_mean(speeds) if speeds else None,
             "accuracy": None,
             "loss": None,

@@ -1,0 +1,118 @@
+"""One run as its driver sees it: what it makes of a group that fails, and of a finished run."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.__main__ import main
+from trainer.cluster import NoRoom, WorkerFailed
+from trainer.cluster.inline import InlineGroup
+from trainer.errors import RunError
+from trainer.report.directory import RunDirectory
+
+ARGUMENTS = [
+    *("+experiment=lenet300", "cluster=inline", "cluster.threads=1", "hydra.run.dir=run"),
+    *("data.train=64", "data.validation=32", "data.test=32", "phases.train.fit.epochs=1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, with the signal handlers and random state of the tests kept."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def summary():
+    return json.loads(Path("run/summary.json").read_text())
+
+
+def loses_its_worker(self, body, *args):
+    raise WorkerFailed(0, "here", "the process died", "")
+    yield
+
+
+def test_a_worker_that_is_lost_after_a_request_to_stop_interrupts_the_run(monkeypatch):
+    def run(self, body, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert self.stop_asked.is_set()
+        yield from loses_its_worker(self, body)
+
+    monkeypatch.setattr(InlineGroup, "run", run)
+    assert main(ARGUMENTS) == 143
+    assert (summary()["status"], summary()["restarts"]) == ("interrupted", 0)
+
+
+def test_a_request_to_stop_during_a_restart_interrupts_the_run(monkeypatch):
+    def restart(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RunError("the group was asked to stop before it had started")
+
+    monkeypatch.setattr(InlineGroup, "run", loses_its_worker)
+    monkeypatch.setattr(InlineGroup, "restart", restart)
+    assert main(ARGUMENTS) == 130
+    assert summary()["status"] == "interrupted"
+
+
+def test_a_restart_that_finds_no_room_is_not_repeated(monkeypatch, capsys):
+    tried = []
+
+    def restart(self):
+        tried.append(True)
+        raise NoRoom("no room for cluster.workers=1 within cluster.start_timeout_s=60")
+
+    monkeypatch.setattr(InlineGroup, "run", loses_its_worker)
+    monkeypatch.setattr(InlineGroup, "restart", restart)
+    assert main(ARGUMENTS) == 1
+    assert "no room for cluster.workers=1" in capsys.readouterr().err
+    assert tried == [True]
+
+
+def test_a_page_that_fails_does_not_fail_the_run(monkeypatch, capsys):
+    def broken(*arguments):
+        raise ArithmeticError("no such plot")
+
+    monkeypatch.setattr("trainer.driver.page.page", broken)
+    assert main(ARGUMENTS) == 0
+    assert "report.html could not be written: no such plot" in capsys.readouterr().out
+    assert "raise ArithmeticError" in Path("run/log.txt").read_text()
+    assert summary()["status"] == "done"
+
+
+def test_a_finished_run_in_a_folder_that_cannot_be_written_shows_its_summary(monkeypatch, capsys):
+    assert main(ARGUMENTS) == 0
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("trainer.report.directory.write_whole", refuse)
+    capsys.readouterr()
+    assert main(["resume=run"]) == 0
+    assert "test set" in capsys.readouterr().out
+
+
+def test_done_is_not_on_disk_before_the_limits_are_judged(monkeypatch):
+    statuses = []
+    write = RunDirectory.write_summary
+
+    def watched(self, content):
+        statuses.append(content["status"])
+        write(self, content)
+
+    monkeypatch.setattr(RunDirectory, "write_summary", watched)
+    limits = ["artifact.make=true", "limits.min_ratio=1e6"]
+    assert main([*ARGUMENTS, *limits]) == 3
+    assert statuses == ["limits"]
+    assert main(["resume=run"]) == 3  # nothing has changed
+    assert statuses == ["limits"]
+    assert main(["resume=run", "limits.min_ratio=0.1"]) == 0
+    assert statuses == ["limits", "done"]

@@ -1,0 +1,66 @@
+"""The body that workers execute: what it says of itself on the way, what it refuses to leave."""
+
+import pytest
+import torch
+
+import trainer.run
+from tests.test_resume import FIT, STEPS, config
+from trainer.engine.world import World
+from trainer.errors import Diverged
+from trainer.messages import Checkpoint, PhaseEnded, RunStarted
+from trainer.phases import Phase
+from trainer.run import Start, experiment
+
+TRAIN = {"train": {"_target_": "trainer.phases.Train", "fit": {**FIT, "accumulate": 2}}}
+
+
+def test_long_stretches_are_no_hang(monkeypatch):
+    """Whoever watches the pulse is told that no beat will come before such a stretch begins."""
+    world = World.single(torch.device("cpu"))
+    seen = {}
+
+    def watched(owner, name):
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            seen.setdefault(name, set()).add(world.pulse.waiting)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    names = ["build_data", "build_model", "check_match", "pack", "to_bytes"]
+    for name in names:
+        watched(trainer.run, name)
+    for name in ["plan", "enter", "leave"]:
+        watched(Phase, name)
+        names.append(name)
+    cfg = config(phases=TRAIN, checkpoint={"every_steps": 3, "every_seconds": None})
+    for message in experiment(world, cfg, Start(0)):
+        # While Ray puts a large message into its store, the body stands still.
+        large = isinstance(message, Checkpoint | PhaseEnded)
+        assert world.pulse.waiting == large, message
+        if isinstance(message, RunStarted):
+            assert world.pulse.where == "at the start"
+        else:
+            assert world.pulse.where.startswith("in phase train")
+    assert seen == {name: {True} for name in names}
+    assert world.pulse.where == f"in phase train, step {STEPS}"
+
+
+def test_every_micro_batch_and_every_batch_of_an_evaluation_is_a_beat():
+    world = World.single(torch.device("cpu"))
+    for _ in experiment(world, config(phases=TRAIN), Start(0)):
+        pass
+    evaluations, batches = 2, 2  # 20 samples by 16, after each of the two epochs
+    assert world.pulse.beats == STEPS * (2 + 1) + evaluations * batches
+
+
+def test_weights_that_the_last_update_spoiled_are_not_accepted():
+    """The loss before the update was finite, and no step follows."""
+    phases = {"train": {**TRAIN["train"], "fit": {"epochs": 1, "max_steps": 1}}}
+    cfg = config(phases=phases, optimizer={"_target_": "torch.optim.SGD", "lr": 1e30})
+    told = []
+    with pytest.raises(Diverged, match=r"phase train: the validation loss is nan .*, after step 1 "
+                       r"at a learning rate of 1e\+30"):  # fmt: skip
+        told.extend(experiment(World.single(torch.device("cpu")), cfg, Start(0)))
+    assert not any(isinstance(message, PhaseEnded) for message in told)
