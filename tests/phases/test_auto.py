@@ -85,13 +85,25 @@ def test_it_goes_on_while_the_accuracy_holds_and_goes_back_bit_for_bit_when_it_d
     assert [record.accepted for record in records[:4]] == [True, True, False, False]
     assert scripted.kept[0] == pytest.approx(600, abs=20)
     assert scripted.kept[1] == pytest.approx(300, abs=20)
-    assert scripted.kept[2] < scripted.kept[1]
-    assert scripted.kept[2] < scripted.kept[3] < scripted.kept[1]  # a smaller step
+    assert scripted.kept[3] == scripted.kept[2] < scripted.kept[1]  # trained once more
+    assert scripted.kept[2] < scripted.kept[4] < scripted.kept[1]  # a smaller step
     for name, value in scripted.model.state_dict().items():
         assert torch.equal(value, scripted.states[1][name])
     assert "80.00% is below 89.00%" in records[-1].stopped
     assert [r.round for r in records] == list(range(1, len(records) + 1))
-    assert len(records) == 2 + math.ceil(math.log2(math.log(0.5) / math.log(LAST)))
+    assert len(records) == 2 + 2 * math.ceil(math.log2(math.log(0.5) / math.log(LAST)))
+
+
+def test_a_round_that_falls_short_may_hold_once_it_is_trained_longer() -> None:
+    scripted = Scripted([0.9, 0.8, 0.89, 0.8, 0.8, 0.9, 0.9], rounds=7)
+    records = scripted.run()
+    assert [record.accepted for record in records] == [True, False, True, False, False, True, True]
+    first, short, longer, *_, smaller, larger = scripted.kept
+    assert longer == short == pytest.approx(first / 2, abs=20)
+    assert smaller == pytest.approx(math.sqrt(0.5) * longer, abs=20)
+    assert larger == pytest.approx(smaller / 2, abs=20)  # after success the steps grow again
+    for name, value in scripted.model.state_dict().items():
+        assert torch.equal(value, scripted.states[-1][name])
 
 
 def test_the_sensitive_layer_keeps_more() -> None:
@@ -135,7 +147,7 @@ def test_the_drop_is_that_of_the_dense_model() -> None:
 
 
 def test_the_state_survives_a_checkpoint() -> None:
-    scripted = Scripted([0.9, 0.8, 0.8, 0.8, 0.8, 0.8])
+    scripted = Scripted([0.9] + [0.8] * 20)
     scripted.run()
     search = scripted.phase._targets
     assert isinstance(search, Search)

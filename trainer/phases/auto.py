@@ -26,8 +26,11 @@ PROBES = (0.7, 0.5, 0.3, 0.15)  # of a layer's weights: where its sensitivity is
 class Search(Targets):
     """Where the search stands; the numbers are the same on all ranks.
 
-    A round that loses too much is taken back, and the next one prunes less. As the model is then
-    what it was before, bit for bit, so is the sensitivity of its layers: it is not measured again.
+    A round that loses too much is trained once more without pruning, since survivors may need
+    longer and accuracies scatter. If that does not help either, both are taken back, and the next
+    round prunes less: the fraction that it keeps is the square root of the last one, and its square
+    again after a round that held. A model that was put back is what it was before, bit for bit, and
+    so is the sensitivity of its layers: it is not measured again.
     """
 
     max_drop: float  # of validation accuracy, a fraction
@@ -38,8 +41,9 @@ class Search(Targets):
     targets: dict[str, int] = field(default_factory=dict)  # weights that each layer keeps in it
     curves: dict[str, Curve] = field(default_factory=dict)  # by layer, of the last good state
     exhausted: bool = False  # every layer is at its floor after it
-    idle: bool = False  # it prunes nothing
+    idle: bool = False  # it has nothing to prune
     good: dict[str, Tensor] = field(default_factory=dict)  # the last state that was good enough
+    short: dict[str, Tensor] = field(default_factory=dict)  # one that was not, and trains once more
     history: list[RoundRecord] = field(default_factory=list)
 
     @property
@@ -56,12 +60,15 @@ class Search(Targets):
     ) -> None:
         values = {name: places[0].value for name, places in layers.items()}
         kept = {name: int(value.count_nonzero()) for name, value in values.items()}
+        if self.short:
+            self.targets = kept
+            return
         floors = {name: floor(value.numel(), self.min_density) for name, value in values.items()}
         if not self.curves:
             now = measure(model)
             if not self.good:
                 self.baseline = measure(dense).accuracy if dense is not None else now.accuracy
-                self._keep(model)
+                self.good = _state(model)
             for name, value in values.items():
                 before = value.clone()
                 curve = []
@@ -75,7 +82,7 @@ class Search(Targets):
         self.idle = self.targets == kept
 
     def begin(self, model: nn.Module) -> None:
-        model.load_state_dict(self.good)
+        model.load_state_dict(self.short or self.good)
 
     def keep(
         self, latent: Mapping[str, Tensor], present: Mapping[str, int], progress: float
@@ -87,14 +94,18 @@ class Search(Targets):
         sparsity = counts(model).sparsity
         accepted = metrics.accuracy >= self.baseline - self.max_drop - 1e-12
         said = f"{sparsity:.2%} sparse: accuracy {metrics.accuracy:.2%}"
+        number = len(self.history) + 1
         if accepted:
-            self._keep(model)
+            self.good, self.short = _state(model), {}
             self.curves = {}
+            self.fraction = max(FIRST, self.fraction**2)
+        elif not self.short and number < self.rounds and not self.idle:
+            self.short = _state(model)
         else:
             model.load_state_dict(self.good)
+            self.short = {}
             self.fraction = math.sqrt(self.fraction)
             said += f" is below {self.baseline - self.max_drop:.2%}"
-        number = len(self.history) + 1
         stopped = ""
         if self.fraction > LAST:
             stopped = f"{said}, and a smaller step would not be worth a round"
@@ -117,18 +128,21 @@ class Search(Targets):
             "exhausted": self.exhausted,
             "idle": self.idle,
             "good": self.good,
+            "short": self.short,
             "history": [asdict(record) for record in self.history],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.baseline, self.fraction = state["baseline"], state["fraction"]
         self.exhausted, self.idle = state["exhausted"], state["idle"]
-        self.targets, self.good = dict(state["targets"]), dict(state["good"])
+        self.targets = dict(state["targets"])
+        self.good, self.short = dict(state["good"]), dict(state["short"])
         self.curves = {
             name: [(fraction, rise) for fraction, rise in curve]
             for name, curve in state["curves"].items()
         }
         self.history = [RoundRecord(**record) for record in state["history"]]
 
-    def _keep(self, model: nn.Module) -> None:
-        self.good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
