@@ -68,8 +68,9 @@ class RoundRecord:
     sparsity: float
     accuracy: float  # validation, fraction
     loss: float  # validation, nats
-    accepted: bool  # False: the model went back to where it was before
+    accepted: bool  # False: the model went back to the last state that was, unless it goes on
     stopped: str  # why this was the last round; empty: another one follows
+    goes_on: bool = False  # not accepted yet: the next round goes on from where this one ended
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def test_a_round_that_falls_short_may_hold_once_it_is_trained_longer() -> None:
     scripted = Scripted([0.9, 0.8, 0.89, 0.8, 0.8, 0.9, 0.9], rounds=7)
     records = scripted.run()
     assert [record.accepted for record in records] == [True, False, True, False, False, True, True]
+    assert [record.goes_on for record in records] == [False, True, False, True, False, False, False]
     first, short, longer, *_, smaller, larger = scripted.kept
     assert longer == short == pytest.approx(first / 2, abs=20)
     assert smaller == pytest.approx(math.sqrt(0.5) * longer, abs=20)

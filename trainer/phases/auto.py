@@ -115,7 +115,15 @@ class Search(Targets):
             stopped = "no layer has a weight left that a round could prune"
         elif number >= self.rounds:
             stopped = f"all {self.rounds} rounds are used up"
-        record = RoundRecord(number, sparsity, metrics.accuracy, metrics.loss, accepted, stopped)
+        record = RoundRecord(
+            round=number,
+            sparsity=sparsity,
+            accuracy=metrics.accuracy,
+            loss=metrics.loss,
+            accepted=accepted,
+            stopped=stopped,
+            goes_on=bool(self.short),
+        )
         self.history.append(record)
         return record
 

@@ -137,7 +137,8 @@ def describe(message: Message) -> str | None:
             )
         case RoundEnded():
             judged = message.record
-            verdict = "kept" if judged.accepted else "too low, back to the last good state"
+            back = "trained on" if judged.goes_on else "back to the last good state"
+            verdict = "kept" if judged.accepted else f"too low, {back}"
             return (
                 f"{message.phase} round {judged.round}: sparsity {judged.sparsity:.2%}, "
                 f"accuracy {judged.accuracy:.2%}: {verdict}"
