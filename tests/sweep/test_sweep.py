@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import torch
 import yaml
@@ -372,8 +373,6 @@ def killed(*_):
 @pytest.mark.integration
 def test_a_signal_while_ray_starts_leaves_nothing_behind():
     """SIGTERM, for which Ray sets handlers of its own while it starts."""
-    from tests.test_main import alive, children
-
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as short:
         run = subprocess.Popen(
             [sys.executable, "-m", "trainer", *ARGUMENTS[:1], *ARGUMENTS[4:]],
@@ -384,15 +383,15 @@ def test_a_signal_while_ray_starts_leaves_nothing_behind():
         while not list(Path(short).glob("trainer-*/session_*")):  # ray.init is at work
             assert run.poll() is None
             time.sleep(0.01)
-        family = children(run.pid)
+        family = psutil.Process(run.pid).children(recursive=True)
         run.send_signal(signal.SIGTERM)
         _, told = run.communicate(timeout=60)
         assert run.returncode == 143
         assert b"SIGTERM received" not in told
         deadline = time.monotonic() + 30
-        while alive(family) and time.monotonic() < deadline:
+        while any(p.is_running() for p in family) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert alive(family) == []
+        assert not any(p.is_running() for p in family)
         assert list(Path(short).glob("trainer-*")) == []
     assert summary()["status"] == "interrupted"
 
