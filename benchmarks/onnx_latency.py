@@ -5,9 +5,9 @@
 
 Trains LeNet-5 (as +experiment=qat ships it) and ResNet-20 (16, 32, 64 filters, 4 epochs and 1 with
 quantization) on MNIST by the command, with further settings where they are given; DIR keeps both
-runs, and a run that is done is not done again. model.onnx of a run is then held against its dense stage, exported likewise. Accuracies are
-onnxruntime's, on the test set. Latencies: batch 1 and 32, one thread; the two files take turns, a
-ratio is the median of the ratios within each turn.
+runs, and a run that is done is not done again. model.onnx of a run is then held against its dense
+stage, exported likewise. Accuracies are onnxruntime's, on the test set. Latencies: batch 1 and 32,
+one thread; the two files take turns, a ratio is the median of the ratios within each turn.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def turns(models: list[OnnxModel], inputs: torch.Tensor, repeats: int) -> list[l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a new folder, for the runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--repeats", type=int, default=200, help="turns of each latency")
     parser.add_argument("settings", nargs="*", help="key=value, for both runs")
     args = parser.parse_args()
