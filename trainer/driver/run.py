@@ -24,7 +24,8 @@ from trainer.cluster import (
     why_not_restart,
 )
 from trainer.config import Config
-from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
+from trainer.driver.finish import judged, leave_page, show
+from trainer.errors import ConfigError, Interrupted, RunError, first_line
 from trainer.messages import (
     Checkpoint,
     Converted,
@@ -36,8 +37,6 @@ from trainer.messages import (
 from trainer.report.checkpoints import Checkpoints, Point
 from trainer.report.console import Console
 from trainer.report.directory import RunDirectory, as_json
-from trainer.report.limits import missed
-from trainer.report.sheets import rich_table, sheets
 from trainer.report.summary import Summary
 from trainer.signals import Signals
 
@@ -80,11 +79,11 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
 
         check_limits(cfg)
         with _told(directory), directory.locked(), Console() as console:
-            judged = _judged(summary, cfg)
-            if judged != summary:
-                directory.write_summary(judged)
-                _write_page(judged, cfg, directory, console)
-            _show(judged, directory, console)
+            now = judged(summary, cfg)
+            if now != summary:
+                directory.write_summary(now)
+                leave_page(now, cfg, directory, console)
+            show(now, directory, console)
     else:
         _drive(cfg, directory, signals)
 
@@ -92,37 +91,8 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
 def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
     with _told(directory), directory.locked(), Console() as console:
         summary = _Run(cfg, directory, console, signals).execute()
-        _write_page(summary, cfg, directory, console)
-        _show(summary, directory, console)
-
-
-def _judged(summary: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
-    """The summary of a run that got to its end, with what the limits say of it."""
-    error = "; ".join(missed(summary, cfg.limits)) or None
-    return {**summary, "status": "limits" if error else "done", "error": error}
-
-
-def _write_page(
-    summary: Mapping[str, Any], cfg: Config, directory: RunDirectory, console: Console
-) -> None:
-    """Leave report.html. The run is done: what goes wrong here is said, and changes nothing."""
-    from trainer.driver.page import write_page  # slow to import
-
-    try:
-        write_page(summary, cfg, directory, console.say)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # the disk may be the reason
-            directory.log(traceback.format_exc())
-        console.say(f"report.html could not be written: {first_line(error)} (more in log.txt)")
-
-
-def _show(summary: Mapping[str, Any], directory: RunDirectory, console: Console) -> None:
-    """Show a finished run. Raises LimitsMissed."""
-    for sheet in sheets(summary):
-        console.terminal.print(rich_table(sheet))
-    console.say(f"results in {directory.path}")
-    if summary["status"] == "limits":
-        raise LimitsMissed(summary["error"])
+        leave_page(summary, cfg, directory, console)
+        show(summary, directory, console)
 
 
 @contextlib.contextmanager
@@ -157,7 +127,7 @@ class _Run:
                 group = open_group(self.cfg.cluster)
             self._start(group)
             self._work(group)
-            summary = _judged(self.summary.as_dict("done"), self.cfg)
+            summary = judged(self.summary.as_dict("done"), self.cfg)
             self.directory.write_summary(summary)
             return summary
         except Interrupted as error:
