@@ -29,7 +29,7 @@ from trainer.config import Config, typed
 from trainer.data.split import Split
 from trainer.export.onnx import to_onnx
 from trainer.export.runtime import BATCHES, OnnxModel, correct
-from trainer.run import build_data, build_model
+from trainer.parts import build_data, build_model
 
 NETS = {
     "LeNet-5": [],

@@ -13,8 +13,8 @@ from trainer.convert import convert, try_export
 from trainer.engine.checkpoint import to_bytes
 from trainer.engine.world import World
 from trainer.errors import ConfigError
+from trainer.parts import build_model
 from trainer.phases import Quantize, build_phases
-from trainer.run import build_model
 
 WORLD = World.single(torch.device("cpu"))
 

@@ -28,6 +28,7 @@ FLOORS = {
     "report": 3,
     "export": 3,
     "initial": 4,
+    "parts": 4,
     "phases": 4,
     "run": 5,
     "checks": 6,

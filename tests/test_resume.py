@@ -27,7 +27,8 @@ from trainer.config import ClusterConfig, Config, typed
 from trainer.engine.checkpoint import to_bytes
 from trainer.engine.world import World
 from trainer.messages import Checkpoint, PhaseEnded, RunStopped
-from trainer.run import Start, build_model, experiment
+from trainer.parts import build_model
+from trainer.run import Start, experiment
 
 FIT = {"epochs": 2, "schedule": "cosine"}
 PHASES = {

@@ -14,9 +14,10 @@ from trainer.build import check_arguments, target
 from trainer.config import Config, LimitsConfig
 from trainer.engine.optim import build_optimizer
 from trainer.errors import ConfigError
+from trainer.parts import build_model, data_settings
 from trainer.phases import Phase, Prune, build_phases
 from trainer.phases.stages import check_teachers, stages
-from trainer.run import build_model, check_phases, data_settings
+from trainer.run import check_phases
 
 
 def check(cfg: Config) -> nn.Module | None:

@@ -21,8 +21,9 @@ from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
 from trainer.export.runtime import BATCHES, OnnxModel, correct, latencies
 from trainer.messages import Converted, Message
+from trainer.parts import build_data, build_model, build_runtime
 from trainer.phases import Quantize, build_phases
-from trainer.run import build_data, build_model, build_runtime, check_phases
+from trainer.run import check_phases
 
 FP32, INT8 = "fp32", "int8"
 BATCH = 256  # samples that are evaluated at a time

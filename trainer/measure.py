@@ -11,7 +11,8 @@ from trainer.config import Config
 from trainer.engine.evaluate import evaluate
 from trainer.engine.world import World
 from trainer.messages import Measured, Message, RunStopped
-from trainer.run import build_data, build_model, build_runtime, should_stop
+from trainer.parts import build_data, build_model, build_runtime
+from trainer.run import should_stop
 
 DECODED = "artifact"  # the model whose weights are a compressed file
 

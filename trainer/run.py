@@ -17,7 +17,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from trainer.build import build
 from trainer.compress.counts import counts
 from trainer.compress.rewrite import restore
 from trainer.config import CheckpointConfig, Config
@@ -43,6 +42,7 @@ from trainer.messages import (
     RunStarted,
     RunStopped,
 )
+from trainer.parts import build_data, build_model, build_runtime
 from trainer.phases import Phase, build_phases
 from trainer.phases.stages import stages, teacher_phase
 from trainer.report.checkpoints import Point
@@ -326,38 +326,6 @@ class _PhaseRun:
             }
             content = pack(state)
         return Checkpoint(phase=self.index, step=told, content=content)
-
-
-def build_runtime(world: World, cfg: Config) -> Runtime:
-    """The world with what all phases share."""
-    return Runtime(
-        world=world,
-        precision=cfg.precision,
-        allreduce=cfg.allreduce,
-        optimizer=cfg.optimizer,
-        batch_size=int(cfg.data["batch_size"]),
-        seed=cfg.seed,
-        channels_last=cfg.channels_last,
-    )
-
-
-def build_data(cfg: Config) -> Splits:
-    """The three splits. Raises ConfigError where the settings or the data are wrong."""
-    splits = build("data", data_settings(cfg), Splits, seed=cfg.seed)
-    for name in ("train", "validation", "test"):
-        if len(getattr(splits, name)) == 0:
-            raise ConfigError(f"data: the {name} split is empty; give it at least one sample")
-    return splits
-
-
-def data_settings(cfg: Config) -> dict[str, Any]:
-    """The settings that the data's target takes."""
-    return {key: value for key, value in cfg.data.items() if key != "batch_size"}
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """The model, weights drawn from the random state as it is. Raises ConfigError."""
-    return build("model", cfg.model, nn.Module)
 
 
 def check_phases(phases: Mapping[str, Phase], model: nn.Module) -> None:

@@ -17,10 +17,11 @@ from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.messages import Checkpoint, PhaseEnded, RoundEnded
+from trainer.parts import build_data, build_model
 from trainer.phases import Prune, build_phases
 from trainer.phases.auto import LAST, PROBES, Search
 from trainer.phases.stages import teacher_phase
-from trainer.run import Start, build_data, build_model, experiment
+from trainer.run import Start, experiment
 
 WORLD = World.single(torch.device("cpu"))
 TRAINING = FitConfig(epochs=1)

@@ -24,8 +24,9 @@ from trainer.__main__ import main
 from trainer.config import Config, typed
 from trainer.errors import ConfigError
 from trainer.models import LeNet300
+from trainer.parts import build_model
 from trainer.report.directory import RunDirectory
-from trainer.run import Start, build_model, experiment
+from trainer.run import Start, experiment
 from trainer.sweep.plan import Plan
 
 ARGUMENTS = [

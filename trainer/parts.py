@@ -1,0 +1,44 @@
+"""From a configuration to the parts of a run: data, model, and what all phases share."""
+
+from typing import Any
+
+from torch import nn
+
+from trainer.build import build
+from trainer.config import Config
+from trainer.data.split import Splits
+from trainer.engine.runtime import Runtime
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+
+
+def build_runtime(world: World, cfg: Config) -> Runtime:
+    """The world with what all phases share."""
+    return Runtime(
+        world=world,
+        precision=cfg.precision,
+        allreduce=cfg.allreduce,
+        optimizer=cfg.optimizer,
+        batch_size=int(cfg.data["batch_size"]),
+        seed=cfg.seed,
+        channels_last=cfg.channels_last,
+    )
+
+
+def build_data(cfg: Config) -> Splits:
+    """The three splits. Raises ConfigError where the settings or the data are wrong."""
+    splits = build("data", data_settings(cfg), Splits, seed=cfg.seed)
+    for name in ("train", "validation", "test"):
+        if len(getattr(splits, name)) == 0:
+            raise ConfigError(f"data: the {name} split is empty; give it at least one sample")
+    return splits
+
+
+def data_settings(cfg: Config) -> dict[str, Any]:
+    """The settings that the data's target takes."""
+    return {key: value for key, value in cfg.data.items() if key != "batch_size"}
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model, weights drawn from the random state as it is. Raises ConfigError."""
+    return build("model", cfg.model, nn.Module)
