@@ -57,6 +57,8 @@ def shrunk(name):
             overrides += ["sweep.constraints={accuracy: '>= 0'}"]
         if composed["sweep"]["during"]:
             overrides += ["sweep.during={data.train: 200, phases.train.fit.epochs: 1}"]
+    if composed["limits"]["max_accuracy_drop"] is not None:
+        overrides += ["limits.max_accuracy_drop=1"]  # 100 samples say nothing of it
     if composed["data"]["_target_"].endswith("mnist"):
         overrides += ["data.train=200", "data.validation=100", "data.test=100"]
     else:
