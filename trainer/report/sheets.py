@@ -84,7 +84,7 @@ def stages(artifact: Mapping[str, Any]) -> Sheet:
             f"{stage['ratio']:.1f}x",
             f"{1 - stage['accuracy']:.2%}",
             number(loss, ".4f"),
-            number(None if loss is None else perplexity(loss), ".5g"),
+            number(None if loss is None else perplexity(loss), "#.5g"),
         )
         rows.append((*row, _published(stage)) if compared(artifact) else row)
     columns = ("stage", "bytes", "ratio", "error", "loss", "perplexity")
