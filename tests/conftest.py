@@ -1,6 +1,7 @@
 """What holds for all tests: hypothesis sets no deadlines, and repeats itself exactly in CI."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,18 @@ torch.set_num_threads(1)  # small tensors, and other processes beside this one
 
 settings.register_profile("trainer", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("trainer")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, with the signal handlers and threads of the tests kept."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

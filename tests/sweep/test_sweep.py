@@ -37,16 +37,7 @@ ONLY = [f"sweep.params.{key}=null" for key in ("model.depth", "model.kernel_size
 FOLDER = Path("outputs/sweep_smoke/sweep")
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Run in an empty folder, with the signal handlers of the tests kept."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def rows():
