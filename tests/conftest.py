@@ -1,4 +1,4 @@
-"""What holds for all tests: hypothesis sets no deadlines, and repeats itself exactly in CI."""
+"""What holds for all tests: which run beside which, no deadlines of hypothesis, shared fixtures."""
 
 import os
 import signal
@@ -12,8 +12,24 @@ from trainer.config import ClusterConfig
 
 torch.set_num_threads(1)  # small tensors, and other processes beside this one
 
+# Repeats itself exactly in CI.
 settings.register_profile("trainer", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("trainer")
+
+
+def pytest_collection_modifyitems(items):
+    """What starts processes comes first and one by one; a second worker has the rest meanwhile.
+
+    That one takes file after file, so that the fixtures of a module are made once.
+    """
+
+    def starts_processes(item):
+        return item.get_closest_marker("integration") is not None
+
+    for item in items:
+        group = "processes" if starts_processes(item) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=starts_processes, reverse=True)
 
 
 @pytest.fixture
