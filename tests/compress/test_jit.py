@@ -1,6 +1,8 @@
 """Functions are compiled where nothing can be cached, too."""
 
 import importlib.util
+import threading
+import time
 
 import numba
 import pytest
@@ -26,11 +28,29 @@ def test_no_place_for_a_cache(monkeypatch) -> None:
 
 
 def test_a_numba_that_keeps_its_cache_in_another_way(monkeypatch) -> None:
-    def njit(function=None, cache=False):
-        return (lambda f: object()) if cache else function
+    def njit(cache=False, **options):
+        return (lambda f: object()) if cache else (lambda f: f)
 
     monkeypatch.setattr(jit, "njit", njit)
     assert jit.jit(twice) is twice
+
+
+def scramble(rounds: int) -> int:
+    x = 1
+    for _ in range(rounds):
+        x = (x * 6364136223846793005 + 1) ^ (x >> 7)
+    return x
+
+
+def test_other_threads_go_on_meanwhile() -> None:
+    compiled, looks = jit.jit(scramble), 0
+    compiled(1)
+    work = threading.Thread(target=compiled, args=(100_000_000,))
+    work.start()
+    while work.is_alive():
+        time.sleep(0.001)
+        looks += 1
+    assert looks > 10  # that held the lock of Python, there would be one or two
 
 
 def test_the_cache_knows_all_sources_of_the_package() -> None:

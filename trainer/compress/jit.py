@@ -1,5 +1,6 @@
 """Compiled functions whose disk cache can be trusted."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +18,17 @@ _SOURCES = hashlib.sha256(
 def jit(function: F) -> F:
     """numba.njit, kept on disk until any file of trainer.compress changes.
 
+    Other threads go on while it runs: a worker with a layer that takes minutes still answers.
     Numba itself looks only at the file of the function: after a change to a table or a helper
     elsewhere it would go on with the old one, and decode other levels than were written. Where no
     directory can be written to, or numba keeps its cache in another way, each process compiles
     anew.
     """
+    compiler: Any = functools.partial(njit, nogil=True)
     try:
-        compiled: Any = njit(cache=True)(function)
+        compiled = compiler(cache=True)(function)
         index = compiled._cache._cache_file
         index._source_stamp = (index._source_stamp, _SOURCES)
     except (RuntimeError, AttributeError):
-        return njit(function)  # type: ignore[no-any-return]
-    result: F = compiled
-    return result
+        return compiler()(function)  # type: ignore[no-any-return]
+    return compiled  # type: ignore[no-any-return]
