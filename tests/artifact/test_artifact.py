@@ -394,6 +394,11 @@ HOSTILE = {
         [b"\x01\x07"],
     ),
     "too many sides": ({"tensors": [["w", "f32", [1] * 999, "r", "f32"]]}, [FLOATS]),
+    "a million sides": ({"tensors": [["w", "f32", [9] * 1_000_000, "r", "f32"]]}, [FLOATS]),
+    "a count is false": (
+        {"tensors": [["w", "f32", [2, 2], "c", False, "f32"]]},
+        [LAYER, encode_floats(b"", 4)],
+    ),
     "empty but wide": (
         {"tensors": [["w", "f32", [0, 1 << 47, 1 << 47], "r", "f32"]]},
         [encode_floats(b"", 4)],

@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 the file is damaged or cannot be read or written, 2 wrong 
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -105,6 +106,8 @@ def _plain(text: str) -> str:
 
 
 def _write(tensors: dict[str, Tensor], out: Path) -> None:
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     aside = out.with_name(f"{out.name}.part")
     try:
         aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.artifact.container import ArtifactError
+from trainer.compress.quantize import by_rows
 
 DTYPES = {
     "f32": torch.float32,
@@ -87,11 +88,6 @@ def multiplied(tensor: Tensor, scale: Tensor) -> Tensor:
     return tensor * by_rows(scale, tensor.ndim)
 
 
-def by_rows(scale: Tensor, ndim: int) -> Tensor:
-    """A scale in the shape that is broadcast along the first of `ndim` dimensions."""
-    return scale.view(-1, *[1] * (ndim - 1)) if scale.ndim else scale
-
-
 def is_scale(scale: Tensor, shape: Sequence[int]) -> bool:
     """Whether a tensor can be the scales of a GRID of this shape."""
     sizes = ((), (1,), tuple(shape[:1]))
@@ -128,12 +124,14 @@ def parse(row: Any) -> Entry:
             pass
         case _:
             raise ArtifactError(f"the header has an entry that is none: {reprlib.repr(row)}")
-    sound = all(type(n) is int and 0 <= n < 1 << 48 for n in [*shape, count or 0])
+    numbers = shape if count is None else [*shape, count]
+    sound = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
     if not sound or dtype not in DTYPES or stored not in DTYPES:
         raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
-    size = math.prod(shape)
+    possible = is_possible(shape)
+    size = math.prod(shape) if possible else 0  # of a million sides it would take minutes
     most = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
-    if not is_possible(shape) or (count or 0) > most:
+    if not possible or (count or 0) > most:
         raise ArtifactError(f"the header claims too much of {name[:80]!r}: {reprlib.repr(row)}")
     if kind != RAW and (dtype != "f32" or not size):
         raise ArtifactError(f"{name[:80]!r} cannot be coded: it is empty, or not f32")

@@ -22,7 +22,6 @@ from trainer.artifact.tensors import (
     RAW,
     SCALE,
     Entry,
-    by_rows,
     is_possible,
     is_scale,
     look_up,
@@ -30,6 +29,7 @@ from trainer.artifact.tensors import (
 )
 from trainer.compress.coding import encode_floats, encode_layer
 from trainer.compress.narrow import is_exact, narrow, shared_values
+from trainer.compress.quantize import by_rows
 
 Levels = NDArray[np.uint16] | NDArray[np.bool_]
 

@@ -196,6 +196,11 @@ def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
     return [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
 
 
+def by_rows(scale: Tensor, ndim: int) -> Tensor:
+    """A scale in the shape that is broadcast along the first of `ndim` dimensions."""
+    return scale.view(-1, *[1] * (ndim - 1)) if scale.ndim else scale
+
+
 def is_grid(name: str) -> bool:
     """Whether an entry of a state_dict belongs to a quantizer: it is exact, and no parameter."""
     return name.rpartition(".")[0].endswith("_quantizer")

@@ -16,7 +16,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.compress.lstm import LinearLSTM, convertible
-from trainer.compress.quantize import BITS, LAYERS, ActivationQuantizer, WeightQuantizer, attach
+from trainer.compress.quantize import (
+    BITS,
+    LAYERS,
+    ActivationQuantizer,
+    WeightQuantizer,
+    attach,
+    by_rows,
+)
 from trainer.errors import ConfigError, first_line
 
 # Which batch norm can be folded into which layer. A subclass may compute something else.
@@ -111,7 +118,7 @@ def fold_batch_norms(model: nn.Module) -> None:
         if norm.bias is not None:
             bias = bias + norm.bias
         weight = layer.weight
-        weight.copy_(weight * factor.view(-1, *[1] * (weight.ndim - 1)))
+        weight.copy_(weight * by_rows(factor, weight.ndim))
         layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
         model.set_submodule(norm_name, nn.Identity())
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer
+from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, by_rows
 from trainer.errors import RunError, first_line
 
 OPSET = 21  # the first that quantizes to all types of integers that are used here
@@ -101,7 +101,7 @@ def _integers(name: str, layer: nn.Module, quantizer: WeightQuantizer) -> tuple[
     x86 have for them.
     """
     weight = cast(Tensor, layer.weight).detach()
-    steps = weight / _along(quantizer.scale, weight)
+    steps = weight / by_rows(quantizer.scale, weight.ndim)
     integers = steps.round()
     on_grid = (steps - integers).abs().max() < 1e-3 and integers.abs().max() <= quantizer.most
     if not on_grid:
@@ -132,12 +132,7 @@ def _fitted(integers: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     larger = torch.where((count > _LARGEST) | (free & (count > 0)), larger, 1.0)
     if bool((larger == 1).all()):
         return integers, scale
-    return (integers / _along(larger, integers)).round(), (scale * larger).float()
-
-
-def _along(scale: Tensor, weight: Tensor) -> Tensor:
-    """`scale` in a shape that multiplies the channels of `weight`."""
-    return scale.view(-1, *[1] * (weight.ndim - 1)) if scale.ndim else scale
+    return (integers / by_rows(larger, integers.ndim)).round(), (scale * larger).float()
 
 
 def _replace(layer: nn.Module, name: str, integers: Tensor, scale: Tensor) -> None:

@@ -14,7 +14,7 @@ from trainer.compress.coding.mixing import HALF, count
 from trainer.compress.jit import jit
 
 _LIMIT = 255
-_MOST = 1 << 22  # bytes that are worth the time; more are stored as they are
+_MOST = 1 << 22  # bytes that are worth the time; more are stored as they are (docs/artifact.md)
 
 
 @jit
