@@ -7,6 +7,7 @@ model. The other ranks have nothing to do.
 
 from collections.abc import Iterator
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from trainer.phases import Quantize, build_phases
 from trainer.run import check_phases
 
 FP32, INT8 = "fp32", "int8"
-BATCH = 256  # samples that are evaluated at a time
+BATCH = 256  # samples that are evaluated at a time, at most
 
 
 def try_export(world: World, cfg: Config) -> Iterator[Message]:
@@ -76,6 +77,12 @@ def convert(world: World, cfg: Config, final: bytes, dense: bytes | None) -> Ite
     """
     if world.rank != 0:
         return
+    with world.pulse.waits():  # a large model may take minutes
+        converted = list(_converted(cfg, final, dense))
+    yield from converted
+
+
+def _converted(cfg: Config, final: bytes, dense: bytes | None) -> Iterator[Converted]:
     split = build_data(cfg).validation
     models = {FP32: _built(cfg, final)}
     if is_quantized(models[FP32]):
@@ -83,15 +90,12 @@ def convert(world: World, cfg: Config, final: bytes, dense: bytes | None) -> Ite
         if dense is not None:
             models = {FP32: _built(cfg, dense), **models}
     sample = _inputs(split, max(2, min(max(BATCHES), len(split))))
-    files: dict[str, bytes] = {}
-    for name, model in models.items():
-        with world.pulse.waits():  # exporting a large model may take minutes
-            files[name] = to_onnx(model, sample[:2])
+    files = {name: to_onnx(model, sample[:2]) for name, model in models.items()}
     loaded = {name: OnnxModel(content) for name, content in files.items()}
     speeds = {batch: latencies(loaded, sample[:batch]) for batch in BATCHES if batch <= len(sample)}
-    last = list(models)[-1]
+    last, batch_size = list(models)[-1], min(BATCH, int(cfg.data["batch_size"]))
     for name, model in models.items():
-        accuracy, plain, difference = _compare(model, loaded[name], split, world)
+        accuracy, plain, difference = _compare(model, loaded[name], split, batch_size)
         yield Converted(
             name=name,
             file_bytes=len(files[name]),
@@ -116,17 +120,20 @@ def _inputs(split: Split, count: int) -> Tensor:
 
 @torch.no_grad()
 def _compare(
-    model: nn.Module, onnx: OnnxModel, split: Split, world: World
+    model: nn.Module, onnx: OnnxModel, split: Split, batch_size: int
 ) -> tuple[float, float, float]:
-    """Accuracy in onnxruntime and in PyTorch, and the largest difference of a logit."""
+    """Accuracy in onnxruntime and in PyTorch, and the largest difference of a logit.
+
+    Args:
+        batch_size: samples that are evaluated at a time.
+    """
     right = right_plain = count = 0
-    difference = 0.0
-    for inputs, targets in split.batches(torch.arange(len(split)).split(BATCH), None):
+    differences = []
+    for inputs, targets in split.batches(torch.arange(len(split)).split(batch_size), None):
         plain = model(inputs).numpy()
         logits = onnx(inputs)
         right += correct(logits, targets)
         right_plain += correct(plain, targets)
         count += targets.numel()
-        difference = max(difference, float(abs(logits - plain).max()))
-        world.pulse.beat()
-    return right / count, right_plain / count, difference
+        differences.append(float(abs(logits - plain).max()))
+    return right / count, right_plain / count, float(np.max(differences))  # NaN, if there is one

@@ -53,7 +53,7 @@ def latencies(models: Mapping[str, OnnxModel], inputs: Tensor) -> dict[str, floa
             model(inputs)
             if repeat >= 3:  # the first ones are warm-up
                 times[name].append(1e3 * (time.perf_counter() - started))
-        if repeat > 5 and time.perf_counter() - begun > SECONDS:
+        if repeat >= 3 and time.perf_counter() - begun > SECONDS:
             break
     return {name: statistics.median(taken) for name, taken in times.items()}
 

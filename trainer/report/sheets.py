@@ -151,7 +151,7 @@ def onnx(converted: Sequence[Mapping[str, Any]]) -> Sheet:
             f"{model['file_bytes']:,}",
             f"{model['accuracy']:.2%}",
             f"{model['torch_accuracy']:.2%}",
-            f"{model['difference']:.2g}",
+            number(model["difference"], ".2g"),
             *(f"{model['milliseconds'][batch]:.3g}" for batch in batches),
         )
         for model in converted
