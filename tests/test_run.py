@@ -1,13 +1,18 @@
 """The body that workers execute: what it says of itself on the way, what it refuses to leave."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
 import trainer.run
 from tests.test_resume import FIT, STEPS, config
+from trainer.data import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import Diverged
 from trainer.messages import Checkpoint, PhaseEnded, RunStarted
+from trainer.parts import build_data
 from trainer.phases import Phase
 from trainer.run import Start, experiment
 
@@ -64,3 +69,27 @@ def test_weights_that_the_last_update_spoiled_are_not_accepted():
                        r"at a learning rate of 1e\+30"):  # fmt: skip
         told.extend(experiment(World.single(torch.device("cpu")), cfg, Start(0)))
     assert not any(isinstance(message, PhaseEnded) for message in told)
+
+
+def drawn(seed, samples=60):
+    """Splits as users draw them, by torch's, numpy's and Python's own generators."""
+    numbers = torch.arange(samples)
+    train, *others = torch.utils.data.random_split(numbers, [40, 10, 10])
+    order = [numbers[train.indices], *(numbers[part.indices] for part in others)]
+    order[0] = order[0][torch.from_numpy(np.random.permutation(40))]
+    order[1] = torch.tensor(random.sample(order[1].tolist(), 10))
+    return Splits(*(TensorSplit(part, part) for part in order))
+
+
+def test_data_that_draws_from_global_generators_is_the_same_wherever_it_is_built():
+    """On every rank, after a restart, and when the test set is measured."""
+    cfg = config(data={"_target_": f"{__name__}.drawn", "batch_size": 16})
+    states = torch.get_rng_state(), random.getstate()
+    first = build_data(cfg)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    torch.rand(5), np.random.rand(5), random.random()
+    again, other = build_data(cfg), build_data(config(data=cfg.data, seed=4))
+    for name, split in vars(first).items():
+        assert torch.equal(split.inputs, getattr(again, name).inputs)
+        assert not torch.equal(split.inputs, getattr(other, name).inputs)

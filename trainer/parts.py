@@ -6,6 +6,8 @@ from torch import nn
 
 from trainer.build import build
 from trainer.config import Config
+from trainer.data.dataset import generators_left_alone, seed_generators
+from trainer.data.hashing import mix
 from trainer.data.split import Splits
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
@@ -26,8 +28,14 @@ def build_runtime(world: World, cfg: Config) -> Runtime:
 
 
 def build_data(cfg: Config) -> Splits:
-    """The three splits. Raises ConfigError where the settings or the data are wrong."""
-    splits = build("data", data_settings(cfg), Splits, seed=cfg.seed)
+    """The three splits. Raises ConfigError where the settings or the data are wrong.
+
+    They are the same whenever and wherever they are built: what draws from the global generators
+    of the CPU, such as random_split, draws by the run's seed.
+    """
+    with generators_left_alone():
+        seed_generators(mix(cfg.seed))
+        splits = build("data", data_settings(cfg), Splits, seed=cfg.seed)
     for name in ("train", "validation", "test"):
         if len(getattr(splits, name)) == 0:
             raise ConfigError(f"data: the {name} split is empty; give it at least one sample")

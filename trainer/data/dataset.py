@@ -4,6 +4,7 @@ A sample's random numbers (torch's, numpy's, Python's) are seeded with (seed, ep
 `__getitem__`, so augmentation is the same for any number of trainers and loader workers.
 """
 
+import contextlib
 import multiprocessing
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,18 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextlib.contextmanager
+def generators_left_alone() -> Iterator[None]:
+    """Whatever is drawn or seeded within, those three generators go on as if it had not been."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def kind(value: Any) -> str:
@@ -94,16 +107,11 @@ class SeededBatches(Dataset[tuple[Tensor, Tensor]]):
         epoch, wanted = request
         # An empty batch still has the shape of a sample, so one is fetched to learn it.
         indices = wanted or [0]
-        states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        try:
-            pairs = []
+        pairs = []
+        with generators_left_alone():
             for index in indices:
                 seed_generators(mix(self.seed, epoch, index))
                 pairs.append(checked(self.dataset[index], index))
-        finally:
-            torch.set_rng_state(states[0])
-            random.setstate(states[1])
-            np.random.set_state(states[2])
         inputs = stacked([value for value, _ in pairs], indices, "inputs")
         targets = stacked([torch.as_tensor(target) for _, target in pairs], indices, "targets")
         return inputs[: len(wanted)], targets[: len(wanted)].long()
@@ -128,19 +136,36 @@ class DatasetSplit:
 
     def __init__(self, dataset: Dataset[Any], seed: int, loader_workers: int = 0) -> None:
         self.dataset = dataset
+        self.seed = seed
         self.requests = Requests()
         self.reading = False
-        self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-            SeededBatches(dataset, seed),
+        self.loader = self._loader(self.requests, loader_workers, stay=True)
+
+    def _loader(
+        self, requests: Iterable[Request], workers: int, stay: bool
+    ) -> "DataLoader[tuple[Tensor, Tensor]]":
+        return DataLoader(
+            SeededBatches(self.dataset, self.seed),
             # With batch_size None a "sample index" of the loader is a whole request of ours.
             batch_size=None,
-            sampler=self.requests,
-            num_workers=loader_workers,
-            persistent_workers=loader_workers > 0,
-            multiprocessing_context=fork_server() if loader_workers else None,
+            sampler=requests,
+            num_workers=workers,
+            persistent_workers=stay and workers > 0,
+            multiprocessing_context=fork_server() if workers else None,
             # Its own generator: a loader draws a number per pass, from the global one by default.
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """The first sample, as a batch of evaluation; its process ends with that.
+
+        Not read here where there are loader processes: a data set that opens its files with the
+        first sample could not be pickled for them any more.
+        """
+        workers = min(1, self.loader.num_workers)
+        loader = self._loader([(EVALUATION, [0])], workers, stay=False)
+        batches: list[tuple[Tensor, Tensor]] = list(loader)
+        return batches[0]
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
