@@ -89,7 +89,7 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
         runtime = build_runtime(world, cfg)
         model = runtime.place(build_model(cfg))
         check_phases(phases, model)
-        check_match(model, data, runtime)
+        check_match(model, data, runtime, max(phase.fit.accumulate for phase in phases.values()))
         teacher = None
         if start.baseline is not None:
             teacher = restore(copy.deepcopy(model), safetensors.torch.load(start.baseline))

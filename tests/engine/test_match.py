@@ -80,3 +80,38 @@ def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
     with pytest.raises(ConfigError, match=said):
         check_match(model, data, runtime(WORLD))
     assert model.training
+
+
+def test_classes_that_are_no_int64_are_refused():
+    data = splits(IMAGES.train.inputs, IMAGES.train.targets.int())
+    with pytest.raises(ConfigError, match=r"targets of train are int32; they must be .* int64"):
+        check_match(net(), data, runtime(WORLD))
+
+
+def test_a_last_piece_that_is_too_small_for_batch_norm_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
+    state = copy.deepcopy(model.state_dict())
+    five = runtime(WORLD, batch_size=5)
+    check_match(model, IMAGES, five)
+    check_match(model, IMAGES, five, accumulate=2)  # pieces of three and two
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    for batch_size, accumulate in ((4, 1), (5, 3)):
+        said = (
+            rf"data\.batch_size={batch_size} with cluster\.workers=1 and fit\.accumulate="
+            rf"{accumulate}: Sequential cannot be trained on as little as 1 of the 5 .* samples"
+        )
+        with pytest.raises(ConfigError, match=said):
+            check_match(model, IMAGES, runtime(WORLD, batch_size=batch_size), accumulate)
+
+
+class Auxiliary(nn.Linear):
+    """A second head while training, as GoogLeNet has."""
+
+    def forward(self, x):
+        logits = super().forward(x.flatten(1))
+        return (logits, logits) if self.training else logits
+
+
+def test_other_outputs_in_training_are_refused():
+    with pytest.raises(ConfigError, match="Auxiliary gives tuple in training mode"):
+        check_match(Auxiliary(64, 3), IMAGES, runtime(WORLD))

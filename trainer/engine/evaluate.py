@@ -34,7 +34,8 @@ def evaluate(model: nn.Module, split: Split, runtime: Runtime) -> Metrics:
     training = model.training
     model.eval()
     with torch.no_grad():
-        shares = share.split(runtime.batch_size) if len(share) else ()
+        at_a_time = -(-runtime.batch_size // world.size)  # what a step gives a worker
+        shares = share.split(at_a_time) if len(share) else ()
         for batch in world.pulse.patient(split.batches(shares, None)):
             inputs, targets = runtime.place_batch(*batch)
             with precision.autocast():

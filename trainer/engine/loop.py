@@ -103,7 +103,7 @@ def fit(
             run_epoch = epochs_before + epoch
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
             batches = batches[step % per_epoch :][: total - step]
-            shares = [_micro_batches(b, world.rank, world.size, cfg.accumulate) for b in batches]
+            shares = [micro_batches(b, world.rank, world.size, cfg.accumulate) for b in batches]
             micros = (micro for share in shares for micro in share)
             loaded = world.pulse.patient(split.batches(micros, run_epoch))
             for batch, share in zip(batches, shares, strict=True):
@@ -159,7 +159,7 @@ def fit(
         reducer.close()
 
 
-def _micro_batches(batch: Tensor, rank: int, size: int, accumulate: int) -> list[Tensor]:
+def micro_batches(batch: Tensor, rank: int, size: int, accumulate: int) -> list[Tensor]:
     """This rank's share of a global batch, in at most `accumulate` non-empty pieces."""
     share = shard(batch, rank, size)
     pieces = share.tensor_split(accumulate) if accumulate > 1 else (share,)

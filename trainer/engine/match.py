@@ -1,51 +1,57 @@
-"""Whether data and model fit together, found out with one sample of each split before any step."""
+"""Whether data and model fit together, found out with a few samples before any step."""
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from trainer.data.dataset import DatasetSplit
 from trainer.data.split import Split, Splits, TensorSplit
+from trainer.engine.loop import micro_batches
 from trainer.engine.runtime import Runtime
 from trainer.errors import ConfigError, first_line
 
 
-def check_match(model: nn.Module, data: Splits, runtime: Runtime) -> None:
+def check_match(model: nn.Module, data: Splits, runtime: Runtime, accumulate: int = 1) -> None:
     """Refuse a model that cannot take the samples, or has no output for a label.
 
     The model and the random state stay as they are. The labels of a split in memory are all
     looked at, of another one that of its first sample.
 
+    Args:
+        accumulate: the most pieces in which a worker goes through its share of a batch.
+
     Raises:
         ConfigError: names the split, the shapes or the label, and the model.
     """
     training = model.training
-    model.eval()  # batch norm keeps its running statistics, dropout draws nothing
     device = runtime.world.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            model.eval()  # batch norm keeps its running statistics, dropout draws nothing
             for name, split in vars(data).items():
                 _check_split(name, split, model, runtime)
+            model.train()
+            _check_smallest_piece(data.train, model, runtime, accumulate)
     finally:
         model.train(training)
 
 
 def _check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) -> None:
-    ((inputs, targets),) = split.batches([torch.tensor([0])], None)
+    inputs, targets = _first(split)
     kind = type(model).__name__
     sample = f"{str(inputs.dtype).removeprefix('torch.')} {[*inputs.shape[1:]]}"
-    try:
-        with runtime.arithmetic().autocast():
-            logits = model(runtime.place_batch(inputs, targets)[0])
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, ValueError) as error:
+    if targets.dtype != torch.int64:
         raise ConfigError(
-            f"data and model: {kind} cannot take a {name} sample ({sample}): {first_line(error)}"
-        ) from error
+            f"data: the targets of {name} are {str(targets.dtype).removeprefix('torch.')}; they "
+            "must be classes, int64: targets.long()"
+        )
+    said = f"data and model: {kind} cannot take a {name} sample ({sample})"
+    logits = _answer(model, inputs, runtime, said)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
-        made = [*logits.shape] if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
-            f"data and model: for targets {[*targets.shape]} of {name} {kind} gives {made}; "
-            "it must be a tensor of logits, with one more dimension for the classes"
+            f"data and model: for targets {[*targets.shape]} of {name} {kind} gives "
+            f"{_kind(logits)}; it must be a tensor of logits, with one more dimension for the "
+            "classes"
         )
     known = split.targets if isinstance(split, TensorSplit) else targets
     classes = logits.shape[-1]
@@ -55,3 +61,65 @@ def _check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) ->
             f"data and model: {name} holds the label {int(wrong[0])}, but {kind} has {classes} "
             f"outputs, for labels 0 to {classes - 1}"
         )
+
+
+def _check_smallest_piece(
+    split: Split, model: nn.Module, runtime: Runtime, accumulate: int
+) -> None:
+    """Try a forward pass of training with as few samples as one will have: batch norm may mind."""
+    world, batch_size = runtime.world, runtime.batch_size
+    batches = {min(batch_size, len(split)), len(split) % batch_size} - {0}
+    sizes = [
+        len(piece)
+        for size in batches
+        for piece in micro_batches(torch.arange(size), world.rank, world.size, accumulate)
+    ]
+    if not sizes:
+        return
+    inputs, _ = _first(split)
+    few = inputs.expand(min(sizes), *inputs.shape[1:]).contiguous()
+    kind = type(model).__name__
+    said = (
+        f"data.batch_size={batch_size} with cluster.workers={world.size} and "
+        f"fit.accumulate={accumulate}: {kind} cannot be trained on as little as {len(few)} of the "
+        f"{len(split)} training samples at a time"
+    )
+    logits = _answer(model, few, runtime, said)
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"data and model: {kind} gives {_kind(logits)} in training mode; it must be a tensor "
+            "of logits, as in evaluation"
+        )
+
+
+def _answer(model: nn.Module, inputs: Tensor, runtime: Runtime, said: str) -> object:
+    """What the model makes of a batch; its buffers stay as they are.
+
+    Raises ConfigError, which begins with `said`, for an error that the inputs cause.
+    """
+    device = runtime.world.device
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        placed, _ = runtime.place_batch(inputs, torch.zeros(0, dtype=torch.int64))
+        with runtime.arithmetic().autocast():
+            answer: object = functional_call(model, buffers, (placed,))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what a kernel minds is told here, not later
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        if "CUDA error" in str(error):  # this process can do nothing more on its GPU
+            raise
+        raise ConfigError(f"{said}: {first_line(error)}") from error
+    return answer
+
+
+def _first(split: Split) -> tuple[Tensor, Tensor]:
+    if isinstance(split, DatasetSplit):
+        return split.first()
+    (batch,) = split.batches([torch.tensor([0])], None)
+    return batch
+
+
+def _kind(logits: object) -> str:
+    return str([*logits.shape]) if isinstance(logits, Tensor) else type(logits).__name__
