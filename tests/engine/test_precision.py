@@ -6,6 +6,7 @@ from torch import nn
 
 from trainer.engine.objective import cross_entropy
 from trainer.engine.precision import Precision
+from trainer.errors import Diverged
 
 CPU = torch.device("cpu")
 
@@ -75,6 +76,19 @@ def test_a_step_with_inf_or_nan_is_skipped_and_the_scale_halved(poison):
     precision.backward(weight.sum())
     assert precision.step(optimizer, [weight], clip=None).applied
     assert weight.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_a_gradient_that_is_always_nan_is_not_the_scales_fault():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    precision = Precision("fp16", CPU)
+    for _ in range(16 + 24):
+        precision.backward(weight.square().sum().sqrt())
+        assert not precision.step(optimizer, [weight], clip=None).applied
+        optimizer.zero_grad()
+    precision.backward(weight.square().sum().sqrt())
+    with pytest.raises(Diverged, match="NaN or infinite even at a loss scale of 3e-08"):
+        precision.step(optimizer, [weight], clip=None)
 
 
 def test_clipping_acts_on_the_unscaled_gradient():

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -21,10 +22,10 @@ def macs(model: nn.Module, sample: Tensor) -> int:
     """
     total = 0
 
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         nonlocal total
         if isinstance(module, nn.RNNBase):
-            steps = inputs[0].shape[1 if module.batch_first else 0]
+            steps = _time_steps(module, args[0] if args else named["input"])
             weights = [p for name, p in module.named_parameters() if name.startswith("weight")]
             total += steps * sum(int(weight.count_nonzero()) for weight in weights)
             return
@@ -33,7 +34,11 @@ def macs(model: nn.Module, sample: Tensor) -> int:
         total += int(module.weight.count_nonzero()) * (output.numel() // outputs)
 
     counted = (nn.Linear, nn.RNNBase, *_CONVOLUTIONS)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, counted)]
+    hooks = [
+        m.register_forward_hook(count, with_kwargs=True)
+        for m in model.modules()
+        if isinstance(m, counted)
+    ]
     training = model.training
     model.eval()
     try:
@@ -43,3 +48,10 @@ def macs(model: nn.Module, sample: Tensor) -> int:
         for hook in hooks:
             hook.remove()
     return total
+
+
+def _time_steps(module: nn.RNNBase, inputs: Tensor | PackedSequence) -> int:
+    if isinstance(inputs, PackedSequence):
+        return len(inputs.batch_sizes)
+    batched = inputs.dim() == 3
+    return inputs.shape[1 if batched and module.batch_first else 0]

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from trainer.errors import Diverged
+
+LEAST_SCALE = 2.0**-24  # fp16's smallest number: below it every gradient is lost anyway
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,6 +70,9 @@ class Precision:
         The optimizer is not called for a gradient that is skipped. GradScaler.step would leave that
         to fused kernels, and torch's fused SGD (2.13) then starts from an uninitialised momentum if
         the very first step is skipped, as it often is in fp16.
+
+        Raises:
+            Diverged: every gradient has been skipped for so long that it is not the scale's fault.
         """
         if not self.scaler.is_enabled():
             norm = clip_grad_norm_(parameters, clip) if clip is not None else None
@@ -78,4 +84,10 @@ class Precision:
         if applied:
             optimizer.step()
         self.scaler.update()
+        scale = self.scaler.get_scale()
+        if not applied and scale < LEAST_SCALE:
+            raise Diverged(
+                f"the gradient is NaN or infinite even at a loss scale of {scale:.2g}, whatever "
+                "the loss: look for a norm or a root of zero in the model, or train in bf16"
+            )
         return Update(applied=applied, grad_norm=norm)

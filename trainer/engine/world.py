@@ -221,7 +221,8 @@ class World:
         if isinstance(self.transport, TcpTransport):
             self.transport.close()
         elif dist.is_initialized():
-            dist.destroy_process_group()
+            # destroy_process_group would wait for kernels, and they for ranks that are gone.
+            dist.distributed_c10d._abort_process_group()
         self._gloo = self._store = None
 
     @contextlib.contextmanager
