@@ -180,6 +180,14 @@ def test_pruning_again_never_lowers_the_sparsity(model: Net) -> None:
     assert now == {"conv1.weight": 2, "fc1.weight": 72, "fc2.weight": 10}
 
 
+def test_a_layer_that_is_sparser_than_its_floor_stays_so(model: Net) -> None:
+    Prune(FitConfig(), 0.99, min_density=0.0).enter(model, WORLD)
+    before = kept(model)
+    assert before["fc1.weight"] == 7
+    run(Prune(TRAINING, 0.9, "global", min_density=0.05, schedule="cubic"), model, 8)
+    assert kept(model) == before
+
+
 def test_a_ramp_goes_on_from_its_checkpoint(model: Net) -> None:
     start = copy.deepcopy(model)
     phase = Prune(TRAINING, 0.8, "global", schedule="cubic", interval=1, end=1.0)

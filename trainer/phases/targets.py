@@ -86,7 +86,8 @@ class Given(Targets):
         sizes = {name: weight.numel() for name, weight in latent.items()}
         counts, pool, keep = self._shares(sizes, present, progress)
         if pool:
-            floors = [floor(sizes[name], self.min_density) for name in pool]
+            # A layer that was sparser before has no more to keep.
+            floors = [min(floor(sizes[n], self.min_density), present[n]) for n in pool]
             counts |= zip(pool, share([latent[n] for n in pool], keep, floors), strict=True)
         return counts
 
