@@ -106,3 +106,26 @@ def test_done_is_not_on_disk_before_the_limits_are_judged(monkeypatch):
     assert statuses == ["limits"]
     assert main(["resume=run", "limits.min_ratio=0.1"]) == 0
     assert statuses == ["limits", "done"]
+
+
+def test_what_an_end_that_was_cut_short_left_out_is_made_up_for():
+    assert main(ARGUMENTS) == 0
+    weights, page = Path("run/model.safetensors"), Path("run/report.html")
+    content = weights.read_bytes()
+    page.unlink()
+    assert main(["resume=run"]) == 0  # it is done, but for the page
+    assert page.exists()
+    weights.write_bytes(b"of an earlier phase")
+    RunDirectory(Path("run")).write_summary({**summary(), "status": "failed"})
+    assert main(["resume=run"]) == 0
+    assert weights.read_bytes() == content
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_not_left_behind(monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.report.directory.write_whole", full)
+    assert main(ARGUMENTS) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not Path("run").exists()

@@ -1,5 +1,6 @@
 """The checkpoints of a run: which one a resumed run goes on from."""
 
+import errno
 import threading
 
 import pytest
@@ -140,6 +141,24 @@ def test_a_damaged_end_of_a_phase_takes_later_phases_along(store):
     keep(store, 0, "train", 5)
     assert files(store) == ["01-train-step-00000005.safetensors", "01-train.safetensors.damaged"]
     assert latest(store)[0].step == 5
+
+
+def test_a_file_that_cannot_be_read_is_told_and_nothing_is_touched(store, monkeypatch):
+    """A file system that is away for a moment says nothing of what the file holds."""
+    store.phase_ended(0, {"name": "train"}, weights(1))
+    store.phase_ended(1, {"name": "prune"}, weights(2))
+    store.wait()
+    before = files(store)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.report.checkpoints.read_sealed", stale)
+        with pytest.raises(RunError, match=r"cannot be read: .*Stale file handle: .*01-train"):
+            latest(store)
+    assert files(store) == before
+    assert latest(store)[0].phase == 2
 
 
 @pytest.mark.parametrize("name", ["two-step-train", "a-step-00000001", "train[1]*", "x.y"])

@@ -1,5 +1,7 @@
 """What a person sees of a run, and what it leaves: fed with messages, no training needed."""
 
+import dataclasses
+import errno
 import io
 import json
 from pathlib import Path
@@ -98,6 +100,23 @@ def test_seconds_and_restarts_are_of_the_whole_run():
     assert summary.as_dict("done")["seconds"] < 110
 
 
+def test_restarts_and_seconds_after_the_last_checkpoint_count_too():
+    summary = Summary("mine", 3, "fp32", {"seconds": 150.0, "restarts": 5, "status": "failed"})
+    summary.restore([], {"seconds": 100.0, "restarts": 2})
+    told = summary.as_dict("done")
+    assert told["restarts"] == 5
+    assert 150 <= told["seconds"] < 160
+
+
+def test_the_speed_is_that_of_all_steps():
+    summary = Summary("mine", 3, "fp32")
+    summary.phases = [
+        dataclasses.replace(RECORD, steps=steps, images_per_second=speed)
+        for steps, speed in ((20, 1000.0), (1, 100.0), (0, None))
+    ]
+    assert summary.as_dict("done")["images_per_second"] == pytest.approx(21 / (20 / 1000 + 1 / 100))
+
+
 def test_the_summary_is_complete_at_any_moment():
     summary = Summary("mine", seed=3, precision="bf16")
     early = summary.as_dict("failed", "worker 1 died")
@@ -143,6 +162,9 @@ def test_bytes_for_people(count, text):
 
 def test_curves_count_steps_over_all_phases(tmp_path):
     curves = Curves(tmp_path)
+    curves.go_on(0, 0)
+    curves.on(MESSAGES[2])
+    curves.go_on(0, 0)  # a worker was lost before there was a checkpoint
     for message in [*MESSAGES[:-1], *MESSAGES[1:]]:
         curves.on(message)
     curves.close()
@@ -197,14 +219,29 @@ def test_metrics_are_cut_back_and_a_torn_line_goes(tmp_path):
 
 
 def test_two_drivers_do_not_share_a_run(tmp_path):
-    directory = RunDirectory(tmp_path)
+    directory, said = RunDirectory(tmp_path), []
     directory.write_config({})
     with (
-        directory.locked(),
+        directory.locked(said.append),
         pytest.raises(RunError, match="another process"),
-        RunDirectory(tmp_path).locked(),
+        RunDirectory(tmp_path).locked(said.append),
     ):
         pass
+    assert said == []
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    directory, said = RunDirectory(tmp_path), []
+    directory.write_config({})
+
+    def flock(file, operation):
+        assert file.writable()  # NFS locks no others
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with directory.locked(said.append):
+        pass
+    assert "No locks available" in said[0]
 
 
 def test_a_url_is_no_run_directory(tmp_path, monkeypatch):

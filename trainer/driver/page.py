@@ -24,7 +24,8 @@ def write_page(
     try:
         shared = _shared(cfg, checkpoints)
     except RunError as error:
-        say(f"report.html does not show the weights: {error}")
+        # The error itself says how to make them anew, which a finished run does not.
+        say(f"report.html does not show the weights: {error.__cause__}")
         shared = []
     finally:
         checkpoints.close()

@@ -8,7 +8,7 @@ trainer.cluster.restart.
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,10 @@ def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path, signals: Signals)
     try:
         with _told(directory):
             directory.write_config(plain)
+    except RunError:
+        directory.discard()
+        raise
+    try:
         _drive(cfg, directory, signals)
     except ConfigError:
         directory.discard()
@@ -78,10 +82,11 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
         from trainer.checks import check_limits  # slow to import
 
         check_limits(cfg)
-        with _told(directory), directory.locked(), Console() as console:
+        with _told(directory), Console() as console, directory.locked(console.say):
             now = judged(summary, cfg)
             if now != summary:
                 directory.write_summary(now)
+            if now != summary or not directory.has_report():
                 leave_page(now, cfg, directory, console)
             show(now, directory, console)
     else:
@@ -89,7 +94,7 @@ def resume(cfg: Config, folder: Path, signals: Signals) -> None:
 
 
 def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
-    with _told(directory), directory.locked(), Console() as console:
+    with _told(directory), Console() as console, directory.locked(console.say):
         summary = _Run(cfg, directory, console, signals).execute()
         leave_page(summary, cfg, directory, console)
         show(summary, directory, console)
@@ -115,7 +120,7 @@ class _Run:
         self.console = console
         self.signals = signals
         self.names = list(cfg.phases)
-        self.summary = Summary(cfg.name, cfg.seed, cfg.precision)
+        self.summary = Summary(cfg.name, cfg.seed, cfg.precision, directory.read_summary() or {})
         self.checkpoints = Checkpoints(directory.path, cfg.checkpoint.keep)
         self.started = False  # from the first message on, a directory is never discarded
 
@@ -156,7 +161,7 @@ class _Run:
             self.signals.holding(self._last_words, group.stop_asked.set),
             ThreadPoolExecutor(1) as background,
         ):
-            ready = background.submit(_imports_and_checks, self.cfg, self.checkpoints)
+            ready = background.submit(_imports_and_checks, self.cfg, self.checkpoints, self._say)
             try:
                 group.start()
             except RunError:
@@ -202,6 +207,7 @@ class _Run:
 
         last = self.summary.phases[-1]
         result = Result(self.cfg, partial(self.checkpoints.ended, self.names), last)
+        self.directory.write_model(result.final)
         if result.artifact:
             self.directory.write_artifact(result.artifact)
             result.artifact = self.directory.read_artifact()  # what is measured is what is there
@@ -253,8 +259,8 @@ class _Run:
 
         self.directory.cut_metrics(before)
         self.summary.restore(point.records, point.so_far)
+        self.curves.go_on(sum(record["steps"] for record in point.records), point.step)
         if point.phase or point.step:
-            self.curves.go_on(sum(record["steps"] for record in point.records), point.step)
             self._say(f"going on {self._where(point)}")
         return point
 
@@ -285,7 +291,6 @@ class _Run:
                 self.checkpoints.phase_ended(
                     message.index, record, message.weights, self.summary.so_far()
                 )
-                self.directory.write_model(message.weights)
 
     def _say(self, line: str) -> None:
         self.console.say(line)
@@ -300,11 +305,11 @@ class _Run:
         self.directory.write_summary(self.summary.as_dict(status, error))
 
 
-def _imports_and_checks(cfg: Config, checkpoints: Checkpoints) -> None:
+def _imports_and_checks(cfg: Config, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
     """The heavy imports, and every check that can be made before workers exist."""
     from trainer.checks import check
     from trainer.initial import initial_weights
 
     model = check(cfg)
-    if cfg.init_from and not checkpoints.initial():
+    if cfg.init_from and not checkpoints.initial(say):
         checkpoints.keep_initial(initial_weights(Path(cfg.init_from), model))

@@ -69,9 +69,9 @@ class Checkpoints:
         self._write(_File(_INITIAL, weights, {"initial": True}))
         self.wait()
 
-    def initial(self) -> bytes | None:
-        """What `keep_initial` kept; None where there is nothing, or it is damaged."""
-        found = self._read(self.folder / _INITIAL, lambda line: None)
+    def initial(self, say: Callable[[str], None]) -> bytes | None:
+        """What `keep_initial` kept; None where there is nothing, or it is damaged: that is said."""
+        found = self._read(self.folder / _INITIAL, say)
         return found and found[0]
 
     def ended(self, names: list[str], phase: int) -> bytes:
@@ -141,6 +141,9 @@ class Checkpoints:
 
         Args:
             names: of the run's phases, in order.
+
+        Raises:
+            RunError: a file cannot be read, which says nothing of what is in it; all stays.
         """
         for part in self.folder.glob(f"*{ASIDE}"):
             part.unlink()
@@ -157,7 +160,7 @@ class Checkpoints:
             self._remove(self._within(phase, name))
         at, step, within = len(records), 0, None
         if at < len(names):
-            weights = weights or self.initial()
+            weights = weights or self.initial(say)
             for path in reversed(self._within(at, names[at])):
                 if found := self._read(path, say):
                     within, about = found
@@ -177,12 +180,17 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def _read(self, path: Path, say: Callable[[str], None]) -> tuple[bytes, dict[str, Any]] | None:
-        """Content and `about`; None where there is no such file, or it had to be set aside."""
+        """Content and `about`; None where there is no such file, or it had to be set aside.
+
+        Raises as `latest`.
+        """
         try:
             return read_sealed(path)
         except FileNotFoundError:
             return None
-        except (DamagedError, OSError) as error:
+        except OSError as error:
+            raise RunError(f"a checkpoint cannot be read: {error}") from error
+        except DamagedError as error:
             os.replace(path, path.with_name(f"{path.name}.damaged"))
             say(f"{error}; set aside as {path.name}.damaged: the run goes on from before it")
             return None

@@ -9,12 +9,12 @@ from trainer.messages import EpochEnded, Measured, Message, PhaseEnded, Progress
 
 
 class Curves:
-    """Writes the messages of a run as scalars."""
+    """Writes the messages of a run as scalars. `go_on` comes first."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._hook, threading.excepthook = threading.excepthook, self._in_thread
-        self._writer = SummaryWriter(str(folder))
+        self._writer: SummaryWriter | None = None
         self._before = 0  # steps of the phases that ended
 
     def on(self, message: Message) -> None:
@@ -40,15 +40,20 @@ class Curves:
                 self._add(0, {f"{name}_accuracy": message.accuracy, f"{name}_loss": message.loss})
 
     def go_on(self, before: int, step: int) -> None:
-        """Go on from `step` of the phase after `before` steps; hide what was written later."""
-        self._writer.close()
+        """Go on from `step` of the phase after `before` steps; hide what was written later.
+
+        Step 0 of the first phase is the beginning.
+        """
+        if self._writer:
+            self._writer.close()
         self._writer = SummaryWriter(str(self._folder), purge_step=before + step + 1)
         self._before = before
 
     def close(self) -> None:
         """Write what is still in memory."""
         try:
-            self._writer.close()
+            if self._writer:
+                self._writer.close()
         finally:
             threading.excepthook = self._hook
 
@@ -58,5 +63,6 @@ class Curves:
             self._hook(args)
 
     def _add(self, step: int, values: dict[str, float]) -> None:
+        assert self._writer is not None
         for name, value in values.items():
             self._writer.add_scalar(name, value, self._before + step)

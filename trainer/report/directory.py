@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -62,21 +63,37 @@ class RunDirectory:
                 return
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second driver out. Raises RunError where one is at work already."""
-        with (self.path / "config.yaml").open("rb") as file:
+    def locked(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Keep a second driver out. Raises RunError where one is at work already.
+
+        Args:
+            say: is told where the file system knows no locks, as some of clusters do not.
+        """
+        with self._lockable() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise RunError(f"{self.path}: another process is at work on this run") from error
+            except OSError as error:
+                say(f"{self.path}: it cannot be locked ({error}): start no second command on it")
             yield
+
+    def _lockable(self) -> BinaryIO:
+        """config.yaml; open for writing too where that is allowed: NFS locks no other files."""
+        path = self.path / "config.yaml"
+        try:
+            return path.open("r+b")
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return path.open("rb")
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote. Raises ConfigError where there is no run."""
         path = self.path / "config.yaml"
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"resume={self.path}: there is no run to go on with: {error}"
             ) from error
@@ -91,6 +108,15 @@ class RunDirectory:
         except (OSError, ValueError):
             return None
         return summary
+
+    def write_command(self, arguments: Sequence[str]) -> None:
+        """command.json: the arguments that the folder was begun with."""
+        self._replace("command.json", json.dumps(list(arguments)).encode())
+
+    def read_command(self) -> list[str]:
+        """What `write_command` wrote."""
+        arguments: list[str] = json.loads((self.path / "command.json").read_text())
+        return arguments
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: all that is needed to run the same again."""
@@ -139,6 +165,10 @@ class RunDirectory:
     def write_onnx(self, content: bytes) -> None:
         """model.onnx: the last model."""
         self._replace("model.onnx", content)
+
+    def has_report(self) -> bool:
+        """Whether `write_report` has got to its end."""
+        return (self.path / "report.html").exists()
 
     def write_report(self, page: str) -> None:
         """report.html: the finished run on one page."""

@@ -15,8 +15,12 @@ from trainer.report.directory import as_json
 class Summary:
     """What is known of a run so far; complete enough to be written at any moment."""
 
-    def __init__(self, name: str, seed: int, precision: str) -> None:
+    def __init__(
+        self, name: str, seed: int, precision: str, before: Mapping[str, Any] | None = None
+    ) -> None:
+        """Args: before: the summary that an earlier command of the run left, if any."""
         self._started = time.monotonic()
+        self._before = before or {}
         self._earlier: Mapping[str, Any] | None = None  # `so_far` of the commands before this one
         self._facts: dict[str, Any] = {"name": name, "seed": seed, "precision": precision}
         self.restarts = 0  # of this command
@@ -31,11 +35,15 @@ class Summary:
 
         Args:
             so_far: as the checkpoint holds it. The first time it is of the commands before this
-                one, whose time and restarts count too; later it is this one's own.
+                one, whose time and restarts count too, as do those after that checkpoint; later
+                it is this one's own.
         """
         self.phases = [PhaseRecord(**record) for record in records]
         if self._earlier is None:
-            self._earlier = so_far
+            both = (so_far, self._before)
+            self._earlier = {
+                key: max(one.get(key, 0) for one in both) for key in ("seconds", "restarts")
+            }
 
     def so_far(self) -> dict[str, Any]:
         """Time and restarts of all commands of the run: what a checkpoint keeps of them."""
@@ -65,7 +73,6 @@ class Summary:
             status: done, failed, interrupted or limits.
             error: one line, where the run did not end well.
         """
-        speeds = [p.images_per_second for p in self.phases if p.images_per_second]
         return {
             **self._facts,
             "status": status,
@@ -78,7 +85,7 @@ class Summary:
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in ("torch", "ray")},
             },
-            "images_per_second": statistics.harmonic_mean(speeds) if speeds else None,
+            "images_per_second": self._speed(),
             "accuracy": None,
             "loss": None,
             "baseline_accuracy": None,
@@ -87,3 +94,8 @@ class Summary:
             **self.result,
             **({"onnx": [*self.converted.values()]} if self.converted else {}),
         }
+
+    def _speed(self) -> float | None:
+        """Samples per second of training, over all phases; their steps take as many samples."""
+        timed = [(p.images_per_second, p.steps) for p in self.phases if p.images_per_second]
+        return statistics.harmonic_mean(*zip(*timed, strict=True)) if timed else None
