@@ -264,11 +264,11 @@ class SweepConfig:
     constraints: dict[str, str] = field(default_factory=dict)  # measure -> such as ">= 0.98"
     sampler: str = "tpe"  # tpe | random | grid | nsga2
     startup_trials: int = 10  # trials drawn at random before the sampler learns from them
-    pruner: str = "median"  # median | hyperband | none
+    pruner: str = "median"  # median | asha | hyperband | none
     metric: str = "accuracy"  # validation measure that the pruner watches: accuracy | loss
     min_trials: int = 5  # pruner=median: trials that must end before one is pruned
     min_epochs: int = 1  # epochs that no trial is pruned before
-    reduction: int = 3  # pruner=hyperband: one in so many goes on
+    reduction: int = 3  # pruner=asha, hyperband: one in so many goes on
     exchange: float = 0.0  # several objectives: what a tenth of the cost is worth in `metric`
     trials: int | None = 50  # trials in all; null: no limit
     seconds: float | None = None  # of the sweep in all; null: no limit
@@ -283,7 +283,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         file_name("sweep.name", self.name)
         one_of("sweep.sampler", self.sampler, ("tpe", "random", "grid", "nsga2"))
-        one_of("sweep.pruner", self.pruner, ("median", "hyperband", "none"))
+        one_of("sweep.pruner", self.pruner, ("median", "asha", "hyperband", "none"))
         if self.analysis is not None:
             one_of("sweep.analysis", self.analysis, ("interference", "sensitivity"))
         one_of("sweep.metric", self.metric, ("accuracy", "loss"))

@@ -7,7 +7,7 @@ import pytest
 from optuna.trial import TrialState
 
 from trainer.config import SweepConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 from trainer.sweep.budget import Budget
 from trainer.sweep.measures import MEASURES, check_measures, not_finite, watched
 from trainer.sweep.space import parse_space
@@ -27,7 +27,7 @@ def sweep(**settings):
 def ledger(folder, **settings):
     cfg = sweep(**settings)
     book = Ledger(cfg, parse_space(cfg, {}), "test", 3, folder, EPOCHS)
-    book.note({"objectives": list(cfg.objectives.items())}, [])
+    book.note({"objectives": list(cfg.objectives.items())})
     return book
 
 
@@ -221,6 +221,25 @@ def test_an_objective_can_be_taken_away():
         sweep(objectives={"accuracy": None})
 
 
+@pytest.mark.parametrize(
+    "objectives", [{"accuracy": "maximize"}, {"accuracy": "maximize", "nonzero": "minimize"}]
+)
+def test_asha_stops_from_the_second_trial_on(tmp_path, objectives):
+    """At epoch 1 one in two goes on; what it knows survives a restart."""
+    settings = {"pruner": "asha", "reduction": 2, "objectives": objectives}
+    stopped = []
+    for value in (0.5, 0.4, 0.6, 0.3, 0.7):
+        book = ledger(tmp_path, **settings)
+        number = book.ask()
+        book.take_up(number)
+        if book.report(number, 1, value):
+            book.prune(number)
+            stopped.append(value)
+        else:
+            finish(book, number, value)
+    assert stopped == [0.4, 0.3]
+
+
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_several_objectives_are_pruned_by_the_watched_value(tmp_path, pruner):
     objectives = {"accuracy": "maximize", "nonzero": "minimize"}
@@ -251,9 +270,9 @@ def test_another_sweep_of_the_same_name_is_refused(tmp_path):
     cfg = sweep()
     book = Ledger(cfg, parse_space(cfg, {}), "test", 3, tmp_path, EPOCHS)
     for _ in range(2):
-        book.note({"model": 1, "data": 2}, ["+experiment=x"])
+        book.note({"model": 1, "data": 2})
     with pytest.raises(ConfigError, match=r"sweep\.name=s.*another data;"):
-        book.note({"model": 1, "data": 3}, [])
+        book.note({"model": 1, "data": 3})
 
 
 @pytest.mark.parametrize(
@@ -269,6 +288,36 @@ def test_other_objectives_are_another_sweep_and_leave_the_first_as_it_was(tmp_pa
 def test_a_storage_that_does_not_open_is_a_wrong_configuration(tmp_path):
     with pytest.raises(ConfigError, match=r"sweep\.storage=nonsense://x"):
         ledger(tmp_path, storage="nonsense://x")
+
+
+@pytest.mark.parametrize("name", ["a?b", "50%20x", "{a}", "with space", "ä#"])
+def test_a_folder_of_any_name_holds_its_study(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    drive(ledger(folder), 1)
+    assert (folder / "study.db").stat().st_size
+    assert len(ledger(folder).trials()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_study_of_the_sweeps_own_that_does_not_open_is_a_failure(tmp_path):
+    (tmp_path / "study.db").write_text("no data base")
+    with pytest.raises(RunError, match=r"study\.db: .*not a database"):
+        ledger(tmp_path)
+
+
+def test_a_study_whose_begin_was_cut_short_is_begun_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("optuna.Study.set_metric_names", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ledger(tmp_path)
+    book = ledger(tmp_path)
+    assert book.new
+    assert book.study.metric_names == ["accuracy"]
+
+
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_the_password_of_a_storage_is_not_shown():

@@ -3,38 +3,42 @@
 import re
 import sqlite3
 import uuid
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
-
-
-class _Connection(sqlite3.Connection):
-    """Waits for the disk less often: eight times per trial would take longer than a small trial.
-
-    A driver that is killed loses nothing; a machine that loses power loses the last moments, but
-    the file stays whole.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.execute("PRAGMA journal_mode=WAL").close()
-        self.execute("PRAGMA synchronous=NORMAL").close()
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """Open a storage, or make it. Raises whatever the data base's driver raises.
 
     Args:
-        url: as SQLAlchemy and Optuna read it; None: `study.db` in `folder`.
+        url: as SQLAlchemy and Optuna read it; None: a file in `folder`.
     """
     if url is not None:
         return optuna.storages.get_storage(url)
-    storage = RDBStorage(
-        f"sqlite:///{folder}/study.db", engine_kwargs={"connect_args": {"factory": _Connection}}
-    )
+    # A URL would be changed by characters of the path that mean something to Optuna or SQLAlchemy.
+    connect = partial(_connect, private(folder))
+    storage = RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
     return optuna.storages.get_storage(storage)
+
+
+def private(folder: Path) -> Path:
+    """The file that a sweep keeps its study in by default."""
+    return folder / "study.db"
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A connection that waits for the disk less often than eight times for each trial.
+
+    A driver that is killed loses nothing; a machine that loses power loses the last moments, but
+    the file stays whole.
+    """
+    connection = sqlite3.connect(path, check_same_thread=False)  # a pool hands them out
+    connection.execute("PRAGMA journal_mode=WAL").close()
+    connection.execute("PRAGMA synchronous=NORMAL").close()
+    return connection
 
 
 def owner_of(folder: Path) -> str:

@@ -6,26 +6,32 @@ sweep that was interrupted draws what an undisturbed one would have drawn.
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    SuccessiveHalvingPruner,
+)
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trainer.config import SweepConfig
 from trainer.data.hashing import mix
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, RunError, first_line
 from trainer.sweep.measures import better
 from trainer.sweep.proxy import Proxy
 from trainer.sweep.space import GRID_LIMIT, Space
-from trainer.sweep.storage import open_storage, owner_of, without_password
+from trainer.sweep.storage import open_storage, owner_of, private, without_password
 
 OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
-SECONDS, SETTINGS, COMMAND = "seconds", "settings", "command"  # attributes of the study
+SECONDS, SETTINGS = "seconds", "settings"  # attributes of the study
 FIXED = "fixed_params"  # Optuna's own attribute of a trial: what it is to draw
 
 
@@ -43,7 +49,8 @@ class Ledger:
             epochs: the most that a trial takes; Hyperband shares these out.
 
         Raises:
-            ConfigError: the storage cannot be opened.
+            ConfigError: the storage that was asked for cannot be opened.
+            RunError: the sweep's own file cannot.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -62,25 +69,25 @@ class Ledger:
             )
         except Exception as error:  # of whichever data base driver
             # Optuna does not say which module it lacks.
-            reason = (isinstance(error, ImportError) and error.__cause__) or error
-            raise ConfigError(
-                f"sweep.storage={without_password(cfg.storage)}: {first_line(reason)}"
-            ) from error
+            reason = first_line((isinstance(error, ImportError) and error.__cause__) or error)
+            if self._private:
+                raise RunError(f"{private(folder)}: {reason}") from error
+            said = f"sweep.storage={without_password(cfg.storage)}: {reason}"
+            raise ConfigError(said) from error
         self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
         self._live: dict[int, optuna.Trial] = {}
         self._proxy: Proxy | None = None
         self._grid = space.grid(GRID_LIMIT) if cfg.sampler == "grid" else None
-        self._new = False
+        self.new = False  # this session has begun it
 
-    def note(self, settings: Mapping[str, Any], command: Sequence[str]) -> None:
+    def note(self, settings: Mapping[str, Any]) -> None:
         """Remember what makes this sweep what it is. Raises ConfigError for another one's study."""
         text = json.dumps(settings, sort_keys=True)
         known = self.study.user_attrs.get(SETTINGS)
         if known is None:
-            self._new = True
-            self.study.set_user_attr(SETTINGS, text)
-            self.study.set_user_attr(COMMAND, list(command))
+            self.new = True
             self.study.set_metric_names(list(self._cfg.objectives))
+            self.study.set_user_attr(SETTINGS, text)  # last: with it, all is there
         elif known != text:
             changed = [
                 key
@@ -99,18 +106,13 @@ class Ledger:
 
     def withdraw(self) -> None:
         """Take back a study that this session made, unless others have trials in it by now."""
-        if self._new and all(self._mine(trial) for trial in self.trials()):
+        if self.new and all(self._mine(trial) for trial in self.trials()):
             self._storage.delete_study(self._study_id)
 
     @property
     def watched(self) -> optuna.Study:
         """A study whose intermediate values are the watched ones."""
         return self._proxy.study if self._proxy else self.study
-
-    @property
-    def command(self) -> list[str]:
-        """The arguments that the sweep was first started with."""
-        return list(self.study.user_attrs[COMMAND])
 
     def close(self) -> None:
         """Let the storage go."""
@@ -269,7 +271,9 @@ def make_pruner(cfg: SweepConfig, epochs: int) -> BasePruner:
     match cfg.pruner:
         case "median":
             return MedianPruner(n_startup_trials=cfg.min_trials, n_warmup_steps=cfg.min_epochs)
-        case "hyperband":
+        case "asha":  # Li et al., MLSys 2020
+            return SuccessiveHalvingPruner(cfg.min_epochs, cfg.reduction)
+        case "hyperband":  # Li et al., JMLR 2018
             return HyperbandPruner(
                 min_resource=cfg.min_epochs,
                 max_resource=max(epochs, cfg.min_epochs),
