@@ -86,7 +86,10 @@ def _sweep(
 
     winner = run_sweep(cfg, composed, folder, arguments, signals)
     if winner is not None:
-        _train_winner(winner, folder / "best", signals)
+        try:
+            _train_winner(winner, folder / "best", signals)
+        except ConfigError as error:  # by now it has cost more than a look at the configuration
+            raise RunError(f"the best trial cannot be trained in full: {error}") from error
 
 
 def _train_winner(winner: dict[str, Any], best: Path, signals: Signals) -> None:
@@ -100,6 +103,8 @@ def _train_winner(winner: dict[str, Any], best: Path, signals: Signals) -> None:
             number += 1
         best.rename(aside)
         _show(f"the best trial is another one than before, whose run is now in {aside}")
+    elif best.exists():
+        RunDirectory(best).discard()  # it was killed before it began
     drive(typed(Config, winner), winner, best, signals)
 
 

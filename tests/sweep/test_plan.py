@@ -36,6 +36,14 @@ def test_a_trial_whose_length_is_not_known_is_refused() -> None:
     assert plan({**PHASES, "prune": {**auto, "rounds": 1}}).check() == 4
 
 
+def test_what_only_the_winner_would_meet_is_found_before_anything_starts() -> None:
+    wrong = {**PHASES, "prune": {**PRUNE, "include": ["nowhere"]}}
+    during = {"phases.prune.include": ["*"]}
+    assert plan(wrong, during=during).check() == 4
+    with pytest.raises(ConfigError, match=r"sweep\.refit=true: without .*nowhere"):
+        plan(wrong, during=during, refit=True).check()
+
+
 def test_an_analysis_is_checked_and_may_change_when_the_sweep_goes_on() -> None:
     with pytest.raises(
         ConfigError, match=r"sweep\.analysis=sensitivity: .* phases\.prune\.include"

@@ -160,6 +160,32 @@ def test_every_end_of_every_range_is_tried_where_it_can_occur():
 
 
 @pytest.mark.parametrize(
+    ("range_", "condition"),
+    [
+        ("range(1,9)", "a == 4"),
+        ("range(1,9)", "a > 3 and a < 5"),
+        ("range(1,9,2)", "a > 3.5 and a < 5.5"),
+        ("interval(0,1)", "a > 0.4 and a < 0.6"),
+        ("range(0.1,1.0,0.1)", "a > 0.25 and a <= 0.3"),
+        ("range(1,9)", "a != 1 and a != 8"),
+        ("choice(x,y,z)", "a == y"),
+    ],
+)
+def test_ends_are_tried_also_where_a_condition_holds_only_in_the_middle(range_, condition):
+    searched = space({"a": range_, "b": "range(1,4)"}, conditions={"b": condition})
+    assert {drawn["b"] for _, drawn in searched.ends() if "b" in drawn} == {1, 3}
+
+
+def test_ends_are_tried_along_a_chain_of_conditions():
+    searched = space(
+        {"a": "range(1,9)", "b": "range(1,9)", "c": "range(1,9)"},
+        conditions={"b": "a == 3", "c": "b == 5"},
+    )
+    tried = [drawn for _, drawn in searched.ends() if "c" in drawn]
+    assert [(drawn["a"], drawn["b"], drawn["c"]) for drawn in tried] == [(3, 5, 1), (3, 5, 8)]
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"lengths": {"model.width": "model.depth"}}, "sweep.lengths.model.width"),

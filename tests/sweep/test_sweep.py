@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from trainer.__main__ import main
+from trainer.__main__ import conf_dir, main
 from trainer.config import Config, typed
 from trainer.errors import ConfigError
 from trainer.models import LeNet300
@@ -28,6 +28,7 @@ from trainer.parts import build_model
 from trainer.report.directory import RunDirectory
 from trainer.run import Start, experiment
 from trainer.sweep.plan import Plan
+from trainer.sweep.space import Space
 
 ARGUMENTS = [
     "+experiment=sweep_smoke", "cluster=inline", "cluster.threads=1", "sweep.slots=1",
@@ -93,11 +94,11 @@ def test_ctrl_c_saves_and_the_same_command_or_resume_finishes_the_trial(resumed)
 def test_a_second_ctrl_c_ends_the_sweep_at_once(tmp_path):
     """With a net that would take a minute for its first step."""
     (tmp_path / "slow.py").write_text(
-        "import pathlib, time\n"
+        "import pathlib, time, torch\n"
         "from trainer.models import ConvNet\n"
         "class Net(ConvNet):\n"
         "    def forward(self, x):\n"
-        "        if self.training:\n"
+        "        if torch.is_grad_enabled():\n"
         "            pathlib.Path('stepping').touch()\n"
         "            time.sleep(60)\n"
         "        return super().forward(x)\n"
@@ -163,11 +164,11 @@ def test_a_trial_that_ends_in_nan_is_retried_then_failed(monkeypatch):
 
 
 FAILS_ONCE = """
-import pathlib, time
+import pathlib, time, torch
 from trainer.models import ConvNet
 class Net(ConvNet):
     def forward(self, x):
-        if self.training:
+        if torch.is_grad_enabled():
             steps = pathlib.Path('{steps}')
             with steps.open('a') as file:
                 file.write('.')
@@ -267,6 +268,20 @@ def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys)
     assert rows()[1]["reason"] == "init_from=b.pt: gone"
 
 
+def test_a_value_between_the_ends_that_no_model_takes_fails_its_trial_alone(monkeypatch):
+    """Also where it is the first that is drawn, and no trial has begun."""
+    suggest = Space.suggest
+
+    def four_first(space, trial):
+        return {**suggest(space, trial), "model.kernel_size": 3 if trial.number else 4}
+
+    monkeypatch.setattr(Space, "suggest", four_first)
+    params = "sweep.params={model.kernel_size: 'range(3,6)', model.depth: null, optimizer.lr: null}"
+    assert main([*ARGUMENTS, params, "~sweep.lengths", "sweep.trials=2"]) == 0
+    assert [row["state"] for row in rows()] == ["FAIL", "COMPLETE"]
+    assert "kernel_size=4" in rows()[0]["reason"]
+
+
 def test_what_no_trial_can_begin_with_is_a_wrong_configuration(capsys, tmp_path):
     assert main([*ARGUMENTS, "data.root=/no/where"]) == 2
     assert "/no/where" in capsys.readouterr().err
@@ -342,6 +357,63 @@ def test_a_better_trial_is_trained_anew_and_the_old_one_moves_aside(capsys):
     assert (best / "metrics.jsonl").read_text() == trained
     assert not (FOLDER / "best-2").exists()
     assert RunDirectory(FOLDER).read_config()["sweep"]["trials"] == 2
+
+
+def test_a_new_study_does_not_take_up_what_trials_of_another_left():
+    """Its data base was deleted; trials go by the same numbers again."""
+    left = FOLDER / "trials" / "0000" / "checkpoints"
+    left.mkdir(parents=True)
+    (left / "01-train-step-00000002.safetensors").write_text("of another trial")
+    assert main([*ARGUMENTS, "sweep.trials=1"]) == 0
+    assert "damaged" not in (FOLDER / "log.txt").read_text()
+    assert [row["epochs"] for row in rows()] == ["2"]
+
+
+def test_another_storage_is_refused(capsys):
+    assert main([*ARGUMENTS, "sweep.trials=1"]) == 0
+    storage = "sweep.storage=sqlite:///elsewhere.db"
+    assert main([*ARGUMENTS, "sweep.trials=2", storage]) == 2
+    assert "the trials of" in capsys.readouterr().err
+    assert not Path("elsewhere.db").exists()
+    assert len(rows()) == 1
+
+
+def test_a_sweep_that_only_resume_got_to_start_still_tells_commands_that_work(capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.sweep.pool.Pool.open", killed)
+        with pytest.raises(Killed):
+            main([*ARGUMENTS, "sweep.trials=1"])
+    assert main([f"resume={FOLDER}"]) == 0
+    command = shlex.split(summary()["best"][0]["command"])
+    assert command[3] == ARGUMENTS[0]
+    assert main([*command[3:], "--cfg"]) == 0
+
+
+def test_the_command_of_a_trial_keeps_what_is_no_override(capsys):
+    experiments = Path("sweeps") / "experiment"
+    experiments.mkdir(parents=True)
+    shipped = conf_dir() / "experiment" / "sweep_smoke.yaml"
+    (experiments / "mine.yaml").write_text(shipped.read_text())
+    mine = ["--config-dir", "sweeps", "+experiment=mine", *ARGUMENTS[1:], "sweep.trials=1"]
+    assert main(mine) == 0
+    command = shlex.split(summary()["best"][0]["command"])
+    assert command[3:6] == ["--config-dir", "sweeps", "+experiment=mine"]
+    assert not any(argument.startswith("sweep.") for argument in command)
+    assert main([*command[3:], "--cfg"]) == 0
+
+
+def test_the_run_of_the_best_that_was_killed_before_it_began_is_begun_again():
+    (FOLDER / "best").mkdir(parents=True)  # and nothing in it
+    assert main([*ARGUMENTS, "sweep.trials=1", "sweep.refit=true"]) == 0
+    assert (FOLDER / "best" / "summary.json").exists()
+    assert not (FOLDER / "best-2").exists()
+
+
+def test_a_winner_that_cannot_be_trained_in_full_does_not_make_the_sweep_a_wrong_one(capsys):
+    many = ["data.train=70000", "sweep.during.data.train=100", "sweep.refit=true"]
+    assert main([*ARGUMENTS, "sweep.trials=1", *many]) == 1
+    assert "the best trial cannot be trained in full: " in capsys.readouterr().err
+    assert summary()["status"] == "done"
 
 
 def test_resume_goes_on_with_the_budget_that_was_given_last():

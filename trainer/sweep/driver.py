@@ -1,6 +1,7 @@
 """A sweep as its command sees it: folder, workers, study; then the search; in the end, results."""
 
 import contextlib
+import shutil
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from optuna.trial import TrialState
 
 from trainer.config import Config
@@ -21,6 +22,7 @@ from trainer.sweep.pool import Pool
 from trainer.sweep.results import Results
 from trainer.sweep.search import Search
 from trainer.sweep.show import Board
+from trainer.sweep.storage import without_password
 from trainer.sweep.study import Ledger
 
 INTERRUPTED = "interrupted"  # status
@@ -53,12 +55,10 @@ def run_sweep(
     directory = RunDirectory.claim(folder) if new else RunDirectory(folder)
     try:
         if new or not (folder / "config.yaml").exists():
-            settings = OmegaConf.to_container(base, resolve=False)
-            assert isinstance(settings, dict)
-            directory.write_config({str(key): value for key, value in settings.items()})
+            directory.write_command(arguments)
+            directory.write_config(plan.unresolved())
         with ExitStack() as locks:
-            locks.enter_context(directory.locked())
-            return _Sweep(plan, directory, arguments, signals, locks).execute()
+            return _Sweep(plan, directory, signals, locks).execute()
     except ConfigError:
         if new:
             directory.discard()
@@ -72,13 +72,11 @@ class _Sweep:
         self,
         plan: Plan,
         directory: RunDirectory,
-        arguments: list[str],
         signals: Signals,
         locks: ExitStack,
     ) -> None:
         self.plan, self.cfg, self.sweep = plan, plan.cfg, plan.cfg.sweep
         self.directory, self.signals, self.locks = directory, signals, locks
-        self.arguments = arguments
         self.board = Board(self.sweep, directory)
         self.pool = Pool(self.cfg, self.board.say)
         self.interrupted = False  # by the first signal
@@ -86,6 +84,8 @@ class _Sweep:
 
     def execute(self) -> dict[str, Any] | None:
         """Search, and leave the results. Returns as `run_sweep`."""
+        self.locks.enter_context(self.directory.locked(self.board.say))
+        self._check_storage()
         try:
             with self.signals.holding(self.board.restore, self._interrupt):
                 try:
@@ -115,21 +115,33 @@ class _Sweep:
         self.ledger = Ledger(
             self.sweep, self.plan.space, self.cfg.name, self.cfg.seed, self.directory.path, epochs
         )
-        self.ledger.note(self.plan.identity(), self.arguments)
-        self._keep_budget()
+        self.ledger.note(self.plan.identity())
+        if self.ledger.new:  # checkpoints of a study that is gone, under the numbers of this one
+            shutil.rmtree(self.directory.path / "trials", ignore_errors=True)
+        self._keep_what_is_free()
         self.results = Results(self.plan, self.ledger, self.directory)
         self.budget = Budget(self.sweep, self.ledger)
 
-    def _keep_budget(self) -> None:
-        """Let config.yaml, with which resume= goes on, have the budget of now.
+    def _check_storage(self) -> None:
+        """Refuse another storage than that of config.yaml, which has the trials of this folder."""
+        kept = self.directory.read_config()["sweep"].get("storage")
+        if kept != self.plan.unresolved()["sweep"].get("storage"):
+            raise ConfigError(
+                f"sweep.storage={without_password(self.sweep.storage)}: the trials of "
+                f"{self.directory.path} are in another one; choose another sweep.name, or, if the "
+                "data base has moved, change config.yaml there"
+            )
+
+    def _keep_what_is_free(self) -> None:
+        """Let config.yaml, with which resume= goes on, have the budget of now, and the like.
 
         The file is the lock too: the new one is locked before the old one is let go.
         """
         settings = self.directory.read_config()
-        changed = {**settings, "sweep": {**settings["sweep"], **self.plan.budget()}}
+        changed = {**settings, "sweep": {**settings["sweep"], **self.plan.free()}}
         if changed != settings:
             self.directory.write_config(changed)
-            self.locks.enter_context(self.directory.locked())
+            self.locks.enter_context(self.directory.locked(self.board.say))
 
     def _search(self) -> dict[str, Any] | None:
         search = Search(self.plan, self.ledger, self.pool, self.board, self.budget, self.directory)

@@ -18,7 +18,8 @@ from trainer.sweep.prefix import check_prefix
 from trainer.sweep.space import GRID_LIMIT, Drawn, flatten, parse_space
 
 FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
-BUDGET = ("trials", "seconds", "epochs", "slots", "max_retries", "recycle_after", "refit")
+# May be others when the sweep goes on.
+FREE = ("trials", "seconds", "epochs", "slots", "max_retries", "recycle_after", "refit", "analysis")
 _PLAIN_KEY = re.compile(r"\w+")
 
 
@@ -70,6 +71,8 @@ class Plan:
     def check(self) -> int:
         """Hold the ends of all ranges against model, phases and the weights to begin with.
 
+        With `sweep.refit`, also as the winner would be run: `sweep.during` may hide mistakes.
+
         Returns:
             The most epochs that a trial takes.
 
@@ -91,6 +94,14 @@ class Plan:
                     compared.add(pair)
             except ConfigError as error:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
+            if self.cfg.sweep.refit:
+                try:
+                    check(typed(Config, self.winner(drawn)))
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"sweep.refit=true: without sweep.during, and with {name}={drawn[name]}, "
+                        f"{error}"
+                    ) from error
             for phase, built in build_phases(cfg.phases).items():
                 if built.most_rounds > 1:
                     raise ConfigError(
@@ -103,22 +114,24 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """All that must stay the same when the sweep goes on; of phases, their order too."""
-        settings = _container(self._base, resolve=False)
-        sweep = {
-            k: v for k, v in settings["sweep"].items() if k not in (*BUDGET, "analysis", "storage")
-        }
-        free = ("sweep", "cluster", "checkpoint", "limits")
-        same = {k: v for k, v in settings.items() if k not in free}
+        settings = self.unresolved()
+        sweep = {k: v for k, v in settings["sweep"].items() if k not in (*FREE, "storage")}
+        others = ("sweep", "cluster", "checkpoint", "limits")
+        same = {k: v for k, v in settings.items() if k not in others}
         same["phases"] = [[name, phase] for name, phase in settings["phases"].items()]
         same["cluster.workers"] = settings["cluster"]["workers"]
         same |= {f"sweep.{k}": v for k, v in sweep.items()}
         same["sweep.objectives"] = [list(item) for item in self.cfg.sweep.objectives.items()]
         return same
 
-    def budget(self) -> dict[str, Any]:
+    def free(self) -> dict[str, Any]:
         """The settings of `sweep` that may be others when it goes on."""
-        sweep = _container(self._base, resolve=False)["sweep"]
-        return {key: sweep[key] for key in BUDGET if key in sweep}
+        sweep = self.unresolved()["sweep"]
+        return {key: sweep[key] for key in FREE if key in sweep}
+
+    def unresolved(self) -> dict[str, Any]:
+        """The whole configuration as plain values, interpolations as they are."""
+        return _container(self._base, resolve=False)
 
     def _settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         if self._literal:  # a copy of plain values takes a tenth of the time

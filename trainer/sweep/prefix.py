@@ -53,13 +53,15 @@ class Prefixes:
         return (self._folder / key).is_dir()
 
     def give(self, key: str, checkpoints: Path) -> None:
-        """Keep the ends of phases in a trial's folder, which hold nothing else now."""
-        if self.ready(key):
-            return
-        aside = self._folder / f"{key}.part"
+        """Keep the ends of phases in a trial's folder, which hold nothing else now.
+
+        They take the place of what is there: a trial that made them itself found that damaged.
+        """
+        aside, kept = self._folder / f"{key}.part", self._folder / key
         shutil.rmtree(aside, ignore_errors=True)
         _link(checkpoints, aside)
-        os.replace(aside, self._folder / key)
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(aside, kept)
 
     def take(self, key: str, checkpoints: Path) -> None:
         """Put them into the folder of a trial that has not begun."""

@@ -8,9 +8,11 @@
 What Optuna cannot store (a choice between lists) is known to it by its text.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import optuna
@@ -51,6 +53,24 @@ class Range:
                 return list(dict.fromkeys([numbers.low, numbers.high]))
         raise AssertionError(self.distribution)
 
+    def around(self, marks: Iterable[Any]) -> list[Any]:
+        """The ends, the values at `marks` and some between any two of these: every choice.
+
+        So there is one wherever conditions that compare with `marks` hold for any value.
+        """
+        match self.distribution:
+            case IntDistribution() | FloatDistribution() as numbers:
+                low, high, step = numbers.low, numbers.high, numbers.step
+            case _:
+                return self.ends()
+        within = (m for m in marks if isinstance(m, int | float) and low < m < high)
+        places = sorted({low, *within, high})
+        places += [(a + b) / 2 for a, b in pairwise(places)]
+        if step is not None:
+            counts = (f((p - low) / step) for p in places for f in (math.floor, math.ceil))
+            places = [value for n in counts if (value := _nth(low, step, n)) <= high]
+        return list(dict.fromkeys([*self.ends(), *places]))
+
     def count(self) -> int | None:
         """How many values there are; None where they cannot be counted."""
         match self.distribution:
@@ -70,8 +90,7 @@ class Range:
             case IntDistribution() as numbers:
                 return list(range(numbers.low, numbers.high + 1, numbers.step))
             case FloatDistribution(step=float() as step) as numbers:
-                low, exact = Decimal(str(numbers.low)), Decimal(str(step))
-                return [float(low + i * exact) for i in range(self.count() or 0)]
+                return [_nth(numbers.low, step, i) for i in range(self.count() or 0)]
         return None
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
@@ -84,6 +103,13 @@ class Range:
             case FloatDistribution() as d:
                 return trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
         raise AssertionError(self.distribution)
+
+
+def _nth(low: float, step: float, n: int) -> float:
+    """`low + n * step`, as it would be written."""
+    if isinstance(step, int):
+        return low + n * step
+    return float(Decimal(str(low)) + n * Decimal(str(step)))
 
 
 def parse_range(key: str, text: Any) -> Range:

@@ -8,7 +8,8 @@ from typing import Any
 
 import optuna
 from jinja2 import Environment, PackageLoader
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from trainer.sweep.analysis import Answer
 
@@ -53,18 +54,26 @@ def _plots(study: optuna.Study, watched: optuna.Study) -> dict[str, Any]:
     if len(names) in (2, 3) and study.best_trials:
         plots["Pareto front"] = plot.plot_pareto_front(study)
     for i, name in enumerate(names):
-
-        def value(trial: optuna.trial.FrozenTrial, i: int = i) -> float:
-            return float(trial.values[i])
-
-        target: dict[str, Any] = {"target": value, "target_name": name} if len(names) > 1 else {}
-        drawn: dict[str, Callable[..., Any]] = {
-            "history": plot.plot_optimization_history,
-            "importances": plot.plot_param_importances,
-            "parallel coordinates": plot.plot_parallel_coordinate,
-            "slices": plot.plot_slice,
+        up = study.directions[i] == StudyDirection.MAXIMIZE
+        target, good_when_low = _values(i, name, 1), _values(i, name, -1 if up else 1)
+        only = len(names) == 1  # whose values and direction Optuna takes by itself
+        drawn: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+            "history": (plot.plot_optimization_history, target),
+            # Of what makes a target low.
+            "importances": (plot.plot_param_importances, good_when_low),
+            "parallel coordinates": (plot.plot_parallel_coordinate, target),
+            "slices": (plot.plot_slice, target),
         }
-        for title, make in drawn.items():
-            plots[f"{name}: {title}"] = make(study, **target)
+        for title, (make, which) in drawn.items():
+            plots[f"{name}: {title}"] = make(study, **({} if only else which))
     plots["values at each epoch"] = plot.plot_intermediate_values(watched)
     return plots
+
+
+def _values(objective: int, name: str, sign: int) -> dict[str, Any]:
+    """Arguments of a plot: one objective of a trial, perhaps with the sign turned."""
+
+    def value(trial: FrozenTrial) -> float:
+        return sign * float(trial.values[objective])
+
+    return {"target": value, "target_name": name}

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import os
+import re
 import shlex
 from typing import Any
 
@@ -20,6 +21,8 @@ from trainer.sweep.report import write_report
 from trainer.sweep.show import Board, tally
 from trainer.sweep.study import RESULT, Ledger, watched_values
 
+# Overrides that make no difference to a trial of its own.
+_OF_THE_SWEEP = re.compile(r"(~|\+{0,2}(?=[^=]*=))(sweep[.=]|hydra\.)")
 SHOWN = 10  # rows of the table in the terminal, and trials in summary.json
 
 
@@ -149,9 +152,7 @@ class Results:
 
     def _command(self, overrides: list[str]) -> str:
         """What runs the trial again, as an experiment of its own."""
-        mine = [
-            a for a in self._ledger.command if not a.lstrip("+~").startswith(("sweep", "hydra."))
-        ]
+        mine = [a for a in self._directory.read_command() if not _OF_THE_SWEEP.match(a)]
         return shlex.join(["python", "-m", "trainer", *mine, *overrides, "~sweep.params"])
 
     def _write_csv(self) -> None:

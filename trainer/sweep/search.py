@@ -7,6 +7,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from trainer.config import Config
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.report.directory import RunDirectory
 from trainer.sweep.budget import Budget
@@ -132,10 +133,13 @@ class Search:
         self._forget(trial)
 
     def _fail(self, trial: Trial, error: Exception) -> None:
-        """Let the trial wait for another attempt, or tell that it failed."""
+        """Let the trial wait for another attempt, or tell that it failed.
+
+        Raises `error` where, for all that is known, no trial can begin.
+        """
         wrong = isinstance(error, ConfigError)
-        if wrong and not self._anything_began():
-            raise error  # for all that is known, no trial can begin
+        if wrong and not self._anything_began() and not _is_wrong(trial.cfg):
+            raise error
         self._directory.log(_detail(error))
         reason = first_line(error)
         failures = self._ledger.failed_once_more(trial.number, reason)
@@ -249,6 +253,17 @@ class Search:
         if now - self._shown >= LOOK_EVERY_S:
             self._shown = now
             self._board.show(self._trials, self._ledger, self._budget.left())
+
+
+def _is_wrong(cfg: Config) -> bool:
+    """Whether the settings of a trial do not go together: values between the ends of ranges."""
+    from trainer.checks import check  # slow to import
+
+    try:
+        check(cfg)
+    except ConfigError:
+        return True
+    return False
 
 
 def _detail(error: Exception) -> str:

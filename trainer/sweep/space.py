@@ -120,13 +120,17 @@ class Space:
         return values
 
     def _draws(self, wanted: Drawn) -> Iterator[dict[str, Any]]:
-        """Draws with the values of `wanted`, the rest at the ends of their ranges: low ones first.
+        """Draws with the values of `wanted`, the rest at the low ends of their ranges.
 
-        What a condition on `wanted` asks of others is found by trying their ends.
+        What conditions ask of the parameters that `wanted` depends on is found by trying their
+        ends, and what lies around the values that conditions name.
         """
         (name,) = wanted
-        parents = [p for p in self.parameters if p.name in self._ancestors(name)]
-        for values in itertools.product(*(p.range.ends() for p in parents)):
+        line = self._ancestors(name)
+        marks = [c for p in self.parameters if p.name in {name, *line} for c in p.conditions]
+        parents = [p for p in self.parameters if p.name in line]
+        tried = (p.range.around(c.right for c in marks if c.left == p.name) for p in parents)
+        for values in itertools.product(*tried):
             fixed = dict(zip((p.name for p in parents), values, strict=True)) | dict(wanted)
             drawn: dict[str, Any] = {}
             for parameter in self.parameters:

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Trial:
         self._checkpoints: Checkpoints | None = None
         self._parameters = 0
 
-    def start(self, say: Any) -> Any:
+    def start(self, say: Callable[[str], None]) -> Any:
         """Where the next attempt begins: at the last checkpoint, if there is one.
 
         Raises:
@@ -58,7 +59,7 @@ class Trial:
         if self.prefix:
             self._prefixes.take(self.prefix, self._folder / "checkpoints")
         self._checkpoints = Checkpoints(self._folder, self.cfg.checkpoint.keep)
-        if self.cfg.init_from and not self._checkpoints.initial():
+        if self.cfg.init_from and not self._checkpoints.initial(say):
             self._checkpoints.keep_initial(initial_weights(Path(self.cfg.init_from), None))
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
