@@ -17,6 +17,7 @@ settings.register_profile("trainer", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("trainer")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """What starts processes comes first and one by one; a second worker has the rest meanwhile.
 
@@ -27,7 +28,7 @@ def pytest_collection_modifyitems(items):
         return item.get_closest_marker("integration") is not None
 
     for item in items:
-        group = "processes" if starts_processes(item) else str(item.path)
+        group = "processes" if starts_processes(item) else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=starts_processes, reverse=True)
 
