@@ -143,8 +143,12 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
         (IMAGES, idx([0, 28, 28], b""), "promises 0 values"),
         (IMAGES, idx([20, 32, 32], bytes(1024 * 20)), "32x32 pixels instead of 28x28"),
         (IMAGES, idx([19, 28, 28], bytes(784 * 19)), "holds 19 images, .* 20 labels"),
-        (LABELS + ".gz", gzip.compress(idx([20], bytes([10] * 20))), "holds the label 10"),
-        (LABELS + ".gz", gzip.compress(idx([20], bytes(20)))[:-5], "damaged or cut-off gzip"),
+        (LABELS + ".gz", gzip.compress(idx([20], bytes([10] * 20)), mtime=0), "holds the label 10"),
+        (
+            LABELS + ".gz",
+            gzip.compress(idx([20], bytes(20)), mtime=0)[:-5],
+            "damaged or cut-off gzip",
+        ),
         (LABELS + ".gz", b"no gzip at all", "damaged or cut-off gzip"),
     ],
 )
