@@ -1,4 +1,4 @@
-"""What holds for all tests: which run beside which, no deadlines of hypothesis, shared fixtures."""
+"""What holds for all tests: their order, no deadlines of hypothesis, shared fixtures."""
 
 import os
 import signal
@@ -17,20 +17,10 @@ settings.register_profile("trainer", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("trainer")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """What starts processes comes first and one by one; a second worker has the rest meanwhile.
-
-    That one takes file after file, so that the fixtures of a module are made once.
-    """
-
-    def starts_processes(item):
-        return item.get_closest_marker("integration") is not None
-
-    for item in items:
-        group = "processes" if starts_processes(item) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=starts_processes, reverse=True)
+    """Files with tests that start processes come first: of two at a time, the long ones early."""
+    first = {item.path for item in items if item.get_closest_marker("integration")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture
