@@ -269,7 +269,7 @@ class SweepConfig:
     min_trials: int = 5  # pruner=median: trials that must end before one is pruned
     min_epochs: int = 1  # epochs that no trial is pruned before
     reduction: int = 3  # pruner=asha, hyperband: one in so many goes on
-    exchange: float = 0.0  # several objectives: what a tenth of the cost is worth in `metric`
+    exchange: float = 0.0  # several objectives: what ten times fewer weights are worth
     trials: int | None = 50  # trials in all; null: no limit
     seconds: float | None = None  # of the sweep in all; null: no limit
     epochs: int | None = None  # epochs of all trials together; null: no limit

@@ -1,6 +1,6 @@
 """A trained model as an ONNX file, and how that runs in onnxruntime.
 
-The packages that this needs are an extra: pip install 'trainer[onnx]'.
+The packages that this needs are an extra: pip install '.[onnx]' in the checkout.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ def check_installed() -> None:
     if missing:
         raise ConfigError(
             f"export.onnx=true: {', '.join(missing)} cannot be imported; install it with "
-            "pip install 'trainer[onnx]' (from a checkout: pip install -e '.[onnx]')"
+            "pip install '.[onnx]' in the checkout of trainer"
         )
 
 

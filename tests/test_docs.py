@@ -1,0 +1,52 @@
+"""The pages for one's own model and data: their code works, and their commands are right."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.test_main import capture
+from trainer.__main__ import conf_dir
+from trainer.checks import check
+from trainer.config import Config, typed
+from trainer.engine.match import check_match
+from trainer.engine.world import World
+from trainer.parts import build_data, build_model, build_runtime
+
+DOCS = conf_dir().parent / "docs"
+BLOCK = re.compile(r"```(?:python|yaml)\n(.*?)```", re.DOTALL)
+FILE = re.compile(r"`([\w/]+\.(?:py|yaml))`")
+COMMAND = re.compile(r"^    python -m trainer ((?:.*\\\n)*.*)", re.MULTILINE)
+
+
+@pytest.fixture
+def written(request, tmp_path, monkeypatch):
+    """The text of a page, whose files are in the working directory, and can be imported."""
+    text = (DOCS / request.param).read_text()
+    for block in BLOCK.finditer(text):
+        if names := FILE.findall(text[: block.start()]):  # the last one before a block is its own
+            path = tmp_path / names[-1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(block[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield text
+    for path in Path.cwd().glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("written", ["own-model.md", "own-data.md"], indirect=True)
+def test_the_commands_of_a_page_run_as_it_says(written):
+    commands = COMMAND.findall(written)
+    assert len(commands) >= 2
+    world = World.single(torch.device("cpu"))
+    for command in commands:
+        arguments = shlex.split(command.replace("\\\n", " "))
+        cfg = typed(Config, yaml.safe_load(capture([*arguments, "--cfg"])))
+        check(cfg)
+        check_match(build_model(cfg), build_data(cfg), build_runtime(world, cfg))
