@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.engine.bodies import runtime
+from trainer.config import FitConfig
 from trainer.data.split import Splits, TensorSplit
 from trainer.engine.match import check_match
 from trainer.engine.world import World
@@ -91,9 +92,14 @@ def test_classes_that_are_no_int64_are_refused():
 def test_a_last_piece_that_is_too_small_for_batch_norm_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
     state = copy.deepcopy(model.state_dict())
-    five = runtime(WORLD, batch_size=5)
-    check_match(model, IMAGES, five)
-    check_match(model, IMAGES, five, accumulate=2)  # pieces of three and two
+
+    def check(batch_size, **fit):
+        check_match(model, IMAGES, runtime(WORLD, batch_size=batch_size), [FitConfig(**fit)])
+
+    check(5, epochs=1)
+    check(5, epochs=1, accumulate=2)  # pieces of three and two
+    check(4, epochs=0)  # nothing is trained
+    check(4, epochs=2, max_steps=1)  # the last batch is not reached
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     for batch_size, accumulate in ((4, 1), (5, 3)):
         said = (
@@ -101,7 +107,16 @@ def test_a_last_piece_that_is_too_small_for_batch_norm_is_refused():
             rf"{accumulate}: Sequential cannot be trained on as little as 1 of the 5 .* samples"
         )
         with pytest.raises(ConfigError, match=said):
-            check_match(model, IMAGES, runtime(WORLD, batch_size=batch_size), accumulate)
+            check(batch_size, epochs=1, accumulate=accumulate)
+
+
+def test_every_rank_refuses_what_one_of_them_would_meet():
+    """Of a batch of three the first of two ranks has two samples."""
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
+    for rank in (0, 1):
+        world = World(rank, 2, WORLD.device, WORLD.transport, None)
+        with pytest.raises(ConfigError, match="as little as 1 of the 5"):
+            check_match(model, IMAGES, runtime(world, batch_size=3), [FitConfig(epochs=1)])
 
 
 class Auxiliary(nn.Linear):
@@ -114,4 +129,5 @@ class Auxiliary(nn.Linear):
 
 def test_other_outputs_in_training_are_refused():
     with pytest.raises(ConfigError, match="Auxiliary gives tuple in training mode"):
-        check_match(Auxiliary(64, 3), IMAGES, runtime(WORLD))
+        check_match(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
+    check_match(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=0)])

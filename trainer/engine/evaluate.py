@@ -10,6 +10,8 @@ from trainer.data.split import Split
 from trainer.engine.objective import cross_entropy
 from trainer.engine.runtime import Runtime
 
+AT_A_TIME = 256  # samples that a worker may always evaluate together, if the batch has so many
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -34,7 +36,9 @@ def evaluate(model: nn.Module, split: Split, runtime: Runtime) -> Metrics:
     training = model.training
     model.eval()
     with torch.no_grad():
-        at_a_time = -(-runtime.batch_size // world.size)  # what a step gives a worker
+        # What a step gives a worker fits its memory, and so do some hundreds without gradients.
+        share_of_batch = -(-runtime.batch_size // world.size)
+        at_a_time = min(runtime.batch_size, max(share_of_batch, AT_A_TIME))
         shares = share.split(at_a_time) if len(share) else ()
         for batch in world.pulse.patient(split.batches(shares, None)):
             inputs, targets = runtime.place_batch(*batch)

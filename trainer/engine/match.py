@@ -1,42 +1,51 @@
 """Whether data and model fit together, found out with a few samples before any step."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from trainer.data.dataset import DatasetSplit
+from trainer.config import FitConfig
+from trainer.data.dataset import DatasetSplit, generators_left_alone
 from trainer.data.split import Split, Splits, TensorSplit
-from trainer.engine.loop import micro_batches
+from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
 from trainer.errors import ConfigError, first_line
 
 
-def check_match(model: nn.Module, data: Splits, runtime: Runtime, accumulate: int = 1) -> None:
+def check_match(
+    model: nn.Module, data: Splits, runtime: Runtime, fits: Sequence[FitConfig] = ()
+) -> None:
     """Refuse a model that cannot take the samples, or has no output for a label.
 
     The model and the random state stay as they are. The labels of a split in memory are all
     looked at, of another one that of its first sample.
 
     Args:
-        accumulate: the most pieces in which a worker goes through its share of a batch.
+        fits: the training to come. All ranks come to the same verdict on it.
 
     Raises:
         ConfigError: names the split, the shapes or the label, and the model.
     """
     training = model.training
     device = runtime.world.device
+    cuda = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        with generators_left_alone(), torch.random.fork_rng(cuda), torch.no_grad():
             model.eval()  # batch norm keeps its running statistics, dropout draws nothing
-            for name, split in vars(data).items():
-                _check_split(name, split, model, runtime)
+            firsts = {
+                name: _check_split(name, split, model, runtime)
+                for name, split in vars(data).items()
+            }
             model.train()
-            _check_smallest_piece(data.train, model, runtime, accumulate)
+            for fit in fits:
+                _check_smallest_piece(firsts["train"], len(data.train), model, runtime, fit)
     finally:
         model.train(training)
 
 
-def _check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) -> None:
+def _check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) -> Tensor:
+    """Returns the inputs of its first sample."""
     inputs, targets = _first(split)
     kind = type(model).__name__
     sample = f"{str(inputs.dtype).removeprefix('torch.')} {[*inputs.shape[1:]]}"
@@ -61,28 +70,35 @@ def _check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) ->
             f"data and model: {name} holds the label {int(wrong[0])}, but {kind} has {classes} "
             f"outputs, for labels 0 to {classes - 1}"
         )
+    return inputs
 
 
 def _check_smallest_piece(
-    split: Split, model: nn.Module, runtime: Runtime, accumulate: int
+    inputs: Tensor, samples: int, model: nn.Module, runtime: Runtime, fit: FitConfig
 ) -> None:
-    """Try a forward pass of training with as few samples as one will have: batch norm may mind."""
-    world, batch_size = runtime.world, runtime.batch_size
-    batches = {min(batch_size, len(split)), len(split) % batch_size} - {0}
-    sizes = [
-        len(piece)
-        for size in batches
-        for piece in micro_batches(torch.arange(size), world.rank, world.size, accumulate)
-    ]
-    if not sizes:
+    """Try a forward pass of training with as few samples as one will have: batch norm may mind.
+
+    Args:
+        inputs: of one sample.
+        samples: size of the training split.
+    """
+    size, batch_size = runtime.world.size, runtime.batch_size
+    per_epoch, steps = steps_in(samples, batch_size, fit)
+    if not steps:
         return
-    inputs, _ = _first(split)
-    few = inputs.expand(min(sizes), *inputs.shape[1:]).contiguous()
+    last = samples % batch_size if steps >= per_epoch else 0
+    pieces = [
+        len(piece)
+        for batch in {min(batch_size, samples), last}
+        for rank in range(size)
+        for piece in micro_batches(torch.arange(batch), rank, size, fit.accumulate)
+    ]
+    few = inputs.expand(min(pieces), *inputs.shape[1:]).contiguous()
     kind = type(model).__name__
     said = (
-        f"data.batch_size={batch_size} with cluster.workers={world.size} and "
-        f"fit.accumulate={accumulate}: {kind} cannot be trained on as little as {len(few)} of the "
-        f"{len(split)} training samples at a time"
+        f"data.batch_size={batch_size} with cluster.workers={size} and "
+        f"fit.accumulate={fit.accumulate}: {kind} cannot be trained on as little as {len(few)} of "
+        f"the {samples} training samples at a time"
     )
     logits = _answer(model, few, runtime, said)
     if not isinstance(logits, Tensor):
@@ -98,11 +114,11 @@ def _answer(model: nn.Module, inputs: Tensor, runtime: Runtime, said: str) -> ob
     Raises ConfigError, which begins with `said`, for an error that the inputs cause.
     """
     device = runtime.world.device
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         placed, _ = runtime.place_batch(inputs, torch.zeros(0, dtype=torch.int64))
         with runtime.arithmetic().autocast():
-            answer: object = functional_call(model, buffers, (placed,))
+            answer: object = model(placed)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what a kernel minds is told here, not later
     except torch.OutOfMemoryError:
@@ -111,6 +127,8 @@ def _answer(model: nn.Module, inputs: Tensor, runtime: Runtime, said: str) -> ob
         if "CUDA error" in str(error):  # this process can do nothing more on its GPU
             raise
         raise ConfigError(f"{said}: {first_line(error)}") from error
+    for buffer, before in buffers:
+        buffer.copy_(before)
     return answer
 
 

@@ -84,8 +84,8 @@ class Precision:
         if applied:
             optimizer.step()
         self.scaler.update()
-        scale = self.scaler.get_scale()
-        if not applied and scale < LEAST_SCALE:
+        # Asked for only then: on CUDA it waits for the device.
+        if not applied and (scale := self.scaler.get_scale()) < LEAST_SCALE:
             raise Diverged(
                 f"the gradient is NaN or infinite even at a loss scale of {scale:.2g}, whatever "
                 "the loss: look for a norm or a root of zero in the model, or train in bf16"
