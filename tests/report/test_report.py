@@ -102,6 +102,7 @@ def test_seconds_and_restarts_are_of_the_whole_run():
 
 def test_restarts_and_seconds_after_the_last_checkpoint_count_too():
     summary = Summary("mine", 3, "fp32", {"seconds": 150.0, "restarts": 5, "status": "failed"})
+    assert summary.as_dict("interrupted")["restarts"] == 5  # before it has got so far
     summary.restore([], {"seconds": 100.0, "restarts": 2})
     told = summary.as_dict("done")
     assert told["restarts"] == 5

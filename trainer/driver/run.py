@@ -205,9 +205,9 @@ class _Run:
         from trainer.driver.result import Result
         from trainer.measure import measure
 
-        last = self.summary.phases[-1]
-        result = Result(self.cfg, partial(self.checkpoints.ended, self.names), last)
-        self.directory.write_model(result.final)
+        last, ended = self.summary.phases[-1], partial(self.checkpoints.ended, self.names)
+        self.directory.write_model(ended(len(self.names) - 1))  # first: to encode it takes longer
+        result = Result(self.cfg, ended, last)
         if result.artifact:
             self.directory.write_artifact(result.artifact)
             result.artifact = self.directory.read_artifact()  # what is measured is what is there

@@ -47,7 +47,7 @@ class Summary:
 
     def so_far(self) -> dict[str, Any]:
         """Time and restarts of all commands of the run: what a checkpoint keeps of them."""
-        earlier = self._earlier or {}
+        earlier = self._before if self._earlier is None else self._earlier
         seconds = earlier.get("seconds", 0.0) + time.monotonic() - self._started
         restarts = earlier.get("restarts", 0) + self.restarts
         return {"restarts": restarts, "seconds": round(seconds, 3)}
