@@ -369,6 +369,31 @@ def test_a_new_study_does_not_take_up_what_trials_of_another_left():
     assert [row["epochs"] for row in rows()] == ["2"]
 
 
+def test_what_only_the_data_refuse_is_one_trials_failure_but_for_two_a_wrong_configuration(capsys):
+    wanted = [*ARGUMENTS, *ONLY, "sweep.sampler=grid"]
+    assert main([*wanted, "sweep.params.data.train=choice(70000,100)"]) == 0
+    assert [row["state"] for row in rows()] == ["FAIL", "COMPLETE"]
+    assert "70000" in rows()[0]["reason"]
+    both = "sweep.params.data.train=choice(70000,80000)"
+    assert main([*wanted, both, "hydra.sweep.dir=other"]) == 2
+    assert not Path("other").exists()
+
+
+def test_a_study_has_the_settings_and_the_command_that_began_it():
+    """An earlier command had failed before there was a study."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.sweep.pool.Pool.open", killed)
+        with pytest.raises(Killed):
+            main([*ARGUMENTS, "seed=6"])
+    assert main([*ARGUMENTS, "seed=7", "sweep.trials=1"]) == 0
+    assert "seed=7" in shlex.split(summary()["best"][0]["command"])
+    assert RunDirectory(FOLDER).read_config()["seed"] == 7
+    (FOLDER / "command.json").unlink()
+    assert main([f"resume={FOLDER}"]) == 2
+    assert main([*ARGUMENTS, "seed=7", "sweep.trials=2"]) == 0
+    assert "seed=7" in shlex.split(summary()["best"][0]["command"])
+
+
 def test_another_storage_is_refused(capsys):
     assert main([*ARGUMENTS, "sweep.trials=1"]) == 0
     storage = "sweep.storage=sqlite:///elsewhere.db"

@@ -113,6 +113,10 @@ class RunDirectory:
         """command.json: the arguments that the folder was begun with."""
         self._replace("command.json", json.dumps(list(arguments)).encode())
 
+    def has_command(self) -> bool:
+        """Whether there is one."""
+        return (self.path / "command.json").exists()
+
     def read_command(self) -> list[str]:
         """What `write_command` wrote."""
         arguments: list[str] = json.loads((self.path / "command.json").read_text())

@@ -1,7 +1,6 @@
 """A sweep as its command sees it: folder, workers, study; then the search; in the end, results."""
 
 import contextlib
-import shutil
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +57,7 @@ def run_sweep(
             directory.write_command(arguments)
             directory.write_config(plan.unresolved())
         with ExitStack() as locks:
-            return _Sweep(plan, directory, signals, locks).execute()
+            return _Sweep(plan, directory, arguments, signals, locks).execute()
     except ConfigError:
         if new:
             directory.discard()
@@ -72,11 +71,13 @@ class _Sweep:
         self,
         plan: Plan,
         directory: RunDirectory,
+        arguments: list[str],
         signals: Signals,
         locks: ExitStack,
     ) -> None:
         self.plan, self.cfg, self.sweep = plan, plan.cfg, plan.cfg.sweep
         self.directory, self.signals, self.locks = directory, signals, locks
+        self.arguments = arguments
         self.board = Board(self.sweep, directory)
         self.pool = Pool(self.cfg, self.board.say)
         self.interrupted = False  # by the first signal
@@ -85,10 +86,10 @@ class _Sweep:
     def execute(self) -> dict[str, Any] | None:
         """Search, and leave the results. Returns as `run_sweep`."""
         self.locks.enter_context(self.directory.locked(self.board.say))
-        self._check_storage()
         try:
             with self.signals.holding(self.board.restore, self._interrupt):
                 try:
+                    self._check_folder()
                     self._open()
                     with closing(self.ledger):
                         return self._search()
@@ -116,31 +117,43 @@ class _Sweep:
             self.sweep, self.plan.space, self.cfg.name, self.cfg.seed, self.directory.path, epochs
         )
         self.ledger.note(self.plan.identity())
-        if self.ledger.new:  # checkpoints of a study that is gone, under the numbers of this one
-            shutil.rmtree(self.directory.path / "trials", ignore_errors=True)
-        self._keep_what_is_free()
+        self._keep_settings()
         self.results = Results(self.plan, self.ledger, self.directory)
         self.budget = Budget(self.sweep, self.ledger)
 
-    def _check_storage(self) -> None:
-        """Refuse another storage than that of config.yaml, which has the trials of this folder."""
-        kept = self.directory.read_config()["sweep"].get("storage")
-        if kept != self.plan.unresolved()["sweep"].get("storage"):
+    @property
+    def _resumed(self) -> bool:
+        return any(argument.startswith("resume=") for argument in self.arguments)
+
+    def _check_folder(self) -> None:
+        """Refuse what would go on without what an earlier command has left."""
+        folder = self.directory.path
+        if self._resumed and not self.directory.has_command():
             raise ConfigError(
-                f"sweep.storage={without_password(self.sweep.storage)}: the trials of "
-                f"{self.directory.path} are in another one; choose another sweep.name, or, if the "
-                "data base has moved, change config.yaml there"
+                f"resume={folder}: command.json is gone; give the sweep's own command instead"
+            )
+        kept = self.directory.read_config().get("sweep", {}).get("storage")
+        storage = self.plan.unresolved()["sweep"].get("storage")
+        if kept != storage and any((folder / name).exists() for name in ("study.db", "owner")):
+            raise ConfigError(
+                f"sweep.storage={without_password(self.sweep.storage)}: the trials of {folder} are "
+                "in another one; choose another sweep.name, or, if the data base has moved, change "
+                "config.yaml there"
             )
 
-    def _keep_what_is_free(self) -> None:
-        """Let config.yaml, with which resume= goes on, have the budget of now, and the like.
+    def _keep_settings(self) -> None:
+        """Let the folder have the settings with which resume= goes on, and the command.
 
-        The file is the lock too: the new one is locked before the old one is let go.
+        Of a study that has just begun, all of them: an earlier command may have failed before.
+        config.yaml is the lock too: the new one is locked before the old one is let go.
         """
-        settings = self.directory.read_config()
-        changed = {**settings, "sweep": {**settings["sweep"], **self.plan.free()}}
-        if changed != settings:
-            self.directory.write_config(changed)
+        if not self._resumed and (self.ledger.new or not self.directory.has_command()):
+            self.directory.write_command(self.arguments)
+        kept, now = self.directory.read_config(), self.plan.unresolved()
+        if not self.ledger.new:
+            now = {**kept, "sweep": {**kept["sweep"], **self.plan.free()}}
+        if now != kept:
+            self.directory.write_config(now)
             self.locks.enter_context(self.directory.locked(self.board.say))
 
     def _search(self) -> dict[str, Any] | None:

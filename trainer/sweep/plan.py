@@ -94,7 +94,7 @@ class Plan:
                     compared.add(pair)
             except ConfigError as error:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
-            if self.cfg.sweep.refit:
+            if self.cfg.sweep.refit and self.during:
                 try:
                     check(typed(Config, self.winner(drawn)))
                 except ConfigError as error:

@@ -1,5 +1,6 @@
 """The search: hand trials out to slots, listen, prune, retry, tell; until a budget is used up."""
 
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from trainer.sweep.prefix import Prefixes
 from trainer.sweep.show import Board
 from trainer.sweep.slots import Ended, GivenBack, Said, Slot
 from trainer.sweep.study import Ledger, watched_values
-from trainer.sweep.trial import Trial
+from trainer.sweep.trial import Trial, folder_of
 
 MOST_WAITING = 8  # trials that wait for what another one trains, before no more are drawn
 LOOK_EVERY_S = 0.25  # at signals, budgets and the live table
@@ -45,6 +46,7 @@ class Search:
         self._reported: dict[int, set[int]] = {}  # epochs, by trial
         self._waiting: list[int] = []  # of the trials, those that no slot runs
         self._began = False  # a trial has told something in this session
+        self._refused: list[dict[str, Any]] = []  # what trials drew that could not even begin
         self._stopping = False  # nothing new is started
         self._exhausted = False  # a grid has come to its end
         self._shown = 0.0  # when the live table was
@@ -139,7 +141,10 @@ class Search:
         """
         wrong = isinstance(error, ConfigError)
         if wrong and not self._anything_began() and not _is_wrong(trial.cfg):
-            raise error
+            if trial.drawn not in self._refused:
+                self._refused.append(trial.drawn)
+            if len(self._refused) > 1 or not (self._pool.busy or self._more()):
+                raise error
         self._directory.log(_detail(error))
         reason = first_line(error)
         failures = self._ledger.failed_once_more(trial.number, reason)
@@ -200,6 +205,8 @@ class Search:
                 self._exhausted = True
                 return None
             self._budget.count_trial(asked)
+            # What another study, or one that lost its last moments, left under this number.
+            shutil.rmtree(folder_of(self._directory.path, asked), ignore_errors=True)
             if not self._begin(asked):
                 continue
             if not self._must_wait(asked):

@@ -41,7 +41,7 @@ class Trial:
         self._prefixes = prefixes
         self._sweep = sweep
         self._names = list(cfg.phases)
-        self._folder = folder / "trials" / f"{number:04d}"
+        self._folder = folder_of(folder, number)
         self._checkpoints: Checkpoints | None = None
         self._parameters = 0
 
@@ -134,3 +134,8 @@ class Trial:
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # other trials are there
             self._folder.parent.rmdir()
+
+
+def folder_of(sweep: Path, number: int) -> Path:
+    """Where a trial's checkpoints lie, in the folder of the sweep."""
+    return sweep / "trials" / f"{number:04d}"
