@@ -188,7 +188,8 @@ def test_what_cannot_be_exported_is_said() -> None:
 def test_a_missing_package_is_named(monkeypatch) -> None:
     check_installed()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"onnxruntime cannot be imported.*pip install 'trainer"):
+    said = r"onnxruntime cannot be imported.*pip install '\.\[onnx\]'"
+    with pytest.raises(ConfigError, match=said):
         check_installed()
 
 
