@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import trainer.convert
 from tests.test_resume import config
 from trainer.config import Config
 from trainer.convert import convert, try_export
@@ -60,7 +61,18 @@ def test_only_the_rank_that_exports_needs_the_packages(monkeypatch: pytest.Monke
         list(try_export(WORLD, chosen()))
 
 
-def test_the_final_model_is_compared_with_the_dense_one() -> None:
+def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = []
+
+    def watched(function: Any) -> Any:
+        def wrapper(*args: Any) -> Any:
+            waiting.append(WORLD.pulse.waiting)
+            return function(*args)
+
+        return wrapper
+
+    for name in ("to_onnx", "latencies", "correct"):
+        monkeypatch.setattr(f"trainer.convert.{name}", watched(getattr(trainer.convert, name)))
     cfg = chosen()
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -74,6 +86,8 @@ def test_the_final_model_is_compared_with_the_dense_one() -> None:
     final = to_bytes(model.state_dict())
     assert list(convert(second(), cfg, final, dense)) == []
     told = list(convert(WORLD, cfg, final, dense))
+    assert waiting  # however long a large model takes, it is no hang
+    assert all(waiting)
     assert [one.name for one in told] == ["fp32", "int8"]
     assert told[0].content == b""
     assert len(told[1].content) == told[1].file_bytes < 0.35 * told[0].file_bytes

@@ -81,6 +81,9 @@ def test_loader_processes_give_the_same_batches_pass_after_pass() -> None:
     alone, helped = DatasetSplit(Noisy(), seed=3), DatasetSplit(Noisy(), seed=3, loader_workers=2)
     order = [[4, 9, 2], [], [7], [1, 0, 3], [5, 6]]
     empty_safe = [torch.tensor(i, dtype=torch.int64) for i in order]
+    for a, b in zip(alone.first(), helped.first(), strict=True):
+        assert torch.equal(a, b)
+    assert helped.loader._iterator is None  # none of the processes that stay was started for it
     early = helped.batches(empty_safe, 0)
     next(early)
     early.close()  # what max_steps does in the middle of an epoch
