@@ -26,8 +26,8 @@ from trainer.cluster import WorkerGroup, open_group
 from trainer.config import Config, typed
 from trainer.data.split import Splits, TensorSplit
 from trainer.messages import Checkpoint
-from trainer.report.checkpoints import Checkpoints
-from trainer.run import Start, experiment
+from trainer.store.checkpoints import Checkpoints
+from trainer.worker.run import Start, experiment
 
 EVERY = 20  # steps between two checkpoints
 STEPS = 3 * EVERY + 1

@@ -7,8 +7,8 @@ One thread, batch 64, fused SGD; a repeat is an epoch over a slice of MNIST from
 All take turns in one process, in an order that rotates; the first turn of each is not counted. The
 table shows medians; a ratio is the median of the ratios within each turn.
 
-    ours         the body of a run, trainer.run.experiment, in an InlineGroup: its own figure for
-                 the train phase, from the making of the optimizer to the last step
+    ours         the body of a run, trainer.worker.run.experiment, in an InlineGroup: its own figure
+                 for the train phase, from the making of the optimizer to the last step
     plain        the loop that one writes by hand: our data in our order, timed from and to the same
                  points, and no more than that; it must end with the same bits as ours
     Accelerate   its four lines in the plain loop, fed by a shuffling DataLoader (num_workers=0)
@@ -46,7 +46,7 @@ from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
 from trainer.messages import PhaseEnded
 from trainer.models import LeNet5, LeNet300
-from trainer.run import Start, experiment
+from trainer.worker.run import Start, experiment
 
 NETS: dict[str, Callable[[], nn.Module]] = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
 BATCH, SEED = 64, 0

@@ -4,8 +4,8 @@
 
 CONFIG.yaml is what `python -m trainer ... --cfg` prints; SPACE is `trivial` (the learning rate) or
 `convnet` (that of convnet_sweep, with ASHA). A trial is a function trainable that goes through
-`trainer.run.experiment` in its own process and reports the validation accuracy of each epoch. For
-each trial that ended, OUT.jsonl gets a line: time of day, epochs, last accuracy.
+`trainer.worker.run.experiment` in its own process and reports the validation accuracy of each
+epoch. For each trial that ended, OUT.jsonl gets a line: time of day, epochs, last accuracy.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def run_trial(drawn: dict[str, Any], base: dict[str, Any]) -> None:
     from trainer.config import Config, typed
     from trainer.engine.world import World
     from trainer.messages import EpochEnded
-    from trainer.run import Start, experiment
+    from trainer.worker.run import Start, experiment
 
     settings = copy.deepcopy(base)
     lists: dict[str, list[Any]] = {}

@@ -13,9 +13,9 @@ from tests.test_main import capture
 from trainer.__main__ import conf_dir
 from trainer.checks import check
 from trainer.config import Config, typed
-from trainer.engine.match import check_match
 from trainer.engine.world import World
 from trainer.parts import build_data, build_model, build_runtime
+from trainer.worker.preflight import check_match
 
 DOCS = conf_dir().parent / "docs"
 BLOCK = re.compile(r"```(?:python|yaml)\n(.*?)```", re.DOTALL)

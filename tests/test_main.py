@@ -17,7 +17,7 @@ from trainer.__main__ import conf_dir, main
 from trainer.compress.quantize import is_grid
 from trainer.data.mnist import mnist
 from trainer.models import LeNet5, LeNet300
-from trainer.report.directory import RunDirectory
+from trainer.store.directory import RunDirectory
 
 FILES = sorted((conf_dir() / "experiment").glob("*.yaml"))
 EXPERIMENTS = [file.stem for file in FILES]

@@ -24,11 +24,11 @@ from trainer.__main__ import main
 from trainer.cluster import WorkerFailed, open_group
 from trainer.cluster.inline import InlineGroup
 from trainer.config import ClusterConfig, Config, typed
-from trainer.engine.checkpoint import to_bytes
 from trainer.engine.world import World
 from trainer.messages import Checkpoint, PhaseEnded, RunStopped
 from trainer.parts import build_model
-from trainer.run import Start, experiment
+from trainer.store.serialization import to_bytes
+from trainer.worker.run import Start, experiment
 
 FIT = {"epochs": 2, "schedule": "cosine"}
 PHASES = {

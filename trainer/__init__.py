@@ -1,3 +1,5 @@
 """Distributed training of small networks: train, prune, retrain, compress, verify."""
 
-__version__ = "0.1.0"
+from trainer.version import __version__
+
+__all__ = ["__version__"]

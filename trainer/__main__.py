@@ -25,12 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.config import Config, typed
+from trainer.config.overrides import as_hydra, drop_nested
 from trainer.driver import drive, resume
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
-from trainer.report.console import silence
-from trainer.report.directory import RunDirectory
+from trainer.report.terminal import silence
 from trainer.signals import Signals
-from trainer.sweep.arguments import as_hydra, drop_nested
+from trainer.store.directory import RunDirectory
 
 DONE, FAILED, WRONG_CONFIG, LIMITS = 0, 1, 2, 3
 # Settings that do not make a resumed run another run.

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from trainer import artifact
-from trainer.build import check_arguments, target
 from trainer.config import Config, LimitsConfig
+from trainer.config.instantiate import check_arguments, target
 from trainer.engine.optim import build_optimizer
 from trainer.errors import ConfigError
 from trainer.parts import build_model, data_settings
 from trainer.phases import Phase, Prune, build_phases
 from trainer.phases.stages import check_teachers, stages
-from trainer.run import check_phases
+from trainer.worker.run import check_phases
 
 
 def check(cfg: Config) -> nn.Module | None:

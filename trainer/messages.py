@@ -117,7 +117,7 @@ class Checkpoint:
 
     phase: int  # index, 0 is the first
     step: int  # of the phase
-    content: bytes | memoryview  # trainer.engine.checkpoint.pack
+    content: bytes | memoryview  # trainer.store.serialization.pack
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Let Ray move the content as it is: it arrives as a view of the object store's memory."""

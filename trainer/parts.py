@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from trainer.build import build
 from trainer.config import Config
+from trainer.config.instantiate import build
 from trainer.data.dataset import generators_left_alone, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.split import Splits

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from trainer.cluster.group import Failure
+from trainer.cluster.placement import shortage
 from trainer.cluster.restart import Loss, why_not_restart
-from trainer.cluster.room import shortage
 from trainer.cluster.signs import LOOK_EVERY_S, Signs
 from trainer.cluster.watch import AWAY_S, Sign, Watch
 

@@ -11,7 +11,7 @@ from trainer.__main__ import main
 from trainer.cluster import NoRoom, WorkerFailed
 from trainer.cluster.inline import InlineGroup
 from trainer.errors import RunError
-from trainer.report.directory import RunDirectory
+from trainer.store.directory import RunDirectory
 
 ARGUMENTS = [
     *("+experiment=lenet300", "cluster=inline", "cluster.threads=1", "hydra.run.dir=run"),
@@ -84,7 +84,7 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_shows_its_summary(mon
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("trainer.report.directory.write_whole", refuse)
+    monkeypatch.setattr("trainer.store.directory.write_whole", refuse)
     capsys.readouterr()
     assert main(["resume=run"]) == 0
     assert "test set" in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_a_folder_in_which_nothing_can_be_written_is_not_left_behind(monkeypatch
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.report.directory.write_whole", full)
+    monkeypatch.setattr("trainer.store.directory.write_whole", full)
     assert main(ARGUMENTS) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not Path("run").exists()

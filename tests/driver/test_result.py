@@ -11,12 +11,12 @@ from trainer.compress.codebooks import cluster
 from trainer.compress.counts import counts
 from trainer.config import Config, typed
 from trainer.driver.result import Result
-from trainer.engine.checkpoint import to_bytes
 from trainer.engine.world import World
-from trainer.measure import measure
 from trainer.messages import Measured, PhaseRecord
 from trainer.models import ResNetCifar
 from trainer.report.published import published
+from trainer.store.serialization import to_bytes
+from trainer.worker.evaluate import measure
 
 SHARED = {
     "train": {"_target_": "trainer.phases.Train", "fit": {"epochs": 0}},

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from trainer.__main__ import main
+from trainer.version import __version__
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -28,7 +29,7 @@ RECIPES = [
     *(DOCKERFILE, ROOT / "docker" / "compose.yaml", ROOT / "docs" / "clusters.md"),
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMAGE = f"trainer:{PROJECT['version']}-cpu"
+IMAGE = f"trainer:{__version__}-cpu"
 COMMAND = re.compile(r"\+experiment=[a-z0-9_]+(?:[\s\\#]+[+~]?\w[\w.]*=[\w./:-]+)*")
 
 

@@ -12,7 +12,6 @@ from tests.engine.conftest import run_ranks
 from tests.test_resume import FIT, STEPS, config, run
 from trainer.checks import check
 from trainer.config import FitConfig
-from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -21,7 +20,8 @@ from trainer.parts import build_data, build_model
 from trainer.phases import Prune, build_phases
 from trainer.phases.auto import LAST, PROBES, Search
 from trainer.phases.stages import teacher_phase
-from trainer.run import Start, experiment
+from trainer.store.serialization import pack, to_bytes, unpack
+from trainer.worker.run import Start, experiment
 
 WORLD = World.single(torch.device("cpu"))
 TRAINING = FitConfig(epochs=1)

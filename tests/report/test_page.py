@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.report.distributions import Distribution, distributions
 from trainer.report.page import page
-from trainer.report.sheets import layers, phases, stages
-from trainer.report.weights import Distribution, distributions
+from trainer.report.tables import layers, phases, stages
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 HOSTILE = '<script>"</script>&$\\frac{'

@@ -20,11 +20,11 @@ from trainer.messages import (
     Progress,
     RunStarted,
 )
-from trainer.report.console import Console
-from trainer.report.curves import Curves
-from trainer.report.directory import RunDirectory
-from trainer.report.sheets import megabytes, phases, rich_table
 from trainer.report.summary import Summary
+from trainer.report.tables import megabytes, phases, rich_table
+from trainer.report.tensorboard import Curves
+from trainer.report.terminal import Console
+from trainer.store.directory import RunDirectory
 
 RECORD = PhaseRecord(
     name="train",

@@ -10,7 +10,7 @@ from tests.test_main import capture
 from tests.test_resume import FIT, config
 from trainer.config import Config, typed
 from trainer.errors import ConfigError
-from trainer.report.directory import RunDirectory
+from trainer.store.directory import RunDirectory
 from trainer.sweep.analysis import ANALYSES, Analysis
 from trainer.sweep.plan import Plan
 from trainer.sweep.results import Results

@@ -8,7 +8,7 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from trainer.config import SweepConfig
-from trainer.report.directory import RunDirectory
+from trainer.store.directory import RunDirectory
 from trainer.sweep import search as searches
 from trainer.sweep import show
 from trainer.sweep.budget import Budget

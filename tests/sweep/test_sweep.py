@@ -25,10 +25,10 @@ from trainer.config import Config, typed
 from trainer.errors import ConfigError
 from trainer.models import LeNet300
 from trainer.parts import build_model
-from trainer.report.directory import RunDirectory
-from trainer.run import Start, experiment
+from trainer.store.directory import RunDirectory
 from trainer.sweep.plan import Plan
 from trainer.sweep.space import Space
+from trainer.worker.run import Start, experiment
 
 ARGUMENTS = [
     "+experiment=sweep_smoke", "cluster=inline", "cluster.threads=1", "sweep.slots=1",
@@ -249,7 +249,7 @@ def test_weights_to_begin_with_are_held_against_the_model(capsys, tmp_path):
 
 
 def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys):
-    from trainer import initial
+    from trainer.store import initial
 
     assert main([*INIT, "--cfg"]) == 0
     net = build_model(typed(Config, yaml.safe_load(capsys.readouterr().out)))

@@ -28,7 +28,7 @@ from trainer.artifact.tensors import (
     multiplied,
 )
 from trainer.compress.coding import encode_floats, encode_layer
-from trainer.compress.narrow import is_exact, narrow, shared_values
+from trainer.compress.half import is_exact, narrow, shared_values
 from trainer.compress.quantize import by_rows
 
 Levels = NDArray[np.uint16] | NDArray[np.bool_]
@@ -52,7 +52,7 @@ def encode(
         weights: a state_dict: tensors by name.
         numbers: type in which codebooks, biases and norms (float32 tensors of at most one
             dimension) are written: "fp16", where that loses nothing but the last bits (see
-            trainer.compress.narrow), or "fp32".
+            trainer.compress.half), or "fp32".
         coder: of positions and indices: see trainer.compress.coding.encode_layer.
         about: plain values that `describe` gives back.
 

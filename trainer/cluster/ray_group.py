@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from trainer.cluster.group import Body, Failure, NoRoom, WorkerFailed
-from trainer.cluster.room import Room
+from trainer.cluster.placement import Room
 from trainer.cluster.session import RaySession
 from trainer.cluster.signs import LOOK_EVERY_S, Signs
 from trainer.cluster.watch import Sign

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import Config
+from trainer.driver.limits import missed
 from trainer.errors import LimitsMissed, first_line
-from trainer.report.console import Console
-from trainer.report.directory import RunDirectory
-from trainer.report.limits import missed
-from trainer.report.sheets import rich_table, sheets
+from trainer.report.tables import rich_table, sheets
+from trainer.report.terminal import Console
+from trainer.store.directory import RunDirectory
 
 
 def judged(summary: Mapping[str, Any], cfg: Config) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from trainer.config import Config
 from trainer.errors import RunError
 from trainer.phases import build_phases
 from trainer.phases.stages import stages
-from trainer.report.checkpoints import Checkpoints
-from trainer.report.directory import RunDirectory
+from trainer.report.distributions import Distribution, distributions
 from trainer.report.page import page
-from trainer.report.weights import Distribution, distributions
+from trainer.store.checkpoints import Checkpoints
+from trainer.store.directory import RunDirectory
 
 
 def write_page(

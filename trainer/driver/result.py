@@ -8,11 +8,11 @@ import safetensors.torch
 
 from trainer import artifact
 from trainer.config import Config
-from trainer.measure import DECODED
 from trainer.messages import Measured, PhaseRecord
 from trainer.phases import build_phases
 from trainer.phases.stages import Stage, stages
 from trainer.report.published import published
+from trainer.worker.evaluate import DECODED
 
 _LETTERS = {"zeros": "P", "sharing": "S", "quantization": "Q"}  # pruned, shared, quantized
 
@@ -60,7 +60,7 @@ class Result:
         return self._weights[_label(self._stages[-1])]
 
     def models(self) -> dict[str, bytes]:
-        """What to measure, by name: `trainer.measure.measure`."""
+        """What to measure, by name: `trainer.worker.evaluate.measure`."""
         if self.artifact:
             return {**self._weights, DECODED: self.artifact}
         ends = {_label(self._stages[0]), _label(self._stages[-1])}

@@ -34,11 +34,11 @@ from trainer.messages import (
     PhaseEnded,
     RunStopped,
 )
-from trainer.report.checkpoints import Checkpoints, Point
-from trainer.report.console import Console
-from trainer.report.directory import RunDirectory, as_json
 from trainer.report.summary import Summary
+from trainer.report.terminal import Console
 from trainer.signals import Signals
+from trainer.store.checkpoints import Checkpoints, Point
+from trainer.store.directory import RunDirectory, as_json
 
 
 def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path, signals: Signals) -> None:
@@ -170,7 +170,7 @@ class _Run:
             ready.result()
 
     def _work(self, group: WorkerGroup) -> None:
-        from trainer.report.curves import Curves
+        from trainer.report.tensorboard import Curves
 
         self.curves = Curves(self.directory.path / "tensorboard")
         losses: list[Loss] = []
@@ -188,12 +188,12 @@ class _Run:
 
     def _train(self, group: WorkerGroup) -> None:
         """Run the phases, from the last checkpoint on."""
-        from trainer.run import experiment, start_at
+        from trainer.worker.run import experiment, start_at
 
         self.summary.nodes = group.nodes
         point = self._rewind()
         if self.cfg.export.onnx and not (point.phase or point.step):
-            from trainer.convert import try_export
+            from trainer.worker.export import try_export
 
             self._follow(group, try_export)
         start = start_at(self.cfg, point, partial(self.checkpoints.ended, self.names))
@@ -203,7 +203,7 @@ class _Run:
     def _measure(self, group: WorkerGroup) -> None:
         """Make the artefact, and measure on the test set what each stage left and what it holds."""
         from trainer.driver.result import Result
-        from trainer.measure import measure
+        from trainer.worker.evaluate import measure
 
         last, ended = self.summary.phases[-1], partial(self.checkpoints.ended, self.names)
         self.directory.write_model(ended(len(self.names) - 1))  # first: to encode it takes longer
@@ -214,7 +214,7 @@ class _Run:
         self._follow(group, measure, result.models())
         self.summary.result = result.facts(self.summary.tested)
         if self.cfg.export.onnx:
-            from trainer.convert import convert
+            from trainer.worker.export import convert
 
             self._follow(group, convert, result.final, result.dense)
 
@@ -308,7 +308,7 @@ class _Run:
 def _imports_and_checks(cfg: Config, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
     """The heavy imports, and every check that can be made before workers exist."""
     from trainer.checks import check
-    from trainer.initial import initial_weights
+    from trainer.store.initial import initial_weights
 
     model = check(cfg)
     if cfg.init_from and not checkpoints.initial(say):

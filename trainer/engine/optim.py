@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.build import check_arguments, target
 from trainer.config import FitConfig
+from trainer.config.instantiate import check_arguments, target
 from trainer.errors import ConfigError
 
 OWN_KERNELS = {"fused", "foreach", "differentiable"}  # settings that choose among kernels

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-from trainer.build import target
 from trainer.config import typed
+from trainer.config.instantiate import target
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
 

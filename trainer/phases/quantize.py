@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from trainer.compress.half import round_numbers
 from trainer.compress.install import fold, install
-from trainer.compress.narrow import round_numbers
 from trainer.compress.parametrize import FakeQuant
 from trainer.compress.quantize import (
     BITS,

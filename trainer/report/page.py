@@ -9,8 +9,8 @@ import yaml
 from markupsafe import Markup
 
 from trainer.report import plots
-from trainer.report.sheets import compared, hosts, layers, megabytes, number, onnx, phases, stages
-from trainer.report.weights import Distribution
+from trainer.report.distributions import Distribution
+from trainer.report.tables import compared, hosts, layers, megabytes, number, onnx, phases, stages
 
 _DRAWN = 24  # tensors whose weights are drawn, the largest ones
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trainer import __version__
 from trainer.messages import Converted, Measured, Message, PhaseEnded, PhaseRecord, RunStarted
-from trainer.report.directory import as_json
+from trainer.store.directory import as_json
+from trainer.version import __version__
 
 
 class Summary:

@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 
 from trainer.config import Config
 from trainer.errors import ConfigError, Interrupted, RunError, first_line
-from trainer.report.directory import RunDirectory
 from trainer.signals import Signals
+from trainer.store.directory import RunDirectory
 from trainer.sweep.budget import Budget
 from trainer.sweep.plan import Plan
 from trainer.sweep.pool import Pool

@@ -80,8 +80,8 @@ class Plan:
             ConfigError: names the parameter and the value.
         """
         from trainer.checks import check
-        from trainer.initial import initial_weights
         from trainer.phases import build_phases
+        from trainer.store.initial import initial_weights
 
         epochs = 0
         compared = set()  # files may be large

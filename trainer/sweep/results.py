@@ -12,8 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.report.directory import RunDirectory
-from trainer.report.sheets import rich_table
+from trainer.report.tables import rich_table
+from trainer.store.directory import RunDirectory
 from trainer.sweep.analysis import ANALYSES, Answer, Row
 from trainer.sweep.measures import MEASURES, parse_constraints
 from trainer.sweep.plan import Plan

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from trainer.config import Config
 from trainer.errors import ConfigError, RunError, first_line
-from trainer.report.directory import RunDirectory
+from trainer.store.directory import RunDirectory
 from trainer.sweep.budget import Budget
 from trainer.sweep.measures import measure, not_finite, parse_constraints, violations
 from trainer.sweep.plan import Plan

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.config import SweepConfig
-from trainer.report.console import Terminal
-from trainer.report.directory import RunDirectory
+from trainer.report.terminal import Terminal
+from trainer.store.directory import RunDirectory
 from trainer.sweep.study import Ledger, watched_values
 from trainer.sweep.trial import Trial
 

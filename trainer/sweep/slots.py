@@ -97,7 +97,7 @@ class Slot:
         self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        from trainer.run import experiment
+        from trainer.worker.run import experiment
 
         done = 0
         while not self._closed.is_set():

@@ -10,8 +10,8 @@ from typing import Any
 from trainer.config import Config, SweepConfig
 from trainer.errors import RunError
 from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
-from trainer.report.checkpoints import Checkpoints
-from trainer.report.directory import as_json
+from trainer.store.checkpoints import Checkpoints
+from trainer.store.directory import as_json
 from trainer.sweep.measures import needs_artifact, watched
 from trainer.sweep.prefix import Prefixes
 
@@ -52,8 +52,8 @@ class Trial:
             ConfigError: init_from holds no weights.
             RunError, OSError: a checkpoint that is needed is gone.
         """
-        from trainer.initial import initial_weights
-        from trainer.run import start_at
+        from trainer.store.initial import initial_weights
+        from trainer.worker.run import start_at
 
         self._folder.mkdir(parents=True, exist_ok=True)
         if self.prefix:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.report.sheets import Sheet
+from trainer.report.tables import Sheet
 
 ROUNDING = 1e-9  # a mean this close to zero is what rounding left of zero
 

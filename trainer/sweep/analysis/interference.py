@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 
 from trainer.errors import ConfigError
-from trainer.report.sheets import Sheet
+from trainer.report.tables import Sheet
 from trainer.sweep.analysis.answer import Answer, Row, Spread, spread
 from trainer.sweep.analysis.searched import check_searched
 from trainer.sweep.space import Space

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from trainer.errors import ConfigError
-from trainer.report.sheets import Sheet
+from trainer.report.tables import Sheet
 from trainer.sweep.analysis.answer import Answer, Row
 from trainer.sweep.analysis.searched import check_searched
 from trainer.sweep.space import Space

@@ -21,12 +21,9 @@ from trainer.compress.counts import counts
 from trainer.compress.rewrite import restore
 from trainer.config import CheckpointConfig, Config
 from trainer.data.split import Splits
-from trainer.engine.checkpoint import pack, to_bytes, unpack
-from trainer.engine.clock import PhaseClock
 from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.loop import StepResult, fit, steps_in
-from trainer.engine.match import check_match
 from trainer.engine.objective import Distilled, Objective, supervised
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
@@ -45,7 +42,10 @@ from trainer.messages import (
 from trainer.parts import build_data, build_model, build_runtime
 from trainer.phases import Phase, build_phases
 from trainer.phases.stages import stages, teacher_phase
-from trainer.report.checkpoints import Point
+from trainer.store.checkpoints import Point
+from trainer.store.serialization import pack, to_bytes, unpack
+from trainer.worker.clock import PhaseClock
+from trainer.worker.preflight import check_match
 
 GO_ON, KEEP, STOP = 0, 1, 2  # what rank 0 may ask of all ranks after a step
 
@@ -80,7 +80,7 @@ def start_at(cfg: Config, point: Point, ended: Callable[[int], bytes]) -> Start:
 
 
 def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
-    """Run the phases of `cfg` on this worker. The test set is not touched (trainer.measure)."""
+    """Run the phases of `cfg` on this worker, without touching the test set."""
     world.pulse.begin("at the start", 0)  # a warm worker was elsewhere
     with world.pulse.waits():
         torch.manual_seed(cfg.seed)

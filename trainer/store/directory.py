@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from trainer.errors import ConfigError, RunError
-from trainer.report.files import write_whole
+from trainer.store.files import write_whole
 
 
 class RunDirectory:

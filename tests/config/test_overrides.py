@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from trainer.__main__ import main
-from trainer.sweep.arguments import as_hydra
+from trainer.config.overrides import as_hydra
 
 
 def composed(capsys, *arguments):

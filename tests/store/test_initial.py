@@ -8,8 +8,8 @@ from safetensors.torch import load, save_file
 
 from trainer import artifact
 from trainer.errors import ConfigError
-from trainer.initial import initial_weights, read_weights
 from trainer.models import LeNet300
+from trainer.store.initial import initial_weights, read_weights
 
 
 @pytest.fixture

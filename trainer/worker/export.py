@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from trainer.compress.rewrite import restore
 from trainer.config import Config
 from trainer.data.split import Split
-from trainer.engine.match import check_match
 from trainer.engine.world import World
 from trainer.errors import ConfigError, first_line
 from trainer.export import check_installed
@@ -24,7 +23,8 @@ from trainer.export.runtime import BATCHES, OnnxModel, correct, latencies
 from trainer.messages import Converted, Message
 from trainer.parts import build_data, build_model, build_runtime
 from trainer.phases import Quantize, build_phases
-from trainer.run import check_phases
+from trainer.worker.preflight import check_match
+from trainer.worker.run import check_phases
 
 FP32, INT8 = "fp32", "int8"
 BATCH = 256  # samples that are evaluated at a time, at most

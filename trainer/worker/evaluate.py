@@ -12,7 +12,7 @@ from trainer.engine.evaluate import evaluate
 from trainer.engine.world import World
 from trainer.messages import Measured, Message, RunStopped
 from trainer.parts import build_data, build_model, build_runtime
-from trainer.run import should_stop
+from trainer.worker.run import should_stop
 
 DECODED = "artifact"  # the model whose weights are a compressed file
 

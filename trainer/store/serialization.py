@@ -1,7 +1,7 @@
 """Tensors and states as the bytes of a safetensors file: nothing is pickled.
 
 The tensors of a nested state are those of the file; the rest of the state is JSON in its metadata.
-Workers make such bytes, the driver writes them (trainer.sealed).
+Workers make such bytes, the driver writes them (trainer.store.checksummed).
 """
 
 import json
@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trainer.sealed import head, split
+from trainer.store.checksummed import head, split
 
 STATE = "state"
 _DTYPES = {

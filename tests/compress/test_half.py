@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.compress.narrow import narrow, round_numbers, shared_values
+from trainer.compress.half import narrow, round_numbers, shared_values
 from trainer.compress.quantize import WeightQuantizer, attach
 
 WIDE = {

@@ -1,15 +1,54 @@
 """From a mapping with a `_target_` to the object that it names, every mistake a ConfigError."""
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Hashable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from trainer.errors import ConfigError, first_line
 
 T = TypeVar("T")
+
+
+def typed(schema: type[T], settings: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `schema` from plain settings, every key and type checked.
+
+    Args:
+        schema: a dataclass, not frozen (OmegaConf could not fill it in); its `__post_init__` may
+            check values.
+        settings: what a configuration file says; nested mappings become nested dataclasses.
+        where: dotted key of the settings, for messages.
+
+    Raises:
+        ConfigError: names the key, its value, and what is known or expected.
+    """
+    try:
+        merged = OmegaConf.merge(_structured(cast(Hashable, schema)), dict(settings))
+        return cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = ".".join(part for part in (where, str(error.full_key or "")) if part)
+        message = f"{key}: {str(error).splitlines()[0]}"
+        if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
+            message += f"; known keys: {', '.join(_keys(error.object_type))}"
+        raise ConfigError(message) from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}" if where else str(error)) from error
+
+
+@cache
+def _structured(schema: Hashable) -> Any:
+    """What OmegaConf knows of a dataclass; a merge copies it."""
+    return OmegaConf.structured(schema)
+
+
+def _keys(schema: Any) -> list[str]:
+    return [field.name for field in fields(schema) if field.init]
 
 
 def target(key: str, settings: Mapping[str, Any]) -> Any:

@@ -9,10 +9,10 @@ from torch import nn
 from tests.engine.bodies import runtime
 from trainer.config import FitConfig
 from trainer.data.split import Splits, TensorSplit
-from trainer.engine.match import check_match
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.models import LSTMLanguageModel
+from trainer.worker.preflight import check_match
 
 WORLD = World.single(torch.device("cpu"))
 

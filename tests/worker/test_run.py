@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import trainer.run
+import trainer.worker.run
 from tests.test_resume import FIT, STEPS, config
 from trainer.data import Splits, TensorSplit
 from trainer.engine.world import World
@@ -14,7 +14,7 @@ from trainer.errors import Diverged
 from trainer.messages import Checkpoint, PhaseEnded, RunStarted
 from trainer.parts import build_data
 from trainer.phases import Phase
-from trainer.run import Start, experiment
+from trainer.worker.run import Start, experiment
 
 TRAIN = {"train": {"_target_": "trainer.phases.Train", "fit": {**FIT, "accumulate": 2}}}
 
@@ -35,7 +35,7 @@ def test_long_stretches_are_no_hang(monkeypatch):
 
     names = ["build_data", "build_model", "check_match", "pack", "to_bytes"]
     for name in names:
-        watched(trainer.run, name)
+        watched(trainer.worker.run, name)
     for name in ["plan", "enter", "leave"]:
         watched(Phase, name)
         names.append(name)

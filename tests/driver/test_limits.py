@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.config import LimitsConfig
-from trainer.report.limits import missed
+from trainer.driver.limits import missed
 
 SUMMARY = {
     "accuracy": 0.985,

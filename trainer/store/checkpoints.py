@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RunError
-from trainer.report.files import ASIDE, write_whole
-from trainer.sealed import DamagedError, read_sealed, write_sealed
+from trainer.store.checksummed import DamagedError, read_sealed, write_sealed
+from trainer.store.files import ASIDE, write_whole
 
 _INITIAL = "00-initial.safetensors"
 

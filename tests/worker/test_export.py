@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import trainer.convert
+import trainer.worker.export
 from tests.test_resume import config
 from trainer.config import Config
-from trainer.convert import convert, try_export
-from trainer.engine.checkpoint import to_bytes
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.parts import build_model
 from trainer.phases import Quantize, build_phases
+from trainer.store.serialization import to_bytes
+from trainer.worker.export import convert, try_export
 
 WORLD = World.single(torch.device("cpu"))
 
@@ -72,7 +72,9 @@ def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.Monk
         return wrapper
 
     for name in ("to_onnx", "latencies", "correct"):
-        monkeypatch.setattr(f"trainer.convert.{name}", watched(getattr(trainer.convert, name)))
+        monkeypatch.setattr(
+            f"trainer.worker.export.{name}", watched(getattr(trainer.worker.export, name))
+        )
     cfg = chosen()
     torch.manual_seed(0)
     model = build_model(cfg)

@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.errors import RunError
-from trainer.report.checkpoints import Checkpoints
+from trainer.store.checkpoints import Checkpoints
+from trainer.store.serialization import pack, to_bytes, unpack
 
 NAMES = ["train", "prune", "retrain"]
 
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_read_is_told_and_nothing_is_touched(store, monkey
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.report.checkpoints.read_sealed", stale)
+        patch.setattr("trainer.store.checkpoints.read_sealed", stale)
         with pytest.raises(RunError, match=r"cannot be read: .*Stale file handle: .*01-train"):
             latest(store)
     assert files(store) == before

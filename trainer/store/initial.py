@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from trainer import artifact
 from trainer.compress.quantize import is_grid
-from trainer.engine.checkpoint import to_bytes
 from trainer.errors import ConfigError, first_line
+from trainer.store.serialization import to_bytes
 
 _NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights
 

@@ -6,18 +6,12 @@ raise `ConfigError`.
 """
 
 import math
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from typing import Any
 
 from trainer.errors import ConfigError
-
-T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "cosine", "step")
@@ -44,41 +38,6 @@ def file_name(key: str, value: str) -> None:
     """Refuse what cannot be part of a file's name. Raises ConfigError."""
     if not value or any(c in value for c in "/\\\0") or value in (".", ".."):
         raise ConfigError(f"{key}={value!r}: it must be usable as the name of a file")
-
-
-def typed(schema: type[T], settings: Mapping[str, Any], where: str = "") -> T:
-    """Build the dataclass `schema` from plain settings, every key and type checked.
-
-    Args:
-        schema: a dataclass, not frozen (OmegaConf could not fill it in); its `__post_init__` may
-            check values.
-        settings: what a configuration file says; nested mappings become nested dataclasses.
-        where: dotted key of the settings, for messages.
-
-    Raises:
-        ConfigError: names the key, its value, and what is known or expected.
-    """
-    try:
-        merged = OmegaConf.merge(_structured(cast(Hashable, schema)), dict(settings))
-        return cast(T, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = ".".join(part for part in (where, str(error.full_key or "")) if part)
-        message = f"{key}: {str(error).splitlines()[0]}"
-        if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
-            message += f"; known keys: {', '.join(_keys(error.object_type))}"
-        raise ConfigError(message) from error
-    except ConfigError as error:
-        raise ConfigError(f"{where}.{error}" if where else str(error)) from error
-
-
-@cache
-def _structured(schema: Hashable) -> Any:
-    """What OmegaConf knows of a dataclass; a merge copies it."""
-    return OmegaConf.structured(schema)
-
-
-def _keys(schema: Any) -> list[str]:
-    return [field.name for field in fields(schema) if field.init]
 
 
 @dataclass

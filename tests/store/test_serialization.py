@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 from torch import nn
 
-from trainer.engine.checkpoint import pack, to_bytes, unpack
 from trainer.messages import Checkpoint
-from trainer.sealed import DamagedError, read_sealed, write_sealed
+from trainer.store.checksummed import DamagedError, read_sealed, write_sealed
+from trainer.store.serialization import pack, to_bytes, unpack
 
 
 def sealed(path, content, about):
