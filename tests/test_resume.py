@@ -98,7 +98,7 @@ def run(cfg, start=None, stop_at=None, world=None):
         if isinstance(message, RunStopped):
             within = found.content if found and found.phase == phase else None
             return weights, None, Start(phase, weights, within, baseline)
-        if stop_at and world.pulse.place >= (stop_at[0], stop_at[1]):
+        if stop_at and world.heartbeat.position >= (stop_at[0], stop_at[1]):
             world.stop.set()
     return weights, validation, None
 

@@ -80,17 +80,17 @@ def takes_long(world, seconds):
     """Rank 0 does one long thing, the others one short thing after the other."""
     deadline = time.time() + seconds
     if world.rank == 0:
-        with world.pulse.waits():
+        with world.heartbeat.busy():
             time.sleep(seconds)
     while time.time() < deadline:
         time.sleep(0.1)
-        world.pulse.beat()
+        world.heartbeat.beat()
     yield "done"
 
 
 def stands_still(world):
     """The last rank neither works nor says why; the others wait for it."""
-    world.pulse.begin("in phase train", 0, 17)
+    world.heartbeat.begin("in phase train", 0, 17)
     if world.rank == world.size - 1:
         time.sleep(60)
     world.barrier()

@@ -171,17 +171,17 @@ def test_inf_on_one_rank_is_skipped_by_all(ranks):
     assert same_on_all([untouched.state_dict(), results[0][1][0]])
 
 
-def test_what_one_rank_asks_all_hear_in_the_same_step(ranks):
+def test_the_request_of_one_rank_reaches_all_in_the_same_step(ranks):
     def body(world):
         split, model = bodies.problem()
         calls = iter(range(100))
 
-        def ask():
+        def request():
             return 2 if world.rank == 0 and next(calls) == 3 else 0
 
         settings = FitConfig(epochs=2)
-        steps = fit(model, split, settings, bodies.runtime(world, wire="bf16"), ask=ask)
-        return [step.asked for step in steps]
+        steps = fit(model, split, settings, bodies.runtime(world, wire="bf16"), request=request)
+        return [step.requested for step in steps]
 
     assert ranks(3, body) == [[0, 0, 0, 2, 0, 0, 0, 0, 0, 0]] * 3
 

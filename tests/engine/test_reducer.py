@@ -318,7 +318,7 @@ def test_closing_in_the_middle_of_a_step_does_not_wait(ranks: Ranks) -> None:
         if world.rank == 0:
             loss_of(model[4], torch.ones(2, 40)).backward()
             reducer.close()
-            assert not [t for t in threading.enumerate() if t is reducer._courier._thread]
+            assert not [t for t in threading.enumerate() if t is reducer._sender._thread]
         else:
             with pytest.raises(ConnectionError):
                 reducer.finish()

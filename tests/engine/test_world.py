@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trainer.engine.transport import connect_tcp
-from trainer.engine.world import Pulse, TCPStore, World
+from trainer.engine.world import TCPStore, World
 from trainer.errors import RunError
 
 CPU = torch.device("cpu")
@@ -231,31 +231,3 @@ def test_a_killed_process_is_noticed_at_once() -> None:
     with pytest.raises(ConnectionError):
         world.all_reduce(torch.ones(3))
     world.close()
-
-
-def test_a_pulse_waits_until_its_last_wait_is_over():
-    """They nest, and a thread that reduces gradients has waits of its own."""
-    pulse = Pulse()
-    outer, inner = pulse.waits(), pulse.waits()
-    with outer:
-        with pulse.waits():
-            pass
-        assert pulse.waiting
-        inner.__enter__()
-    assert pulse.waiting
-    inner.__exit__(None, None, None)
-    assert not pulse.waiting
-
-
-def test_only_the_first_batch_may_take_long():
-    pulse = Pulse()
-    waiting = []
-
-    def batches():
-        for number in range(3):
-            waiting.append(pulse.waiting)
-            yield number
-
-    assert list(pulse.patient(batches())) == [0, 1, 2]
-    assert waiting == [True, False, False]
-    assert list(pulse.patient(iter(()))) == []

@@ -66,7 +66,7 @@ def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.Monk
 
     def watched(function: Any) -> Any:
         def wrapper(*args: Any) -> Any:
-            waiting.append(WORLD.pulse.waiting)
+            waiting.append(WORLD.heartbeat.is_busy)
             return function(*args)
 
         return wrapper

@@ -20,7 +20,7 @@ TRAIN = {"train": {"_target_": "trainer.phases.Train", "fit": {**FIT, "accumulat
 
 
 def test_long_stretches_are_no_hang(monkeypatch):
-    """Whoever watches the pulse is told that no beat will come before such a stretch begins."""
+    """Whoever watches the heartbeat is told that no beat will come before such a stretch begins."""
     world = World.single(torch.device("cpu"))
     seen = {}
 
@@ -28,7 +28,7 @@ def test_long_stretches_are_no_hang(monkeypatch):
         function = getattr(owner, name)
 
         def wrapper(*args, **kwargs):
-            seen.setdefault(name, set()).add(world.pulse.waiting)
+            seen.setdefault(name, set()).add(world.heartbeat.is_busy)
             return function(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, wrapper)
@@ -43,13 +43,13 @@ def test_long_stretches_are_no_hang(monkeypatch):
     for message in experiment(world, cfg, Start(0)):
         # While Ray puts a large message into its store, the body stands still.
         large = isinstance(message, Checkpoint | PhaseEnded)
-        assert world.pulse.waiting == large, message
+        assert world.heartbeat.is_busy == large, message
         if isinstance(message, RunStarted):
-            assert world.pulse.where == "at the start"
+            assert world.heartbeat.where == "at the start"
         else:
-            assert world.pulse.where.startswith("in phase train")
+            assert world.heartbeat.where.startswith("in phase train")
     assert seen == {name: {True} for name in names}
-    assert world.pulse.where == f"in phase train, step {STEPS}"
+    assert world.heartbeat.where == f"in phase train, step {STEPS}"
 
 
 def test_every_micro_batch_and_every_batch_of_an_evaluation_is_a_beat():
@@ -57,7 +57,7 @@ def test_every_micro_batch_and_every_batch_of_an_evaluation_is_a_beat():
     for _ in experiment(world, config(phases=TRAIN), Start(0)):
         pass
     evaluations, batches = 2, 2  # 20 samples by 16, after each of the two epochs
-    assert world.pulse.beats == STEPS * (2 + 1) + evaluations * batches
+    assert world.heartbeat.beats == STEPS * (2 + 1) + evaluations * batches
 
 
 def test_weights_that_the_last_update_spoiled_are_not_accepted():

@@ -50,7 +50,7 @@ class InlineGroup:
             raise
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
-            place = self._world.pulse.place
+            place = self._world.heartbeat.position
             raise WorkerFailed(0, self.nodes[0], reason, traceback.format_exc(), place) from error
 
     def restart(self) -> None:

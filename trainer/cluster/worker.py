@@ -86,7 +86,7 @@ class Worker:
                 wrong_config=isinstance(error, ConfigError),
                 final=isinstance(error, RunError),
                 peer=isinstance(error, ConnectionError | TimeoutError),
-                place=world.pulse.place,
+                place=world.heartbeat.position,
             )
 
     @ray.method(concurrency_group=CONTROL)
@@ -94,8 +94,8 @@ class Worker:
         """A sign of life; None before the ranks are connected."""
         if self._world is None:
             return None
-        pulse = self._world.pulse
-        return Sign(pulse.beats, pulse.waiting, pulse.place, pulse.where)
+        heartbeat = self._world.heartbeat
+        return Sign(heartbeat.beats, heartbeat.is_busy, heartbeat.position, heartbeat.where)
 
     @ray.method(concurrency_group=CONTROL)
     def stop_soon(self, number: int) -> None:

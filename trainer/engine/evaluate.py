@@ -40,11 +40,11 @@ def evaluate(model: nn.Module, split: Split, runtime: Runtime) -> Metrics:
         share_of_batch = -(-runtime.batch_size // world.size)
         at_a_time = min(runtime.batch_size, max(share_of_batch, AT_A_TIME))
         shares = share.split(at_a_time) if len(share) else ()
-        for batch in world.pulse.patient(split.batches(shares, None)):
+        for batch in world.heartbeat.busy_until_first(split.batches(shares, None)):
             inputs, targets = runtime.place_batch(*batch)
             with precision.autocast():
                 logits = model(inputs)
-            world.pulse.beat()
+            world.heartbeat.beat()
             sums[0] += cross_entropy(logits.float(), targets, reduction="sum").double()
             sums[1] += (logits.argmax(-1) == targets).sum()
             sums[2] += targets.numel()

@@ -24,8 +24,8 @@ from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
 
-Ask = Callable[[], int]
-"""What this rank wants all ranks to hear after the step: a small number, 0 for nothing."""
+Request = Callable[[], int]
+"""Returns what this rank requests of all ranks after the step: a small number, 0 for nothing."""
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class StepResult:
     lr: float
     applied: bool  # False: skipped by loss scaling
     sent_bytes: int  # gradient bytes that this worker sent
-    asked: int  # the sum of what the ranks asked; the same on all
+    requested: int  # sum of the ranks' requests; the same on all ranks
     state: Callable[[], dict[str, Any]]  # what `fit` needs to go on from here
 
 
@@ -59,7 +59,7 @@ def fit(
     runtime: Runtime,
     epochs_before: int = 0,
     start: Mapping[str, Any] | None = None,
-    ask: Ask = lambda: 0,
+    request: Request = lambda: 0,
     objective: Objective = supervised,
 ) -> Iterator[StepResult]:
     """Train `model` in place on `split`, yielding after every optimizer step.
@@ -72,7 +72,7 @@ def fit(
         epochs_before: epochs of earlier phases; order, augmentation and dropout go by the epoch of
             the run, so that no phase repeats what another saw.
         start: go on from this `StepResult.state`, with the model as it was then.
-        ask: called on each rank in each step; all ranks get the sum.
+        request: called on each rank in each step; all ranks get the sum in `requested`.
         objective: what is minimised.
 
     Raises:
@@ -96,7 +96,7 @@ def fit(
         return {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler}
 
     reducer = Reducer(parameters, world, runtime.allreduce, extras=2)
-    loss_slot, asked_slot = reducer.extra.unbind()
+    loss_slot, request_slot = reducer.extra.unbind()
     model.train()
     try:
         for epoch in range(step // per_epoch, cfg.epochs):
@@ -105,13 +105,13 @@ def fit(
             batches = batches[step % per_epoch :][: total - step]
             shares = [micro_batches(b, world.rank, world.size, cfg.accumulate) for b in batches]
             micros = (micro for share in shares for micro in share)
-            loaded = world.pulse.patient(split.batches(micros, run_epoch))
+            loaded = world.heartbeat.busy_until_first(split.batches(micros, run_epoch))
             for batch, share in zip(batches, shares, strict=True):
                 lr = peak * lr_factor(step, total, per_epoch, cfg)
                 set_lr(optimizer, lr)
                 _seed_step(runtime, epochs_before * per_epoch + step)
                 reducer.zero_grad()
-                asked_slot.fill_(ask())
+                request_slot.fill_(request())
                 loss: Tensor | None = None
                 if not share:
                     loss = loss_slot.zero_().clone()
@@ -127,10 +127,10 @@ def fit(
                         loss_slot.copy_(loss)
                         reducer.arm()
                     precision.backward(part)
-                    world.pulse.beat()
+                    world.heartbeat.beat()
                 assert loss is not None
                 reducer.finish()
-                mean_loss, mean_asked = reducer.extra.tolist()
+                mean_loss, mean_request = reducer.extra.tolist()
                 if not math.isfinite(mean_loss):
                     raise Diverged(
                         f"the loss is {mean_loss} in step {step + 1} (epoch {epoch + 1}) at "
@@ -138,8 +138,8 @@ def fit(
                     )
                 update = precision.step(optimizer, parameters, cfg.clip)
                 step += 1
-                world.pulse.step = step
-                world.pulse.beat()
+                world.heartbeat.step = step
+                world.heartbeat.beat()
                 yield StepResult(
                     step=step,
                     total=total,
@@ -150,7 +150,7 @@ def fit(
                     lr=lr,
                     applied=update.applied,
                     sent_bytes=reducer.sent_bytes,
-                    asked=round(mean_asked * world.size),
+                    requested=round(mean_request * world.size),
                     state=state,
                 )
                 if step == total:

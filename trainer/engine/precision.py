@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from trainer.errors import Diverged
 
-LEAST_SCALE = 2.0**-24  # fp16's smallest number: below it every gradient is lost anyway
+MIN_SCALE = 2.0**-24  # fp16's smallest number: below it every gradient is lost anyway
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,7 +85,7 @@ class Precision:
             optimizer.step()
         self.scaler.update()
         # Asked for only then: on CUDA it waits for the device.
-        if not applied and (scale := self.scaler.get_scale()) < LEAST_SCALE:
+        if not applied and (scale := self.scaler.get_scale()) < MIN_SCALE:
             raise Diverged(
                 f"the gradient is NaN or infinite even at a loss scale of {scale:.2g}, whatever "
                 "the loss: look for a norm or a root of zero in the model, or train in bf16"

@@ -69,7 +69,7 @@ class Reducer:
             self.extra = self._buckets[-1].flat[-extras:]
         self._all_reduce = _all_reduce(world, config)
         self._sent_before = 0  # by this reducer, up to the last finished step
-        self._courier: _Courier = (
+        self._sender: _Sender = (
             _Stream(self._all_reduce) if world.device.type == "cuda" else _Thread(self._all_reduce)
         )
         for bucket in self._buckets:
@@ -101,8 +101,8 @@ class Reducer:
             for position in sorted(bucket.missing):
                 bucket.take(position)
         self._launch_complete()
-        with self._world.pulse.waits():
-            self._courier.wait()
+        with self._world.heartbeat.busy():
+            self._sender.wait()
         for bucket in self._buckets:
             bucket.reset()
         self._launched = 0
@@ -121,7 +121,7 @@ class Reducer:
         if self._world.size > 1:
             if self._armed or self._launched:
                 self._world.close()
-            self._courier.close()
+            self._sender.close()
 
     def _on_gradient(self, bucket: "_Bucket", position: int, parameter: Tensor) -> None:
         """Called by autograd when a parameter's gradient of this backward pass is complete."""
@@ -137,7 +137,7 @@ class Reducer:
 
     def _launch_complete(self) -> None:
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
-            self._courier.send(self._buckets[self._launched].flat)
+            self._sender.send(self._buckets[self._launched].flat)
             self._launched += 1
 
 
@@ -177,7 +177,7 @@ class _Bucket:
         self.missing.discard(position)
 
 
-class _Courier(Protocol):
+class _Sender(Protocol):
     """Averages bucket after bucket, in order, while the caller goes on."""
 
     def send(self, flat: Tensor) -> None: ...

@@ -11,73 +11,16 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
 from trainer.errors import RunError
-
-T = TypeVar("T")
-
-
-class Pulse:
-    """Signs of life of one rank, for whoever watches it from another thread."""
-
-    def __init__(self) -> None:
-        self.beats = 0  # steps and batches done
-        self.phase = 0
-        self.step = 0
-        self._doing = "at the start"
-        # One entry per `waits` that is open, in any thread: lists grow and shrink atomically.
-        self._waits: list[None] = []
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Phase and step that are being done."""
-        return self.phase, self.step
-
-    @property
-    def where(self) -> str:
-        """The same in words."""
-        return f"{self._doing}, step {self.step}" if self.step else self._doing
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a standstill is no hang of this rank: see `waits`."""
-        return bool(self._waits)
-
-    def begin(self, doing: str, phase: int, step: int = 0) -> None:
-        """Say what comes now, in words such as "in phase train", and after which step of it."""
-        self._doing, self.phase, self.step = doing, phase, step
-
-    def beat(self) -> None:
-        """Say that something was done."""
-        self.beats += 1
-
-    @contextlib.contextmanager
-    def waits(self) -> Iterator[None]:
-        """Mark a stretch without beats whose length says nothing; it may hold others like it.
-
-        A wait for other ranks, whose fault a standstill then is, or work that depends on the size
-        of model and data alone: to build them, to cluster a layer, to put a checkpoint together.
-        """
-        self._waits.append(None)
-        try:
-            yield
-        finally:
-            self._waits.pop()
-
-    def patient(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; the first may take long, as loaders start their processes for it."""
-        with self.waits():
-            first = next(batches, None)
-        if first is not None:
-            yield first
-            yield from batches
 
 
 class World:
@@ -96,7 +39,7 @@ class World:
         self.size = size
         self.device = device
         self.transport = transport  # for the algorithms of ring.py; not while a collective runs
-        self.pulse = Pulse()
+        self.heartbeat = Heartbeat()
         self.stop = threading.Event()  # set from outside: the run should end at its next step
         self._gloo = gloo  # a ProcessGroupGloo, whose methods torch's type stubs leave out
         self._store: Store | None = None
@@ -229,7 +172,7 @@ class World:
     def _named_errors(self, what: str) -> Iterator[None]:
         """Turn the back end's RuntimeError into the two errors that this class promises."""
         try:
-            with self.pulse.waits():
+            with self.heartbeat.busy():
                 yield
         except RuntimeError as error:
             kind = TimeoutError if "imed out" in str(error) else ConnectionError

@@ -23,15 +23,15 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
     Args:
         models: by name, the content of a safetensors file; `DECODED` that of a compressed model.
     """
-    world.pulse.begin("in the measurement", len(cfg.phases))
-    with world.pulse.waits():
+    world.heartbeat.begin("in the measurement", len(cfg.phases))
+    with world.heartbeat.busy():
         test = build_data(cfg).test
     runtime = build_runtime(world, cfg)
     for name, content in models.items():
         if should_stop(world):
             yield RunStopped()
             return
-        with world.pulse.waits():
+        with world.heartbeat.busy():
             if name == DECODED:
                 weights = artifact.loads(content, most=sys.maxsize)  # our own file
             else:

@@ -43,7 +43,7 @@ def try_export(world: World, cfg: Config) -> Iterator[Message]:
     if world.rank != 0:
         return
     check_installed()
-    with world.pulse.waits():  # a large model may take minutes
+    with world.heartbeat.busy():  # a large model may take minutes
         _try(cfg)
     yield from ()
 
@@ -77,7 +77,7 @@ def convert(world: World, cfg: Config, final: bytes, dense: bytes | None) -> Ite
     """
     if world.rank != 0:
         return
-    with world.pulse.waits():  # a large model may take minutes
+    with world.heartbeat.busy():  # a large model may take minutes
         converted = list(_converted(cfg, final, dense))
     yield from converted
 

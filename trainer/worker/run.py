@@ -81,8 +81,8 @@ def start_at(cfg: Config, point: Point, ended: Callable[[int], bytes]) -> Start:
 
 def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
     """Run the phases of `cfg` on this worker, without touching the test set."""
-    world.pulse.begin("at the start", 0)  # a warm worker was elsewhere
-    with world.pulse.waits():
+    world.heartbeat.begin("at the start", 0)  # a warm worker was elsewhere
+    with world.heartbeat.busy():
         torch.manual_seed(cfg.seed)
         data = build_data(cfg)
         phases = build_phases(cfg.phases)
@@ -194,7 +194,7 @@ class _PhaseRun:
             macs=self._macs(),
             rounds=rounds,
         )
-        with world.pulse.waits():
+        with world.heartbeat.busy():
             weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
             yield PhaseEnded(index=self.index, record=record, weights=weights)
 
@@ -205,8 +205,8 @@ class _PhaseRun:
         model, phase, cfg, world = self.model, self.phase, self.phase.fit, self.runtime.world
         number = len(rounds)
         step_before = within["fit"]["step"] if within else 0
-        world.pulse.begin(f"in phase {self.name}", self.index, step_before)
-        with world.pulse.waits():
+        world.heartbeat.begin(f"in phase {self.name}", self.index, step_before)
+        with world.heartbeat.busy():
             if within is None:
                 phase.plan(model, world, self._measure, self.teacher)
             phase.enter(model, world)
@@ -233,7 +233,7 @@ class _PhaseRun:
                 self.runtime,
                 self.epochs_before + number * cfg.epochs,
                 within and within["fit"],
-                lambda: self._ask(clock),
+                lambda: self._request(clock),
                 self._objective(),
             ):
                 self.last = step
@@ -250,11 +250,11 @@ class _PhaseRun:
                     shown = self._shown(step, number)
                     yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
                 every = self.checkpoint.every_steps
-                if step.asked != GO_ON or (every and step.step % every == 0):
-                    with world.pulse.waits():
+                if step.requested != GO_ON or (every and step.step % every == 0):
+                    with world.heartbeat.busy():
                         yield self._keep(step, clock, rounds)
                     clock.kept = time.monotonic()
-                if step.asked == STOP:
+                if step.requested == STOP:
                     self.stopped = True
                     yield RunStopped()
                     return
@@ -262,7 +262,7 @@ class _PhaseRun:
             raise Diverged(f"phase {self.name}: {error}") from error
         if self.last:
             clock.end_epoch()
-        with world.pulse.waits():
+        with world.heartbeat.busy():
             phase.leave(model)
 
     def _check_finite(self, metrics: Metrics) -> None:
@@ -298,7 +298,7 @@ class _PhaseRun:
         assert self.teacher is not None  # check_teachers
         return Distilled(self.teacher, distill.weight, distill.temperature)
 
-    def _ask(self, clock: PhaseClock) -> int:
+    def _request(self, clock: PhaseClock) -> int:
         """What this rank asks: rank 0 hears the driver and watches the time."""
         world, every = self.runtime.world, self.checkpoint.every_seconds
         if world.rank != 0:
