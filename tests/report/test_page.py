@@ -146,8 +146,8 @@ def whole():
 
 def test_every_number_of_the_tables_is_on_the_page(whole):
     parsed = Page(whole)
-    for sheet in (phases(SUMMARY), stages(ARTIFACT), layers(ARTIFACT)):
-        for row in sheet.rows:
+    for table in (phases(SUMMARY), stages(ARTIFACT), layers(ARTIFACT)):
+        for row in table.rows:
             assert {cell for cell in row if cell} <= set(parsed.cells)
     for part in ("alpha x2, beta", "1,234.5", "2.13.0", "2.60.0", "93.22%", "38.9x", "44.3 kB"):
         assert part in parsed.text
@@ -211,10 +211,10 @@ def test_without_published_figures_nothing_is_said_of_them():
 
 
 def test_stages_tell_perplexity_and_what_was_published():
-    sheet = stages(ARTIFACT)
-    assert len(set(sheet.columns)) == len(sheet.columns)
-    assert sheet.rows[0][3:] == ("5.44%", "0.2000", "1.2214", "1x, 0.80%")
-    assert [row[-1] for row in sheet.rows] == ["1x, 0.80%", "33x", ""]
+    table = stages(ARTIFACT)
+    assert len(set(table.columns)) == len(table.columns)
+    assert table.rows[0][3:] == ("5.44%", "0.2000", "1.2214", "1x, 0.80%")
+    assert [row[-1] for row in table.rows] == ["1x, 0.80%", "33x", ""]
     unknown = copy.deepcopy(ARTIFACT)
     unknown["stages"][0]["loss"], unknown["stages"][1]["loss"] = None, 1e6
     assert [row[4:6] for row in stages(unknown).rows[:2]] == [
@@ -231,10 +231,10 @@ def test_the_letters_of_stages_are_explained_where_they_occur():
 
 
 def test_the_rows_of_the_layers_add_up_to_the_file():
-    sheet = layers(ARTIFACT)
-    column = sheet.columns.index("bytes")
-    assert sum(int(row[column].replace(",", "")) for row in sheet.rows) == ARTIFACT["bytes"]
-    assert sheet.rows[-1][0] == "names, shapes, checksums"
+    table = layers(ARTIFACT)
+    column = table.columns.index("bytes")
+    assert sum(int(row[column].replace(",", "")) for row in table.rows) == ARTIFACT["bytes"]
+    assert table.rows[-1][0] == "names, shapes, checksums"
 
 
 def test_a_run_without_training_shows_what_each_phase_left():

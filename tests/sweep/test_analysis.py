@@ -149,9 +149,9 @@ def test_what_a_sweep_can_answer_is_not_refused() -> None:
 
 
 def test_the_table_has_every_combination_with_its_spread() -> None:
-    (sheet,) = interference(pairs([(0.1, 0.2, 0.4), (0.3, 0.2, 0.6)])).sheets
-    assert [row[0] for row in sheet.rows] == ["none", "prune", "share", "prune + share"]
-    assert sheet.rows[1] == (
+    (table,) = interference(pairs([(0.1, 0.2, 0.4), (0.3, 0.2, 0.6)])).tables
+    assert [row[0] for row in table.rows] == ["none", "prune", "share", "prune + share"]
+    assert table.rows[1] == (
         "prune",
         "97.85 ± 0.07",
         "+0.20 ± 0.14",
@@ -159,7 +159,7 @@ def test_the_table_has_every_combination_with_its_spread() -> None:
         "4.0 ± 0.0x",
         "2",
     )
-    assert sheet.rows[0][2] == ""
+    assert table.rows[0][2] == ""
 
 
 def test_three_methods_have_three_pairs_and_a_sentence_for_all() -> None:
@@ -184,7 +184,7 @@ def test_missing_trials_are_not_talked_about() -> None:
     rows = pairs([(0.1, 0.1, 0.2)])[:3]
     answer = interference(rows)
     assert answer.sentences == []
-    assert len(answer.sheets[0].rows) == 3
+    assert len(answer.tables[0].rows) == 3
     assert interference([]).sentences == []
 
 
@@ -204,8 +204,8 @@ def test_sensitivity_is_the_largest_sparsity_before_the_first_that_costs_too_muc
         for sparsity, accuracy in zip((0, 0.5, 0.8, 0.9), accuracies, strict=True)
     ]  # fmt: skip
     answer = sensitivity(rows)
-    assert answer.sheets[0].title.endswith("within 0.5 points of the dense 98.00%")
-    assert answer.sheets[0].rows == [
+    assert answer.tables[0].title.endswith("within 0.5 points of the dense 98.00%")
+    assert answer.tables[0].rows == [
         ("fc1", "50.0%", "90.0%"),
         ("fc2", "none", "none"),
         ("fc3", "50.0%", "none"),
@@ -214,13 +214,13 @@ def test_sensitivity_is_the_largest_sparsity_before_the_first_that_costs_too_muc
     lines = {line.name: list(line.y) for line in figure.data}
     assert lines["fc1, retrained"] == pytest.approx([99, 98, 98, 97.6])
     assert [shape.y0 for shape in figure.layout.shapes] == pytest.approx([98])  # the dense model
-    assert sensitivity([]).sheets == []
-    assert sensitivity(rows[1:4]).sheets == []  # without it nothing can be judged
+    assert sensitivity([]).tables == []
+    assert sensitivity(rows[1:4]).tables == []  # without it nothing can be judged
 
 
 def test_spreads() -> None:
-    assert spread([1.0, 2.0, 3.0]).told(".1f") == "2.0 ± 1.0"
-    assert spread([1.0]).told(".1f") == "1.0"
+    assert spread([1.0, 2.0, 3.0]).format(".1f") == "2.0 ± 1.0"
+    assert spread([1.0]).format(".1f") == "1.0"
     assert spread([1.0, 1.1, 1.2]).clear(0.05)
     assert not spread([0.6, 1.0, 1.9]).clear(0.05)  # though beyond two standard errors
     assert not spread([1.0, -1.1, 0.2]).clear(0.05)

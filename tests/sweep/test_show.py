@@ -48,7 +48,7 @@ def test_it_shows_the_best_trial_the_counts_the_time_left_and_what_runs(tmp_path
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120, color_system=None)
     monkeypatch.setattr(show, "Terminal", lambda: console)
-    board, book = show.Board(CFG, RunDirectory(tmp_path)), Book()
+    board, book = show.LiveTable(CFG, RunDirectory(tmp_path)), Book()
     trial = SimpleNamespace(value=0.5, drawn={"a": 2}, epoch=1, epochs=4)
     with board:
         for left in (31, 30):

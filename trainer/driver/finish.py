@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.driver.limits import missed
 from trainer.errors import LimitsMissed, first_line
-from trainer.report.tables import rich_table, sheets
+from trainer.report.tables import rich_table, tables
 from trainer.report.terminal import Console
 from trainer.store.directory import RunDirectory
 
@@ -35,8 +35,8 @@ def leave_page(
 
 def show(summary: Mapping[str, Any], directory: RunDirectory, console: Console) -> None:
     """Show a finished run. Raises LimitsMissed."""
-    for sheet in sheets(summary):
-        console.terminal.print(rich_table(sheet))
+    for table in tables(summary):
+        console.terminal.print(rich_table(table))
     console.say(f"results in {directory.path}")
     if summary["status"] == "limits":
         raise LimitsMissed(summary["error"])

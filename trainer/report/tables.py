@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import rich.table
 from rich.markup import escape
-from rich.table import Table
 
 NOTHING = "–"  # noqa: RUF001 - what was not measured, or is not a number
 _FRAME = "names, shapes, checksums"  # what a file holds besides its tensors
@@ -16,7 +16,7 @@ _LETTERS = {"P": "pruned", "S": "values shared", "Q": "quantized", "H": "Huffman
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """One table. The first column holds names, the others hold numbers."""
 
     title: str
@@ -25,14 +25,14 @@ class Sheet:
     caption: str = ""
 
 
-def sheets(summary: Mapping[str, Any]) -> list[Sheet]:
+def tables(summary: Mapping[str, Any]) -> list[Table]:
     """All tables of a finished run, whose content is that of summary.json."""
     artifact = summary.get("artifact")
     found = [phases(summary), *([stages(artifact), layers(artifact)] if artifact else [])]
     return [*found, onnx(summary["onnx"])] if summary.get("onnx") else found
 
 
-def phases(summary: Mapping[str, Any]) -> Sheet:
+def phases(summary: Mapping[str, Any]) -> Table:
     """The phases of a summary, a row each, and the test result; loss and accuracy on validation."""
     rows = [
         (
@@ -55,7 +55,7 @@ def phases(summary: Mapping[str, Any]) -> Sheet:
             f"test set: {summary['accuracy']:.2%} correct, error {1 - summary['accuracy']:.2%}, "
             f"loss {number(summary['loss'], '.4f')}",
         )
-    return Sheet(
+    return Table(
         f"{summary['name']}: {summary['status']}",
         (
             "phase",
@@ -73,7 +73,7 @@ def phases(summary: Mapping[str, Any]) -> Sheet:
     )
 
 
-def stages(artifact: Mapping[str, Any]) -> Sheet:
+def stages(artifact: Mapping[str, Any]) -> Table:
     """Bytes and test errors of each stage, beside the published ones where there are any."""
     rows = []
     for stage in artifact["stages"]:
@@ -88,7 +88,7 @@ def stages(artifact: Mapping[str, Any]) -> Sheet:
         )
         rows.append((*row, _published(stage)) if compared(artifact) else row)
     columns = ("stage", "bytes", "ratio", "error", "loss", "perplexity")
-    return Sheet(
+    return Table(
         f"{artifact['path']}: test set",
         (*columns, "published") if compared(artifact) else columns,
         rows,
@@ -121,7 +121,7 @@ def _legend(artifact: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def layers(artifact: Mapping[str, Any]) -> Sheet:
+def layers(artifact: Mapping[str, Any]) -> Table:
     """What each tensor takes in the file, and in the last row all else."""
     rows: list[tuple[str, ...]] = [
         (
@@ -139,10 +139,10 @@ def layers(artifact: Mapping[str, Any]) -> Sheet:
     nothing = [""] * 4
     rows.append((_FRAME, *nothing, f"{rest:,}", f"{rest / artifact['bytes']:.1%}"))
     columns = ("tensor", "values", "not zero", "kept", "bits", "bytes", "of the file")
-    return Sheet("", columns, rows)
+    return Table("", columns, rows)
 
 
-def onnx(converted: Sequence[Mapping[str, Any]]) -> Sheet:
+def onnx(converted: Sequence[Mapping[str, Any]]) -> Table:
     """What onnxruntime makes of the models, on validation data and one thread."""
     batches = list(converted[0]["milliseconds"])
     rows = [
@@ -157,7 +157,7 @@ def onnx(converted: Sequence[Mapping[str, Any]]) -> Sheet:
         for model in converted
     ]
     columns = ("model.onnx", "bytes", "accuracy", "in PyTorch", "largest difference")
-    return Sheet(
+    return Table(
         "onnxruntime: validation data, one thread",
         (*columns, *(f"ms, batch {batch}" for batch in batches)),
         rows,
@@ -182,14 +182,14 @@ def hosts(summary: Mapping[str, Any]) -> str:
     return ", ".join(f"{node} x{n}" if n > 1 else node for node, n in found.items())
 
 
-def rich_table(sheet: Sheet) -> Table:
-    """A sheet for the terminal."""
-    result = Table(title=escape(sheet.title) or None, title_justify="left")
-    result.caption = escape(sheet.caption) or None
+def rich_table(table: Table) -> rich.table.Table:
+    """A table for the terminal."""
+    result = rich.table.Table(title=escape(table.title) or None, title_justify="left")
+    result.caption = escape(table.caption) or None
     result.caption_justify = "left"
-    for index, title in enumerate(sheet.columns):
+    for index, title in enumerate(table.columns):
         result.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
-    for row in sheet.rows:
+    for row in table.rows:
         result.add_row(*map(escape, row))
     return result
 

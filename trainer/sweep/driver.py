@@ -20,7 +20,7 @@ from trainer.sweep.plan import Plan
 from trainer.sweep.pool import Pool
 from trainer.sweep.results import Results
 from trainer.sweep.search import Search
-from trainer.sweep.show import Board
+from trainer.sweep.show import LiveTable
 from trainer.sweep.storage import without_password
 from trainer.sweep.study import Ledger
 
@@ -78,7 +78,7 @@ class _Sweep:
         self.plan, self.cfg, self.sweep = plan, plan.cfg, plan.cfg.sweep
         self.directory, self.signals, self.locks = directory, signals, locks
         self.arguments = arguments
-        self.board = Board(self.sweep, directory)
+        self.board = LiveTable(self.sweep, directory)
         self.pool = Pool(self.cfg, self.board.say)
         self.interrupted = False  # by the first signal
         self.saved = False  # what is known, since then

@@ -18,7 +18,7 @@ from trainer.sweep.analysis import ANALYSES, Answer, Row
 from trainer.sweep.measures import MEASURES, parse_constraints
 from trainer.sweep.plan import Plan
 from trainer.sweep.report import write_report
-from trainer.sweep.show import Board, tally
+from trainer.sweep.show import LiveTable, tally
 from trainer.sweep.study import RESULT, Ledger, watched_values
 
 # Overrides that make no difference to a trial of its own.
@@ -49,7 +49,7 @@ class Results:
         self._answer = self._analyse()
         summary["analysis"] = {
             "sentences": self._answer.sentences,
-            "tables": [dataclasses.asdict(sheet) for sheet in self._answer.sheets],
+            "tables": [dataclasses.asdict(table) for table in self._answer.tables],
         }
         self._directory.write_summary(summary)
         if report:
@@ -57,11 +57,11 @@ class Results:
             study, watched = self._ledger.study, self._ledger.watched
             write_report(path, study, watched, summary, self._answer)
 
-    def show(self, board: Board) -> None:
+    def show(self, board: LiveTable) -> None:
         """Tell what was found: the best trials, and what the analysis says."""
         board.terminal.print(self.table())
-        for sheet in self._answer.sheets:
-            board.terminal.print(rich_table(sheet))
+        for table in self._answer.tables:
+            board.terminal.print(rich_table(table))
         for sentence in self._answer.sentences:
             board.say(sentence)
         if missed := self._none_feasible():

@@ -16,7 +16,7 @@ from trainer.sweep.measures import measure, not_finite, parse_constraints, viola
 from trainer.sweep.plan import Plan
 from trainer.sweep.pool import Pool
 from trainer.sweep.prefix import Prefixes
-from trainer.sweep.show import Board
+from trainer.sweep.show import LiveTable
 from trainer.sweep.slots import Ended, GivenBack, Said, Slot
 from trainer.sweep.study import Ledger, watched_values
 from trainer.sweep.trial import Trial, folder_of
@@ -33,7 +33,7 @@ class Search:
         plan: Plan,
         ledger: Ledger,
         pool: Pool,
-        board: Board,
+        board: LiveTable,
         budget: Budget,
         directory: RunDirectory,
     ) -> None:

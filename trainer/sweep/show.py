@@ -17,7 +17,7 @@ from trainer.sweep.study import Ledger, watched_values
 from trainer.sweep.trial import Trial
 
 
-class Board:
+class LiveTable:
     """Shows a sweep. A context manager: the live table ends with it. Lines go to log.txt too."""
 
     def __init__(self, cfg: SweepConfig, directory: RunDirectory) -> None:
@@ -26,7 +26,7 @@ class Board:
         self._live = Live(console=self.terminal, transient=True, auto_refresh=False)
         self._best: list[FrozenTrial] | None = None  # None: asked for when it is shown
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "LiveTable":
         if self.terminal.is_terminal:
             self._live.start()
         return self
@@ -69,7 +69,7 @@ class Board:
             self._best = ledger.best()
         title = tally(ledger.trials(), left)
         if self._best:
-            best = told_values(self._best[0], list(self._cfg.objectives))
+            best = format_values(self._best[0], list(self._cfg.objectives))
             title += f"\nbest: trial {self._best[0].number}, {best}"
         self._live.update(Group(Text(title), self._table(running)), refresh=True)
 
@@ -94,7 +94,7 @@ def tally(trials: Sequence[FrozenTrial], left: float | None) -> str:
     return text if left is None else f"{text}, {max(left, 0):.0f} s left"
 
 
-def told_values(trial: FrozenTrial, objectives: Sequence[str]) -> str:
+def format_values(trial: FrozenTrial, objectives: Sequence[str]) -> str:
     """The values of a trial that was completed."""
     values = zip(objectives, trial.values, strict=True)
     return ", ".join(f"{name} {value:.6g}" for name, value in values)
@@ -108,7 +108,7 @@ def describe(trial: FrozenTrial, objectives: Sequence[str]) -> str:
     )
     match trial.state:
         case TrialState.COMPLETE:
-            what = told_values(trial, objectives)
+            what = format_values(trial, objectives)
         case TrialState.PRUNED:
             what = f"pruned after epoch {max(watched_values(trial))}"
         case _:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.report.tables import Sheet
+from trainer.report.tables import Table
 
 ROUNDING = 1e-9  # a mean this close to zero is what rounding left of zero
 
@@ -23,7 +23,7 @@ class Row:
 class Answer:
     """Tables, figures (plotly) by title, and what they say."""
 
-    sheets: list[Sheet] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
 
@@ -48,7 +48,7 @@ class Spread:
         t = self.mean / self.error if self.error else math.inf
         return p_value(t, self.n - 1) < level
 
-    def told(self, spec: str, scale: float = 1.0) -> str:
+    def format(self, spec: str, scale: float = 1.0) -> str:
         """Mean and standard deviation, as `spec` formats numbers."""
         mean = format(scale * self.mean, spec)
         if self.n < 2:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 
 from trainer.errors import ConfigError
-from trainer.report.tables import Sheet
+from trainer.report.tables import Table
 from trainer.sweep.analysis.answer import Answer, Row, Spread, spread
 from trainer.sweep.analysis.searched import check_searched
 from trainer.sweep.space import Space
@@ -19,7 +19,7 @@ LEVEL = 0.05  # how often chance alone may make any sentence of an answer claim 
 _PHASES, _ENABLED = "phases.", ".enabled"
 
 Combination = frozenset[str]
-Table = Mapping[int, Mapping[Combination, Row]]
+Trials = Mapping[int, Mapping[Combination, Row]]
 """Trials by seed, and by the methods that they used."""
 
 
@@ -46,7 +46,7 @@ def interference(rows: Sequence[Row]) -> Answer:
     table = _by_seed(rows, methods)
     every = [frozenset(c) for n in range(len(methods) + 1) for c in combinations(methods, n)]
     return Answer(
-        [_sheet(every, methods, table)],
+        [_table(every, methods, table)],
         {"accuracy and bytes of each pair of methods": _matrix(methods, table)},
         sentences(rows),
     )
@@ -78,7 +78,7 @@ def _methods(keys: Iterable[str]) -> list[str]:
     return [key.removeprefix(_PHASES).removesuffix(_ENABLED) for key in found]
 
 
-def _by_seed(rows: Sequence[Row], methods: Sequence[str]) -> Table:
+def _by_seed(rows: Sequence[Row], methods: Sequence[str]) -> Trials:
     table: dict[int, dict[Combination, Row]] = {}
     for row in rows:
         used = frozenset(m for m in methods if row.settings[f"{_PHASES}{m}{_ENABLED}"])
@@ -86,7 +86,7 @@ def _by_seed(rows: Sequence[Row], methods: Sequence[str]) -> Table:
     return table
 
 
-def _drops(used: Combination, table: Table) -> list[float]:
+def _drops(used: Combination, table: Trials) -> list[float]:
     """Accuracy lost against the seed's own baseline, in points, of each seed that has both."""
     return [
         100 * (trials[frozenset()].measured["accuracy"] - trials[used].measured["accuracy"])
@@ -95,11 +95,11 @@ def _drops(used: Combination, table: Table) -> list[float]:
     ]
 
 
-def _measured(used: Combination, table: Table, measure: str) -> list[float]:
+def _measured(used: Combination, table: Trials, measure: str) -> list[float]:
     return [trials[used].measured[measure] for trials in table.values() if used in trials]
 
 
-def _ratios(used: Combination, table: Table) -> list[float]:
+def _ratios(used: Combination, table: Trials) -> list[float]:
     """How many times smaller than the seed's own baseline."""
     return [
         trials[frozenset()].measured["bytes"] / trials[used].measured["bytes"]
@@ -108,7 +108,7 @@ def _ratios(used: Combination, table: Table) -> list[float]:
     ]
 
 
-def _sheet(every: Sequence[Combination], methods: Sequence[str], table: Table) -> Sheet:
+def _table(every: Sequence[Combination], methods: Sequence[str], table: Trials) -> Table:
     lines = []
     for used in every:
         accuracies = _measured(used, table, "accuracy")
@@ -118,14 +118,14 @@ def _sheet(every: Sequence[Combination], methods: Sequence[str], table: Table) -
         lines.append(
             (
                 _name(used, methods),
-                spread(accuracies).told(".2f", 100),
-                spread(drops).told("+.2f") if used and drops else "",
-                spread(_measured(used, table, "bytes")).told(",.0f"),
-                f"{spread(ratios).told('.1f')}x" if used and ratios else "",
+                spread(accuracies).format(".2f", 100),
+                spread(drops).format("+.2f") if used and drops else "",
+                spread(_measured(used, table, "bytes")).format(",.0f"),
+                f"{spread(ratios).format('.1f')}x" if used and ratios else "",
                 str(len(accuracies)),
             )
         )
-    return Sheet(
+    return Table(
         "every combination",
         ("methods", "accuracy %", "points lost", "bytes", "smaller", "n"),
         lines,
@@ -138,13 +138,13 @@ def _name(used: Combination, methods: Sequence[str]) -> str:
     return " + ".join(m for m in methods if m in used) or "none"
 
 
-def _whole(methods: tuple[str, ...], table: Table) -> Table:
+def _whole(methods: tuple[str, ...], table: Trials) -> Trials:
     """The seeds that have the baseline, each of the methods alone, and all of them together."""
     needed = {frozenset(), frozenset(methods), *(frozenset({method}) for method in methods)}
     return {seed: trials for seed, trials in table.items() if needed <= trials.keys()}
 
 
-def _sentences(methods: tuple[str, ...], whole: Table, level: float) -> list[str]:
+def _sentences(methods: tuple[str, ...], whole: Trials, level: float) -> list[str]:
     """What the numbers say of some methods used together: of accuracy, and of bytes."""
     alone = [frozenset({method}) for method in methods]
     together = frozenset(methods)
@@ -159,7 +159,7 @@ def _sentences(methods: tuple[str, ...], whole: Table, level: float) -> list[str
     apart = " and ".join(f"{spread(p).mean:+.2f}" for p in parts)
     return [
         f"{names}: {_verdict(interaction, level)} Together they lose {spread(both).mean:+.2f} "
-        f"points of accuracy, alone {apart} (interaction {interaction.told('+.2f')}, "
+        f"points of accuracy, alone {apart} (interaction {interaction.format('+.2f')}, "
         f"n = {interaction.n}).",
         f"{names}: the file is {spread(_ratios(together, whole)).mean:.1f} times smaller, "
         f"{math.exp(factor.mean):.2f} of the product of what each does alone "
@@ -181,7 +181,7 @@ def _sure(factor: Spread, level: float) -> str:
     return "" if factor.clear(level) else ", not told from it by the spread"
 
 
-def _matrix(methods: Sequence[str], table: Table) -> object:
+def _matrix(methods: Sequence[str], table: Trials) -> object:
     """Each method alone on the diagonal, pairs beside it."""
     from plotly import graph_objects
 
@@ -195,14 +195,11 @@ def _matrix(methods: Sequence[str], table: Table) -> object:
             drops, sizes = _drops(used, table), _measured(used, table, "bytes")
             losses[-1].append(spread(drops).mean if drops else None)
             accuracies = _measured(used, table, "accuracy")
-            told = (
-                ""
-                if not sizes
-                else (
-                    f"{spread(accuracies).told('.2f', 100)} %<br>{spread(sizes).told(',.0f')} bytes"
-                )
-            )
-            texts[-1].append(told)
+            text = ""
+            if sizes:
+                accuracy = spread(accuracies).format(".2f", 100)
+                text = f"{accuracy} %<br>{spread(sizes).format(',.0f')} bytes"
+            texts[-1].append(text)
     names = list(methods)
     figure = graph_objects.Figure(
         graph_objects.Heatmap(

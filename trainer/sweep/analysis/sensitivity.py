@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from trainer.errors import ConfigError
-from trainer.report.tables import Sheet
+from trainer.report.tables import Table
 from trainer.sweep.analysis.answer import Answer, Row
 from trainer.sweep.analysis.searched import check_searched
 from trainer.sweep.space import Space
@@ -57,14 +57,14 @@ def sensitivity(rows: Sequence[Row]) -> Answer:
     for layer in layers:
         borne = [_borne(curves.get((layer, again), []), before) for again in (False, True)]
         lines.append((layer, *borne))
-    sheet = Sheet(
+    table = Table(
         f"largest sparsity tried within {100 * BEARABLE:g} points of the dense {before:.2%}",
         ("layer", "without retraining", "with retraining"),
         lines,
         "each layer pruned alone; validation data",
     )
     figure = _figure(curves, layers, before)
-    return Answer([sheet], {"accuracy against sparsity, layer by layer": figure})
+    return Answer([table], {"accuracy against sparsity, layer by layer": figure})
 
 
 def _keys(searched: Iterable[str]) -> list[str]:
