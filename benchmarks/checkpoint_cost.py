@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from trainer.cluster import WorkerGroup, open_group
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.data.split import Splits, TensorSplit
 from trainer.messages import Checkpoint
 from trainer.store.checkpoints import Checkpoints
@@ -75,7 +75,7 @@ def config(batch_size: int, every: int | None) -> Config:
         "cluster": {"workers": 2, "device": "cpu", "threads": 1, "hang_timeout_s": 120},
         "checkpoint": {"every_steps": every, "every_seconds": None},
     }
-    return typed(Config, settings)
+    return to_dataclass(Config, settings)
 
 
 def measure(group: WorkerGroup, cfg: Config, stamps: Path) -> float:

@@ -44,6 +44,7 @@ from trainer.config import ClusterConfig, Config
 from trainer.data.mnist import mnist, normalise
 from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
+from trainer.engine.optim import OptimizerSpec
 from trainer.messages import PhaseEnded
 from trainer.models import LeNet5, LeNet300
 from trainer.worker.run import Start, experiment
@@ -60,7 +61,7 @@ def ours(net: str, data: dict[str, Any], bf16: bool = False) -> Turn:
         name="loop",
         model={"_target_": f"trainer.models.{NETS[net].__name__}"},
         data={"_target_": "trainer.data.mnist.mnist", "batch_size": BATCH, **data},
-        optimizer={"_target_": "torch.optim.SGD", **SGD},
+        optimizer=OptimizerSpec(torch.optim.SGD, SGD),
         phases={"train": {"_target_": "trainer.phases.Train", "fit": fit}},
         seed=SEED,
         precision="bf16" if bf16 else "fp32",

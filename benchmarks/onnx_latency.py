@@ -25,7 +25,7 @@ import yaml
 from safetensors.torch import load_file
 
 from trainer.compress.rewrite import restore
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.data.split import Split
 from trainer.export.onnx import to_onnx
 from trainer.export.runtime import BATCHES, OnnxModel, correct
@@ -86,7 +86,7 @@ def main() -> None:
         folder = args.out.absolute() / name
         if not (folder / "model.onnx").exists():
             run(folder, [*settings, *args.settings])
-        cfg = typed(Config, yaml.safe_load((folder / "config.yaml").read_text()))
+        cfg = to_dataclass(Config, yaml.safe_load((folder / "config.yaml").read_text()))
         test = build_data(cfg).test
         contents = files(folder, cfg, test)
         models = [OnnxModel(content) for content in contents]

@@ -42,7 +42,7 @@ def convnet(trial: Any) -> None:
 
 def run_trial(drawn: dict[str, Any], base: dict[str, Any]) -> None:
     """One trial: the configuration `base` with what was drawn, trained by trainer's own loop."""
-    from trainer.config import Config, typed
+    from trainer.config import Config, to_dataclass
     from trainer.engine.world import World
     from trainer.messages import EpochEnded
     from trainer.worker.run import Start, experiment
@@ -61,7 +61,9 @@ def run_trial(drawn: dict[str, Any], base: dict[str, Any]) -> None:
             section = section[part]
         section[last] = value
     torch.set_num_threads(1)
-    for message in experiment(World.single(torch.device("cpu")), typed(Config, settings), Start(0)):
+    for message in experiment(
+        World.single(torch.device("cpu")), to_dataclass(Config, settings), Start(0)
+    ):
         if isinstance(message, EpochEnded):
             tune.report({"accuracy": message.accuracy, "epoch": message.epoch})
 

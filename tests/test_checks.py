@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from trainer.checks import check
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def settings(make: bool) -> Config:
         "phases": {"train": {"_target_": "trainer.phases.Train", "fit": {"epochs": 1}}},
         "artifact": {"make": make},
     }
-    return typed(Config, plain)
+    return to_dataclass(Config, plain)
 
 
 def test_a_model_that_no_file_can_hold_is_refused_before_it_is_trained() -> None:

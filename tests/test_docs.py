@@ -12,7 +12,7 @@ import yaml
 from tests.test_main import capture
 from trainer.__main__ import conf_dir
 from trainer.checks import check
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.engine.world import World
 from trainer.parts import build_data, build_model, build_runtime
 from trainer.worker.preflight import check_match
@@ -47,6 +47,6 @@ def test_the_commands_of_a_page_run_as_it_says(written):
     world = World.single(torch.device("cpu"))
     for command in commands:
         arguments = shlex.split(command.replace("\\\n", " "))
-        cfg = typed(Config, yaml.safe_load(capture([*arguments, "--cfg"])))
+        cfg = to_dataclass(Config, yaml.safe_load(capture([*arguments, "--cfg"])))
         check(cfg)
         check_match(build_model(cfg), build_data(cfg), build_runtime(world, cfg))

@@ -23,7 +23,7 @@ from tests.engine.conftest import run_ranks
 from trainer.__main__ import main
 from trainer.cluster import WorkerFailed, open_group
 from trainer.cluster.inline import InlineGroup
-from trainer.config import ClusterConfig, Config, typed
+from trainer.config import ClusterConfig, Config, to_dataclass
 from trainer.engine.world import World
 from trainer.messages import Checkpoint, PhaseEnded, RunStopped
 from trainer.parts import build_model
@@ -77,7 +77,7 @@ def config(**changes):
         "cluster": {"workers": 1, "backend": "inline", "threads": 1},
         "checkpoint": {"every_seconds": None},
     }  # fmt: skip
-    return typed(Config, {**settings, **changes})
+    return to_dataclass(Config, {**settings, **changes})
 
 
 def run(cfg, start=None, stop_at=None, world=None):

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.config.overrides import as_hydra, drop_nested
 from trainer.driver import drive, resume
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             composed, run_dir = _compose(options.overrides, options.config_dir)
         plain = _plain(composed)
-        cfg = typed(Config, plain)
+        cfg = to_dataclass(Config, plain)
         if options.cfg:
             _show(OmegaConf.to_yaml(OmegaConf.create(plain)).rstrip("\n"))
             return DONE
@@ -96,7 +96,7 @@ def _train_winner(winner: dict[str, Any], best: Path, signals: Signals) -> None:
     """Run `winner` in `best`, or go on there; the run of another winner is moved aside."""
     if (best / "config.yaml").exists():
         if _essence(RunDirectory(best).read_config()) == _essence(winner):
-            resume(typed(Config, winner), best, signals)
+            resume(to_dataclass(Config, winner), best, signals)
             return
         number = 1
         while (aside := best.with_name(f"{best.name}-{number}")).exists():
@@ -105,7 +105,7 @@ def _train_winner(winner: dict[str, Any], best: Path, signals: Signals) -> None:
         _show(f"the best trial is another one than before, whose run is now in {aside}")
     elif best.exists():
         RunDirectory(best).discard()  # it was killed before it began
-    drive(typed(Config, winner), winner, best, signals)
+    drive(to_dataclass(Config, winner), winner, best, signals)
 
 
 def _essence(plain: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from trainer import artifact
 from trainer.config import Config, LimitsConfig
-from trainer.config.instantiate import check_arguments, target
-from trainer.engine.optim import build_optimizer
+from trainer.config.instantiate import check_arguments, locate
+from trainer.engine.optim import parse_optimizer
 from trainer.errors import ConfigError
 from trainer.parts import build_model, data_settings
 from trainer.phases import Phase, Prune, build_phases
@@ -30,10 +30,10 @@ def check(cfg: Config) -> nn.Module | None:
     check_teachers(phases, cfg.init_from is not None)
     check_limits(cfg)
     _check_drops(phases, cfg.limits)
-    build_optimizer(cfg.optimizer, [nn.Parameter(torch.zeros(1))])
+    parse_optimizer(cfg.optimizer)
     data = data_settings(cfg)
-    check_arguments("data", target("data", data), data)
-    check_arguments("model", target("model", cfg.model), cfg.model)
+    check_arguments("data", locate("data", data, {}), data)
+    check_arguments("model", locate("model", cfg.model, {}), cfg.model)
     model = _meta_model(cfg)
     if model is not None:
         check_phases(phases, model)

@@ -5,10 +5,11 @@ from typing import Any
 from torch import nn
 
 from trainer.config import Config
-from trainer.config.instantiate import build
+from trainer.config.instantiate import build_object
 from trainer.data.dataset import generators_left_alone, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.split import Splits
+from trainer.engine.optim import parse_optimizer
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -20,7 +21,7 @@ def build_runtime(world: World, cfg: Config) -> Runtime:
         world=world,
         precision=cfg.precision,
         allreduce=cfg.allreduce,
-        optimizer=cfg.optimizer,
+        optimizer=parse_optimizer(cfg.optimizer),
         batch_size=int(cfg.data["batch_size"]),
         seed=cfg.seed,
         channels_last=cfg.channels_last,
@@ -35,7 +36,7 @@ def build_data(cfg: Config) -> Splits:
     """
     with generators_left_alone():
         seed_generators(mix(cfg.seed))
-        splits = build("data", data_settings(cfg), Splits, seed=cfg.seed)
+        splits = build_object("data", data_settings(cfg), Splits, seed=cfg.seed)
     for name in ("train", "validation", "test"):
         if len(getattr(splits, name)) == 0:
             raise ConfigError(f"data: the {name} split is empty; give it at least one sample")
@@ -49,4 +50,4 @@ def data_settings(cfg: Config) -> dict[str, Any]:
 
 def build_model(cfg: Config) -> nn.Module:
     """The model, weights drawn from the random state as it is. Raises ConfigError."""
-    return build("model", cfg.model, nn.Module)
+    return build_object("model", cfg.model, nn.Module)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.config import ClusterConfig, Config, FitConfig, typed
+from trainer.config import ClusterConfig, Config, FitConfig, to_dataclass
 from trainer.errors import ConfigError
 
 MINIMAL = {
@@ -15,7 +15,7 @@ MINIMAL = {
 
 
 def test_plain_settings_become_nested_dataclasses():
-    cfg = typed(Config, {**MINIMAL, "cluster": {"workers": 3}})
+    cfg = to_dataclass(Config, {**MINIMAL, "cluster": {"workers": 3}})
     assert cfg.cluster == ClusterConfig(workers=3)
     assert cfg.phases == {}
 
@@ -45,7 +45,7 @@ def test_plain_settings_become_nested_dataclasses():
 )
 def test_a_wrong_value_is_named(change, said):
     with pytest.raises(ConfigError) as error:
-        typed(Config, {**MINIMAL, **change})
+        to_dataclass(Config, {**MINIMAL, **change})
     for part in said:
         assert part in str(error.value)
 
@@ -64,9 +64,9 @@ def test_a_wrong_value_is_named(change, said):
 )
 def test_a_wrong_fit_is_named_with_its_phase(settings, said):
     with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
-        typed(FitConfig, settings, "phases.train")
+        to_dataclass(FitConfig, settings, "phases.train")
 
 
 def test_a_missing_mandatory_key_is_named():
     with pytest.raises(ConfigError, match="name"):
-        typed(Config, {key: value for key, value in MINIMAL.items() if key != "name"})
+        to_dataclass(Config, {key: value for key, value in MINIMAL.items() if key != "name"})

@@ -9,7 +9,7 @@ from tests.models.test_models import SMALL
 from trainer import artifact
 from trainer.compress.codebooks import cluster
 from trainer.compress.counts import counts
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.driver.result import Result
 from trainer.engine.world import World
 from trainer.messages import Measured, PhaseRecord
@@ -35,7 +35,7 @@ def config(**changes):
         "artifact": {"make": True, "coder": "huffman"},
         "cluster": {"workers": 1, "backend": "inline", "threads": 1},
     }
-    return typed(Config, {**settings, **changes})
+    return to_dataclass(Config, {**settings, **changes})
 
 
 def record(name):

@@ -10,6 +10,7 @@ from trainer.config import AllReduceConfig, FitConfig
 from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit
+from trainer.engine.optim import parse_optimizer
 from trainer.engine.runtime import Runtime
 
 BUILDING = threading.Lock()  # ranks that are threads share torch's random state
@@ -31,7 +32,9 @@ def runtime(world, batch_size=16, precision="fp32", optimizer=None, **allreduce)
         world=world,
         precision=precision,
         allreduce=AllReduceConfig(**allreduce),
-        optimizer=optimizer or {"_target_": "torch.optim.SGD", "lr": 0.2, "momentum": 0.9},
+        optimizer=parse_optimizer(
+            optimizer or {"_target_": "torch.optim.SGD", "lr": 0.2, "momentum": 0.9}
+        ),
         batch_size=batch_size,
         seed=5,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trainer.config import FitConfig
-from trainer.engine.optim import build_optimizer, lr_factor, set_lr
+from trainer.engine.optim import lr_factor, parse_optimizer, set_lr
 from trainer.errors import ConfigError
 
 
@@ -17,17 +17,19 @@ def one_parameter():
 
 
 def test_fused_is_used_where_it_exists():
-    assert build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1}, one_parameter()).defaults[
-        "fused"
-    ]
-    rmsprop = build_optimizer({"_target_": "torch.optim.RMSprop", "lr": 0.1}, one_parameter())
+    assert (
+        parse_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1})
+        .build(one_parameter())
+        .defaults["fused"]
+    )
+    rmsprop = parse_optimizer({"_target_": "torch.optim.RMSprop", "lr": 0.1}).build(one_parameter())
     assert "fused" not in rmsprop.defaults
 
 
 @pytest.mark.parametrize("choice", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
 def test_a_kernel_of_ones_own_choice(choice):
     settings = {"_target_": "torch.optim.Adam", "lr": 0.1, **choice}
-    defaults = build_optimizer(settings, one_parameter()).defaults
+    defaults = parse_optimizer(settings).build(one_parameter()).defaults
     assert not defaults["fused"]
     assert {key: defaults[key] for key in choice} == choice
 
@@ -51,7 +53,7 @@ def test_a_kernel_of_ones_own_choice(choice):
 )
 def test_wrong_settings_are_named(settings, said):
     with pytest.raises(ConfigError, match=said):
-        build_optimizer(settings, one_parameter())
+        parse_optimizer(settings).build(one_parameter())
 
 
 def test_warm_up_reaches_the_peak_at_its_last_step():

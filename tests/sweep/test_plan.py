@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from tests.test_main import capture
 from tests.test_resume import FIT, config
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError
 from trainer.store.directory import RunDirectory
 from trainer.sweep.analysis import ANALYSES, Analysis
@@ -25,7 +25,7 @@ RATE = {"params": {"optimizer.lr": "choice(0.1,0.2)"}, "objectives": {"accuracy"
 def plan(phases=PHASES, **sweep) -> Plan:
     base = OmegaConf.structured(config(phases=phases, sweep={**RATE, **sweep}))
     settings = OmegaConf.to_container(base)
-    return Plan(typed(Config, settings), OmegaConf.create(settings))
+    return Plan(to_dataclass(Config, settings), OmegaConf.create(settings))
 
 
 def test_a_trial_whose_length_is_not_known_is_refused() -> None:
@@ -79,5 +79,5 @@ def test_an_analysis_that_fails_takes_no_results_along(tmp_path, monkeypatch) ->
 @pytest.mark.parametrize("name", ["interference", "sensitivity"])
 def test_the_shipped_experiments_can_answer_what_they_ask(name: str) -> None:
     settings = yaml.safe_load(capture([f"+experiment={name}", "--cfg"]))
-    made = Plan(typed(Config, settings), OmegaConf.create(settings))
+    made = Plan(to_dataclass(Config, settings), OmegaConf.create(settings))
     assert made.cfg.sweep.analysis == name

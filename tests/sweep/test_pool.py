@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError, RunError
 from trainer.sweep import pool as pools
 from trainer.sweep import slots
@@ -73,7 +73,7 @@ def made(monkeypatch):
     monkeypatch.setattr(pools, "Fleet", lambda cfg, groups: nodes)
     monkeypatch.setattr(pools, "COUNT_EVERY_S", 0)
     monkeypatch.setattr(slots, "PAUSE_S", 0.005)
-    cfg = typed(Config, {**CFG, "sweep": {"recycle_after": 3}})
+    cfg = to_dataclass(Config, {**CFG, "sweep": {"recycle_after": 3}})
     pool = pools.Pool(cfg, lambda line: None)
     yield pool, nodes
     pool.close()

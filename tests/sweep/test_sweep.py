@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from trainer.__main__ import conf_dir, main
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError
 from trainer.models import LeNet300
 from trainer.parts import build_model
@@ -252,7 +252,7 @@ def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys)
     from trainer.store import initial
 
     assert main([*INIT, "--cfg"]) == 0
-    net = build_model(typed(Config, yaml.safe_load(capsys.readouterr().out)))
+    net = build_model(to_dataclass(Config, yaml.safe_load(capsys.readouterr().out)))
     for name in ("a.pt", "b.pt"):
         torch.save(net.state_dict(), name)
     real = initial.initial_weights
@@ -524,8 +524,8 @@ def test_a_warm_worker_gives_the_bits_of_a_cold_one():
     from trainer.messages import PhaseEnded
 
     plain = yaml.safe_load(capture([*ARGUMENTS, "cluster=local", "cluster.workers=1", "--cfg"]))
-    cfg = typed(Config, plain)
-    other = typed(Config, {**plain, "seed": 9, "model": {**plain["model"], "depth": 1}})
+    cfg = to_dataclass(Config, plain)
+    other = to_dataclass(Config, {**plain, "seed": 9, "model": {**plain["model"], "depth": 1}})
 
     def weights(group, which):
         ended = [m for m in group.run(experiment, which, Start(0))]

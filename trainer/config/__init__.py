@@ -1,6 +1,6 @@
 """Settings: their types and documentation, and the objects that they describe."""
 
-from trainer.config.instantiate import typed
+from trainer.config.instantiate import to_dataclass
 from trainer.config.schema import (
     PRECISIONS,
     SCHEDULES,
@@ -14,9 +14,9 @@ from trainer.config.schema import (
     FitConfig,
     LimitsConfig,
     SweepConfig,
-    at_least,
-    file_name,
-    one_of,
+    check_choice,
+    check_file_name,
+    check_min,
 )
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
     "FitConfig",
     "LimitsConfig",
     "SweepConfig",
-    "at_least",
-    "file_name",
-    "one_of",
-    "typed",
+    "check_choice",
+    "check_file_name",
+    "check_min",
+    "to_dataclass",
 ]

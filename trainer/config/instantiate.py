@@ -1,10 +1,14 @@
-"""From a mapping with a `_target_` to the object that it names, every mistake a ConfigError."""
+"""From settings to objects: dataclasses, and whatever a `_target_` names.
 
+Every mistake is a ConfigError that names the key, its value and what is expected.
+"""
+
+import copy
 import inspect
 from collections.abc import Hashable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
@@ -15,49 +19,64 @@ from trainer.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
+OBJECT = "_object_"
+"""Settings `{_object_: NAME}` stand for a Python object that was passed to the library."""
 
-def typed(schema: type[T], settings: Mapping[str, Any], where: str = "") -> T:
-    """Build the dataclass `schema` from plain settings, every key and type checked.
+
+def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") -> T:
+    """Build a dataclass from plain settings, with every key and type checked.
 
     Args:
-        schema: a dataclass, not frozen (OmegaConf could not fill it in); its `__post_init__` may
-            check values.
-        settings: what a configuration file says; nested mappings become nested dataclasses.
-        where: dotted key of the settings, for messages.
+        schema: A dataclass that is not frozen. Its `__post_init__` may check values and raise
+            ConfigError.
+        settings: Plain values by field name; nested mappings become nested dataclasses.
+        key: Dotted key of the settings in the configuration, for messages.
 
     Raises:
-        ConfigError: names the key, its value, and what is known or expected.
+        ConfigError: A key is unknown, or a value has the wrong type or is not allowed.
     """
     try:
         merged = OmegaConf.merge(_structured(cast(Hashable, schema)), dict(settings))
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        key = ".".join(part for part in (where, str(error.full_key or "")) if part)
-        message = f"{key}: {str(error).splitlines()[0]}"
+        full_key = ".".join(part for part in (key, str(error.full_key or "")) if part)
+        message = f"{full_key}: {str(error).splitlines()[0]}"
         if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
-            message += f"; known keys: {', '.join(_keys(error.object_type))}"
+            message += f"; known keys: {', '.join(_field_names(error.object_type))}"
         raise ConfigError(message) from error
     except ConfigError as error:
-        raise ConfigError(f"{where}.{error}" if where else str(error)) from error
+        raise ConfigError(f"{key}.{error}" if key else str(error)) from error
 
 
 @cache
 def _structured(schema: Hashable) -> Any:
-    """What OmegaConf knows of a dataclass; a merge copies it."""
+    """OmegaConf's view of a dataclass. A merge copies it, so it can be cached."""
     return OmegaConf.structured(schema)
 
 
-def _keys(schema: Any) -> list[str]:
+def _field_names(schema: Any) -> list[str]:
     return [field.name for field in fields(schema) if field.init]
 
 
-def target(key: str, settings: Mapping[str, Any]) -> Any:
-    """The class or function that `settings["_target_"]` names. Raises ConfigError."""
+def locate(key: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Any:
+    """Return the class or function that `settings["_target_"]` names.
+
+    Args:
+        key: Dotted key of the settings, for messages.
+        settings: Settings with a `_target_`.
+        objects: Classes and functions by dotted path that cannot be imported, such as those
+            defined in a notebook.
+
+    Raises:
+        ConfigError: There is no `_target_`, or it cannot be imported.
+    """
     path = settings.get("_target_")
     if not path:
         raise ConfigError(
             f"{key}._target_ is missing: name an importable class, package.module.Class"
         )
+    if path in objects:
+        return objects[path]
     try:
         return get_method(str(path))
     except Exception as error:
@@ -65,49 +84,114 @@ def target(key: str, settings: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{key}._target_={path}: it cannot be imported: {reason}") from error
 
 
-def check_arguments(key: str, made: Any, settings: Mapping[str, Any]) -> None:
-    """Hold settings against the signature of what they are for. Raises ConfigError."""
-    accepted = _accepted(made)
+def check_arguments(key: str, function: Any, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that `function` does not accept as an argument."""
+    accepted = _parameter_names(function)
     for name in settings:
         if not (name.startswith("_") or accepted is None or name in accepted):
             known = ", ".join(accepted) or "no settings"
-            raise ConfigError(f"{key}.{name}: unknown; {made.__name__} takes {known}")
+            raise ConfigError(f"{key}.{name}: unknown; {function.__name__} takes {known}")
 
 
-def build(key: str, settings: Mapping[str, Any], expected: type[T], **extra: Any) -> T:
-    """Call the target with its settings, nested targets first.
+@dataclass(frozen=True)
+class Factory(Generic[T]):
+    """Builds one part of an experiment, as often as it is needed.
 
-    Args:
-        key: the settings' place in the configuration, for messages.
-        settings: `_target_` and keyword arguments.
-        expected: what the result must be an instance of.
-        extra: arguments of ours, passed where the target takes them and the settings do not.
+    The part is described by settings with a `_target_`, or by `{_object_: NAME}` for an object
+    that was passed to the library.
 
     Raises:
-        ConfigError: not importable, wrong arguments, a value that the target refuses, or a result
-            that is no `expected`.
+        ConfigError: The target cannot be imported, or does not accept the settings.
     """
-    made = target(key, settings)
-    check_arguments(key, made, settings)
-    accepted = _accepted(made)
-    ours = {name: value for name, value in extra.items() if accepted is None or name in accepted}
+
+    key: str  # dotted key of the settings, for messages
+    settings: Mapping[str, Any]
+    expected: type[T]  # what the built object must be an instance of
+    objects: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.is_object:
+            check_arguments(self.key, locate(self.key, self.settings, self.objects), self.settings)
+
+    @property
+    def is_object(self) -> bool:
+        """Whether the part is a given object rather than built from settings."""
+        return OBJECT in self.settings
+
+    def build(self, **context: Any) -> T:
+        """Build a fresh object; of a given object, a deep copy.
+
+        Args:
+            context: Further arguments, passed if the target accepts them and the settings do not
+                set them.
+
+        Raises:
+            ConfigError: The target refuses a value, or returns an object of another type.
+        """
+        if self.is_object:
+            return cast(T, copy.deepcopy(_given(self.key, self.settings, self.objects)))
+        return build_object(self.key, self.settings, self.expected, self.objects, **context)
+
+
+def build_object(
+    key: str,
+    settings: Mapping[str, Any],
+    expected: type[T],
+    objects: Mapping[str, Any] | None = None,
+    **context: Any,
+) -> T:
+    """Call a `_target_` with its settings; nested targets are built first.
+
+    Args:
+        key: Dotted key of the settings, for messages.
+        settings: `_target_` and keyword arguments.
+        expected: Class of which the result must be an instance.
+        objects: As in `locate`.
+        context: Further arguments, passed if the target accepts them and the settings do not set
+            them.
+
+    Raises:
+        ConfigError: The target cannot be imported, does not accept the settings, refuses a value,
+            or returns an object of another type.
+    """
+    function = locate(key, settings, objects or {})
+    check_arguments(key, function, settings)
+    accepted = _parameter_names(function)
+    extra = {name: value for name, value in context.items() if accepted is None or name in accepted}
     try:
-        result = instantiate({**ours, **settings}, _convert_="all")
+        if settings["_target_"] in (objects or {}):
+            arguments = {name: value for name, value in settings.items() if name != "_target_"}
+            result = function(**{**extra, **instantiate(arguments, _convert_="all")})
+        else:
+            result = instantiate({**extra, **settings}, _convert_="all")
     except InstantiationException as error:
-        raise ConfigError(f"{key} ({made.__name__}): {error.__cause__ or error}") from error
+        raise ConfigError(f"{key} ({function.__name__}): {error.__cause__ or error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} ({function.__name__}): {error}") from error
     if not isinstance(result, expected):
         raise ConfigError(
-            f"{key}._target_={settings['_target_']}: it made a {type(result).__name__}, "
+            f"{key}._target_={settings['_target_']}: it returned a {type(result).__name__}, "
             f"but a {expected.__name__} is needed"
         )
     return result
 
 
-def _accepted(made: Any) -> list[str] | None:
-    """Names of the keyword arguments that a callable takes; None where it takes any."""
+def _given(key: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Any:
+    """The object that `{_object_: NAME}` stands for. Raises ConfigError if it is not at hand."""
+    name = settings[OBJECT]
+    if name not in objects:
+        raise ConfigError(
+            f"{key}: it was passed as a Python object, which a configuration file cannot hold; "
+            "resume the run from Python with trainer.resume(FOLDER)"
+        )
+    return objects[name]
+
+
+def _parameter_names(function: Any) -> list[str] | None:
+    """Names of the keyword arguments that a callable accepts; None if it accepts any."""
     try:
-        parameters = inspect.signature(made).parameters
-    except (TypeError, ValueError):  # some built-in classes have none
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in classes have no signature
         return None
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return None

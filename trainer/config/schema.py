@@ -17,13 +17,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "cosine", "step")
 
 
-def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is not in `allowed`. Raises ConfigError."""
     if value not in allowed:
         raise ConfigError(f"{key}={value}: it must be one of {', '.join(allowed)}")
 
 
-def at_least(key: str, value: float | None, low: float, *, excluded: bool = False) -> None:
+def check_min(key: str, value: float | None, low: float, *, excluded: bool = False) -> None:
     """Refuse a number below `low` (or equal to it if `excluded`), NaN and infinity included.
 
     None passes: it means "not set". Raises ConfigError.
@@ -34,7 +34,7 @@ def at_least(key: str, value: float | None, low: float, *, excluded: bool = Fals
         raise ConfigError(f"{key}={value}: it must be {'above' if excluded else 'at least'} {low}")
 
 
-def file_name(key: str, value: str) -> None:
+def check_file_name(key: str, value: str) -> None:
     """Refuse what cannot be part of a file's name. Raises ConfigError."""
     if not value or any(c in value for c in "/\\\0") or value in (".", ".."):
         raise ConfigError(f"{key}={value!r}: it must be usable as the name of a file")
@@ -50,7 +50,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise ConfigError(f"weight={self.weight}: it must be between 0 and 1")
-        at_least("temperature", self.temperature, 0, excluded=True)
+        check_min("temperature", self.temperature, 0, excluded=True)
 
 
 @dataclass
@@ -69,15 +69,15 @@ class FitConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
-        at_least("fit.epochs", self.epochs, 0)
-        at_least("fit.lr", self.lr, 0, excluded=True)
-        one_of("fit.schedule", self.schedule, SCHEDULES)
-        at_least("fit.warmup_epochs", self.warmup_epochs, 0)
-        at_least("fit.step_epochs", self.step_epochs, 1)
-        at_least("fit.step_gamma", self.step_gamma, 0, excluded=True)
-        at_least("fit.accumulate", self.accumulate, 1)
-        at_least("fit.clip", self.clip, 0, excluded=True)
-        at_least("fit.max_steps", self.max_steps, 1)
+        check_min("fit.epochs", self.epochs, 0)
+        check_min("fit.lr", self.lr, 0, excluded=True)
+        check_choice("fit.schedule", self.schedule, SCHEDULES)
+        check_min("fit.warmup_epochs", self.warmup_epochs, 0)
+        check_min("fit.step_epochs", self.step_epochs, 1)
+        check_min("fit.step_gamma", self.step_gamma, 0, excluded=True)
+        check_min("fit.accumulate", self.accumulate, 1)
+        check_min("fit.clip", self.clip, 0, excluded=True)
+        check_min("fit.max_steps", self.max_steps, 1)
 
 
 @dataclass
@@ -90,10 +90,10 @@ class AllReduceConfig:
     segment_kb: int = 1024  # KiB of a ring message that are in flight at a time
 
     def __post_init__(self) -> None:
-        one_of("allreduce.algorithm", self.algorithm, ("ring", "native"))
-        one_of("allreduce.wire", self.wire, PRECISIONS)
-        at_least("allreduce.bucket_mb", self.bucket_mb, 0, excluded=True)
-        at_least("allreduce.segment_kb", self.segment_kb, 1)
+        check_choice("allreduce.algorithm", self.algorithm, ("ring", "native"))
+        check_choice("allreduce.wire", self.wire, PRECISIONS)
+        check_min("allreduce.bucket_mb", self.bucket_mb, 0, excluded=True)
+        check_min("allreduce.segment_kb", self.segment_kb, 1)
 
 
 @dataclass
@@ -105,9 +105,9 @@ class CheckpointConfig:
     keep: int = 2  # so many of the latest ones; ends of phases are kept anyway
 
     def __post_init__(self) -> None:
-        at_least("checkpoint.every_steps", self.every_steps, 1)
-        at_least("checkpoint.every_seconds", self.every_seconds, 0, excluded=True)
-        at_least("checkpoint.keep", self.keep, 1)
+        check_min("checkpoint.every_steps", self.every_steps, 1)
+        check_min("checkpoint.every_seconds", self.every_seconds, 0, excluded=True)
+        check_min("checkpoint.keep", self.keep, 1)
 
 
 @dataclass
@@ -121,8 +121,8 @@ class ArtifactConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of("artifact.numbers", self.numbers, ("fp16", "fp32"))
-        one_of("artifact.coder", self.coder, ("auto", "context", "columns", "huffman", "ans"))
+        check_choice("artifact.numbers", self.numbers, ("fp16", "fp32"))
+        check_choice("artifact.coder", self.coder, ("auto", "context", "columns", "huffman", "ans"))
 
 
 @dataclass
@@ -141,9 +141,9 @@ class LimitsConfig:
     max_megabytes: float | None = None  # of model.dcz, in 10^6 bytes
 
     def __post_init__(self) -> None:
-        at_least("limits.max_accuracy_drop", self.max_accuracy_drop, 0)
-        at_least("limits.min_ratio", self.min_ratio, 0, excluded=True)
-        at_least("limits.max_megabytes", self.max_megabytes, 0, excluded=True)
+        check_min("limits.max_accuracy_drop", self.max_accuracy_drop, 0)
+        check_min("limits.min_ratio", self.min_ratio, 0, excluded=True)
+        check_min("limits.max_megabytes", self.max_megabytes, 0, excluded=True)
 
 
 @dataclass
@@ -173,11 +173,11 @@ class ClusterConfig:
     py_modules: list[str] = field(default_factory=list)  # more packages to send along
 
     def __post_init__(self) -> None:
-        at_least("cluster.workers", self.workers, 1)
-        one_of("cluster.backend", self.backend, ("ray", "inline"))
-        one_of("cluster.device", self.device, ("auto", "cpu", "cuda"))
-        at_least("cluster.cpus_per_worker", self.cpus_per_worker, 0, excluded=True)
-        at_least("cluster.gpus_per_worker", self.gpus_per_worker, 0, excluded=True)
+        check_min("cluster.workers", self.workers, 1)
+        check_choice("cluster.backend", self.backend, ("ray", "inline"))
+        check_choice("cluster.device", self.device, ("auto", "cpu", "cuda"))
+        check_min("cluster.cpus_per_worker", self.cpus_per_worker, 0, excluded=True)
+        check_min("cluster.gpus_per_worker", self.gpus_per_worker, 0, excluded=True)
         if self.device == "cuda" and self.workers > 1 and self.gpus_per_worker < 1:
             raise ConfigError(
                 f"cluster.gpus_per_worker={self.gpus_per_worker:g} with cluster.workers="
@@ -188,10 +188,10 @@ class ClusterConfig:
                 raise ConfigError(
                     f"cluster.working_dir or py_modules: there is no file or folder {path}"
                 )
-        at_least("cluster.threads", self.threads, 1)
-        at_least("cluster.max_restarts", self.max_restarts, 0)
-        at_least("cluster.start_timeout_s", self.start_timeout_s, 0, excluded=True)
-        at_least("cluster.hang_timeout_s", self.hang_timeout_s, 0, excluded=True)
+        check_min("cluster.threads", self.threads, 1)
+        check_min("cluster.max_restarts", self.max_restarts, 0)
+        check_min("cluster.start_timeout_s", self.start_timeout_s, 0, excluded=True)
+        check_min("cluster.hang_timeout_s", self.hang_timeout_s, 0, excluded=True)
         if not 0 <= self.nice <= 19:
             raise ConfigError(f"cluster.nice={self.nice}: it must be between 0 and 19")
         if self.backend == "inline" and self.workers != 1:
@@ -240,28 +240,28 @@ class SweepConfig:
     refit: bool = False  # whether the best trial is then run without `during`, into best/
 
     def __post_init__(self) -> None:
-        file_name("sweep.name", self.name)
-        one_of("sweep.sampler", self.sampler, ("tpe", "random", "grid", "nsga2"))
-        one_of("sweep.pruner", self.pruner, ("median", "asha", "hyperband", "none"))
+        check_file_name("sweep.name", self.name)
+        check_choice("sweep.sampler", self.sampler, ("tpe", "random", "grid", "nsga2"))
+        check_choice("sweep.pruner", self.pruner, ("median", "asha", "hyperband", "none"))
         if self.analysis is not None:
-            one_of("sweep.analysis", self.analysis, ("interference", "sensitivity"))
-        one_of("sweep.metric", self.metric, ("accuracy", "loss"))
+            check_choice("sweep.analysis", self.analysis, ("interference", "sensitivity"))
+        check_choice("sweep.metric", self.metric, ("accuracy", "loss"))
         self.objectives = {k: v for k, v in self.objectives.items() if v is not None}
         for measure, direction in self.objectives.items():
-            one_of(f"sweep.objectives.{measure}", direction, ("maximize", "minimize"))
+            check_choice(f"sweep.objectives.{measure}", direction, ("maximize", "minimize"))
         if self.params and not self.objectives:
             raise ConfigError("sweep.objectives: there are none; give one, such as accuracy")
-        at_least("sweep.startup_trials", self.startup_trials, 0)
-        at_least("sweep.min_trials", self.min_trials, 1)
-        at_least("sweep.min_epochs", self.min_epochs, 1)
-        at_least("sweep.reduction", self.reduction, 2)
-        at_least("sweep.exchange", self.exchange, 0)
-        at_least("sweep.trials", self.trials, 1)
-        at_least("sweep.seconds", self.seconds, 0, excluded=True)
-        at_least("sweep.epochs", self.epochs, 1)
-        at_least("sweep.slots", self.slots, 1)
-        at_least("sweep.max_retries", self.max_retries, 0)
-        at_least("sweep.recycle_after", self.recycle_after, 1)
+        check_min("sweep.startup_trials", self.startup_trials, 0)
+        check_min("sweep.min_trials", self.min_trials, 1)
+        check_min("sweep.min_epochs", self.min_epochs, 1)
+        check_min("sweep.reduction", self.reduction, 2)
+        check_min("sweep.exchange", self.exchange, 0)
+        check_min("sweep.trials", self.trials, 1)
+        check_min("sweep.seconds", self.seconds, 0, excluded=True)
+        check_min("sweep.epochs", self.epochs, 1)
+        check_min("sweep.slots", self.slots, 1)
+        check_min("sweep.max_retries", self.max_retries, 0)
+        check_min("sweep.recycle_after", self.recycle_after, 1)
 
 
 @dataclass
@@ -286,10 +286,10 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
-        file_name("name", self.name)
+        check_file_name("name", self.name)
         self.phases = _enabled(self.phases)
         for phase in self.phases:
-            file_name("phases", str(phase))
+            check_file_name("phases", str(phase))
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed}: it must be at least 0 and below 2^63")
         batch_size = self.data.get("batch_size")
@@ -300,7 +300,7 @@ class Config:
                 f"data.batch_size={batch_size} with cluster.workers={self.cluster.workers}: the "
                 "global batch is shared out, so it must hold at least one sample per worker"
             )
-        one_of("precision", self.precision, PRECISIONS)
+        check_choice("precision", self.precision, PRECISIONS)
         for limit in ("min_ratio", "max_megabytes"):
             if getattr(self.limits, limit) is not None and not self.artifact.make:
                 raise ConfigError(

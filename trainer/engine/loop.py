@@ -19,7 +19,7 @@ from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import Split
 from trainer.engine.objective import Objective, supervised
-from trainer.engine.optim import build_optimizer, load_state, lr_factor, set_lr
+from trainer.engine.optim import load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
@@ -83,8 +83,8 @@ def fit(
         return
     world, precision = runtime.world, runtime.arithmetic()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(runtime.optimizer, parameters)
-    peak = cfg.lr if cfg.lr is not None else float(runtime.optimizer["lr"])
+    optimizer = runtime.optimizer.build(parameters)
+    peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
     step = 0
     if start is not None:
         step = start["step"]

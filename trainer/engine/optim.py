@@ -3,31 +3,65 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.config import FitConfig
-from trainer.config.instantiate import check_arguments, target
+from trainer.config.instantiate import check_arguments, locate
 from trainer.errors import ConfigError
 
 OWN_KERNELS = {"fused", "foreach", "differentiable"}  # settings that choose among kernels
 
 
-def build_optimizer(
-    settings: Mapping[str, Any], parameters: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """The optimizer that `settings` describe, fused where torch has a fused kernel for it.
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer class with its settings; `build` makes one for some parameters."""
+
+    kind: type[torch.optim.Optimizer]
+    options: Mapping[str, Any]  # keyword arguments of the class, `lr` included
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of phases that set none."""
+        return float(self.options["lr"])
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimizer, with torch's fused kernel if there is one for the parameters.
+
+        Args:
+            parameters: All on one device.
+
+        Raises:
+            ConfigError: The class refuses a setting.
+        """
+        parameters = list(parameters)
+        options = dict(self.options)
+        if not OWN_KERNELS & options.keys() and _fused_works(self.kind, parameters):
+            options["fused"] = True
+        try:
+            return self.kind(parameters, **options)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise ConfigError(
+                f"optimizer: {self.kind.__name__} refuses its settings: {error}"
+            ) from error
+
+
+def parse_optimizer(
+    settings: Mapping[str, Any], objects: Mapping[str, Any] | None = None
+) -> OptimizerSpec:
+    """The optimizer that settings describe.
 
     Args:
         settings: `_target_` (a subclass of torch.optim.Optimizer) and its keyword arguments.
-        parameters: all on one device.
+        objects: Classes by dotted path that cannot be imported.
 
     Raises:
-        ConfigError: unknown class, an argument that it lacks, or a value that it refuses.
+        ConfigError: The class is unknown or needs a closure, or it lacks or refuses an argument.
     """
-    kind = target("optimizer", settings)
+    kind = locate("optimizer", settings, objects or {})
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ConfigError(
             f"optimizer._target_={settings['_target_']}: it is not a torch.optim.Optimizer"
@@ -37,18 +71,14 @@ def build_optimizer(
     lr = options.get("lr")
     if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
         raise ConfigError(f"optimizer.lr={lr}: it must be a number above 0")
-    parameters = list(parameters)
     if "closure" in _needed(kind.step):
         raise ConfigError(
             f"optimizer._target_={settings['_target_']}: it evaluates the loss several times "
             "a step (a closure), which data-parallel training does not offer"
         )
-    if not OWN_KERNELS & options.keys() and _fused_works(kind, parameters):
-        options["fused"] = True
-    try:
-        return kind(parameters, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"optimizer: {kind.__name__} refuses its settings: {error}") from error
+    spec = OptimizerSpec(kind, options)
+    spec.build([nn.Parameter(torch.zeros(1))])
+    return spec
 
 
 def _needed(function: Callable[..., Any]) -> set[str]:

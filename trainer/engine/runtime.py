@@ -1,13 +1,12 @@
 """What stays the same over all phases of a run, and how a batch gets to the model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import AllReduceConfig
+from trainer.engine.optim import OptimizerSpec
 from trainer.engine.precision import Precision
 from trainer.engine.world import World
 
@@ -19,7 +18,7 @@ class Runtime:
     world: World
     precision: str  # fp32, bf16 or fp16
     allreduce: AllReduceConfig
-    optimizer: Mapping[str, Any]
+    optimizer: OptimizerSpec
     batch_size: int  # global: over all workers
     seed: int
     channels_last: bool = False

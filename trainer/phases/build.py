@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-from trainer.config import typed
-from trainer.config.instantiate import target
+from trainer.config import to_dataclass
+from trainer.config.instantiate import locate
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
 
@@ -31,12 +31,12 @@ def _build(key: str, settings: Mapping[str, Any]) -> Phase:
     fit = settings.get("fit")
     if not isinstance(fit, Mapping):
         raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
-    kind = target(key, settings)
+    kind = locate(key, settings, {})
     if not (isinstance(kind, type) and issubclass(kind, Phase) and is_dataclass(kind)):
         raise ConfigError(
             f"{key}._target_={settings['_target_']}: a phase is a dataclass that derives from Phase"
         )
-    return typed(kind, {k: v for k, v in settings.items() if k != "_target_"}, key)
+    return to_dataclass(kind, {k: v for k, v in settings.items() if k != "_target_"}, key)
 
 
 def check_order(phases: Mapping[str, Phase]) -> None:

@@ -12,7 +12,7 @@ from trainer.compress.install import fold, install
 from trainer.compress.masks import largest
 from trainer.compress.parametrize import Masked, compression
 from trainer.compress.select import Place, choose, weights
-from trainer.config import FitConfig, at_least, one_of
+from trainer.config import FitConfig, check_choice, check_min
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -70,8 +70,8 @@ class Prune(Phase):
         return frozenset({"zeros"})
 
     def __post_init__(self) -> None:
-        one_of("scope", self.scope, ("layer", "global"))
-        one_of("schedule", self.schedule, ("oneshot", "cubic"))
+        check_choice("scope", self.scope, ("layer", "global"))
+        check_choice("schedule", self.schedule, ("oneshot", "cubic"))
         if not 0 <= self.min_density <= 1:
             raise ConfigError(f"min_density={self.min_density}: it must be between 0 and 1")
         asked = {}
@@ -177,8 +177,8 @@ class Prune(Phase):
                 "sparsity=auto with max_drop=null: say how far the accuracy may fall, such as "
                 "limits.max_accuracy_drop=0.002, which max_drop follows"
             )
-        at_least("max_drop", self.max_drop, 0)
-        at_least("rounds", self.rounds, 1)
+        check_min("max_drop", self.max_drop, 0)
+        check_min("rounds", self.rounds, 1)
         if self.fit.epochs == 0:
             raise ConfigError("sparsity=auto with fit.epochs=0: each round trains; set epochs")
         if (self.schedule, self.scope, self.overrides) != ("oneshot", "layer", {}):

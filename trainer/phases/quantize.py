@@ -22,7 +22,7 @@ from trainer.compress.quantize import (
 )
 from trainer.compress.rewrite import fold_batch_norms, foldable, skeleton, unroll_lstms
 from trainer.compress.select import Place, choose, match, module_of, parameters
-from trainer.config import FitConfig, one_of
+from trainer.config import FitConfig, check_choice
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
@@ -74,7 +74,7 @@ class Quantize(Phase):
             if bits is not None and bits not in BITS:
                 raise ConfigError(f"{key}={bits}: it must be 2 to 8 bits")
         for what in self.keep:
-            one_of("keep", what, ("zeros", "sharing"))
+            check_choice("keep", what, ("zeros", "sharing"))
         if not 0 < self.momentum <= 1:
             raise ConfigError(f"momentum={self.momentum}: it must be above 0 and at most 1")
         if "sharing" in self.keep and self.per_channel:

@@ -10,7 +10,7 @@ from trainer.compress.codebooks import codebook_of
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Compression, Packed, Shared, compression
 from trainer.compress.select import parameters, vectors
-from trainer.config import FitConfig, one_of
+from trainer.config import FitConfig, check_choice
 from trainer.engine.world import World
 from trainer.phases.base import Phase
 
@@ -32,7 +32,7 @@ class Retrain(Phase):
 
     def __post_init__(self) -> None:
         for what in self.keep:
-            one_of("keep", what, ("zeros", "sharing"))
+            check_choice("keep", what, ("zeros", "sharing"))
 
     @property
     def keeps(self) -> frozenset[str]:

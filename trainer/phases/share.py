@@ -11,7 +11,7 @@ from trainer.compress.codebooks import INITS, MOST, Codebook, cluster
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Shared
 from trainer.compress.select import choose, match, parameters, vectors
-from trainer.config import FitConfig, at_least, one_of
+from trainer.config import FitConfig, check_choice, check_min
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
@@ -57,8 +57,8 @@ class Share(Phase):
         for key, number in _dotted("clusters", self.clusters).items():
             if not 1 <= number < 1 << 16:
                 raise ConfigError(f"{key}={number}: it must be 1 to 65535 clusters")
-        one_of("init", self.init, tuple(INITS))
-        at_least("rate", self.rate, 0)
+        check_choice("init", self.init, tuple(INITS))
+        check_min("rate", self.rate, 0)
 
     def check(self, model: nn.Module) -> None:
         self._numbers(model)

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import Config, typed
+from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError, first_line
 from trainer.sweep.analysis import check_analysis
 from trainer.sweep.measures import check_measures
@@ -57,7 +57,7 @@ class Plan:
 
     def trial(self, drawn: Drawn) -> Config:
         """The configuration of a trial. Raises ConfigError."""
-        return typed(Config, self._settings({**self.during, **self.space.settings(drawn)}))
+        return to_dataclass(Config, self._settings({**self.during, **self.space.settings(drawn)}))
 
     def winner(self, drawn: Drawn) -> dict[str, Any]:
         """The plain configuration of the trial run in full: without `sweep.during`."""
@@ -96,7 +96,7 @@ class Plan:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
             if self.cfg.sweep.refit and self.during:
                 try:
-                    check(typed(Config, self.winner(drawn)))
+                    check(to_dataclass(Config, self.winner(drawn)))
                 except ConfigError as error:
                     raise ConfigError(
                         f"sweep.refit=true: without sweep.during, and with {name}={drawn[name]}, "
