@@ -5,9 +5,9 @@
     python benchmarks/coders.py --vgg16
 
 Takes the tensors with two or more dimensions of each file, pruned to their density (by default as
-they are). One with few distinct values (trainer.compress.codebooks.few_values) is shared as it is,
-another by k-means with --clusters, linear initialisation. Levels only: codebooks, names and biases
-are in no column.
+they are). One with few distinct values (trainer.compress.codebooks.distinct_values) is shared as it
+is, another by k-means with --clusters, linear initialisation. Levels only: codebooks, names and
+biases are in no column.
 
     ours        encode_layer, decode_layer, every blob decoded and compared
     Huffman, ANS   the same with that coder alone

@@ -28,7 +28,7 @@ from trainer.compress.rewrite import restore
 from trainer.config import Config, to_dataclass
 from trainer.data.split import Split
 from trainer.export.onnx import to_onnx
-from trainer.export.runtime import BATCHES, OnnxModel, correct
+from trainer.export.runtime import BATCHES, OnnxModel, count_correct
 from trainer.parts import build_data, build_model
 
 NETS = {
@@ -59,7 +59,9 @@ def files(folder: Path, cfg: Config, test: Split) -> tuple[bytes, bytes]:
 def accuracy(model: OnnxModel, test: Split) -> float:
     """In percent."""
     batches = test.batches(torch.arange(len(test)).split(256), None)
-    return 100 * sum(correct(model(inputs), targets) for inputs, targets in batches) / len(test)
+    return (
+        100 * sum(count_correct(model(inputs), targets) for inputs, targets in batches) / len(test)
+    )
 
 
 def turns(models: list[OnnxModel], inputs: torch.Tensor, repeats: int) -> list[list[float]]:

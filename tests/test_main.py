@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from trainer import artifact
 from trainer.__main__ import conf_dir, main
-from trainer.compress.quantize import is_grid
+from trainer.compress.quantize import is_quantizer_entry
 from trainer.data.mnist import mnist
 from trainer.models import LeNet5, LeNet300
 from trainer.store.directory import RunDirectory
@@ -178,7 +178,7 @@ def test_every_shipped_experiment_runs(name):
     assert not (run / ".hydra").exists()
     assert not list(run.glob("**/*.part"))
     saved = load_file(run / "model.safetensors")
-    weights = {name: value for name, value in saved.items() if not is_grid(name)}
+    weights = {name: value for name, value in saved.items() if not is_quantizer_entry(name)}
     zeros = sum(int((value == 0).sum()) for value in weights.values())
     nonzero = sum(value.numel() for value in weights.values()) - zeros
     assert nonzero == summary["phases"][-1]["nonzero"]

@@ -99,9 +99,9 @@ def test_with_fp32_numbers_every_bit_comes_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("coder", ["auto", "context", "columns", "huffman", "ans"])
-@pytest.mark.parametrize("numbers", ["fp16", "fp32"])
-def test_a_whole_model_comes_back(model: dict[str, Tensor], coder: str, numbers: str) -> None:
-    same(artifact.loads(artifact.encode(model, numbers, coder)), model)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_whole_model_comes_back(model: dict[str, Tensor], coder: str, dtype: str) -> None:
+    same(artifact.loads(artifact.encode(model, dtype, coder)), model)
 
 
 def test_a_file_without_tensors() -> None:
@@ -177,8 +177,8 @@ def test_a_sparse_layer_of_few_values_is_shared_where_that_is_smaller() -> None:
     weight = torch.zeros(600)
     weight[torch.randperm(600)[:60]] = values[torch.arange(60) % 32]
     weights = {"w": weight.view(20, 30)}
-    for numbers in ("fp16", "fp32"):
-        content = artifact.encode(weights, numbers)
+    for dtype in ("fp16", "fp32"):
+        content = artifact.encode(weights, dtype)
         same(artifact.loads(content), weights)
         assert artifact.describe(content).layers[0]["kind"] == "shared"
     assert len(artifact.encode(weights)) < len(artifact.encode({"w": pruned(20, 30)})) - 60
@@ -258,11 +258,11 @@ def frames(content: bytes) -> list[bytes]:
     found, place = [], len(MAGIC)
     header, sections = split(content)
     sizes = [len(s) for s in sections]
-    rest = sum(len(varint.put(n)) + n + 4 for n in sizes)
+    rest = sum(len(varint.encode(n)) + n + 4 for n in sizes)
     found.append(content[place : len(content) - rest])
     place = len(content) - rest
     for n in sizes:
-        found.append(content[place : place + len(varint.put(n)) + n + 4])
+        found.append(content[place : place + len(varint.encode(n)) + n + 4])
         place += len(found[-1])
     assert header
     assert MAGIC + b"".join(found) == content
@@ -521,7 +521,7 @@ def framed(text: bytes, *sections: bytes) -> bytes:
     content, checksum = MAGIC, zlib.crc32(MAGIC)
     for payload in (deflate.compress(text) + deflate.flush(), *sections):
         checksum = zlib.crc32(payload, checksum)
-        content += varint.put(len(payload)) + payload + checksum.to_bytes(4, "little")
+        content += varint.encode(len(payload)) + payload + checksum.to_bytes(4, "little")
     return content
 
 
@@ -592,10 +592,10 @@ def test_a_small_file_cannot_take_much_memory() -> None:
 def test_what_may_be_taken_is_the_callers_to_say(monkeypatch) -> None:
     content = aliases(9, 10, 10)
     assert len(artifact.loads(content, 10 * 400)) == 10
-    said = r"4,000 bytes, and 3,999 are allowed; .* most=BYTES in Python, --most-bytes"
+    said = r"4,000 bytes, and 3,999 are allowed; .* max_bytes=BYTES in Python, --max-bytes"
     with pytest.raises(artifact.ArtifactError, match=said):
         artifact.loads(content, 10 * 400 - 1)
-    monkeypatch.setattr(read, "_LEAST", 0)
+    monkeypatch.setattr(read, "_MIN_ALLOWED", 0)
     assert len(artifact.loads(content)) == 10
     monkeypatch.setattr(read, "_GROWTH", 1)
     with pytest.raises(artifact.ArtifactError, match=f"and {len(content)} are allowed"):

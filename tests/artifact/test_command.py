@@ -129,6 +129,18 @@ def test_the_limit_can_be_set(verb, tmp_path, capsys) -> None:
     file = tmp_path / "model.dcz"
     file.write_bytes(artifact.encode({"w": torch.ones(9)}))
     arguments = [verb, str(file), *([str(tmp_path / "out")] if verb == "decode" else [])]
-    assert main([*arguments, "--most-bytes=35"]) == 1
+    assert main([*arguments, "--max-bytes=35"]) == 1
     assert "36 bytes, and 35 are allowed" in capsys.readouterr().err
-    assert main([*arguments, "--most-bytes=36"]) == 0
+    assert main([*arguments, "--max-bytes=36"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_old_name_of_the_limit_works_and_prints_the_new_one(tmp_path, capsys) -> None:
+    file = tmp_path / "model.dcz"
+    file.write_bytes(artifact.encode({"w": torch.ones(9)}))
+    assert main(["verify", str(file), "--most-bytes=36"]) == 0
+    assert capsys.readouterr().err == "--most-bytes is now called --max-bytes\n"
+    assert main(["verify", str(file), "--most-bytes=35"]) == 1
+    with pytest.raises(SystemExit):
+        main(["verify", "--help"])
+    assert "--most-bytes" not in capsys.readouterr().out

@@ -13,12 +13,12 @@ from trainer.compress import codebooks
 from trainer.compress.codebooks import (
     _GROUPS,
     INITS,
-    MOST,
+    MAX_CLUSTERS,
     Codebook,
     cluster,
     codebook_of,
+    distinct_values,
     exact,
-    few_values,
 )
 
 
@@ -177,7 +177,7 @@ def test_a_price_of_bits_lowers_the_entropy_at_some_error() -> None:
         assert costs[i] <= min(costs) * 1.01
 
 
-@pytest.mark.parametrize("k", [0, -1, MOST + 1])
+@pytest.mark.parametrize("k", [0, -1, MAX_CLUSTERS + 1])
 def test_numbers_out_of_range_are_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"{k} clusters: there must be 1 to 65535"):
         cluster(torch.randn(9), k)
@@ -198,10 +198,10 @@ def test_codebook_of_finds_what_cluster_made() -> None:
     assert torch.equal(dense(book), weights)
     assert len(book.values) == 16
     assert (book.values.diff() > 0).all()
-    assert codebook_of(weights, most=15) is None
+    assert codebook_of(weights, max_values=15) is None
     assert codebook_of(torch.randn(50, 60)) is None
     late = torch.cat((torch.ones(5000), torch.randn(5000)))
-    assert codebook_of(late, most=16) is None
+    assert codebook_of(late, max_values=16) is None
 
 
 def test_codebook_of_corners() -> None:
@@ -233,10 +233,9 @@ def test_any_repeated_value_can_count_as_few() -> None:
 def test_what_repeats_by_chance_is_not_few(number: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for weights in (torch.randn(number, generator=generator), torch.rand(number)):
-        assert few_values(weights, any_repeat=True) is None
-    assert (
-        few_values(weights[torch.arange(number) % (number * 9 // 10)], any_repeat=True) is not None
-    )
+        assert distinct_values(weights, any_repeat=True) is None
+    repeated = weights[torch.arange(number) % (number * 9 // 10)]
+    assert distinct_values(repeated, any_repeat=True) is not None
 
 
 def test_nan_is_no_value() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.compress.half import narrow, round_numbers, shared_values
+from trainer.compress.half import round_to_half, shared_values, to_half
 from trainer.compress.quantize import WeightQuantizer, attach
 
 WIDE = {
@@ -28,13 +28,13 @@ NARROW = {
 @pytest.mark.parametrize("name", WIDE)
 def test_fp16_is_not_taken_where_it_loses_numbers(name: str) -> None:
     values = torch.tensor(WIDE[name])
-    assert narrow(values) is values
+    assert to_half(values) is values
 
 
 @pytest.mark.parametrize("name", NARROW)
 def test_fp16_is_taken_where_it_loses_the_last_bits(name: str) -> None:
     values = torch.tensor(NARROW[name])
-    made = narrow(values)
+    made = to_half(values)
     assert made.dtype == torch.float16
     assert torch.equal(made, values.half())
 
@@ -68,7 +68,7 @@ def test_vectors_and_codebooks_are_rounded_and_all_else_is_not() -> None:
     nn.init.normal_(model[1].running_mean)
     model[1].running_var.fill_(1e6)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    round_numbers(model)
+    round_to_half(model)
     rounded = set()
     for name, tensor in model.state_dict().items():
         if torch.equal(tensor, before[name]):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.compress.masks import cubic_sparsity, largest, share
+from trainer.compress.masks import cubic_sparsity, kept_counts, largest
 
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-40, -3e38, 7.25])
 values = st.lists(st.one_of(few_values, st.floats(-100, 100, width=16)), min_size=1, max_size=60)
@@ -74,27 +74,27 @@ def test_share_is_what_sorting_gives(data: st.DataObject) -> None:
     weights = [torch.tensor(v) for v in data.draw(st.lists(values, min_size=1, max_size=4))]
     floors = [data.draw(st.integers(0, len(weight))) for weight in weights]
     keep = data.draw(st.integers(sum(floors), sum(len(weight) for weight in weights)))
-    counts = share(weights, keep, floors)
+    counts = kept_counts(weights, keep, floors)
     assert sum(counts) == keep
     assert counts == greedy_share(weights, keep, floors)
 
 
 def test_share_gives_each_layer_its_floor() -> None:
     small, large = torch.rand(10) * 1e-3, torch.rand(90) + 1
-    assert share([small, large], 20, [0, 0]) == [0, 20]
-    assert share([small, large], 20, [3, 9]) == [3, 17]
+    assert kept_counts([small, large], 20, [0, 0]) == [0, 20]
+    assert kept_counts([small, large], 20, [3, 9]) == [3, 17]
 
 
 def test_share_compares_types_by_value() -> None:
     weights = [torch.tensor([1.0, 4.0]).half(), torch.tensor([2.0, 3.0], dtype=torch.float64)]
-    assert share(weights, 3, [0, 0]) == [1, 2]
+    assert kept_counts(weights, 3, [0, 0]) == [1, 2]
 
 
 def test_share_refuses() -> None:
     with pytest.raises(ValueError, match="floors alone keep 4 weights, more than 3"):
-        share([torch.ones(4), torch.ones(4)], 3, [2, 2])
+        kept_counts([torch.ones(4), torch.ones(4)], 3, [2, 2])
     with pytest.raises(ValueError, match="diverged"):
-        share([torch.ones(4), torch.full((4,), torch.nan)], 3, [0, 0])
+        kept_counts([torch.ones(4), torch.full((4,), torch.nan)], 3, [0, 0])
 
 
 def test_cubic_sparsity() -> None:

@@ -86,15 +86,15 @@ def test_packed_training_is_dense_training_with_masked_gradients(made: Made, nam
         places[0].value.data.masked_fill_(~masks[key], 0)
     dense = copy.deepcopy(model)
     for key, places in weights(dense).items():
-        places[0].learnt.register_hook(lambda grad, mask=masks[key]: grad * mask)
+        places[0].trainable.register_hook(lambda grad, mask=masks[key]: grad * mask)
     train(dense, x, OPTIMIZERS[name](list(dense.parameters())))
 
     compress(model, Packed, masks)
-    learnt = list(model.parameters())
-    assert sum(p.numel() for p in learnt if p.ndim == 1) < sum(
+    trainable = list(model.parameters())
+    assert sum(p.numel() for p in trainable if p.ndim == 1) < sum(
         p.numel() for p in dense.parameters()
     )
-    train(model, x, OPTIMIZERS[name](learnt))
+    train(model, x, OPTIMIZERS[name](trainable))
     inside = model(x)
     fold(model)
     for (key, value), expected in zip(model.named_parameters(), dense.parameters(), strict=True):
@@ -144,10 +144,10 @@ def test_masked_passes_the_dense_gradient(made: Made) -> None:
     for each in (model, dense):
         each(x).square().mean().backward()
     for name, places in weights(dense).items():
-        learnt = weights(model)[name][0].learnt
-        assert learnt.grad is not None
-        assert torch.equal(learnt.grad, places[0].value.grad)
-        assert learnt.grad[~masks[name]].any()
+        trainable = weights(model)[name][0].trainable
+        assert trainable.grad is not None
+        assert torch.equal(trainable.grad, places[0].value.grad)
+        assert trainable.grad[~masks[name]].any()
 
 
 def test_a_masked_weight_is_plus_zero_even_where_it_was_infinite() -> None:
@@ -280,9 +280,9 @@ def test_each_forward_of_a_recurrent_net_writes_each_weight_once() -> None:
     class Counting(Packed):
         writes = 0
 
-        def write(self, learnt: Tensor) -> None:
+        def write(self, trainable: Tensor) -> None:
             Counting.writes += 1
-            super().write(learnt)
+            super().write(trainable)
 
     lstm = nn.LSTM(3, 4)
     compress(lstm, Counting, half_masks(lstm))
@@ -347,11 +347,11 @@ def test_the_gradient_of_a_shared_value_is_the_sum_over_its_cluster(made: Made) 
     for each in (model, dense):
         each(x).square().mean().backward()
     for name, places in weights(dense).items():
-        grad, learnt = places[0].value.grad, weights(model)[name][0].learnt
-        assert learnt.shape == books[name].values.shape
-        for i in range(len(learnt)):
+        grad, trainable = places[0].value.grad, weights(model)[name][0].trainable
+        assert trainable.shape == books[name].values.shape
+        for i in range(len(trainable)):
             wanted = grad[books[name].codes == i + 1].sum()
-            torch.testing.assert_close(learnt.grad[i], wanted, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(trainable.grad[i], wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("made", MODELS)
@@ -360,9 +360,9 @@ def test_shared_training_moves_clusters_and_no_zero(made: Made, name: str) -> No
     torch.manual_seed(1)
     model, x = made()
     books = share(model)
-    before = {key: places[0].learnt.detach().clone() for key, places in weights(model).items()}
+    before = {key: places[0].trainable.detach().clone() for key, places in weights(model).items()}
     train(model, x, OPTIMIZERS[name](list(model.parameters())))
-    after = {key: places[0].learnt.detach().clone() for key, places in weights(model).items()}
+    after = {key: places[0].trainable.detach().clone() for key, places in weights(model).items()}
     inside = model(x)
     fold(model)
     assert torch.equal(inside, model(x))

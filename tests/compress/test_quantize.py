@@ -31,7 +31,7 @@ def test_a_weight_is_integers_times_a_scale(bits: int, channels: int | None) -> 
     made = quantizer(weight)
     steps = on_grid(quantizer, made)
     assert torch.allclose(steps, steps.round(), atol=1e-4)
-    assert steps.abs().max() <= quantizer.most + 1e-4
+    assert steps.abs().max() <= quantizer.max_integer + 1e-4
     assert torch.equal(quantizer(made), made)  # what is on the grid stays
     assert bool((made[weight == 0] == 0).all())
     assert not bool((made.signbit() & (made == 0)).any())
@@ -90,17 +90,17 @@ def test_activations_are_noted_and_left_until_there_is_a_range() -> None:
     assert quantizer.seen.tolist() == [-1, 3]
     quantizer(x * 2)
     assert quantizer.seen.tolist() == [-2, 6]  # of all that it saw since it was asked
-    quantizer.follow(torch.zeros(2), 0.1)  # of zeros alone: still no range
+    quantizer.update_range(torch.zeros(2), 0.1)  # of zeros alone: still no range
     assert torch.equal(quantizer(x * 2), x * 2)
-    quantizer.follow(quantizer.seen.clone(), 0.1)
+    quantizer.update_range(quantizer.seen.clone(), 0.1)
     assert quantizer.range.tolist() == [-2, 6]
     assert quantizer.seen.isnan().all()
     assert torch.allclose(quantizer(x), x, atol=8 / 255 / 2 + 1e-6)
-    quantizer.follow(torch.tensor([torch.nan, torch.nan]), 0.1)
-    quantizer.follow(torch.tensor([-1.0, 7.0]), 0.5)
+    quantizer.update_range(torch.tensor([torch.nan, torch.nan]), 0.1)
+    quantizer.update_range(torch.tensor([-1.0, 7.0]), 0.5)
     assert quantizer.range.tolist() == [-1.5, 6.5]
-    quantizer.follow(torch.tensor([0.0, 1.0]), 1.0)
-    quantizer.follow(torch.tensor([torch.nan, 1.0]), 1.0)
+    quantizer.update_range(torch.tensor([0.0, 1.0]), 1.0)
+    quantizer.update_range(torch.tensor([torch.nan, 1.0]), 1.0)
     quantizer(x * 2)
     clipped = quantizer.eval()(torch.tensor([-5.0, 0.5, 5.0]))
     assert torch.allclose(clipped, torch.tensor([0, 0.5, 1]), atol=1 / 255)
@@ -114,13 +114,13 @@ def test_what_is_not_finite_leaves_the_range_alone(odd: float) -> None:
     quantizer(torch.tensor([-1.0, odd, 2.0]))
     assert not quantizer.seen.isinf().any()
     assert not (quantizer.seen.abs() > 2).any()
-    quantizer.follow(quantizer.seen.clone(), 0.1)
+    quantizer.update_range(quantizer.seen.clone(), 0.1)
     assert not quantizer.ready
     quantizer(torch.tensor([-1.0, 2.0]))
-    quantizer.follow(quantizer.seen.clone(), 0.1)
+    quantizer.update_range(quantizer.seen.clone(), 0.1)
     assert quantizer.ready
     quantizer(torch.tensor([-1.0, odd, 2.0]))
-    quantizer.follow(quantizer.seen.clone(), 0.1)
+    quantizer.update_range(quantizer.seen.clone(), 0.1)
     assert quantizer.range.tolist() == [-1, 2]
 
 
@@ -129,7 +129,7 @@ def test_positive_numbers_alone_still_have_zero_on_the_grid() -> None:
     numbers = torch.tensor([3.0, 4.0])
     quantizer(numbers)
     assert quantizer.seen.tolist() == [0, 4]
-    quantizer.follow(quantizer.seen.clone(), 0.1)
+    quantizer.update_range(quantizer.seen.clone(), 0.1)
     assert quantizer(numbers)[1] == 4
 
 
@@ -137,7 +137,7 @@ def test_a_range_is_loaded() -> None:
     source, target = ActivationQuantizer(8), ActivationQuantizer(8)
     target.load_state_dict(source.state_dict())
     assert not target.ready
-    source.follow(torch.tensor([-1.0, 1.0]), 0.1)
+    source.update_range(torch.tensor([-1.0, 1.0]), 0.1)
     target.load_state_dict(source.state_dict())
     x = torch.randn(9)
     assert torch.equal(target.eval()(x), source.eval()(x))
@@ -157,7 +157,7 @@ def test_what_is_never_used_or_always_zero_is_not_quantized() -> None:
     model["idle"](torch.zeros(3, 4))
     model["used"](x)
     for quantizer in activation_quantizers(model):
-        quantizer.follow(quantizer.seen.clone(), 0.1)
+        quantizer.update_range(quantizer.seen.clone(), 0.1)
     model = copy.deepcopy(model)
     detach_unused(model)
     assert not [name for name in model.state_dict() if "attention" in name and "quantizer" in name]
@@ -176,7 +176,7 @@ def test_an_input_may_be_given_by_name() -> None:
     x = torch.tensor([[0.0, 3.0], [1.4, 2.6]])
     layer(input=x)
     assert layer.input_quantizer.seen.tolist() == [0, 3]
-    layer.input_quantizer.follow(layer.input_quantizer.seen.clone(), 0.1)
+    layer.input_quantizer.update_range(layer.input_quantizer.seen.clone(), 0.1)
     assert torch.equal(layer(input=x), layer(x))
     assert not torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
@@ -185,7 +185,7 @@ def test_bits_are_loaded_with_the_grid() -> None:
     source, target = WeightQuantizer(3), WeightQuantizer(8)
     target.load_state_dict(source.state_dict())
     assert target.bits == 3
-    assert target.most == 3
+    assert target.max_integer == 3
     with pytest.raises(ValueError, match="bits=9: it must be 2 to 8"):
         WeightQuantizer(9)
 
@@ -198,7 +198,7 @@ def test_inputs_and_outputs_of_a_layer_are_quantized() -> None:
     for _ in range(2):  # the range of the outputs follows that of inputs on their grid
         layer(x)
         for quantizer in activation_quantizers(layer):
-            quantizer.follow(quantizer.seen.clone(), 1.0)
+            quantizer.update_range(quantizer.seen.clone(), 1.0)
     made = layer(x)
     steps = made.unique()
     assert len(steps) <= 4

@@ -15,7 +15,7 @@ from trainer.compress.quantize import (
     attach,
 )
 from trainer.compress.rewrite import (
-    conform,
+    apply_structure,
     fold_batch_norms,
     foldable,
     restore,
@@ -237,7 +237,7 @@ def changed(model: nn.Module) -> nn.Module:
             last = module
     attach(last, "output", ActivationQuantizer(5))
     for quantizer in activation_quantizers(model):
-        quantizer.follow(torch.tensor([-1.0, 1.0]), 1.0)
+        quantizer.update_range(torch.tensor([-1.0, 1.0]), 1.0)
     return model
 
 
@@ -253,7 +253,7 @@ def test_a_fresh_model_conforms_to_a_state_dict(build, inputs: Tensor) -> None:
     model = changed(lively(build()))
     state = model.state_dict()
     fresh = build().eval()
-    conform(fresh, state)
+    apply_structure(fresh, state)
     fresh.load_state_dict(state)
     assert torch.equal(fresh(inputs), model(inputs))
     assert list(fresh.state_dict()) == list(state)
@@ -313,8 +313,8 @@ def test_a_damaged_grid_is_refused(name: str, value: Tensor | None) -> None:
 def test_an_ordinary_state_dict_changes_nothing() -> None:
     model = ResNetCifar(8)
     before = str(model)
-    conform(model, model.state_dict())
-    conform(model, {})
+    apply_structure(model, model.state_dict())
+    apply_structure(model, {})
     assert str(model) == before
 
 

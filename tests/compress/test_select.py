@@ -6,7 +6,7 @@ from torch import nn
 
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Packed
-from trainer.compress.select import match, weights
+from trainer.compress.select import match_patterns, weights
 from trainer.errors import ConfigError
 
 
@@ -59,14 +59,15 @@ def test_a_tied_weight_is_one_entry() -> None:
 
 def test_match() -> None:
     names = ["conv1.weight", "conv2.weight", "fc1.weight", "rnn.weight_hh_l0", "table"]
-    assert match({"conv*": 1, "conv2": 2, "*hh*": 3, "table": 4}, names) == {
+    assert match_patterns({"conv*": 1, "conv2": 2, "*hh*": 3, "table": 4}, names) == {
         "conv1.weight": 1,
         "conv2.weight": 2,
         "rnn.weight_hh_l0": 3,
         "table": 4,
     }
-    assert match({"conv2": 2, "*": 1}, names) == dict.fromkeys(names, 1)  # the last one wins
+    # Where several patterns match, the last one wins.
+    assert match_patterns({"conv2": 2, "*": 1}, names) == dict.fromkeys(names, 1)
     with pytest.raises(
         ConfigError, match=r"'fc2' matches no weight; there are conv1\.weight, conv2"
     ):
-        match({"fc2": 1}, names)
+        match_patterns({"fc2": 1}, names)

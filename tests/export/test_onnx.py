@@ -14,7 +14,7 @@ from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
 from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
-from trainer.export.runtime import OnnxModel, correct, latencies
+from trainer.export.runtime import OnnxModel, count_correct, latencies
 from trainer.models import LeNet300, LSTMLanguageModel, ResNetCifar
 from trainer.phases import Prune, Quantize
 
@@ -132,7 +132,7 @@ def test_a_quantized_model_holds_integers_and_answers_as_pytorch_does(settings) 
         expected = model(batch).detach()
         # A rounding that falls the other way is one step of an input, times a weight.
         np.testing.assert_allclose(file(batch), expected, atol=float(expected.abs().max()) / 20)
-        assert correct(file(batch), expected.argmax(-1)) >= count - 1
+        assert count_correct(file(batch), expected.argmax(-1)) >= count - 1
 
 
 def test_few_bits_of_activations_end_where_the_grid_does() -> None:

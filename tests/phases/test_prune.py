@@ -113,14 +113,14 @@ def test_weights_that_grow_return(model: Net) -> None:
     phase.after_step(model, WORLD, 4, 10)
     lost = (place.value == 0).nonzero()[0]
     with torch.no_grad():
-        place.learnt[tuple(lost)] = 5.0  # the dense gradient reaches it
+        place.trainable[tuple(lost)] = 5.0  # the dense gradient reaches it
     assert place.value[tuple(lost)] == 0
     phase.after_step(model, WORLD, 5, 10)
     assert place.value[tuple(lost)] == 5.0
     assert int(place.value.count_nonzero()) == 360
     phase.after_step(model, WORLD, 6, 10)  # the masks rest
     with torch.no_grad():
-        place.learnt.mul_(-1)
+        place.trainable.mul_(-1)
     phase.leave(model)
     assert model.fc1.weight[tuple(lost)] == -5.0
     assert kept(model) == {"conv1.weight": 18, "fc1.weight": 360, "fc2.weight": 100}

@@ -4,7 +4,7 @@
     python -m trainer.artifact verify FILE
     python -m trainer.artifact decode FILE OUT.safetensors
 
---most-bytes=N allows tensors of so many bytes, where a file says that it holds more than usual.
+--max-bytes=N allows tensors of so many bytes, where a file says that it holds more than usual.
 Exit codes: 0 done, 1 the file is damaged or cannot be read or written, 2 wrong arguments.
 """
 
@@ -30,23 +30,26 @@ _WIDE = 1000  # columns where the output is no terminal: one line for a tensor
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line says and return the exit code."""
     options = _parser().parse_args(arguments)
-    told = options.file
+    path = options.file
+    if options.most_bytes is not None:
+        print("--most-bytes is now called --max-bytes", file=sys.stderr)
+        options.max_bytes = options.most_bytes
     try:
         content = Path(options.file).read_bytes()
         if options.command == "show":
-            _show(options.file, len(content), describe(content, options.most_bytes))
+            _show(options.file, len(content), describe(content, options.max_bytes))
             return 0
-        tensors = loads(content, options.most_bytes)
+        tensors = loads(content, options.max_bytes)
         if options.command == "verify":
             print(f"{options.file}: whole, {len(tensors)} tensors, {len(content):,} bytes")
             return 0
         if _METADATA in tensors:
             raise ArtifactError(f"a tensor is named {_METADATA}, which safetensors cannot hold")
-        told = options.out
+        path = options.out
         _write(tensors, Path(options.out))
     except (ArtifactError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
-        print(f"{told}: {reason or error}", file=sys.stderr)
+        print(f"{path}: {reason or error}", file=sys.stderr)
         return 1
     return 0
 
@@ -56,16 +59,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m trainer.artifact", description="Compressed models (.dcz)."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, told in (
+    for name, summary in (
         ("show", "what the file holds, tensor by tensor"),
         ("verify", "decode everything; exit code 0 if the file is whole"),
         ("decode", "write the weights as a safetensors file"),
     ):
-        command = commands.add_parser(name, help=told)
+        command = commands.add_parser(name, help=summary)
         command.add_argument("file", metavar="FILE")
         command.add_argument(
-            "--most-bytes", type=int, metavar="N", help="bytes that its tensors may take"
+            "--max-bytes", type=int, metavar="N", help="bytes that its tensors may take"
         )
+        command.add_argument("--most-bytes", type=int, help=argparse.SUPPRESS)  # the old name
         if name == "decode":
             command.add_argument("out", metavar="OUT.safetensors")
     return parser

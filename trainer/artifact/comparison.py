@@ -48,26 +48,26 @@ def published_size(weights: Mapping[str, Tensor], parameters: Collection[str]) -
 
 def _sizes(tensor: Tensor, bits: int) -> tuple[float, float]:
     """Bytes of one parameter without and with Huffman codes, a value taking `bits`."""
-    most = tensor.numel() * bits / 8
+    max_size = tensor.numel() * bits / 8
     sparse = int(tensor.count_nonzero()) < tensor.numel()
     book = codebook_of(tensor) if tensor.ndim > 1 else None
-    if not most or tensor.ndim < 2 or (book is None and not sparse):
-        return most, most
+    if not max_size or tensor.ndim < 2 or (book is None and not sparse):
+        return max_size, max_size
     gap_bits = han.CONV_BITS if tensor.ndim == 4 else han.FC_BITS
     levels = (tensor != 0).int() if book is None else book.codes
     flat = levels.flatten().numpy().astype(np.uint16)
     if book is None:
         entries = len(han.entries(flat, gap_bits)[0])
-        size = min(most, entries * (gap_bits + bits) / 8)
+        size = min(max_size, entries * (gap_bits + bits) / 8)
         return size, size
     clusters = len(book.values)
     if sparse:
         sizes = han.sizes(flat, clusters, gap_bits)
-        return min(most, sizes.shared), min(most, sizes.coded)
+        return min(max_size, sizes.shared), min(max_size, sizes.coded)
     codebook = clusters * _FLOAT_BITS / 8
     index_bits = max(1, (clusters - 1).bit_length())
     indices = huffman.encode(flat - 1, clusters)
     return (
-        min(most, flat.size * index_bits / 8 + codebook),
-        min(most, len(indices) + codebook),
+        min(max_size, flat.size * index_bits / 8 + codebook),
+        min(max_size, len(indices) + codebook),
     )

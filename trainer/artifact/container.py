@@ -54,7 +54,7 @@ def join(header: Mapping[str, Any], sections: Sequence[bytes]) -> bytes:
     checksum = zlib.crc32(MAGIC)
     for payload in (packed, *sections):
         checksum = zlib.crc32(payload, checksum)
-        parts += [varint.put(len(payload)), payload, struct.pack("<I", checksum)]
+        parts += [varint.encode(len(payload)), payload, struct.pack("<I", checksum)]
     return b"".join(parts)
 
 
@@ -77,7 +77,7 @@ def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
     sections: list[memoryview] = []
     while place < len(view) or not sections:
         try:
-            length, place = varint.take(content, place)
+            length, place = varint.decode(content, place)
         except CorruptError as error:
             raise ArtifactError(
                 f"cut short or damaged: the length of a section: {error}"

@@ -27,14 +27,16 @@ from trainer.artifact.tensors import (
     parse,
 )
 from trainer.compress.coding import CorruptError, decode_floats, decode_layer
-from trainer.compress.quantize import is_grid
+from trainer.compress.quantize import is_quantizer_entry
 
 T = TypeVar("T")
 
 _KINDS = {CODEBOOK: "shared", GRID: "quantized", MASK: "pruned", RAW: "plain"}
 _CODED = (CODEBOOK, GRID, MASK)
 
-_LEAST, _GROWTH = 1 << 30, 1000  # bytes of tensors that are allowed unasked; for a byte of file
+# Bytes that the tensors may take by default: at least the first number, and for a larger file the
+# second number times its size.
+_MIN_ALLOWED, _GROWTH = 1 << 30, 1000
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,33 @@ class Description:
     frame: int  # bytes that belong to no single tensor: header, lengths, checksums
 
 
-def load(path: str | os.PathLike[str], most: int | None = None) -> dict[str, Tensor]:
+def load(path: str | os.PathLike[str], max_bytes: int | None = None) -> dict[str, Tensor]:
     """The state_dict in a .dcz file. No two tensors share memory.
 
     Args:
-        most: bytes that all its tensors may take; a file that claims more is refused before
+        max_bytes: bytes that all its tensors may take; a file that claims more is refused before
             anything is allocated. None: 1 GiB, or 1000 times the size of the file if that is more.
 
     Raises:
-        ArtifactError: it is none, damaged, made up, or takes more than `most` or all memory.
+        ArtifactError: it is none, damaged, made up, or takes more than `max_bytes` or all memory.
         OSError: it cannot be read.
     """
-    return loads(Path(path).read_bytes(), most)
+    return loads(Path(path).read_bytes(), max_bytes)
 
 
-def loads(content: bytes, most: int | None = None) -> dict[str, Tensor]:
+def loads(content: bytes, max_bytes: int | None = None) -> dict[str, Tensor]:
     """As `load`, from the content of a file."""
-    file = _File(content, most)
+    file = _File(content, max_bytes)
     return file.guarded(file.tensors)
 
 
-def describe(content: bytes, most: int | None = None) -> Description:
+def describe(content: bytes, max_bytes: int | None = None) -> Description:
     """What the content of a .dcz file is made of; it is decoded whole. Limits are those of `load`.
 
     Raises:
         ArtifactError: as `load`.
     """
-    file = _File(content, most)
+    file = _File(content, max_bytes)
     layers = file.guarded(file.layers)
     own = [entry for entry in file.entries if entry.kind != ALIAS]
     parameters = sum(
@@ -90,7 +92,7 @@ def describe(content: bytes, most: int | None = None) -> Description:
 class _File:
     """The parsed frame of a file: entries, and for each the bytes that it is made of."""
 
-    def __init__(self, content: bytes, most: int | None) -> None:
+    def __init__(self, content: bytes, max_bytes: int | None) -> None:
         header, sections = split(content)
         rows = header.get("tensors")
         if not isinstance(rows, list) or not isinstance(header.get("about", {}), dict):
@@ -99,11 +101,11 @@ class _File:
         self.entries = [parse(row) for row in rows]
         self._own = _resolved(self.entries)
         self._bytes = sum(self._own[entry.name].nbytes for entry in self.entries)
-        allowed = max(_LEAST, _GROWTH * len(content)) if most is None else most
+        allowed = max(_MIN_ALLOWED, _GROWTH * len(content)) if max_bytes is None else max_bytes
         if self._bytes > allowed:
             raise ArtifactError(
                 f"its tensors would take {self._bytes:,} bytes, and {allowed:,} are allowed; if "
-                "you trust where it comes from, allow more: most=BYTES in Python, --most-bytes "
+                "you trust where it comes from, allow more: max_bytes=BYTES in Python, --max-bytes "
                 "on the command line"
             )
         coded = [entry for entry in self.entries if entry.kind in _CODED]
@@ -240,6 +242,6 @@ def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _statistic(entry: Entry) -> bool:
-    if is_grid(entry.name):
+    if is_quantizer_entry(entry.name):
         return True
     return entry.name.rpartition(".")[2] in ("running_mean", "running_var")

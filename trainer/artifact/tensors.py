@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.artifact.container import ArtifactError
-from trainer.compress.quantize import by_rows
+from trainer.compress.quantize import broadcast_scale
 
 DTYPES = {
     "f32": torch.float32,
@@ -32,7 +32,7 @@ CODEBOOK, GRID, MASK, RAW, ALIAS = "c", "q", "m", "r", "a"
 # After the name of a GRID: the tensors with its scales, and with its bits.
 SCALE, WIDTH = "_quantizer.scale", "_quantizer.width"
 
-DIMENSIONS = 16  # of a tensor, at most
+MAX_DIMENSIONS = 16  # of a tensor, at most
 _PIECE = 1 << 20  # elements that are looked up at once
 
 
@@ -85,7 +85,7 @@ def multiplied(tensor: Tensor, scale: Tensor) -> Tensor:
 
     Raises RuntimeError where they do not fit.
     """
-    return tensor * by_rows(scale, tensor.ndim)
+    return tensor * broadcast_scale(scale, tensor.ndim)
 
 
 def is_scale(scale: Tensor, shape: Sequence[int]) -> bool:
@@ -94,10 +94,10 @@ def is_scale(scale: Tensor, shape: Sequence[int]) -> bool:
     return scale.dtype == torch.float32 and tuple(scale.shape) in sizes
 
 
-def is_possible(shape: Sequence[int]) -> bool:
+def fits_format(shape: Sequence[int]) -> bool:
     """Whether the format has room for a tensor of this shape."""
     # Sides count where others are 0 as well: NumPy and PyTorch multiply them.
-    return len(shape) <= DIMENSIONS and math.prod(n or 1 for n in shape) < 1 << 48
+    return len(shape) <= MAX_DIMENSIONS and math.prod(n or 1 for n in shape) < 1 << 48
 
 
 def look_up(table: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
@@ -128,10 +128,10 @@ def parse(row: Any) -> Entry:
     sound = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
     if not sound or dtype not in DTYPES or stored not in DTYPES:
         raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
-    possible = is_possible(shape)
+    possible = fits_format(shape)
     size = math.prod(shape) if possible else 0  # of a million sides it would take minutes
-    most = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
-    if not possible or (count or 0) > most:
+    max_count = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
+    if not possible or (count or 0) > max_count:
         raise ArtifactError(f"the header claims too much of {name[:80]!r}: {reprlib.repr(row)}")
     if kind != RAW and (dtype != "f32" or not size):
         raise ArtifactError(f"{name[:80]!r} cannot be coded: it is empty, or not f32")

@@ -14,29 +14,29 @@ from trainer.artifact.container import header_text, join
 from trainer.artifact.tensors import (
     ALIAS,
     CODEBOOK,
-    DIMENSIONS,
     DTYPES,
     GRID,
     MASK,
+    MAX_DIMENSIONS,
     NAMES,
     RAW,
     SCALE,
     Entry,
-    is_possible,
+    fits_format,
     is_scale,
     look_up,
     multiplied,
 )
 from trainer.compress.coding import encode_floats, encode_layer
-from trainer.compress.half import is_exact, narrow, shared_values
-from trainer.compress.quantize import by_rows
+from trainer.compress.half import is_exact, shared_values, to_half
+from trainer.compress.quantize import broadcast_scale
 
 Levels = NDArray[np.uint16] | NDArray[np.bool_]
 
 
 def encode(
     weights: Mapping[str, Tensor],
-    numbers: str = "fp16",
+    dtype: str = "fp16",
     coder: str = "auto",
     about: Mapping[str, Any] | None = None,
 ) -> bytes:
@@ -45,12 +45,12 @@ def encode(
     A quantized weight is written as coded integers, next to the scales of its quantizer; another
     float32 tensor with few distinct values as a codebook and coded indices, one with zeros as coded
     positions and its other values; anything else, such as half-precision weights, as its values.
-    Tensors that are equal are written once. Nothing is lost but what `numbers` rounds. Beside the
+    Tensors that are equal are written once. Nothing is lost but what `dtype` rounds. Beside the
     weights, memory for about three bytes an element of the largest tensor is needed.
 
     Args:
         weights: a state_dict: tensors by name.
-        numbers: type in which codebooks, biases and norms (float32 tensors of at most one
+        dtype: type in which codebooks, biases and norms (float32 tensors of at most one
             dimension) are written: "fp16", where that loses nothing but the last bits (see
             trainer.compress.half), or "fp32".
         coder: of positions and indices: see trainer.compress.coding.encode_layer.
@@ -66,7 +66,7 @@ def encode(
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu().contiguous()
-        exact = numbers == "fp32" or is_exact(name, weights)
+        exact = dtype == "fp32" or is_exact(name, weights)
         key = (tensor.dtype, tensor.shape, exact, hashlib.sha256(_raw(tensor)).digest())
         if tensor.numel() and key in seen:
             entries.append(Entry(name, ALIAS, of=seen[key]))
@@ -100,10 +100,10 @@ def check(weights: Mapping[str, Any]) -> None:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in NAMES)
             raise TypeError(f"{name}: a {tensor.dtype} tensor cannot be written, only {known}")
         shape = tuple(tensor.shape)
-        if not is_possible(shape):
+        if not fits_format(shape):
             raise ValueError(
                 f"{name}: a tensor of {len(shape)} dimensions and {tensor.numel()} elements cannot "
-                f"be written, only {DIMENSIONS} dimensions and less than 2^48 elements"
+                f"be written, only {MAX_DIMENSIONS} dimensions and less than 2^48 elements"
             )
         dtype = NAMES[tensor.dtype]
         rows.append(Entry(name, CODEBOOK, dtype, shape, tensor.numel(), dtype).as_json())
@@ -129,7 +129,7 @@ def _on_grid(
     shape = tuple(tensor.shape)
     if tensor.dtype != torch.float32 or not tensor.numel() or not is_scale(scale, shape):
         return None
-    rounded = (tensor / by_rows(scale, tensor.ndim)).round_()
+    rounded = (tensor / broadcast_scale(scale, tensor.ndim)).round_()
     if not bool(rounded.abs().amax() <= 127):  # or NaN
         return None
     integers = rounded.to(torch.int8)
@@ -152,7 +152,7 @@ def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None,
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
     found = shared_values(tensor)
     if found is not None:
-        values, survivors = found if exact else narrow(found), int(tensor.count_nonzero())
+        values, survivors = found if exact else to_half(found), int(tensor.count_nonzero())
         if _bits_of_shared(values, survivors) <= 32 * survivors:
             entry = Entry(name, CODEBOOK, dtype, shape, len(values), NAMES[values.dtype])
             return entry, _places(tensor, found), values
@@ -162,7 +162,7 @@ def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None,
         count = int(kept.sum())
         if count < 0.9 * tensor.numel():
             return Entry(name, MASK, dtype, shape, count, dtype), kept.numpy(), tensor[kept]
-    values = narrow(tensor) if is_float and tensor.ndim < 2 and not exact else tensor
+    values = to_half(tensor) if is_float and tensor.ndim < 2 and not exact else tensor
     return Entry(name, RAW, dtype, shape, tensor.numel(), NAMES[values.dtype]), None, values
 
 

@@ -1,1 +1,1 @@
-"""What compression does to tensors: which weights, which survive, and how only those are learnt."""
+"""Masks, codebooks, quantizers and entropy coders: tensors in, tensors or bytes out."""

@@ -8,7 +8,7 @@ Curve = Sequence[tuple[float, float]]
 rises, in nats, when only this layer is pruned so far."""
 
 
-_LEAST = 1e-6  # rise, in nats for a factor of e: a flat or falling curve is noise
+_MIN_RISE = 1e-6  # rise, in nats for a factor of e: a flat or falling curve is noise
 
 
 def allocate(
@@ -62,7 +62,7 @@ def _lifted(curve: Curve) -> Curve:
     before, cost = 0.0, 0.0  # logarithm of the fraction, rise
     for fraction, measured in curve:
         now = math.log(fraction)
-        cost = max(measured, cost + _LEAST * (before - now))
+        cost = max(measured, cost + _MIN_RISE * (before - now))
         lifted.append((fraction, cost))
         before = now
     return lifted

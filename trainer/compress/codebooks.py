@@ -18,7 +18,7 @@ from trainer.compress.jit import jit
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-MOST = (1 << 16) - 1  # clusters of a tensor: what an index of two bytes and zero can tell apart
+MAX_CLUSTERS = (1 << 16) - 1  # of a tensor: an index has two bytes, and index 0 means zero
 
 _ITERATIONS = 300
 _GROUPS = 1 << 14  # points that the exact algorithm takes; more values are grouped first
@@ -97,8 +97,8 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
     Raises:
         ValueError: `k` out of range, or values that are not finite.
     """
-    if not 1 <= k <= MOST:
-        raise ValueError(f"{k} clusters: there must be 1 to {MOST}")
+    if not 1 <= k <= MAX_CLUSTERS:
+        raise ValueError(f"{k} clusters: there must be 1 to {MAX_CLUSTERS}")
     flat = weights.detach().flatten()
     there = flat.nonzero().squeeze(1)
     survivors = flat[there]
@@ -117,13 +117,15 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
     return Codebook(values, codes.view(weights.shape))
 
 
-def codebook_of(weights: Tensor, most: int = MOST, any_repeat: bool = False) -> Codebook | None:
+def codebook_of(
+    weights: Tensor, max_values: int = MAX_CLUSTERS, any_repeat: bool = False
+) -> Codebook | None:
     """The codebook of a tensor that has few distinct values already; None where it has many.
 
     Args:
-        most, any_repeat: see `few_values`.
+        max_values, any_repeat: see `distinct_values`.
     """
-    values = few_values(weights, most, any_repeat)
+    values = distinct_values(weights, max_values, any_repeat)
     if values is None:
         return None
     flat = weights.detach().flatten()
@@ -133,11 +135,13 @@ def codebook_of(weights: Tensor, most: int = MOST, any_repeat: bool = False) -> 
     return Codebook(values, codes.view(weights.shape))
 
 
-def few_values(weights: Tensor, most: int = MOST, any_repeat: bool = False) -> Tensor | None:
+def distinct_values(
+    weights: Tensor, max_values: int = MAX_CLUSTERS, any_repeat: bool = False
+) -> Tensor | None:
     """The distinct values of a tensor but zero, ascending, where they are few; else None.
 
-    Few is at most `most`, and at most half as many as there are elements other than zero. NaN is
-    no value.
+    Few is at most `max_values`, and at most half as many as there are elements other than zero.
+    NaN is no value.
 
     Args:
         any_repeat: more than half as many are few as well if they repeat at all: a sparse layer may
@@ -151,11 +155,11 @@ def few_values(weights: Tensor, most: int = MOST, any_repeat: bool = False) -> T
     if any_repeat:
         chance = number**2 / 2 * torch.finfo(weights.dtype).eps / 2
         enough = max(enough, number - 1 - int(16 * (chance + math.sqrt(chance))))
-    most = min(most, enough)
-    if survivors[: 4 * most].unique().numel() > most:  # without a look at the rest
+    max_values = min(max_values, enough)
+    if survivors[: 4 * max_values].unique().numel() > max_values:  # without a look at the rest
         return None
     values = survivors.unique()
-    return None if len(values) > most or values.isnan().any() else values
+    return None if len(values) > max_values or values.isnan().any() else values
 
 
 def _distinct(ordered: Floats, k: int) -> Floats:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainer.compress.select import Place, parameters, vectors, weights
+from trainer.compress.select import ParameterRef, parameters, vectors, weights
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def counts(model: nn.Module) -> Counts:
     """Count, inside or outside a phase: a compressed weight counts as the dense one it makes."""
     total, kept = _values(weights(model))
     others, others_kept = _values(vectors(model))
-    behind = {id(places[0].learnt) for places in parameters(model).values()}
+    behind = {id(places[0].trainable) for places in parameters(model).values()}
     rest = [p for p in model.parameters() if id(p) not in behind]  # scalars, and other types
     return Counts(
         parameters=total + others + sum(p.numel() for p in rest),
@@ -34,7 +34,7 @@ def counts(model: nn.Module) -> Counts:
     )
 
 
-def _values(found: Mapping[str, list[Place]]) -> tuple[int, int]:
+def _values(found: Mapping[str, list[ParameterRef]]) -> tuple[int, int]:
     """How many values, and how many of them are not zero."""
     values = [places[0].value for places in found.values()]
     return sum(v.numel() for v in values), sum(int(v.count_nonzero()) for v in values)

@@ -10,8 +10,8 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
-from trainer.compress.codebooks import few_values
-from trainer.compress.quantize import is_grid
+from trainer.compress.codebooks import distinct_values
+from trainer.compress.quantize import is_quantizer_entry
 
 _ERROR = 2.0**-10  # of the largest magnitude
 
@@ -22,10 +22,10 @@ def is_exact(name: str, names: Container[str]) -> bool:
     Args:
         names: of the state_dict.
     """
-    return is_grid(name) or f"{name}_quantizer.scale" in names
+    return is_quantizer_entry(name) or f"{name}_quantizer.scale" in names
 
 
-def narrow(values: Tensor) -> Tensor:
+def to_half(values: Tensor) -> Tensor:
     """`values` (float32) in fp16, or unchanged where that would lose more than the last bits.
 
     It would if one becomes Inf or NaN or, not being zero, zero, or is off by more than 2^-10 of the
@@ -46,11 +46,11 @@ def shared_values(tensor: Tensor) -> Tensor | None:
     """
     if tensor.dtype != torch.float32 or not tensor.numel() or _has_minus_zero(tensor):
         return None
-    return few_values(tensor, any_repeat=tensor.ndim > 1)
+    return distinct_values(tensor, any_repeat=tensor.ndim > 1)
 
 
 @torch.no_grad()
-def round_numbers(model: nn.Module) -> None:
+def round_to_half(model: nn.Module) -> None:
     """Round in place what a .dcz file with fp16 numbers rounds.
 
     So the model that is validated is the one that the file decodes to, bit for bit.
@@ -60,11 +60,11 @@ def round_numbers(model: nn.Module) -> None:
         if tensor.dtype != torch.float32 or is_exact(name, state):
             continue
         if tensor.ndim < 2:
-            tensor.copy_(narrow(tensor))
+            tensor.copy_(to_half(tensor))
         elif (values := shared_values(tensor)) is not None:
             there = tensor != 0
             places = torch.searchsorted(values, tensor[there])
-            tensor[there] = narrow(values).float()[places]
+            tensor[there] = to_half(values).float()[places]
 
 
 def _has_minus_zero(tensor: Tensor) -> bool:

@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from trainer.compress.parametrize import Compression, compression
-from trainer.compress.select import Place, parameters
+from trainer.compress.select import ParameterRef, parameters
 
 
 def install(model: nn.Module, compressions: Mapping[str, Compression]) -> None:
-    """Let each named weight be computed by its compression from a new, learnt parameter.
+    """Let each named weight be computed by its compression from a new, trainable parameter.
 
     The parameters of the model are others afterwards: build optimizer and reducer after this. A
-    tied weight stays tied: all its places share one learnt parameter and one compression.
+    tied weight stays tied: all its places share one trainable parameter and one compression.
 
     Args:
         compressions: by logical name (trainer.compress.select.parameters), one of its own each.
@@ -32,15 +32,15 @@ def install(model: nn.Module, compressions: Mapping[str, Compression]) -> None:
     for name, new in compressions.items():
         weight = places[name][0].value
         with torch.no_grad():
-            learnt = nn.Parameter(new.learnt(weight), weight.requires_grad)
+            trainable = nn.Parameter(new.initial_trainable(weight), weight.requires_grad)
         for place in places[name]:
-            _install(place, new, learnt)
+            _install(place, new, trainable)
 
 
-def _install(place: Place, new: Compression, learnt: nn.Parameter) -> None:
+def _install(place: ParameterRef, new: Compression, trainable: nn.Parameter) -> None:
     module, name = place
     order = list(module._parameters)
-    module._parameters[name] = learnt
+    module._parameters[name] = trainable
     register_parametrization(module, name, new, unsafe=True)
     # An empty slot keeps the weight's position for fold, and with it the order of the state_dict.
     slots = {key: module._parameters.get(key) for key in order}
@@ -48,8 +48,8 @@ def _install(place: Place, new: Compression, learnt: nn.Parameter) -> None:
     module._parameters.update(slots)
     if isinstance(module, nn.RNNBase):
         # torch refreshes the list of an RNN's weights itself, but reads each of them four times.
-        new.handles.append(module.register_forward_pre_hook(new.hold))
-        new.handles.append(module.register_forward_hook(new.release, always_call=True))
+        new.handles.append(module.register_forward_pre_hook(new.before_forward))
+        new.handles.append(module.register_forward_hook(new.after_forward, always_call=True))
         new.handles.append(module.register_forward_hook(_forget_weights, always_call=True))
 
 

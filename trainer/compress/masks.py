@@ -63,7 +63,7 @@ def largest(weight: Tensor, keep: int) -> Tensor:
     return mask.copy_(kept.view(weight.shape))
 
 
-def share(weights: Sequence[Tensor], keep: int, floors: Sequence[int]) -> list[int]:
+def kept_counts(weights: Sequence[Tensor], keep: int, floors: Sequence[int]) -> list[int]:
     """How many of each tensor stay when the `keep` largest |w| of all are kept, but no fewer than
     its floor of each. One threshold decides for all tensors above their floor.
 

@@ -19,32 +19,32 @@ from trainer.compress.quantize import WeightQuantizer
 
 
 class Compression(nn.Module):
-    """A weight that is computed from a learnt tensor, which need not have its shape."""
+    """A weight that is computed from a trainable tensor, which need not have its shape."""
 
     def __init__(self) -> None:
         super().__init__()
         self.handles: list[RemovableHandle] = []
 
-    def learnt(self, weight: Tensor) -> Tensor:
-        """The first value of the learnt tensor, for `weight` in its shape."""
+    def initial_trainable(self, weight: Tensor) -> Tensor:
+        """The first value of the trainable tensor, for `weight` in its shape."""
         raise NotImplementedError
 
-    def forward(self, learnt: Tensor) -> Tensor:
-        """The weight, differentiable with respect to `learnt`."""
+    def forward(self, trainable: Tensor) -> Tensor:
+        """The weight, differentiable with respect to `trainable`."""
         raise NotImplementedError
 
-    def hold(self, module: nn.Module, inputs: Any) -> None:
+    def before_forward(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook of a module that uses the weight several times."""
 
-    def release(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook: the end of `hold`."""
+    def after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook: the end of `before_forward`."""
 
 
-class Written(Compression):
-    """A weight that is written from a learnt tensor into one persistent buffer.
+class Materialized(Compression):
+    """A weight that is written from a trainable tensor into one persistent buffer.
 
     Writing into the same memory again costs a tenth of making a fresh dense tensor each step. It is
-    done at every use, without asking whether the learnt tensor changed: fused optimizers and
+    done at every use, without asking whether the trainable tensor changed: fused optimizers and
     broadcasts change tensors without raising their version, so any such cache can go stale
     silently. The write does not count as an in-place change for autograd either, since between a
     forward pass and its backward it writes what is there already. (So autograd cannot notice an
@@ -67,22 +67,22 @@ class Written(Compression):
         self._held = False
         self._written = False
 
-    def write(self, learnt: Tensor) -> None:
+    def write(self, trainable: Tensor) -> None:
         """Bring `self.dense` up to date."""
         raise NotImplementedError
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of the learnt tensor from that of the weight."""
+        """The gradient of the trainable tensor from that of the weight."""
         raise NotImplementedError
 
-    def forward(self, learnt: Tensor) -> Tensor:
-        """The dense weight, differentiable with respect to `learnt`."""
-        return cast(Tensor, _Materialise.apply(learnt, self))
+    def forward(self, trainable: Tensor) -> Tensor:
+        """The dense weight, differentiable with respect to `trainable`."""
+        return cast(Tensor, _Materialize.apply(trainable, self))
 
-    def materialise(self, learnt: Tensor) -> Tensor:
+    def materialize(self, trainable: Tensor) -> Tensor:
         """The dense weight: a view of the buffer, in the shape and strides of the weight."""
         if not self._written:
-            self.write(learnt)
+            self.write(trainable)
             self._written = self._held
         return self.dense.detach().as_strided(self.size, self.stride)
 
@@ -90,17 +90,17 @@ class Written(Compression):
         """`tensor`, of the weight's shape, as one dimension in the order of the weight's memory."""
         return tensor.permute(self._by_stride).reshape(-1)
 
-    def hold(self, module: nn.Module, inputs: Any) -> None:
+    def before_forward(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook: write once for the whole forward pass of `module`, not at each use."""
         self._held, self._written = True, False
 
-    def release(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook: the end of `hold`."""
+    def after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook: the end of `before_forward`."""
         self._held, self._written = False, False
 
 
-class Masked(Written):
-    """weight = learnt where the mask is true, else +0; the gradient reaches the pruned ones too.
+class Masked(Materialized):
+    """weight = trainable where the mask is true, else +0; the gradient reaches the pruned ones too.
 
     The dense gradient lets a pruned weight grow until a new mask takes it back: dynamic network
     surgery (Guo et al., NIPS 2016, arXiv:1608.04493).
@@ -114,19 +114,19 @@ class Masked(Written):
         self.register_buffer("mask", torch.zeros_like(weight, dtype=torch.bool).copy_(mask))
         self.register_buffer("zero", weight.new_zeros(()), persistent=False)
 
-    def learnt(self, weight: Tensor) -> Tensor:
+    def initial_trainable(self, weight: Tensor) -> Tensor:
         return weight.clone()
 
-    def write(self, learnt: Tensor) -> None:
+    def write(self, trainable: Tensor) -> None:
         weight = self.dense.data.as_strided(self.size, self.stride)
-        torch.where(self.mask, learnt, cast(Tensor, self.zero), out=weight)
+        torch.where(self.mask, trainable, cast(Tensor, self.zero), out=weight)
 
     def gradient(self, grad: Tensor) -> Tensor:
         return grad
 
 
-class Packed(Written):
-    """The learnt tensor holds the survivors alone, one after another; all others are zero.
+class Packed(Materialized):
+    """The trainable tensor holds the survivors alone, one after another; all others are zero.
 
     Optimizer state, gradient and all-reduce shrink with the density, and momentum, weight decay or
     rounding cannot touch a pruned weight, since there is none. (Singh & Bhatele, SAMO, IPDPS 2023.)
@@ -141,23 +141,23 @@ class Packed(Written):
         super().__init__(weight)
         self.register_buffer("index", self.flat(mask).nonzero().squeeze(1), persistent=False)
 
-    def learnt(self, weight: Tensor) -> Tensor:
+    def initial_trainable(self, weight: Tensor) -> Tensor:
         return self.flat(weight).take(self.index)
 
-    def write(self, learnt: Tensor) -> None:
-        self.dense.data.index_copy_(0, self.index, learnt)
+    def write(self, trainable: Tensor) -> None:
+        self.dense.data.index_copy_(0, self.index, trainable)
 
     def gradient(self, grad: Tensor) -> Tensor:
         return self.flat(grad.to_dense()).take(self.index)  # an embedding's may be sparse
 
 
-class Shared(Written):
-    """The learnt tensor is a codebook: every survivor has the value of its cluster, all others are
-    zero.
+class Shared(Materialized):
+    """The trainable tensor is a codebook: every survivor has the value of its cluster, all other
+    weights are zero.
 
     The gradient of a value is the sum over its cluster (Han, Mao & Dally, Deep Compression, ICLR
     2016, arXiv:1510.00149, section 3.3), so that optimizer state, gradients and all-reduce are a
-    few numbers per layer. Zero is no entry: a learnt zero would drift, and the sparsity with it.
+    few numbers per layer. Zero is no entry: a trainable zero would drift, and the sparsity with it.
     """
 
     index: Tensor
@@ -174,11 +174,11 @@ class Shared(Written):
         self.register_buffer("sizes", sizes[1:], persistent=False)
         self._lengths = sizes[1:].tolist()
 
-    def learnt(self, weight: Tensor) -> Tensor:
+    def initial_trainable(self, weight: Tensor) -> Tensor:
         return self._values.clone()
 
-    def write(self, learnt: Tensor) -> None:
-        values = learnt.repeat_interleave(self.sizes, output_size=len(self.index))
+    def write(self, trainable: Tensor) -> None:
+        values = trainable.repeat_interleave(self.sizes, output_size=len(self.index))
         self.dense.data.index_copy_(0, self.index, values)
 
     def gradient(self, grad: Tensor) -> Tensor:
@@ -197,11 +197,11 @@ class FakeQuant(Compression):
         self.inner = inner
         self._quantizer = (quantizer,)  # a child of the layer, and not of this
 
-    def learnt(self, weight: Tensor) -> Tensor:
-        return weight.clone() if self.inner is None else self.inner.learnt(weight)
+    def initial_trainable(self, weight: Tensor) -> Tensor:
+        return weight.clone() if self.inner is None else self.inner.initial_trainable(weight)
 
-    def forward(self, learnt: Tensor) -> Tensor:
-        weight = learnt if self.inner is None else self.inner(learnt)
+    def forward(self, trainable: Tensor) -> Tensor:
+        weight = trainable if self.inner is None else self.inner(trainable)
         return cast(Tensor, self._quantizer[0](weight))
 
 
@@ -213,7 +213,7 @@ def compression(module: nn.Module, name: str) -> Compression | None:
     return first if isinstance(first, Compression) else None
 
 
-def parameter_behind(module: nn.Module, name: str) -> nn.Parameter | None:
+def trainable_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that the optimizer sees for `module.name`: itself, or what makes it."""
     if compression(module, name) is None:
         return module._parameters[name]
@@ -221,11 +221,11 @@ def parameter_behind(module: nn.Module, name: str) -> nn.Parameter | None:
     return next(made.parameters(recurse=False))
 
 
-class _Materialise(torch.autograd.Function):
+class _Materialize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, learnt: Tensor, compression: Written) -> Tensor:
+    def forward(ctx: Any, trainable: Tensor, compression: Materialized) -> Tensor:
         ctx.compression = compression
-        return compression.materialise(learnt)
+        return compression.materialize(trainable)
 
     @staticmethod
     @once_differentiable

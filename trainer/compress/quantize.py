@@ -21,8 +21,8 @@ BITS = range(2, 9)
 # Layers whose weight and input can be quantized.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
-_SMALLEST = 1e-12  # scale: below it, its inverse would not be finite in fp32 arithmetic
-_FAINTEST = 1e-4  # scale of a channel, as a fraction of the weight's largest one
+_MIN_SCALE = 1e-12  # scale: below it, its inverse would not be finite in fp32 arithmetic
+_MIN_CHANNEL_SCALE = 1e-4  # scale of a channel, as a fraction of the weight's largest one
 
 
 class Quantizer(nn.Module):
@@ -60,7 +60,7 @@ class WeightQuantizer(Quantizer):
         self.register_buffer("scale", torch.ones(() if channels is None else (channels,)))
 
     @property
-    def most(self) -> int:
+    def max_integer(self) -> int:
         """The largest integer of the grid."""
         return (1 << (self.bits - 1)) - 1
 
@@ -71,13 +71,14 @@ class WeightQuantizer(Quantizer):
         A channel that is empty, or as good as that, takes a small fraction of the largest scale.
         """
         rows = weight.float().reshape(self.scale.numel(), -1)
-        top = rows.abs().amax(1, keepdim=True) / self.most
-        floor = (_FAINTEST * top.amax()).clamp_min(_SMALLEST)
+        limit = self.max_integer
+        top = rows.abs().amax(1, keepdim=True) / limit
+        floor = (_MIN_CHANNEL_SCALE * top.amax()).clamp_min(_MIN_SCALE)
         least = torch.full_like(top, math.inf)
         best = torch.where(top.amax() > 0, floor, torch.ones_like(top))
         for part in torch.linspace(1, 0.25, 26).tolist():
             scale = (top * part).clamp_min(floor)
-            rounded = (rows / scale).round_().clamp_(-self.most, self.most).mul_(scale)
+            rounded = (rows / scale).round_().clamp_(-limit, limit).mul_(scale)
             error = rounded.sub_(rows).square_().sum(1, keepdim=True)
             best = torch.where((error < least) & (top > 0), scale, best)
             least = torch.minimum(error, least)
@@ -88,11 +89,11 @@ class WeightQuantizer(Quantizer):
         zero = torch.zeros_like(self.scale, dtype=torch.int32)
         if self.scale.ndim:
             made = torch.fake_quantize_per_channel_affine(
-                weight, self.scale, zero, 0, -self.most, self.most
+                weight, self.scale, zero, 0, -self.max_integer, self.max_integer
             )
         else:
             made = torch.fake_quantize_per_tensor_affine(
-                weight, self.scale, zero, -self.most, self.most
+                weight, self.scale, zero, -self.max_integer, self.max_integer
             )
         return made
 
@@ -124,7 +125,7 @@ class ActivationQuantizer(Quantizer):
             self.ready = not self.empty
 
     @property
-    def most(self) -> int:
+    def max_integer(self) -> int:
         """The largest integer of the grid."""
         return (1 << self.bits) - 1
 
@@ -136,12 +137,12 @@ class ActivationQuantizer(Quantizer):
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32), both 0-dim."""
         low, high = self.range.unbind()
-        scale = ((high - low) / self.most).clamp_min(_SMALLEST)
-        zero_point = (-low / scale).round().clamp(0, self.most)
+        scale = ((high - low) / self.max_integer).clamp_min(_MIN_SCALE)
+        zero_point = (-low / scale).round().clamp(0, self.max_integer)
         return scale, zero_point.int()
 
     @torch.no_grad()
-    def follow(self, seen: Tensor, momentum: float) -> None:
+    def update_range(self, seen: Tensor, momentum: float) -> None:
         """Move the range by `momentum` towards `seen` [minimum, maximum]; while there is none, onto
         it. What is NaN in `seen` moves nothing.
         """
@@ -163,7 +164,7 @@ class ActivationQuantizer(Quantizer):
         if not self.ready:
             return x
         scale, zero_point = self.grid()
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, self.most)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, self.max_integer)
 
 
 def attach(layer: nn.Module, kind: str, quantizer: Quantizer) -> None:
@@ -196,12 +197,12 @@ def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
     return [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
 
 
-def by_rows(scale: Tensor, ndim: int) -> Tensor:
+def broadcast_scale(scale: Tensor, ndim: int) -> Tensor:
     """A scale in the shape that is broadcast along the first of `ndim` dimensions."""
     return scale.view(-1, *[1] * (ndim - 1)) if scale.ndim else scale
 
 
-def is_grid(name: str) -> bool:
+def is_quantizer_entry(name: str) -> bool:
     """Whether an entry of a state_dict belongs to a quantizer: it is exact, and no parameter."""
     return name.rpartition(".")[0].endswith("_quantizer")
 

@@ -2,7 +2,7 @@
 it, an LSTM is made of Linears, layers get quantizers.
 
 Nothing needs to be recorded beside the weights: their names say which changes were made, and
-`conform` makes them on a fresh model.
+`apply_structure` makes them on a fresh model.
 """
 
 import copy
@@ -22,7 +22,7 @@ from trainer.compress.quantize import (
     ActivationQuantizer,
     WeightQuantizer,
     attach,
-    by_rows,
+    broadcast_scale,
 )
 from trainer.errors import ConfigError, first_line
 
@@ -52,12 +52,12 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         RuntimeError: the state_dict is that of another model, or damaged.
     """
-    conform(model, state)
+    apply_structure(model, state)
     model.load_state_dict(state)
     return model
 
 
-def conform(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def apply_structure(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """The structure alone; a state_dict without quantizers leaves it as it is.
 
     Raises RuntimeError where an entry of a quantizer fits no layer, or is damaged.
@@ -118,7 +118,7 @@ def fold_batch_norms(model: nn.Module) -> None:
         if norm.bias is not None:
             bias = bias + norm.bias
         weight = layer.weight
-        weight.copy_(weight * by_rows(factor, weight.ndim))
+        weight.copy_(weight * broadcast_scale(factor, weight.ndim))
         layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
         model.set_submodule(norm_name, nn.Identity())
 

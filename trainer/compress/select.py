@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar, cast
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from trainer.compress.parametrize import parameter_behind
+from trainer.compress.parametrize import trainable_parameter
 from trainer.errors import ConfigError
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ T = TypeVar("T")
 _NORMS = (nn.LayerNorm, nn.RMSNorm)  # theirs may have two dimensions and are no weights either
 
 
-class Place(NamedTuple):
+class ParameterRef(NamedTuple):
     """Where a model uses a weight."""
 
     module: nn.Module
@@ -31,12 +31,12 @@ class Place(NamedTuple):
         return cast(Tensor, getattr(self.module, self.name))
 
     @property
-    def learnt(self) -> nn.Parameter:
+    def trainable(self) -> nn.Parameter:
         """The parameter that the optimizer sees: the weight itself, or what makes it."""
-        return cast(nn.Parameter, parameter_behind(self.module, self.name))
+        return cast(nn.Parameter, trainable_parameter(self.module, self.name))
 
 
-def weights(model: nn.Module) -> dict[str, list[Place]]:
+def weights(model: nn.Module) -> dict[str, list[ParameterRef]]:
     """All compressible weights by logical name, in the order of the model's modules.
 
     Those are the non-empty floating parameters with two or more dimensions, whatever the module;
@@ -46,21 +46,21 @@ def weights(model: nn.Module) -> dict[str, list[Place]]:
     return {name: found for name, found in parameters(model).items() if not _is_vector(found[0])}
 
 
-def vectors(model: nn.Module) -> dict[str, list[Place]]:
+def vectors(model: nn.Module) -> dict[str, list[ParameterRef]]:
     """The biases and norms, as `weights` has the weights."""
     return {name: found for name, found in parameters(model).items() if _is_vector(found[0])}
 
 
-def parameters(model: nn.Module) -> dict[str, list[Place]]:
+def parameters(model: nn.Module) -> dict[str, list[ParameterRef]]:
     """`weights` and `vectors` together."""
-    found: dict[str, list[Place]] = {}
+    found: dict[str, list[ParameterRef]] = {}
     first: dict[int, str] = {}
     for prefix, module in _modules(model):
         for name in module._parameters:
-            parameter = parameter_behind(module, name)
+            parameter = trainable_parameter(module, name)
             if parameter is None:
                 continue
-            place = Place(module, name)
+            place = ParameterRef(module, name)
             if id(parameter) in first:
                 found[first[id(parameter)]].append(place)
                 continue
@@ -71,11 +71,11 @@ def parameters(model: nn.Module) -> dict[str, list[Place]]:
     return found
 
 
-def _is_vector(place: Place) -> bool:
+def _is_vector(place: ParameterRef) -> bool:
     return place.value.ndim < 2 or isinstance(place.module, _NORMS)
 
 
-def match(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+def match_patterns(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
     """The value of every name that a pattern matches; where several do, the last pattern wins.
 
     Args:
@@ -98,16 +98,16 @@ def match(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
     return {name: result[name] for name in names if name in result}
 
 
-def choose(
+def select_weights(
     model: nn.Module, include: Iterable[str], exempt: Iterable[str]
-) -> dict[str, list[Place]]:
+) -> dict[str, list[ParameterRef]]:
     """The weights that a pattern of `include` matches and none of `exempt`; see `match`.
 
     Raises:
         ConfigError: a pattern that matches no weight, or no weight is left.
     """
     places = weights(model)
-    wanted = match(dict.fromkeys(include, True) | dict.fromkeys(exempt, False), places)
+    wanted = match_patterns(dict.fromkeys(include, True) | dict.fromkeys(exempt, False), places)
     chosen = {name: found for name, found in places.items() if wanted.get(name)}
     if not chosen:
         raise ConfigError(f"include={[*include]}, exempt={[*exempt]}: no weight is left")

@@ -86,7 +86,7 @@ class Result:
         return {"baseline_accuracy": dense.accuracy, "baseline_loss": dense.loss}
 
     def _artifact_facts(self, tested: Mapping[str, Measured]) -> dict[str, Any]:
-        described = artifact.describe(self.artifact, most=sys.maxsize)  # our own file
+        described = artifact.describe(self.artifact, max_bytes=sys.maxsize)  # our own file
         literature = published(self._cfg.model, self._cfg.data)
         rows = []
         dense = 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, by_rows
+from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, broadcast_scale
 from trainer.errors import RunError, first_line
 
 OPSET = 21  # the first that quantizes to all types of integers that are used here
@@ -101,9 +101,10 @@ def _integers(name: str, layer: nn.Module, quantizer: WeightQuantizer) -> tuple[
     x86 have for them.
     """
     weight = cast(Tensor, layer.weight).detach()
-    steps = weight / by_rows(quantizer.scale, weight.ndim)
+    steps = weight / broadcast_scale(quantizer.scale, weight.ndim)
     integers = steps.round()
-    on_grid = (steps - integers).abs().max() < 1e-3 and integers.abs().max() <= quantizer.most
+    limit = quantizer.max_integer
+    on_grid = (steps - integers).abs().max() < 1e-3 and integers.abs().max() <= limit
     if not on_grid:
         raise RunError(
             f"{name} is not on the grid of its quantizer, so it cannot be written as integers: "
@@ -132,7 +133,7 @@ def _fitted(integers: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     larger = torch.where((count > _LARGEST) | (free & (count > 0)), larger, 1.0)
     if bool((larger == 1).all()):
         return integers, scale
-    return (integers / by_rows(larger, integers.ndim)).round(), (scale * larger).float()
+    return (integers / broadcast_scale(larger, integers.ndim)).round(), (scale * larger).float()
 
 
 def _replace(layer: nn.Module, name: str, integers: Tensor, scale: Tensor) -> None:
@@ -167,7 +168,7 @@ class _Quantized(nn.Module):
         # QuantizeLinear stops at 0 and 255; a grid of fewer bits ends before.
         self.ends: tuple[float, float] | None = None
         if quantizer.bits < 8:
-            below, above = -int(zero), quantizer.most - int(zero)
+            below, above = -int(zero), quantizer.max_integer - int(zero)
             self.ends = below * float(scale), above * float(scale)
 
     def forward(self, x: Tensor) -> Tensor:

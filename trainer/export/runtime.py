@@ -58,6 +58,6 @@ def latencies(models: Mapping[str, OnnxModel], inputs: Tensor) -> dict[str, floa
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def correct(logits: Array, targets: Tensor) -> int:
+def count_correct(logits: Array, targets: Tensor) -> int:
     """How many of the largest logits are those of the targets."""
     return int((logits.argmax(-1) == np.asarray(targets)).sum())

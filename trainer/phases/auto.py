@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.compress.allocation import Curve, allocate
 from trainer.compress.counts import counts
 from trainer.compress.masks import largest
-from trainer.compress.select import Place
+from trainer.compress.select import ParameterRef
 from trainer.engine.evaluate import Metrics
 from trainer.messages import RoundRecord
 from trainer.phases.base import Measure
@@ -54,7 +54,7 @@ class Search(Targets):
     def plan(
         self,
         model: nn.Module,
-        layers: Mapping[str, list[Place]],
+        layers: Mapping[str, list[ParameterRef]],
         measure: Measure,
         dense: nn.Module | None,
     ) -> None:

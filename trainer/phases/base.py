@@ -65,7 +65,7 @@ class Phase:
         """Turn everything that `enter` installed back into plain weights, under their old names.
 
         A phase that changes layers for good leaves names from which
-        `trainer.compress.rewrite.conform` finds the change, as quantize does.
+        `trainer.compress.rewrite.apply_structure` finds the change, as quantize does.
         """
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.compress.install import fold, install
 from trainer.compress.masks import largest
 from trainer.compress.parametrize import Masked, compression
-from trainer.compress.select import Place, choose, weights
+from trainer.compress.select import ParameterRef, select_weights, weights
 from trainer.config import FitConfig, check_choice, check_min
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
@@ -155,9 +155,9 @@ class Prune(Phase):
                 _set_masks(model, masks)  # training was cut short
         fold(model)
 
-    def _chosen(self, model: nn.Module) -> dict[str, list[Place]]:
+    def _chosen(self, model: nn.Module) -> dict[str, list[ParameterRef]]:
         """The weights to prune. Raises ConfigError where the settings do not fit them."""
-        chosen = choose(model, self.include, self.exempt)
+        chosen = select_weights(model, self.include, self.exempt)
         self._targets.check({name: found[0].value.numel() for name, found in chosen.items()})
         return chosen
 
@@ -203,7 +203,7 @@ def _masked(model: nn.Module) -> dict[str, Masked]:
 def _learnt(model: nn.Module) -> dict[str, Tensor]:
     """The learnt tensors behind the masked weights, by name."""
     places = weights(model)
-    return {name: places[name][0].learnt.detach() for name in _masked(model)}
+    return {name: places[name][0].trainable.detach() for name in _masked(model)}
 
 
 def _set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

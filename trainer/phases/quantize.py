@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from trainer.compress.half import round_numbers
+from trainer.compress.half import round_to_half
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import FakeQuant
 from trainer.compress.quantize import (
@@ -21,7 +21,13 @@ from trainer.compress.quantize import (
     detach_unused,
 )
 from trainer.compress.rewrite import fold_batch_norms, foldable, skeleton, unroll_lstms
-from trainer.compress.select import Place, choose, match, module_of, parameters
+from trainer.compress.select import (
+    ParameterRef,
+    match_patterns,
+    module_of,
+    parameters,
+    select_weights,
+)
 from trainer.config import FitConfig, check_choice
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -121,22 +127,22 @@ class Quantize(Phase):
         low = reduce(torch.fmin, table[..., 0])  # NaN where no rank saw anything
         high = reduce(torch.fmax, table[..., 1])
         for quantizer, seen in zip(found, torch.stack((low, high), 1), strict=True):
-            quantizer.follow(seen, self.momentum)
+            quantizer.update_range(seen, self.momentum)
 
     def leave(self, model: nn.Module) -> None:
         fold(model)
         detach_unused(model)
-        round_numbers(model)
+        round_to_half(model)
 
     def _rewrite(self, model: nn.Module) -> dict[str, WeightQuantizer]:
         """Change the structure, and say what quantizes each weight. Raises ConfigError."""
         if self.fold:
             fold_batch_norms(model)
         unroll_lstms(model)
-        chosen = choose(model, self.include, self.exempt)
+        chosen = select_weights(model, self.include, self.exempt)
         _check_layers(chosen)
-        bits = dict.fromkeys(chosen, self.bits) | match(self.overrides, chosen)
-        outputs = match(dict.fromkeys(self.outputs, True), chosen)
+        bits = dict.fromkeys(chosen, self.bits) | match_patterns(self.overrides, chosen)
+        outputs = match_patterns(dict.fromkeys(self.outputs, True), chosen)
         made = {}
         for name, places in chosen.items():
             channels = len(places[0].value) if self.per_channel else None
@@ -150,7 +156,7 @@ class Quantize(Phase):
         return made
 
 
-def _check_layers(chosen: Mapping[str, list[Place]]) -> None:
+def _check_layers(chosen: Mapping[str, list[ParameterRef]]) -> None:
     wrong = {
         name: type(layer).__name__
         for name, places in chosen.items()

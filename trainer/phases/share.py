@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from trainer.compress.codebooks import INITS, MOST, Codebook, cluster
+from trainer.compress.codebooks import INITS, MAX_CLUSTERS, Codebook, cluster
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Shared
-from trainer.compress.select import choose, match, parameters, vectors
+from trainer.compress.select import match_patterns, parameters, select_weights, vectors
 from trainer.config import FitConfig, check_choice, check_min
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -78,13 +78,13 @@ class Share(Phase):
 
     def _numbers(self, model: nn.Module) -> dict[str, int]:
         """Clusters of each tensor. Raises ConfigError for a pattern that matches no weight."""
-        names = choose(model, self.include, self.exempt)
-        bits = dict.fromkeys(names, self.bits) | match(self.overrides, names)
-        numbers = {name: min(1 << b, MOST) for name, b in bits.items()}
-        numbers |= match(self.clusters, names)
+        names = select_weights(model, self.include, self.exempt)
+        bits = dict.fromkeys(names, self.bits) | match_patterns(self.overrides, names)
+        numbers = {name: min(1 << b, MAX_CLUSTERS) for name, b in bits.items()}
+        numbers |= match_patterns(self.clusters, names)
         if self.biases is not None:
             # In a shorter one the codebook would take more than it saves.
-            most = min(1 << self.biases, MOST)
+            most = min(1 << self.biases, MAX_CLUSTERS)
             long = (n for n, found in vectors(model).items() if found[0].value.numel() > 2 * most)
             numbers |= dict.fromkeys(long, most)
         return numbers

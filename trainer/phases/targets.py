@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.compress.masks import cubic_sparsity, share
-from trainer.compress.select import Place, match
+from trainer.compress.masks import cubic_sparsity, kept_counts
+from trainer.compress.select import ParameterRef, match_patterns
 from trainer.engine.evaluate import Metrics
 from trainer.errors import ConfigError
 from trainer.messages import RoundRecord
@@ -28,7 +28,7 @@ class Targets:
     def plan(
         self,
         model: nn.Module,
-        layers: Mapping[str, list[Place]],
+        layers: Mapping[str, list[ParameterRef]],
         measure: Measure,
         dense: nn.Module | None,
     ) -> None:
@@ -88,7 +88,7 @@ class Given(Targets):
         if pool:
             # A layer that was sparser before has no more to keep.
             floors = [min(floor(sizes[n], self.min_density), present[n]) for n in pool]
-            counts |= zip(pool, share([latent[n] for n in pool], keep, floors), strict=True)
+            counts |= zip(pool, kept_counts([latent[n] for n in pool], keep, floors), strict=True)
         return counts
 
     def _shares(
@@ -96,7 +96,7 @@ class Given(Targets):
     ) -> tuple[dict[str, int], list[str], int]:
         """How many weights to keep at `progress`: of each layer that stands alone, and then of the
         layers that share a threshold, all together."""
-        alone = match(self.overrides, sizes)
+        alone = match_patterns(self.overrides, sizes)
         if self.scope == "layer":
             alone = dict.fromkeys(sizes, self.sparsity) | alone
         pool = [name for name in sizes if name not in alone]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import artifact
-from trainer.compress.quantize import is_grid
+from trainer.compress.quantize import is_quantizer_entry
 from trainer.errors import ConfigError, first_line
 from trainer.store.serialization import to_bytes
 
@@ -49,7 +49,7 @@ def initial_weights(path: Path, model: nn.Module | None) -> bytes:
     """
     weights = read_weights(path)
     known = {} if model is None else model.state_dict()
-    if any(name not in known for name in weights if is_grid(name)):
+    if any(name not in known for name in weights if is_quantizer_entry(name)):
         raise ConfigError(
             f"init_from={path}: the model in it is quantized, and nothing can follow that; begin "
             "with the weights before the quantize phase (in checkpoints/ of its run)"

@@ -33,7 +33,7 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
             return
         with world.heartbeat.busy():
             if name == DECODED:
-                weights = artifact.loads(content, most=sys.maxsize)  # our own file
+                weights = artifact.loads(content, max_bytes=sys.maxsize)  # our own file
             else:
                 weights = safetensors.torch.load(content)
             model = restore(build_model(cfg), weights)

@@ -19,7 +19,7 @@ from trainer.engine.world import World
 from trainer.errors import ConfigError, first_line
 from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
-from trainer.export.runtime import BATCHES, OnnxModel, correct, latencies
+from trainer.export.runtime import BATCHES, OnnxModel, count_correct, latencies
 from trainer.messages import Converted, Message
 from trainer.parts import build_data, build_model, build_runtime
 from trainer.phases import Quantize, build_phases
@@ -132,8 +132,8 @@ def _compare(
     for inputs, targets in split.batches(torch.arange(len(split)).split(batch_size), None):
         plain = model(inputs).numpy()
         logits = onnx(inputs)
-        right += correct(logits, targets)
-        right_plain += correct(plain, targets)
+        right += count_correct(logits, targets)
+        right_plain += count_correct(plain, targets)
         count += targets.numel()
         differences.append(float(abs(logits - plain).max()))
     return right / count, right_plain / count, float(np.max(differences))  # NaN, if there is one

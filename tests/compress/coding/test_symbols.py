@@ -156,13 +156,13 @@ def test_many_floats_are_stored_as_they_are() -> None:
 
 @given(st.integers(0, (1 << 63) - 1))
 def test_varint(value: int) -> None:
-    blob = varint.put(value)
-    assert varint.take(b"x" + blob, 1) == (value, 1 + len(blob))
+    blob = varint.encode(value)
+    assert varint.decode(b"x" + blob, 1) == (value, 1 + len(blob))
     with pytest.raises(CorruptError):
-        varint.take(blob[:-1], 0)
+        varint.decode(blob[:-1], 0)
 
 
 @pytest.mark.parametrize("blob", [b"\x80\x00", b"\xff" * 9 + b"\1"])
 def test_varint_refuses(blob: bytes) -> None:
     with pytest.raises(CorruptError):
-        varint.take(blob, 0)
+        varint.decode(blob, 0)

@@ -40,12 +40,12 @@ def encode(symbols: Symbols, alphabet: int) -> bytes:
     share = shares(np.bincount(symbols, minlength=alphabet).astype(np.int64), bits)
     head, at = b"", 0
     while at < alphabet:
-        head += varint.put(int(share[at]))
+        head += varint.encode(int(share[at]))
         run = 1
         if share[at] == 0:
             rest = share[at:].nonzero()[0]
             run = int(rest[0]) if rest.size else alphabet - at
-            head += varint.put(run)
+            head += varint.encode(run)
         at += run
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(symbols.astype(np.int32), _model(share, bits))
@@ -67,10 +67,10 @@ def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
     share: list[int] = []
     at = 0
     while len(share) < alphabet:
-        value, at = varint.take(blob, at)
+        value, at = varint.decode(blob, at)
         run = 1
         if value == 0:
-            run, at = varint.take(blob, at)
+            run, at = varint.decode(blob, at)
         if not 0 < run <= alphabet - len(share):
             raise CorruptError("a table of shares is too long")
         share += [value] * run

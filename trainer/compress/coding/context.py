@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.compress.coding import rangecoder as rc
+from trainer.compress.coding import varint
 from trainer.compress.coding.errors import CorruptError
 from trainer.compress.coding.mixing import HALF, Decisions, decide, decisions
 from trainer.compress.coding.rangecoder import ONE
 from trainer.compress.coding.tables import LIMIT, LOG, SQUASH
-from trainer.compress.coding.varint import put, take
 from trainer.compress.jit import jit
 
 Int64 = NDArray[np.int64]
@@ -60,9 +60,9 @@ def _bits(bucket: int) -> int:
 
 def _buckets(clusters: int, negatives: int) -> int:
     """How many buckets the magnitudes of a layer reach."""
-    most = max(negatives, clusters - negatives) - 1
+    largest = max(negatives, clusters - negatives) - 1
     start, bucket = 0, 0
-    while start + (1 << _bits(bucket)) <= most:
+    while start + (1 << _bits(bucket)) <= largest:
         start += 1 << _bits(bucket)
         bucket += 1
     return bucket + 1
@@ -102,14 +102,14 @@ def _code_value(
         sign = 1 if level > negatives else 0
         sign = decide(signs, 0, 0, 2 * speed, 255, state, blob, sign, decode)
     towards = 1 if sign else -1
-    most = clusters - negatives - 1 if sign else negatives - 1
+    largest = clusters - negatives - 1 if sign else negatives - 1
     magnitude = level - negatives - 1 if sign else negatives - level
     pull = _clip((2 * west + 2 * north + northwest + northeast) * towards, -16, 15) + 16
     at, slot = steps.start, steps.slot
     buckets = at[1]
     start = 0
     bucket = 0
-    while start + (1 << _bits(bucket)) <= most:
+    while start + (1 << _bits(bucket)) <= largest:
         step = 1 << _bits(bucket)
         slot[0] = bucket
         slot[1] = at[1] + sign * buckets + bucket
@@ -136,7 +136,7 @@ def _code_value(
         place = 2 * place + bit
     if decode:
         magnitude = start + place
-        if magnitude > most:
+        if magnitude > largest:
             return 0
         levels[r, c] = negatives + 1 + magnitude if sign else negatives - magnitude
     return (magnitude + 1) * towards
@@ -360,7 +360,7 @@ def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, s
             levels, clusters, negatives, dense, (near, far), base, speed, buffer, decode=False
         )
     flags = dense | speed << 1 | (near > 0 or far > 0) << 3
-    shifts = put(near) + put(far) if flags & 8 else b""
+    shifts = varint.encode(near) + varint.encode(far) if flags & 8 else b""
     return bytes([flags, base]) + shifts + buffer[:size].tobytes()
 
 
@@ -374,8 +374,8 @@ def decode(blob: bytes, rows: int, columns: int, clusters: int, negatives: int) 
         raise CorruptError("the head of a context-coded layer is damaged")
     flags, base, at, near, far = blob[0], blob[1], 2, 0, 0
     if flags & 8:
-        near, at = take(blob, at)
-        far, at = take(blob, at)
+        near, at = varint.decode(blob, at)
+        far, at = varint.decode(blob, at)
     dense = bool(flags & 1)
     if 2 * max(near, far) > columns or (dense and clusters < 2) or (flags & 8 and near == far == 0):
         raise CorruptError("the head of a context-coded layer does not fit its shape")

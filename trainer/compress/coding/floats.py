@@ -14,7 +14,9 @@ from trainer.compress.coding.mixing import HALF, count
 from trainer.compress.jit import jit
 
 _LIMIT = 255
-_MOST = 1 << 22  # bytes that are worth the time; more are stored as they are (docs/artifact.md)
+_MAX_BYTES = (
+    1 << 22
+)  # bytes that are worth the time; more are stored as they are (docs/artifact.md)
 
 
 @jit
@@ -53,7 +55,7 @@ def encode_floats(raw: bytes, itemsize: int) -> bytes:
     """
     if not raw:
         return b""
-    if len(raw) > _MOST:
+    if len(raw) > _MAX_BYTES:
         return b"\0" + raw
     planes = np.frombuffer(raw, np.uint8).reshape(-1, itemsize).T[::-1].copy("C")
     blob = np.zeros(16 * planes.size + 16, np.uint8)
@@ -82,7 +84,7 @@ def decode_floats(blob: bytes | memoryview, length: int, itemsize: int) -> bytes
         if len(blob) != length + 1:
             raise CorruptError("raw floats of another length")
         return blob[1:]
-    if blob[0] >> itemsize or length > min(len(blob) << 12, _MOST):
+    if blob[0] >> itemsize or length > min(len(blob) << 12, _MAX_BYTES):
         raise CorruptError("the head of coded floats is damaged")
     planes = np.zeros((itemsize, length // itemsize), np.uint8)
     data = np.frombuffer(blob, np.uint8, offset=1).copy()

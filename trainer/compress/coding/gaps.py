@@ -65,8 +65,8 @@ def encode(flat: Symbols, clusters: int, coder: SymbolCoder) -> bytes:
     bits = min(14, max(4, mean.bit_length() + 3))
     gap_symbols, values = split(flat, (1 << bits) - 1)
     gap_bytes = coder.encode(gap_symbols, 1 << bits)
-    head = varint.put(survivors) + varint.put(gap_symbols.size - survivors)
-    head += bytes([bits]) + varint.put(len(gap_bytes))
+    head = varint.encode(survivors) + varint.encode(gap_symbols.size - survivors)
+    head += bytes([bits]) + varint.encode(len(gap_bytes))
     return head + gap_bytes + coder.encode(values, clusters)
 
 
@@ -76,11 +76,11 @@ def decode(blob: bytes, size: int, clusters: int, coder: SymbolCoder) -> Symbols
     Raises:
         CorruptError: no encoder wrote these bytes for such a layer.
     """
-    survivors, at = varint.take(blob, 0)
-    fillers, at = varint.take(blob, at)
+    survivors, at = varint.decode(blob, 0)
+    fillers, at = varint.decode(blob, at)
     if at >= len(blob) or not 4 <= (bits := blob[at]) <= 14:
         raise CorruptError("the head of a gap-coded layer is damaged")
-    length, at = varint.take(blob, at + 1)
+    length, at = varint.decode(blob, at + 1)
     longest = (1 << bits) - 1
     if survivors + fillers * longest > size or length > len(blob) - at:
         raise CorruptError("the head of a gap-coded layer does not fit its shape")

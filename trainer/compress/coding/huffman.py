@@ -14,7 +14,7 @@ Symbols = NDArray[np.uint16]
 Int64 = NDArray[np.int64]
 # Bits of a code, as they fit 64 with a sign. A code of n bits takes F(n + 2) symbols at least, a
 # Fibonacci number: 9 million for 33 bits, and 10^13, more than any memory holds, for 62.
-LONGEST = 62
+MAX_LENGTH = 62
 
 
 def code_lengths(counts: Sequence[int]) -> list[int]:
@@ -97,7 +97,7 @@ def encode(symbols: Symbols, alphabet: int) -> bytes:
         if lengths[at] == 0:
             while at + run < alphabet and lengths[at + run] == 0:
                 run += 1
-            head += b"\0" + varint.put(run)
+            head += b"\0" + varint.encode(run)
         else:
             head.append(lengths[at])
         at += run
@@ -123,13 +123,13 @@ def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
         if length:
             lengths.append(length)
             continue
-        run, at = varint.take(blob, at)
+        run, at = varint.decode(blob, at)
         if not 0 < run <= alphabet - len(lengths):
             raise CorruptError("a table of code lengths is too long")
         lengths += [0] * run
-    if max(lengths, default=0) > LONGEST:
+    if max(lengths, default=0) > MAX_LENGTH:
         raise CorruptError("a code is too long")
-    if sum(1 << (LONGEST - n) for n in lengths if n) > 1 << LONGEST:
+    if sum(1 << (MAX_LENGTH - n) for n in lengths if n) > 1 << MAX_LENGTH:
         raise CorruptError("code lengths contradict each other")
     used = [symbol for symbol, length in enumerate(lengths) if length]
     if len(used) < 2:

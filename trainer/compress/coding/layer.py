@@ -19,9 +19,9 @@ from trainer.compress.coding.errors import CorruptError
 Levels = NDArray[np.uint16]
 
 CODERS = {"context": 0, "columns": 1, "huffman": 2, "ans": 3}
-CLUSTERS = 65535  # at most
-MIXED = 1 << 23  # positions; above, only gaps are fast enough to be tried unasked
-_WIDEST = 1 << 16  # columns of the context coder, whose memory grows with them
+MAX_CLUSTERS = 65535  # at most
+MAX_CONTEXT_POSITIONS = 1 << 23  # positions; above, only gaps are fast enough to be tried unasked
+_MAX_COLUMNS = 1 << 16  # columns of the context coder, whose memory grows with them
 _SAMPLE = 1 << 16  # positions by which the context coder is compared with the others
 _TRIAL = 1 << 18  # positions by which the options of the context coder are compared
 
@@ -57,8 +57,8 @@ def encode_layer(
         ValueError: levels that are not 0 to `clusters`, or do not fit the shape.
     """
     matrix = np.asarray(levels).reshape(matrix_shape(shape))
-    if not 1 <= clusters <= CLUSTERS:
-        raise ValueError(f"{clusters} clusters; 1 to {CLUSTERS} can be coded")
+    if not 1 <= clusters <= MAX_CLUSTERS:
+        raise ValueError(f"{clusters} clusters; 1 to {MAX_CLUSTERS} can be coded")
     if coder != "auto" and coder not in CODERS:
         raise ValueError(f"coder {coder!r}; there are auto, {', '.join(CODERS)}")
     if matrix.size == 0:
@@ -94,7 +94,7 @@ def decode_layer(
         CorruptError: no encoder wrote these bytes for such a layer.
     """
     rows, columns = matrix_shape(shape)
-    if not 1 <= clusters <= CLUSTERS:
+    if not 1 <= clusters <= MAX_CLUSTERS:
         raise CorruptError(f"{clusters} clusters")
     if rows * columns > max_positions(len(blob)):
         raise CorruptError(f"{len(blob)} bytes cannot hold {rows * columns} positions")
@@ -131,7 +131,7 @@ def _negatives(clusters: int, negatives: int | None) -> int:
 
 def _context_pays(matrix: Levels, clusters: int, negatives: int) -> bool:
     """Whether the context coder is worth its time: it is not on dense 8-bit weights, for one."""
-    if not _SAMPLE < matrix.size <= MIXED:
+    if not _SAMPLE < matrix.size <= MAX_CONTEXT_POSITIONS:
         return matrix.size <= _SAMPLE
     columns = matrix.shape[1]
     if columns > _SAMPLE:
@@ -147,7 +147,7 @@ def _by_context(
     """The smallest of the context coder's options, compared on the first rows of a large layer."""
     if transposed:
         matrix = np.ascontiguousarray(matrix.T)
-    if matrix.shape[1] > _WIDEST:
+    if matrix.shape[1] > _MAX_COLUMNS:
         matrix = _folded(matrix)
     columns = matrix.shape[1]
     sample = matrix[: max(1, _TRIAL // columns)]
@@ -160,17 +160,17 @@ def _by_context(
 
 
 def _folded(matrix: Levels) -> Levels:
-    """All positions in rows of _WIDEST; zeros fill the last one up."""
-    flat = np.zeros((-(-matrix.size // _WIDEST), _WIDEST), np.uint16)
+    """All positions in rows of _MAX_COLUMNS; zeros fill the last one up."""
+    flat = np.zeros((-(-matrix.size // _MAX_COLUMNS), _MAX_COLUMNS), np.uint16)
     flat.ravel()[: matrix.size] = matrix.ravel()
     return flat
 
 
 def _from_context(data: bytes, rows: int, columns: int, clusters: int, negatives: int) -> Levels:
-    if columns <= _WIDEST:
+    if columns <= _MAX_COLUMNS:
         return context.decode(data, rows, columns, clusters, negatives)
     size = rows * columns
-    flat = context.decode(data, -(-size // _WIDEST), _WIDEST, clusters, negatives).ravel()
+    flat = context.decode(data, -(-size // _MAX_COLUMNS), _MAX_COLUMNS, clusters, negatives).ravel()
     if flat[size:].any():
         raise CorruptError("survivors beyond the layer")
     return flat[:size].reshape(rows, columns)

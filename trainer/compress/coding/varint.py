@@ -3,7 +3,7 @@
 from trainer.compress.coding.errors import CorruptError
 
 
-def put(value: int) -> bytes:
+def encode(value: int) -> bytes:
     """The bytes of a number >= 0; all but the last have their top bit set."""
     out = bytearray()
     while value > 127:
@@ -13,7 +13,7 @@ def put(value: int) -> bytes:
     return bytes(out)
 
 
-def take(blob: bytes, at: int) -> tuple[int, int]:
+def decode(blob: bytes, at: int) -> tuple[int, int]:
     """The number that starts at byte `at`, and where the next one starts.
 
     Raises:
