@@ -40,9 +40,9 @@ def shared_ray():
     """One private Ray with two CPUs for all tests that need one; starting it takes seconds."""
     cfg = ClusterConfig(workers=2)
     prepare_environment(cfg)
-    from trainer.cluster.session import RaySession
+    from trainer.cluster.connection import RayConnection
 
-    session = RaySession(cfg)
-    session.open()
+    connection = RayConnection(cfg)
+    connection.open()
     yield
-    session.close()
+    connection.close()

@@ -331,7 +331,7 @@ def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):
     finally:
         sys.path.remove(str(tmp_path))
     shown, said = capsys.readouterr()
-    assert "not starting again: the same error came again at the same step" in shown
+    assert "not starting again: the same error occurred twice at the same step" in shown
     assert "worker 0 on" in said
     assert "ArithmeticError: out of order" in said
     assert said.count("\n") == 1

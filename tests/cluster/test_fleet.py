@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from trainer.cluster.fleet import cpus
+from trainer.cluster.fleet import available_cpus
 
 
 @pytest.mark.parametrize(
@@ -15,5 +15,5 @@ def test_cpus_are_those_that_this_process_may_use(tmp_path, monkeypatch, quota, 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     file = tmp_path / "cpu.max"
     file.write_text(quota)
-    assert cpus(file) == count
-    assert cpus(tmp_path / "none") == 6
+    assert available_cpus(file) == count
+    assert available_cpus(tmp_path / "none") == 6

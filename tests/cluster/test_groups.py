@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.cluster import bodies
+from tests.cluster import functions
 from trainer.cluster import WorkerFailed, open_group
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
@@ -27,7 +27,7 @@ def started(request):
 
 @pytest.fixture(scope="module", params=KINDS)
 def group(request):
-    """One group for all bodies that end well."""
+    """One group for all functions that end well."""
     opened = started(request)
     yield opened
     opened.stop()
@@ -35,7 +35,7 @@ def group(request):
 
 @pytest.fixture(scope="module", params=KINDS)
 def doomed(request):
-    """Another one for bodies that fail, after which it is restarted."""
+    """Another one for functions that fail, after which it is restarted."""
     opened = started(request)
     yield opened
     opened.stop()
@@ -51,11 +51,11 @@ def own(request):
 
 def test_rank_0_is_heard_and_all_ranks_run(group):
     everyone = sum(range(group.size))
-    assert list(group.run(bodies.ranks, 3)) == [(i, 0, group.size, everyone) for i in range(3)]
+    assert list(group.run(functions.ranks, 3)) == [(i, 0, group.size, everyone) for i in range(3)]
 
 
 def test_a_group_stays_warm(group):
-    first, second = (list(group.run(bodies.environment)) for _ in range(2))
+    first, second = (list(group.run(functions.environment)) for _ in range(2))
     assert first == second  # the process id included
 
 
@@ -65,7 +65,7 @@ def test_every_rank_has_a_node(group):
 
 
 def test_messages_arrive_while_the_body_runs(group):
-    stream = group.run(bodies.slow)
+    stream = group.run(functions.slow)
     next(stream)
     heard_first = time.time()
     made_second = next(stream)
@@ -74,29 +74,29 @@ def test_messages_arrive_while_the_body_runs(group):
 
 
 def test_a_request_to_stop_ends_one_run_and_not_the_next(group):
-    stream = group.run(bodies.until_stopped, 60)
+    stream = group.run(functions.until_stopped, 60)
     assert next(stream) == "started"
-    group.stop_asked.set()
+    group.stop_requested.set()
     assert list(stream) == [True]
-    group.stop_asked.clear()
-    assert list(group.run(bodies.until_stopped, 0)) == ["started", False]
+    group.stop_requested.clear()
+    assert list(group.run(functions.until_stopped, 0)) == ["started", False]
 
 
 def test_a_request_to_stop_that_came_first_is_heard(group):
-    group.stop_asked.set()
-    assert list(group.run(bodies.until_stopped, 60)) == ["started", True]
-    group.stop_asked.clear()
+    group.stop_requested.set()
+    assert list(group.run(functions.until_stopped, 60)) == ["started", True]
+    group.stop_requested.clear()
 
 
 @pytest.mark.parametrize(
     ("body", "reason", "detail"),
     [
-        (bodies.raises_on_last, "KeyError: 'lost key'", 'raise KeyError("lost key")'),
-        (bodies.raises_unpicklable, "Unpicklable: odd", "raise Unpicklable(1, 2)"),
+        (functions.raises_on_last, "KeyError: 'lost key'", 'raise KeyError("lost key")'),
+        (functions.raises_unpicklable, "Unpicklable: odd", "raise Unpicklable(1, 2)"),
     ],
 )
 def test_a_failure_comes_with_its_rank_node_and_whole_traceback(doomed, body, reason, detail):
-    (before,) = doomed.run(bodies.environment)
+    (before,) = doomed.run(functions.environment)
     stream = doomed.run(body)
     assert next(stream) == "before"
     with pytest.raises(WorkerFailed) as error:
@@ -104,19 +104,21 @@ def test_a_failure_comes_with_its_rank_node_and_whole_traceback(doomed, body, re
     assert reason in str(error.value)
     assert detail in error.value.detail
     assert error.value.node == doomed.nodes[error.value.rank]
-    if body is bodies.raises_on_last:
+    if body is functions.raises_on_last:
         assert error.value.rank == doomed.size - 1
     doomed.restart()
-    assert len(list(doomed.run(bodies.ranks, 2))) == 2
-    assert list(doomed.run(bodies.environment)) == [before]  # nobody was lost: the process is warm
+    assert len(list(doomed.run(functions.ranks, 2))) == 2
+    assert list(doomed.run(functions.environment)) == [
+        before
+    ]  # nobody was lost: the process is warm
 
 
 def test_a_wrong_configuration_stays_one(own):
     with pytest.raises(ConfigError, match=r"data\.root=/nowhere: there is no such folder"):
-        list(own.run(bodies.wrong_config))
+        list(own.run(functions.wrong_config))
     own.stop()  # may be called twice: the fixture does it again
     with pytest.raises(RuntimeError, match=r"start\(\)"):
-        list(own.run(bodies.ranks, 1))
+        list(own.run(functions.ranks, 1))
 
 
 @pytest.mark.integration
@@ -128,7 +130,7 @@ class TestRay:
         try:
             begun = time.monotonic()
             with pytest.raises(WorkerFailed, match=r"worker 1 on .*: the process died"):
-                list(group.run(bodies.dies_on_last))
+                list(group.run(functions.dies_on_last))
             assert time.monotonic() - begun < 10  # the peer's collective alone would wait 120 s
         finally:
             group.stop()
@@ -138,10 +140,10 @@ class TestRay:
         group = open_group(ClusterConfig(workers=2, cpus_per_worker=0.25, hang_timeout_s=2))
         group.start()
         try:
-            assert list(group.run(bodies.takes_long, 3)) == ["done"]
-            with pytest.raises(WorkerFailed, match=r"worker 1 on .*hang_timeout_s=2; last heard of "
+            assert list(group.run(functions.takes_long, 3)) == ["done"]
+            with pytest.raises(WorkerFailed, match=r"worker 1 on .*hang_timeout_s=2; last seen "
                                r"in phase train, step 17"):  # fmt: skip
-                list(group.run(bodies.stands_still))
+                list(group.run(functions.stands_still))
         finally:
             group.stop()
 
@@ -149,7 +151,7 @@ class TestRay:
         group = open_group(ClusterConfig(workers=1, cpus_per_worker=0.25, threads=2, nice=5))
         group.start()
         try:
-            ((threads, niceness, _, _),) = group.run(bodies.environment)
+            ((threads, niceness, _, _),) = group.run(functions.environment)
             assert (threads, niceness) == (2, 5)
         finally:
             group.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.cluster import NoRoom, WorkerFailed
+from trainer.cluster import InsufficientResources, WorkerFailed
 from trainer.cluster.inline import InlineGroup
 from trainer.errors import RunError
 from trainer.store.directory import RunDirectory
@@ -34,7 +34,7 @@ def loses_its_worker(self, body, *args):
 def test_a_worker_that_is_lost_after_a_request_to_stop_interrupts_the_run(monkeypatch):
     def run(self, body, *args):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert self.stop_asked.is_set()
+        assert self.stop_requested.is_set()
         yield from loses_its_worker(self, body)
 
     monkeypatch.setattr(InlineGroup, "run", run)
@@ -58,7 +58,9 @@ def test_a_restart_that_finds_no_room_is_not_repeated(monkeypatch, capsys):
 
     def restart(self):
         tried.append(True)
-        raise NoRoom("no room for cluster.workers=1 within cluster.start_timeout_s=60")
+        raise InsufficientResources(
+            "no room for cluster.workers=1 within cluster.start_timeout_s=60"
+        )
 
     monkeypatch.setattr(InlineGroup, "run", loses_its_worker)
     monkeypatch.setattr(InlineGroup, "restart", restart)

@@ -45,7 +45,7 @@ class Nodes:
 class Group:
     def __init__(self, nodes):
         self.nodes = nodes
-        self.stop_asked = threading.Event()
+        self.stop_requested = threading.Event()
         self.stopped = False
 
     def start(self):
@@ -170,9 +170,9 @@ def test_a_trial_that_is_asked_to_stop_at_once_hears_of_it(made):
     nodes_alive, Group.alive = Group.alive, lambda group: held.wait()
     try:
         slot = pool.take()
-        slot.group.stop_asked.set()  # by the trial before
-        slot.run(0, None, lambda group: heard.append(group.stop_asked.is_set()))
-        assert not slot.group.stop_asked.is_set()
+        slot.group.stop_requested.set()  # by the trial before
+        slot.run(0, None, lambda group: heard.append(group.stop_requested.is_set()))
+        assert not slot.group.stop_requested.is_set()
         pool.stop_trials()
         held.set()
         until(pool, lambda events: events)

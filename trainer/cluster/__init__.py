@@ -1,21 +1,21 @@
 """Worker groups: the processes that execute a run. The only package that imports Ray.
 
-Neither this module nor a group's construction imports Ray or torch: the driver starts Ray first and
-imports the rest meanwhile.
+Importing this package or constructing a group imports neither Ray nor torch, so that the driver can
+start Ray first and import torch and the user's code while Ray starts.
 """
 
 from trainer.cluster.fleet import Fleet
-from trainer.cluster.group import Body, NoRoom, WorkerFailed, WorkerGroup
+from trainer.cluster.group import InsufficientResources, WorkerFailed, WorkerFunction, WorkerGroup
 from trainer.cluster.open import open_group
-from trainer.cluster.restart import Loss, why_not_restart
+from trainer.cluster.restart import WorkerLoss, why_not_restart
 
 __all__ = [
-    "Body",
     "Fleet",
-    "Loss",
-    "NoRoom",
+    "InsufficientResources",
     "WorkerFailed",
+    "WorkerFunction",
     "WorkerGroup",
+    "WorkerLoss",
     "open_group",
     "why_not_restart",
 ]

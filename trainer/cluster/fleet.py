@@ -11,67 +11,73 @@ from trainer.cluster.group import WorkerGroup
 from trainer.cluster.open import open_group
 from trainer.config import ClusterConfig
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, or max, per microseconds
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "QUOTA PERIOD" in us, or "max PERIOD"
 
 
 class Fleet:
-    """What the groups of a sweep share. `open` it, start `new_group()`s, and `close` it with them.
+    """The worker groups of a sweep: call `open`, then `new_group` and `start`, finally `close`.
 
-    `cluster.backend=inline` has room for one group and no connection.
+    With `cluster.backend=inline` there is one group and no connection.
     """
 
     def __init__(self, cfg: ClusterConfig, groups: int | None) -> None:
-        """Args: groups: so many at most; None: as many as there is room for."""
+        """
+        Args:
+            cfg: the settings of every group.
+            groups: maximum number of groups; None: as many as the cluster can hold.
+        """
         self._cfg = cfg
         self._inline = cfg.backend == "inline"
         self._limit = 1 if self._inline else groups
-        self._session: Any = None  # a RaySession; its module imports Ray
+        self._connection: Any = None  # a RayConnection, whose module imports Ray
 
     def open(self) -> None:
         """Connect to the cluster, or start a private Ray. Raises as `WorkerGroup.start`."""
         if self._inline:
             return
         prepare_environment(self._cfg)
-        from trainer.cluster.session import RaySession
+        from trainer.cluster.connection import RayConnection
 
-        self._session = RaySession(self._cfg, self._limit or self._fitting({"CPU": cpus()}))
-        self._session.open()
+        groups = self._limit or self._capacity({"CPU": available_cpus()})
+        self._connection = RayConnection(self._cfg, groups)
+        self._connection.open()
 
     def size(self) -> int:
-        """How many groups to have now: the limit, else what the cluster as it is could hold.
+        """The number of groups to run now: the maximum, or what the cluster can hold at present.
 
-        Without a limit, at least one, which says what is missing where there is room for none.
+        Without a maximum the result is at least 1, so that the start of that group reports which
+        resources are missing.
         """
         if self._limit is not None:
             return self._limit
         import ray
 
-        return self._fitting(ray.cluster_resources())
+        return self._capacity(ray.cluster_resources())
 
     def new_group(self) -> WorkerGroup:
-        """A group that uses the connection; not started."""
+        """A group that uses the connection, not started yet."""
         return open_group(self._cfg)
 
     def close(self, groups: Iterable[WorkerGroup]) -> None:
-        """Stop the groups, also those that are at work, and disconnect. More than once is fine."""
-        if self._session is None:
+        """Stop the groups, also those that are running, and disconnect. May be called twice."""
+        if self._connection is None:
             return
-        if not self._session.ends_ray:
+        if not self._connection.ends_ray:
             for group in groups:
                 group.stop()
-        self._session.close()
+        self._connection.close()
 
-    def _fitting(self, resources: Mapping[str, float]) -> int:
+    def _capacity(self, resources: Mapping[str, float]) -> int:
         cfg = self._cfg
-        fitting = resources.get("CPU", 0) / (cfg.workers * cfg.cpus_per_worker)
-        gpus = resources.get("GPU", 0) / (cfg.workers * cfg.gpus_per_worker)
-        if cfg.device != "cpu" and gpus >= 1:
-            fitting = min(fitting, gpus)
-        return max(1, math.floor(fitting))
+        groups = resources.get("CPU", 0) / (cfg.workers * cfg.cpus_per_worker)
+        by_gpu = resources.get("GPU", 0) / (cfg.workers * cfg.gpus_per_worker)
+        if cfg.device != "cpu" and by_gpu >= 1:
+            groups = min(groups, by_gpu)
+        return max(1, math.floor(groups))
 
 
-def cpus(quota: Path = QUOTA) -> int:
-    """CPUs that this process may use: of its affinity, and of its container's quota."""
+def available_cpus(quota: Path = CPU_QUOTA) -> int:
+    """The number of CPUs that this process may use, by its affinity and its container's quota."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         count = len(os.sched_getaffinity(0))
     else:
@@ -79,5 +85,5 @@ def cpus(quota: Path = QUOTA) -> int:
     try:
         allowed, period = quota.read_text().split()
         return max(1, min(count, int(allowed) // int(period)))
-    except (OSError, ValueError):  # there is none, or it says max
+    except (OSError, ValueError):  # no such file, or "max"
         return count

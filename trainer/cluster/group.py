@@ -1,50 +1,51 @@
-"""What every worker group is: start once, run bodies on all workers, stop."""
+"""The interface of every worker group, and the errors that it raises."""
 
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from trainer.cluster.restart import Loss
+from trainer.cluster.restart import WorkerLoss
 from trainer.errors import RunError
 
-Body = Callable[..., Iterator[Any]]
-"""What workers execute: `body(world, *args)`, a generator; every rank runs the same lines."""
+WorkerFunction = Callable[..., Iterator[Any]]
+"""What workers execute: a generator function `f(world, *args)`, the same on every rank (SPMD)."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a body raised, told as a message: it must survive classes that cannot be pickled."""
+    """An exception of a worker function as a message, since exceptions may not be picklable."""
 
     reason: str
-    detail: str
-    wrong_config: bool = False
-    final: bool = False  # doing it again would end in the same way
-    peer: bool = False  # only a consequence: another worker went away first
-    place: tuple[int, int] | None = None  # phase and step; None: not known
+    detail: str  # the traceback, or what is known about the death of the process
+    is_config_error: bool = False
+    is_permanent: bool = False  # a repetition would fail in the same way
+    is_peer_loss: bool = False  # only a consequence: another worker disappeared first
+    position: tuple[int, int] | None = None  # phase and step; None: unknown
 
-    def spoils(self, device: str) -> bool:
-        """Whether its worker is of no use any more, though its process lives.
+    def makes_worker_unusable(self, device: str) -> bool:
+        """Whether the worker cannot be reused although its process is alive.
 
         After an error on a GPU, such as a failed assertion in a kernel, every later CUDA call of
-        the process fails too; which errors are of that kind cannot be told from outside.
+        the process fails too. Such errors cannot be distinguished from others, so every error that
+        does not come from this package counts as one.
         """
-        known = self.wrong_config or self.final or self.peer
-        return device == "cuda" and not known
+        expected = self.is_config_error or self.is_permanent or self.is_peer_loss
+        return device == "cuda" and not expected
 
 
-class NoRoom(RunError):
-    """The cluster has no room for the workers, and got none while they waited for it."""
+class InsufficientResources(RunError):
+    """The cluster has no free resources for the workers within `cluster.start_timeout_s`."""
 
 
 class WorkerFailed(RunError):
-    """A worker raised, or died.
+    """A worker raised an exception, died or hung.
 
     Attributes:
-        rank: which one.
-        node: host name it ran on.
-        detail: its whole traceback, or what is known of its death.
-        loss: what decides whether to start again (trainer.cluster.restart).
+        rank: the worker's rank.
+        node: the name of its host.
+        detail: its whole traceback, or what is known about its death.
+        loss: the data on which the decision to restart is based (trainer.cluster.restart).
     """
 
     def __init__(
@@ -53,54 +54,55 @@ class WorkerFailed(RunError):
         node: str,
         reason: str,
         detail: str,
-        place: tuple[int, int] | None = None,
+        position: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(f"worker {rank} on {node}: {reason}", detail)
         self.rank = rank
         self.node = node
-        self.loss = Loss(reason, place)
+        self.loss = WorkerLoss(reason, position)
 
 
 class WorkerGroup(Protocol):
-    """A gang of warm workers with ranks 0 to size - 1."""
+    """A group of warm workers with the ranks 0 to size - 1."""
 
     size: int
+    stop_requested: threading.Event
+    """Set it to end the current function at its next step. The caller clears it before the next
+    `run`."""
 
     @property
     def nodes(self) -> list[str]:
         """Host name of each rank, once started."""
 
-    stop_asked: threading.Event  # set it, and the body ends at its next step; clear it to run again
-
     def start(self) -> None:
-        """Start the workers and connect them, once; afterwards every `run` is warm.
+        """Start the workers and connect them, once. Every later `run` reuses the processes.
 
         Raises:
-            ConfigError: the cluster lacks what is asked for; the message says what.
-            RunError: it could, but did not start, or `stop_asked` was set meanwhile; NoRoom where
-                others take up the room.
+            ConfigError: the cluster can never hold the workers; the message says what it lacks.
+            InsufficientResources: it could, but other work occupies it.
+            RunError: the workers did not start, or `stop_requested` was set in the meantime.
         """
 
-    def run(self, body: Body, *args: Any) -> Iterator[Any]:
-        """Execute `body(world, *args)` on every worker and yield what rank 0 yields, as it does.
+    def run(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
+        """Execute `function(world, *args)` on every worker and yield what rank 0 yields, at once.
 
-        The group can run again after a body that ended; after one that failed it must be restarted
-        or stopped, after one whose iterator was closed early it must be stopped.
+        The group can run again after a function that ended, also on request. After a function that
+        failed, call `restart` or `stop` first; after closing the iterator early, `stop`.
 
         Raises:
             ConfigError: a worker raised it; the message is the worker's.
-            RunError: likewise; running again would end in the same way.
-            WorkerFailed: a worker raised anything else, died, or hung.
+            RunError: a worker raised it; running again would fail in the same way.
+            WorkerFailed: a worker raised another exception, died or hung.
         """
 
     def restart(self) -> None:
-        """After WorkerFailed: replace the workers that are lost, keep the others, connect anew.
+        """After WorkerFailed: replace lost workers, keep the others, and connect all of them anew.
 
-        Raises as `start`; NoRoom where a node went away and none came.
+        Raises as `start`; InsufficientResources if a lost node was not replaced in time.
         """
 
     def alive(self) -> bool:
-        """Whether all workers answer; only between two runs."""
+        """Whether all workers answer. Only between two runs."""
 
     def stop(self) -> None:
-        """End all workers and whatever was started for them. May be called twice."""
+        """End all workers and everything that was started for them. May be called twice."""

@@ -1,4 +1,4 @@
-"""A group of one: this very process, without Ray, so that a debugger and Ctrl-C just work."""
+"""A group of one worker: the current process, without Ray, so that debuggers and Ctrl-C work."""
 
 import os
 import socket
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from trainer.cluster.group import Body, WorkerFailed
+from trainer.cluster.group import WorkerFailed, WorkerFunction
 from trainer.config import ClusterConfig
 from trainer.engine.world import World, same_bits_on_cuda
 from trainer.errors import ConfigError, RunError
 
 
 class InlineGroup:
-    """See `WorkerGroup`. Takes the settings of a cluster with one worker."""
+    """See `WorkerGroup`. Requires `cluster.workers=1`."""
 
     size = 1
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self.nodes = [socket.gethostname()]
-        self.stop_asked = threading.Event()
+        self.stop_requested = threading.Event()
         self._cfg = cfg
         self._world: World | None = None
 
@@ -38,28 +38,29 @@ class InlineGroup:
             same_bits_on_cuda()
         torch.set_num_threads(self._cfg.threads or os.cpu_count() or 1)
         self._world = World.single(torch.device(device))
-        self._world.stop = self.stop_asked
+        self._world.stop = self.stop_requested
 
-    def run(self, body: Body, *args: Any) -> Iterator[Any]:
-        """Iterate over the body here."""
+    def run(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
+        """Execute the function in this process."""
         if self._world is None:
             raise RuntimeError("start() the group before run()")
         try:
-            yield from body(self._world, *args)
+            yield from function(self._world, *args)
         except (ConfigError, RunError):
             raise
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
-            place = self._world.heartbeat.position
-            raise WorkerFailed(0, self.nodes[0], reason, traceback.format_exc(), place) from error
+            position = self._world.heartbeat.position
+            detail = traceback.format_exc()
+            raise WorkerFailed(0, self.nodes[0], reason, detail, position) from error
 
     def restart(self) -> None:
-        """This process is still there."""
+        """Nothing to do: this process is alive."""
 
     def alive(self) -> bool:
         """This process answers."""
         return True
 
     def stop(self) -> None:
-        """Nothing was started."""
+        """Forget the world; no process was started."""
         self._world = None

@@ -1,4 +1,4 @@
-"""From the setting cluster.backend to a group."""
+"""Creates the worker group that the setting cluster.backend names."""
 
 from trainer.cluster.environment import prepare_environment
 from trainer.cluster.group import WorkerGroup

@@ -1,8 +1,8 @@
-"""Ends what a private Ray leaves behind when its driver is killed.
+"""Removes what a private Ray leaves behind when its driver is killed.
 
-A process of its own, run as `python reaper.py FOLDER` with a pipe from the driver as its standard
-input. The pipe closes when the driver is gone, however it went. Some of Ray's processes notice that
-only after a minute by themselves, and nobody else would remove its folder.
+A separate process, run as `python reaper.py FOLDER` with a pipe from the driver as its standard
+input. The pipe closes when the driver ends, for whatever reason. Some of Ray's processes notice the
+end of the driver only after a minute, and no process of Ray removes the folder.
 """
 
 import contextlib
@@ -14,12 +14,13 @@ import psutil
 
 
 def reap(folder: str, driver: int) -> None:
-    """Kill every process that has a file open in `folder` (Ray's all log there), and remove it.
+    """Kill every process that has a file open in `folder`, and remove the folder.
 
-    The driver itself lives on where it only closed its pipe.
+    All processes of a private Ray have their log files open there. The driver itself is spared: it
+    may have closed its pipe without ending.
     """
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # gone meanwhile, or another user's
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile, or belongs to another user
             if process.pid not in (os.getpid(), driver) and _uses(process, folder):
                 process.kill()
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,25 +1,25 @@
-"""Whether a run starts again after a worker was lost: a pure function of what happened so far."""
+"""Decides whether a run restarts after a worker was lost: a pure function of the losses so far."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Loss:
-    """How a worker was lost."""
+class WorkerLoss:
+    """How and where a worker was lost."""
 
     reason: str
-    place: tuple[int, int] | None  # phase and step of the run; None: not known
+    position: tuple[int, int] | None  # phase and step of the run; None: unknown
 
 
-def why_not_restart(losses: Sequence[Loss], max_restarts: int) -> str | None:
-    """The reason to give up after the last of `losses`; None: start again.
+def why_not_restart(losses: Sequence[WorkerLoss], max_restarts: int) -> str | None:
+    """The reason to give up after the last of `losses`, or None to restart.
 
-    What comes again at the same step is no accident: starting again would only repeat it.
+    An error that occurs twice at the same step is deterministic: a restart would only repeat it.
     """
     last = losses[-1]
-    if last.place is not None and last in losses[:-1]:
-        return "the same error came again at the same step"
+    if last.position is not None and last in losses[:-1]:
+        return "the same error occurred twice at the same step"
     if len(losses) > max_restarts:
         return f"cluster.max_restarts={max_restarts} is used up"
     return None

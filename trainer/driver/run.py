@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cluster import (
-    Body,
-    Loss,
-    NoRoom,
+    InsufficientResources,
     WorkerFailed,
+    WorkerFunction,
     WorkerGroup,
+    WorkerLoss,
     open_group,
     why_not_restart,
 )
@@ -158,7 +158,7 @@ class _Run:
     def _start(self, group: WorkerGroup) -> None:
         """Start the workers, and import and check what takes its time meanwhile."""
         with (
-            self.signals.holding(self._last_words, group.stop_asked.set),
+            self.signals.holding(self._last_words, group.stop_requested.set),
             ThreadPoolExecutor(1) as background,
         ):
             ready = background.submit(_imports_and_checks, self.cfg, self.checkpoints, self._say)
@@ -173,9 +173,9 @@ class _Run:
         from trainer.report.tensorboard import Curves
 
         self.curves = Curves(self.directory.path / "tensorboard")
-        losses: list[Loss] = []
+        losses: list[WorkerLoss] = []
         try:
-            with self.signals.asking(group.stop_asked.set):
+            with self.signals.asking(group.stop_requested.set):
                 while True:
                     try:
                         self._train(group)
@@ -218,7 +218,7 @@ class _Run:
 
             self._follow(group, convert, result.final, result.dense)
 
-    def _follow(self, group: WorkerGroup, body: Body, *args: Any) -> None:
+    def _follow(self, group: WorkerGroup, body: WorkerFunction, *args: Any) -> None:
         """Take in all messages of one body."""
         for message in group.run(body, self.cfg, *args):
             self._on(message)
@@ -227,7 +227,7 @@ class _Run:
                 raise self.signals.interrupted()
 
     def _start_again(
-        self, group: WorkerGroup, lost: RunError, loss: Loss, losses: list[Loss]
+        self, group: WorkerGroup, lost: RunError, loss: WorkerLoss, losses: list[WorkerLoss]
     ) -> None:
         """Start the workers again, or raise `lost`; Interrupted where that was asked for before."""
         if self.signals.received is not None:
@@ -243,10 +243,10 @@ class _Run:
         self._say(f"{lost}; starting again from the last checkpoint (restart {len(losses)})")
         try:
             group.restart()
-        except NoRoom:  # it has waited for some
+        except InsufficientResources:  # it has waited for some
             raise
         except RunError as error:  # another one was lost meanwhile
-            self._start_again(group, error, Loss(str(error), None), losses)
+            self._start_again(group, error, WorkerLoss(str(error), None), losses)
 
     def _rewind(self) -> Point:
         """Find the last checkpoint, and forget all that was reported after it."""

@@ -76,21 +76,22 @@ class Slot:
     def run(self, number: int, cfg: Config, start: Any) -> None:
         """Run a trial; only after Ready."""
         assert self.group is not None
-        self.group.stop_asked.clear()  # here, where `stop_trial` is called, so that none is lost
+        # In the thread that calls `stop_trial`, so that no request is lost.
+        self.group.stop_requested.clear()
         self.trial = number
         self._jobs.put((cfg, start))
 
     def stop_trial(self) -> None:
         """Let the trial end at its next step, with a checkpoint."""
         if group := self.group:  # its thread may take it away meanwhile
-            group.stop_asked.set()
+            group.stop_requested.set()
 
     def close(self) -> None:
         """Take no more trials; the group ends, unless it is amid one: the fleet stops it then."""
         self._closed.set()
         self._jobs.put(None)
         if starting := self._starting:
-            starting.stop_asked.set()
+            starting.stop_requested.set()
 
     def join(self, timeout_s: float) -> None:
         """Wait for the thread, which may be stuck in a call that nothing ends."""

@@ -1,8 +1,8 @@
-"""Which Ray to use: an existing cluster where one is named, else a private one of our own.
+"""The connection to Ray: an existing cluster if one is configured, otherwise a private Ray.
 
-The private one listens on loopback only, asks every connection for a token that exists nowhere but
-in the environment of its processes, keeps its files in a folder of its own, and is gone with all of
-that when the session ends, or when this process dies (trainer.cluster.reaper).
+A private Ray listens on the loopback interface only and requires a token that exists only in the
+environment of its processes. It keeps its files in a folder of its own. Its processes and its
+folder are removed when the connection closes or this process dies (trainer.cluster.reaper).
 """
 
 import logging
@@ -26,56 +26,58 @@ from trainer.cluster.environment import cluster_address
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError, RunError, first_line
 
-KNOCK_TIMEOUT_S = 10.0
-SOCKET_PATH_MAX = 103  # characters of a Unix socket's path, on macOS; Linux takes 107
-RAY_PATH_LENGTH = 85  # of /trainer-xxxxxxxx/session_DATE_TIME_PID/sockets/plasma_store
+PROBE_TIMEOUT_S = 10.0
+SOCKET_PATH_MAX = 103  # characters in the path of a Unix socket on macOS; Linux allows 107
+RAY_PATH_LENGTH = 85  # length of /trainer-xxxxxxxx/session_DATE_TIME_PID/sockets/plasma_store
 
 
-class RaySession:
-    """One connection to Ray, opened by `open` and ended by `close`.
-
-    A private Ray has room for `groups` groups of workers side by side.
-    """
+class RayConnection:
+    """One connection to Ray, from `open` to `close`."""
 
     def __init__(self, cfg: ClusterConfig, groups: int = 1) -> None:
+        """
+        Args:
+            cfg: the settings of a worker group.
+            groups: the number of worker groups that a private Ray must hold at the same time.
+        """
         self._cfg = cfg
         self._groups = groups
-        self._ours = False
+        self._owner = False  # whether this object opened the connection
         self._folder: str | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
 
     @property
     def private(self) -> bool:
-        """Whether this session starts a Ray of its own."""
+        """Whether this connection starts a Ray of its own."""
         return cluster_address(self._cfg) is None
 
     @property
     def ends_ray(self) -> bool:
-        """Whether closing this session ends every process of Ray."""
+        """Whether `close` ends every process of Ray."""
         return self._folder is not None
 
     def open(self) -> None:
-        """Connect, or start and connect. A Ray that this process already uses is used as it is.
+        """Connect, starting a private Ray if needed. An existing connection is used as it is.
 
         Raises:
             RunError: no Ray answers at the address.
         """
         if ray.is_initialized():
             return
-        self._ours = True
-        with _sigterm_stays_ours():
+        self._owner = True
+        with _keep_sigterm_handler():
             if self.private:
                 self._start()
             else:
                 self._connect()
 
     def close(self) -> None:
-        """Disconnect; a private Ray ends, and its folder goes."""
-        if self._ours:
+        """Disconnect; end a private Ray and remove its folder."""
+        if self._owner:
             ray.shutdown()
-            self._ours = False
+            self._owner = False
         if self._reaper:
-            self._reaper.communicate()  # closes the pipe and waits until all is gone
+            self._reaper.communicate()  # closes the pipe and waits until everything is removed
             self._folder = self._reaper = None
 
     def _start(self) -> None:
@@ -102,10 +104,10 @@ class RaySession:
                 "run on a node of the cluster (ray job submit) and give host:port or auto"
             )
         try:
-            _knock(address)
+            _probe(address)
             ray.init(address=address, logging_level=logging.ERROR, runtime_env=self._runtime_env())
         except Exception as error:
-            if _refused(error):
+            if _is_token_error(error):
                 raise RunError(
                     f"the Ray cluster at {address} refuses the token: set RAY_AUTH_MODE=token, and "
                     "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own"
@@ -116,7 +118,7 @@ class RaySession:
             ) from error
 
     def _runtime_env(self) -> dict[str, Any]:
-        """The same for every worker of the job, so that Ray starts none of them twice."""
+        """The runtime environment, equal for all workers of the job so that they stay warm."""
         env: dict[str, Any] = {}
         if self._cfg.working_dir:
             env["working_dir"] = self._cfg.working_dir
@@ -126,32 +128,32 @@ class RaySession:
 
 
 @contextmanager
-def _sigterm_stays_ours() -> Iterator[None]:
-    """Keep ray.init from setting its own handlers of SIGTERM.
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Keep our handler of SIGTERM while ray.init would install its own two.
 
-    The one in Python would end this process with exit code 15, in the seconds that the rest of
-    ray.init takes. The native one calls ours, but has the process aborted three seconds later.
+    Its Python handler would end this process with exit code 15 during the rest of ray.init. Its
+    native handler calls ours, but aborts the process three seconds later.
     """
-    theirs = ray_utils.set_sigterm_handler
+    original = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        ray_utils.set_sigterm_handler = theirs
-        ours = signal.getsignal(signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread() and ours is not None:
-            signal.signal(signal.SIGTERM, ours)
+        ray_utils.set_sigterm_handler = original
+        handler = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
-def _knock(address: str | None) -> None:
-    """Raise OSError where nothing listens at host:port; Ray itself would try for minutes."""
+def _probe(address: str | None) -> None:
+    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
 
 
-def _refused(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is about the token."""
+def _is_token_error(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is about the token."""
     while error is not None:
         if isinstance(error, AuthenticationError) or "Unauthenticated" in str(error):
             return True
@@ -160,6 +162,6 @@ def _refused(error: BaseException | None) -> bool:
 
 
 def _short_folder() -> str:
-    """Where temporary files go, unless its path leaves no room for the names of Ray's sockets."""
+    """The folder for temporary files, or /tmp if its path is too long for Ray's socket files."""
     folder = tempfile.gettempdir()
     return folder if len(folder) <= SOCKET_PATH_MAX - RAY_PATH_LENGTH else "/tmp"
