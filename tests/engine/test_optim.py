@@ -26,6 +26,48 @@ def test_fused_is_used_where_it_exists():
     assert "fused" not in rmsprop.defaults
 
 
+FUSED = [
+    {"_target_": "torch.optim.SGD", "lr": 0.1},
+    {"_target_": "torch.optim.SGD", "lr": 1e-4, "momentum": 0.9},
+    {"_target_": "torch.optim.Adam", "lr": 0.1},
+    {"_target_": "torch.optim.Adam", "lr": 0.1, "amsgrad": True},
+    {"_target_": "torch.optim.AdamW", "lr": 0.1},
+    {"_target_": "torch.optim.Adagrad", "lr": 0.1},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", FUSED, ids=str)
+def test_parameters_of_every_type_are_updated_as_by_the_unfused_kernel(settings, dtype):
+    """Torch's fused SGD leaves 16-bit parameters on the CPU as they are."""
+    results = []
+    for choice in ({}, {"fused": False}):
+        # The second parameter has another type: every type is tried, not that of the first.
+        parameters = [nn.Parameter(torch.linspace(-0.1, 0.1, 9, dtype=torch.float32).to(dtype))]
+        parameters.append(nn.Parameter(torch.zeros(9, dtype=torch.float32)))
+        optimizer = parse_optimizer({**settings, **choice}).build(reversed(parameters))
+        for step in range(3):
+            for p in parameters:
+                p.grad = torch.linspace(1, 2, 9, dtype=p.dtype) + step
+            optimizer.step()
+        results.append([p.detach() for p in parameters])
+    for ours, plain in zip(*results, strict=True):
+        assert ours[4] < 0  # both started from zero there
+        eps = torch.finfo(ours.dtype).eps
+        torch.testing.assert_close(ours, plain, rtol=8 * eps, atol=8 * eps * settings["lr"])
+
+
+def test_a_fused_kernel_that_does_nothing_is_refused():
+    settings = {"_target_": "torch.optim.SGD", "lr": 0.1, "fused": True}
+    with pytest.raises(ConfigError, match=r"optimizer\.fused=true: .* of type bfloat16"):
+        parse_optimizer(settings).build([nn.Parameter(torch.ones(3, dtype=torch.bfloat16))])
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ConfigError, match="nothing to train"):
+        parse_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1}).build([])
+
+
 @pytest.mark.parametrize("choice", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
 def test_a_kernel_of_ones_own_choice(choice):
     settings = {"_target_": "torch.optim.Adam", "lr": 0.1, **choice}
@@ -49,6 +91,10 @@ def test_a_kernel_of_ones_own_choice(choice):
         ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": -1}, "momentum"),
         ({"lr": 0.1}, "_target_"),
         ({"_target_": "torch.optim.LBFGS", "lr": 0.1}, "closure"),
+        (
+            {"_target_": "torch.optim.SparseAdam", "lr": 0.1},
+            r"dense tensors; use torch\.optim\.Adam",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings, said):

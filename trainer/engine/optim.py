@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config import FitConfig
 from trainer.config.instantiate import check_arguments, locate
 from trainer.errors import ConfigError
 
-OWN_KERNELS = {"fused", "foreach", "differentiable"}  # settings that choose among kernels
+KERNEL_OPTIONS = {"fused", "foreach", "differentiable"}  # arguments that choose among kernels
 
 
 @dataclass(frozen=True)
@@ -29,37 +29,48 @@ class OptimizerSpec:
         return float(self.options["lr"])
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Make the optimizer, with torch's fused kernel if there is one for the parameters.
+        """Make the optimizer, with torch's fused kernel where that is correct.
 
         Args:
-            parameters: All on one device.
+            parameters: At least one; all on one device.
 
         Raises:
-            ConfigError: The class refuses a setting.
+            ConfigError: The class rejects a setting, or there is no parameter.
         """
-        parameters = list(parameters)
-        options = dict(self.options)
-        if not OWN_KERNELS & options.keys() and _fused_works(self.kind, parameters):
+        kind, options, parameters = self.kind, dict(self.options), list(parameters)
+        if not parameters:
+            raise ConfigError(
+                "model: there is nothing to train, because none of its parameters requires a "
+                "gradient; unfreeze some, or set fit.epochs=0"
+            )
+        wrong = _wrong_fused_types(kind, options, parameters)
+        if options.get("fused") and wrong:
+            raise ConfigError(
+                f"optimizer.fused=true: torch's fused {kind.__name__} does not update parameters "
+                f"of type {', '.join(wrong)} correctly; leave optimizer.fused out"
+            )
+        if not KERNEL_OPTIONS & options.keys() and not wrong and _has_fused(kind, parameters):
             options["fused"] = True
         try:
-            return self.kind(parameters, **options)
+            return kind(parameters, **options)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
-                f"optimizer: {self.kind.__name__} refuses its settings: {error}"
+                f"optimizer: {kind.__name__} rejects its settings: {error}"
             ) from error
 
 
 def parse_optimizer(
     settings: Mapping[str, Any], objects: Mapping[str, Any] | None = None
 ) -> OptimizerSpec:
-    """The optimizer that settings describe.
+    """Parse and check the settings of an optimizer.
 
     Args:
         settings: `_target_` (a subclass of torch.optim.Optimizer) and its keyword arguments.
         objects: Classes by dotted path that cannot be imported.
 
     Raises:
-        ConfigError: The class is unknown or needs a closure, or it lacks or refuses an argument.
+        ConfigError: The class is unknown, cannot be used for data-parallel training, does not
+            know an argument, or rejects a value.
     """
     kind = locate("optimizer", settings, objects or {})
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
@@ -67,54 +78,114 @@ def parse_optimizer(
             f"optimizer._target_={settings['_target_']}: it is not a torch.optim.Optimizer"
         )
     check_arguments("optimizer", kind, settings)
+    _check_supported(kind, str(settings["_target_"]))
     options = {key: value for key, value in settings.items() if key != "_target_"}
     lr = options.get("lr")
     if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
         raise ConfigError(f"optimizer.lr={lr}: it must be a number above 0")
-    if "closure" in _needed(kind.step):
-        raise ConfigError(
-            f"optimizer._target_={settings['_target_']}: it evaluates the loss several times "
-            "a step (a closure), which data-parallel training does not offer"
-        )
     spec = OptimizerSpec(kind, options)
     spec.build([nn.Parameter(torch.zeros(1))])
     return spec
 
 
-def _needed(function: Callable[..., Any]) -> set[str]:
-    """The arguments that a function cannot do without."""
+def _check_supported(kind: type[torch.optim.Optimizer], name: str) -> None:
+    """Raise ConfigError for an optimizer that data-parallel training cannot drive."""
+    if "closure" in _required_arguments(kind.step):
+        raise ConfigError(
+            f"optimizer._target_={name}: it evaluates the loss several times per step (a closure), "
+            "which data-parallel training does not support"
+        )
+    if issubclass(kind, torch.optim.SparseAdam):
+        raise ConfigError(
+            f"optimizer._target_={name}: it needs sparse gradients, but gradients are averaged "
+            "over the workers as dense tensors; use torch.optim.Adam"
+        )
+
+
+def _required_arguments(function: Callable[..., Any]) -> set[str]:
+    """Names of the arguments without a default value."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name for p in parameters if p.default is inspect.Parameter.empty}
 
 
-def _fused_works(kind: type[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> bool:
-    """Whether `kind` has a fused kernel for the device and type of the parameters."""
+def _has_fused(kind: type[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> bool:
+    """Whether `kind` has a fused kernel for the devices and types of the parameters."""
     try:
-        kind([torch.zeros(1, dtype=p.dtype, device=p.device) for p in parameters[:1]], fused=True)  # type: ignore[call-arg]
+        for dtype, device in {(p.dtype, p.device) for p in parameters}:
+            kind([torch.zeros(1, dtype=dtype, device=device)], fused=True)  # type: ignore[call-arg]
     except (RuntimeError, TypeError, ValueError):
         return False
     return True
 
 
+def _wrong_fused_types(
+    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], parameters: list[nn.Parameter]
+) -> list[str]:
+    """The types of parameters that the fused kernel of `kind` updates incorrectly.
+
+    torch 2.13's fused SGD, for one, leaves bfloat16 and float16 parameters on the CPU as they are.
+    Types below 32 bits are therefore tried: two steps must agree with those of the unfused kernel.
+    """
+    narrow = {(p.dtype, p.device) for p in parameters if p.dtype.itemsize < 4}
+    if not narrow or not _has_fused(kind, parameters):
+        return []
+    plain = {key: value for key, value in options.items() if key not in KERNEL_OPTIONS}
+    return sorted(
+        str(dtype).removeprefix("torch.")
+        for dtype, device in narrow
+        if not _fused_agrees(kind, plain, dtype, device)
+    )
+
+
+def _fused_agrees(
+    kind: type[torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    # Small updates are visible only where the parameter is zero. 67 values: more than one vector
+    # register, and a remainder.
+    start = torch.linspace(-1, 1, 67, dtype=dtype, device=device)
+    start[::2] = 0
+    gradient = torch.linspace(0.5, 1.5, 67, dtype=dtype, device=device)
+    results: list[Tensor] = []
+    for fused in (True, False):
+        parameter = nn.Parameter(start.clone())
+        optimizer = kind([parameter], fused=fused, **options)  # type: ignore[call-arg]
+        for _ in range(2):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        results.append(parameter.detach().float())
+    tolerance = 8 * torch.finfo(dtype).eps
+    return torch.allclose(results[0], results[1], rtol=tolerance, atol=tolerance * options["lr"])
+
+
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """`optimizer.load_state_dict`, with the moments in the memory format of their parameters.
 
-    Files keep tensors contiguous; fused kernels walk parameter and moments as they lie in memory,
-    and would pair the wrong values of a channels_last weight.
+    Files hold contiguous tensors. Fused kernels traverse a parameter and its moments in memory
+    order, and would pair the wrong values where the parameter is channels_last.
     """
     optimizer.load_state_dict(dict(state))
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
                 moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def lr_factor(step: int, total: int, steps_per_epoch: int, fit: FitConfig) -> float:
-    """The factor on the peak learning rate at `step` (0 is the first) of `total` steps.
+    """The factor on the peak learning rate at one step.
 
-    Warm-up rises linearly to 1 and reaches it at its last step; the schedule takes over there:
-    `cosine` falls to 0 at `total` (Loshchilov & Hutter, ICLR 2017, without restarts), `step`
-    multiplies by `step_gamma` every `step_epochs` epochs counted from the start, `constant` stays.
+    The warm-up rises linearly and reaches 1 at its last step; then the schedule follows. `cosine`
+    falls to 0 at `total` (Loshchilov & Hutter, SGDR, ICLR 2017, arXiv:1608.03983, without
+    restarts), `step` multiplies by `fit.step_gamma` every `fit.step_epochs` epochs counted from the
+    first step, `constant` stays at 1.
+
+    Args:
+        step: number of updates before this one; 0 is the first.
+        total: number of steps of the phase.
+        steps_per_epoch: number of steps of one epoch.
+        fit: names the schedule and its settings.
     """
     warmup = round(fit.warmup_epochs * steps_per_epoch)
     if step < warmup:
@@ -129,7 +200,7 @@ def lr_factor(step: int, total: int, steps_per_epoch: int, fit: FitConfig) -> fl
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
+        if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
