@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trainer import artifact
+from trainer.compress.state import model_state
 from trainer.config import Config, LimitsConfig
 from trainer.config.instantiate import check_arguments, locate
 from trainer.engine.optim import parse_optimizer
@@ -17,6 +18,7 @@ from trainer.errors import ConfigError
 from trainer.parts import build_model, data_settings
 from trainer.phases import Phase, Prune, build_phases
 from trainer.phases.stages import check_teachers, stages
+from trainer.store.serialization import check_state
 from trainer.worker.run import check_phases
 
 
@@ -36,6 +38,7 @@ def check(cfg: Config) -> nn.Module | None:
     check_arguments("model", locate("model", cfg.model, {}), cfg.model)
     model = _meta_model(cfg)
     if model is not None:
+        check_state(model)
         check_phases(phases, model)
         if cfg.artifact.make:
             _check_writable(model)
@@ -44,7 +47,7 @@ def check(cfg: Config) -> nn.Module | None:
 
 def _check_writable(model: nn.Module) -> None:
     try:
-        artifact.check(model.state_dict())
+        artifact.check(model_state(model))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"artifact.make=true: {error}; set artifact.make=false") from error
 

@@ -1,12 +1,15 @@
-"""Weights to begin with: every kind of file that is taken, and what is refused."""
+"""Initial weights: every kind of file that is read, and what is refused."""
 
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
 from safetensors.torch import load, save_file
+from torch import nn
 
 from trainer import artifact
+from trainer.compress.state import load_state
 from trainer.errors import ConfigError
 from trainer.models import LeNet300
 from trainer.store.initial import initial_weights, read_weights
@@ -86,3 +89,110 @@ def test_weights_of_another_model(tmp_path, state):
     save_file({**state, "fc9.bias": torch.zeros(1)}, path)
     with pytest.raises(ConfigError, match=r"fc9\.bias .* missing in the model"):
         initial_weights(path, LeNet300())
+
+
+def saved(path, **changes):
+    """A state_dict of a Linear(2, 2) with a counter, some entries replaced."""
+    entries = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "steps": torch.tensor(3)}
+    torch.save({**entries, **changes}, path)
+    return path
+
+
+class Counting(nn.Linear):
+    def __init__(self, dtype=torch.float32) -> None:
+        super().__init__(2, 2, dtype=dtype)
+        self.register_buffer("steps", torch.tensor(0))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "problem"),
+    [
+        ("weight", torch.ones(2, 2, dtype=torch.int8), "int8 in the file and float32"),
+        ("weight", torch.ones(2, 2, dtype=torch.bool), "bool in the file and float32"),
+        ("weight", torch.ones(2, 2, dtype=torch.complex64), "complex64 in the file and float32"),
+        ("steps", torch.tensor(1.0), "float32 in the file and int64"),
+        ("steps", torch.tensor(True), "bool in the file and int64"),
+    ],
+    ids=["int8", "bool", "complex", "float for int", "bool for int"],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_numbers_of_another_kind_are_refused(entry, value, problem, device, tmp_path):
+    path = saved(tmp_path / "a.pt", **{entry: value})
+    with torch.device(device):
+        model = Counting()
+    with pytest.raises(ConfigError, match=f"{entry} is {problem} in the model: only numbers of"):
+        initial_weights(path, model)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64", "float8_e4m3fn"])
+def test_floating_point_weights_are_converted(name, tmp_path):
+    dtype = getattr(torch, name)
+    path = saved(tmp_path / "a.pt", weight=torch.full((2, 2), 0.5, dtype=dtype))
+    model = Counting()
+    model.load_state_dict(load(initial_weights(path, model)))
+    assert model.weight.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert model.weight.dtype is torch.float32
+
+
+def test_values_that_the_type_of_the_model_cannot_represent_are_refused(tmp_path):
+    path = saved(tmp_path / "a.pt", weight=torch.full((2, 2), 1e5))
+    initial_weights(path, Counting())
+    with pytest.raises(ConfigError, match="weight is float32 in the file and float16 in the model"):
+        initial_weights(path, Counting(torch.float16))
+    path = saved(tmp_path / "a.pt", weight=torch.full((2, 2), 1e300, dtype=torch.float64))
+    with pytest.raises(ConfigError, match="cannot represent all of its values"):
+        initial_weights(path, Counting())
+    path = saved(tmp_path / "b.pt", steps=torch.tensor(7, dtype=torch.uint8))
+    initial_weights(path, Counting())
+    model = Counting()
+    model.steps = model.steps.to(torch.int8)
+    path = saved(tmp_path / "b.pt", steps=torch.tensor(300))
+    with pytest.raises(ConfigError, match="steps is int64 in the file and int8 in the model"):
+        initial_weights(path, model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_parameters_must_be_finite_but_buffers_need_not(value, tmp_path):
+    path = saved(tmp_path / "a.pt", bias=torch.tensor([1.0, value]))
+    with pytest.raises(ConfigError, match="bias holds NaN or Inf: training cannot start"):
+        initial_weights(path, Counting())
+    model = Counting()
+    model.register_buffer("mask", torch.zeros(2))
+    initial_weights(saved(tmp_path / "a.pt", mask=torch.tensor([0.0, value])), model)
+
+
+def test_weights_of_another_version_of_a_class_are_refused(tmp_path):
+    class Newer(nn.Linear):
+        _version = 2
+
+    state = OrderedDict(nn.Linear(2, 2).state_dict())
+    state._metadata = nn.Linear(2, 2).state_dict()._metadata
+    torch.save(state, tmp_path / "a.pt")
+    initial_weights(tmp_path / "a.pt", nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"the model was saved by version 1 .* this is version 2"):
+        initial_weights(tmp_path / "a.pt", Newer(2, 2))
+
+
+class Extra(nn.Linear):
+    """Has extra state, as nn.Module.get_extra_state returns it."""
+
+    def __init__(self, extra=None) -> None:
+        super().__init__(2, 2)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_extra_state_is_read(tmp_path):
+    torch.save(Extra({"calls": 3}).state_dict(), tmp_path / "a.pt")
+    weights = load(initial_weights(tmp_path / "a.pt", Extra({})))
+    model = Extra()
+    load_state(model, weights)
+    assert model.extra == {"calls": 3}
+    torch.save(Extra({3}).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"init_from=.*(a state_dict is needed|cannot be read)"):
+        initial_weights(tmp_path / "a.pt", Extra())

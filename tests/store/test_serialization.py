@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 from torch import nn
 
+from trainer.errors import ConfigError
 from trainer.messages import Checkpoint
 from trainer.store.checksummed import DamagedError, read_sealed, write_sealed
-from trainer.store.serialization import pack, to_bytes, unpack
+from trainer.store.serialization import check_state, pack, to_bytes, unpack
 
 
 def sealed(path, content, about):
@@ -127,3 +128,15 @@ def test_any_damage_is_found(tmp_path_factory, data):
     path.write_bytes(damaged)
     with pytest.raises(DamagedError):
         read_sealed(path)
+
+
+def test_a_model_whose_state_cannot_be_kept_is_refused_before_it_trains():
+    model = nn.Linear(2, 2)
+    check_state(model)
+    with torch.device("meta"):
+        check_state(nn.Linear(2, 2))
+    model.register_buffer("wave", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ConfigError, match="model: wave is of type complex128, which checkpoints"):
+        check_state(model)
+    with pytest.raises(TypeError, match="wave"):
+        to_bytes(model.state_dict())

@@ -71,7 +71,7 @@ def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.Monk
 
         return wrapper
 
-    for name in ("to_onnx", "latencies", "correct"):
+    for name in ("to_onnx", "latencies", "count_correct"):
         monkeypatch.setattr(
             f"trainer.worker.export.{name}", watched(getattr(trainer.worker.export, name))
         )

@@ -24,6 +24,7 @@ from trainer.compress.quantize import (
     attach,
     broadcast_scale,
 )
+from trainer.compress.state import load_state
 from trainer.errors import ConfigError, first_line
 
 # Which batch norm can be folded into which layer. A subclass may compute something else.
@@ -47,13 +48,13 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: of the same class and settings, as it was built; changed in place and returned.
-        state: a state_dict; of a model that was not quantized, `load_state_dict` does the same.
+        state: a state_dict, or what `trainer.compress.state.model_state` made of one.
 
     Raises:
-        RuntimeError: the state_dict is that of another model, or damaged.
+        RuntimeError: the state is that of another model, or damaged.
     """
     apply_structure(model, state)
-    model.load_state_dict(state)
+    load_state(model, state)
     return model
 
 

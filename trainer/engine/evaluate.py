@@ -58,4 +58,4 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
     """The buffers that checkpoints keep."""
     parameters = {id(p) for p in model.parameters()}
     state = model.state_dict(keep_vars=True)
-    return [tensor for tensor in state.values() if id(tensor) not in parameters]
+    return [t for t in state.values() if isinstance(t, Tensor) and id(t) not in parameters]

@@ -12,6 +12,7 @@ from trainer.compress.allocation import Curve, allocate
 from trainer.compress.counts import counts
 from trainer.compress.masks import largest
 from trainer.compress.select import ParameterRef
+from trainer.compress.state import load_state, model_state
 from trainer.engine.evaluate import Metrics
 from trainer.messages import RoundRecord
 from trainer.phases.base import Measure
@@ -82,7 +83,7 @@ class Search(Targets):
         self.idle = self.targets == kept
 
     def begin(self, model: nn.Module) -> None:
-        model.load_state_dict(self.short or self.good)
+        load_state(model, self.short or self.good)
 
     def keep(
         self, latent: Mapping[str, Tensor], present: Mapping[str, int], progress: float
@@ -102,7 +103,7 @@ class Search(Targets):
         elif not self.short and number < self.rounds and not self.idle:
             self.short = _state(model)
         else:
-            model.load_state_dict(self.good)
+            load_state(model, self.good)
             self.short = {}
             self.fraction = math.sqrt(self.fraction)
             said += f" is below {self.baseline - self.max_drop:.2%}"
@@ -153,4 +154,4 @@ class Search(Targets):
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in model_state(model).items()}

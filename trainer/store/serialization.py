@@ -10,8 +10,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainer.compress.state import model_state, type_name
+from trainer.errors import ConfigError
 from trainer.store.checksummed import head, split
 
 STATE = "state"
@@ -58,6 +60,20 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
         parts.append(flat)
         end += flat.nbytes
     return b"".join([head(header), *parts])
+
+
+def check_state(model: nn.Module) -> None:
+    """Refuse a model whose state a checkpoint cannot hold. Needs no values: meta tensors will do.
+
+    Raises:
+        ConfigError: names the entry, its type, and what to do.
+    """
+    for name, tensor in model_state(model).items():
+        if tensor.dtype not in _DTYPES:
+            raise ConfigError(
+                f"model: {name} is of type {type_name(tensor)}, which checkpoints cannot hold; "
+                f"they hold {', '.join(str(t).removeprefix('torch.') for t in _DTYPES)}"
+            )
 
 
 def pack(state: Mapping[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.compress.counts import counts
 from trainer.compress.rewrite import restore
+from trainer.compress.state import load_state, model_state
 from trainer.config import CheckpointConfig, Config
 from trainer.data.split import Splits
 from trainer.engine.cost import macs
@@ -43,7 +44,7 @@ from trainer.parts import build_data, build_model, build_runtime
 from trainer.phases import Phase, build_phases
 from trainer.phases.stages import stages, teacher_phase
 from trainer.store.checkpoints import Point
-from trainer.store.serialization import pack, to_bytes, unpack
+from trainer.store.serialization import check_state, pack, to_bytes, unpack
 from trainer.worker.clock import PhaseClock
 from trainer.worker.preflight import check_match
 
@@ -88,6 +89,7 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
         phases = build_phases(cfg.phases)
         runtime = build_runtime(world, cfg)
         model = runtime.place(build_model(cfg))
+        check_state(model)
         check_phases(phases, model)
         to_come = list(phases.values())[start.phase :]
         check_match(model, data, runtime, [phase.fit for phase in to_come])
@@ -195,7 +197,7 @@ class _PhaseRun:
             rounds=rounds,
         )
         with world.heartbeat.busy():
-            weights = to_bytes(model.state_dict()) if world.rank == 0 else b""
+            weights = to_bytes(model_state(model)) if world.rank == 0 else b""
             yield PhaseEnded(index=self.index, record=record, weights=weights)
 
     def _round(
@@ -211,7 +213,7 @@ class _PhaseRun:
                 phase.plan(model, world, self._measure, self.teacher)
             phase.enter(model, world)
             if within is not None:
-                model.load_state_dict(within["model"])
+                load_state(model, within["model"])
         entered = counts(model)
         self.learnable = entered.learnable
         if within is not None or not rounds:
@@ -319,7 +321,7 @@ class _PhaseRun:
         content = b""
         if self.runtime.world.rank == 0:
             state = {
-                "model": self.model.state_dict(),
+                "model": model_state(self.model),
                 "clock": clocked,
                 "fit": step.state(),
                 "phase": self.phase.state(),
