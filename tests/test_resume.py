@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import random
@@ -27,9 +28,10 @@ from trainer.config import ClusterConfig, Config, to_dataclass
 from trainer.engine.world import World
 from trainer.messages import Checkpoint, PhaseEnded, RunStopped
 from trainer.parts import build_model
-from trainer.store.serialization import to_bytes
-from trainer.worker.run import Start, experiment
+from trainer.store.serialization import metadata, to_bytes
+from trainer.worker.run import LOSS_SCALE, Start, experiment
 
+WORLD = World.single(torch.device("cpu"))
 FIT = {"epochs": 2, "schedule": "cosine"}
 PHASES = {
     "train": {"_target_": "trainer.phases.Train", "fit": FIT},
@@ -144,6 +146,19 @@ def test_a_run_stopped_many_times_ends_in_the_same_bits():
     weights, again, _ = run(cfg, start)
     assert stops == 3 * len(PHASES)
     assert (weights, again) == (undisturbed, test)
+
+
+def test_the_loss_scale_continues_after_an_interruption_between_two_phases():
+    """fp16: the weights at the end of a phase hold the scale and its history."""
+    cfg = config(precision="fp16")
+    ended = [m for m in experiment(WORLD, cfg, Start(0)) if isinstance(m, PhaseEnded)]
+    dense = ended[0].weights
+    for before, after in itertools.pairwise(ended):
+        start = Start(after.index, before.weights, None, dense)
+        resumed = [m for m in experiment(WORLD, cfg, start) if isinstance(m, PhaseEnded)]
+        assert [m.weights for m in resumed] == [m.weights for m in ended[after.index :]]
+    scales = [json.loads(metadata(m.weights)[LOSS_SCALE]) for m in ended]
+    assert [s["_growth_tracker"] for s in scales] == [STEPS * n for n in range(1, len(PHASES) + 1)]
 
 
 @pytest.mark.parametrize(
@@ -461,7 +476,7 @@ class TestWorkers:
         return [int(pid) for pid, _, args in rows if int(pid) in below and "ray::Worker" in args]
 
     def test_two_workers_send_what_they_learn(self, undisturbed):
-        extras = 2  # the mean loss and what is asked travel along with the gradients
+        extras = 4  # loss, request, ignored targets and missing gradients travel along
         assert "2 workers on cpu" in (undisturbed / "log.txt").read_text()
         summary = json.loads((undisturbed / "summary.json").read_text())
         assert summary["workers"] == 2

@@ -27,6 +27,22 @@ def problem(samples=70, features=6, classes=3):
     return TensorSplit(inputs, targets), model
 
 
+def sentences(samples=70, length=5, vocabulary=7):
+    """A split of padded token sequences, and a network with an output at each position.
+
+    Padding and some whole batches' worth of samples have the target -100.
+    """
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randint(vocabulary, (samples, length), generator=generator)
+    targets = (inputs * 3 + 1) % vocabulary
+    lengths = torch.randint(length + 1, (samples, 1), generator=generator)
+    targets[torch.arange(length) >= lengths] = -100
+    with BUILDING:
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Embedding(vocabulary, 8), nn.Tanh(), nn.Linear(8, vocabulary))
+    return TensorSplit(inputs, targets), model
+
+
 def runtime(world, batch_size=16, precision="fp32", optimizer=None, **allreduce):
     return Runtime(
         world=world,
@@ -40,7 +56,7 @@ def runtime(world, batch_size=16, precision="fp32", optimizer=None, **allreduce)
     )
 
 
-def train(world, settings, **options):
+def train(world, settings, problem=problem, **options):
     """Fit, then yield (weights, losses, bytes sent, metrics)."""
     split, model = problem()
     run = runtime(world, **options)

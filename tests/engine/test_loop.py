@@ -1,21 +1,26 @@
 """The loop: what it trains, in which order, and that the number of workers does not matter."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from tests.engine import bodies
 from trainer.cluster import open_group
 from trainer.config import ClusterConfig, FitConfig
+from trainer.data.dataset import DatasetSplit
 from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit, steps_in
+from trainer.engine.objective import Distilled, supervised
+from trainer.engine.optim import lr_factor
 from trainer.engine.world import World
-from trainer.errors import Diverged
+from trainer.errors import Diverged, RunError
 
 ALONE = World.single(torch.device("cpu"))
 
@@ -76,7 +81,7 @@ def test_a_later_phase_sees_later_permutations():
     split = Recorder(split.inputs, split.targets)
     for _ in fit(model, split, FitConfig(epochs=1), bodies.runtime(ALONE), epochs_before=4):
         pass
-    ((epoch, order),) = seen
+    _, (epoch, order) = seen  # the first sample is read beforehand, to count its targets
     assert epoch == 4
     assert order == torch.cat(global_batches(70, 16, 5, 4)).tolist()
 
@@ -195,13 +200,217 @@ def test_a_loss_that_is_nan_on_one_rank_ends_all_in_the_same_step(ranks):
             for step in fit(model, split, FitConfig(epochs=1), bodies.runtime(world)):
                 done.append(step.step)
                 if step.step == 2 and world.rank == 1:
-                    split.inputs.fill_(float("nan"))
+                    model[0].weight.data.fill_(float("nan"))
 
         with pytest.raises(Diverged, match=r"step 3 .*learning rate of 0\.1"):
             train()
         return done
 
     assert ranks(2, body) == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_input_that_is_not_finite_is_named_on_all_ranks(ranks, size, value):
+    def body(world):
+        split, _ = bodies.problem()
+        split.inputs[57, 2] = value
+        run = bodies.runtime(world)
+        model = nn.Linear(6, 3)  # a tanh would make infinity finite
+        world.broadcast(model.parameters())
+        with pytest.raises(RunError, match=r"sample 57 of the train data .* NaN or infinite"):
+            list(fit(model, split, FitConfig(epochs=1), run))
+        with pytest.raises(RunError, match=r"sample 57 of the test data .* NaN or infinite"):
+            evaluate(model, split, run, "test")
+
+    ranks(size, body)
+
+
+def test_a_held_out_sample_is_named_by_its_number_in_the_data_set():
+    split, model = bodies.problem()
+    split.inputs[57] = float("nan")
+    pairs = list(zip(split.inputs, split.targets, strict=True))
+    held_out = DatasetSplit(Subset(pairs, [3, 57, 4]), seed=0)
+    with pytest.raises(RunError, match=r"sample 1 \(number 57 of the data set\) of the validation"):
+        evaluate(model, held_out, bodies.runtime(ALONE))
+
+
+def test_the_model_is_to_blame_where_all_inputs_are_finite():
+    split, model = bodies.problem()
+    model[0].weight.data.fill_(float("nan"))
+    assert math.isnan(evaluate(model, split, bodies.runtime(ALONE)).loss)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_ignored_targets_have_no_say(optimizer):
+    """The loop trains as a hand-written one does on the targets that count alone."""
+    split, model = bodies.sentences()
+    settings = {"_target_": f"torch.optim.{optimizer}", "lr": 0.05}
+    by_hand = getattr(torch.optim, optimizer)(model.parameters(), lr=0.05)
+    losses = []
+    for batch in global_batches(len(split), 16, 5, 0):
+        by_hand.zero_grad()
+        targets = split.targets[batch]
+        counted = targets >= 0
+        loss = nn.functional.cross_entropy(model(split.inputs[batch])[counted], targets[counted])
+        loss.backward()
+        by_hand.step()
+        losses.append(loss.item())
+    weights, ours, _, metrics = alone(
+        {"epochs": 1, "schedule": "constant"}, problem=bodies.sentences, optimizer=settings
+    )
+    assert ours == pytest.approx(losses, rel=1e-6)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-6)
+    logits, counted = model(split.inputs), split.targets >= 0
+    assert metrics.accuracy == (logits.argmax(-1) == split.targets)[counted].double().mean().item()
+    exact = nn.functional.cross_entropy(logits[counted].double(), split.targets[counted]).item()
+    assert metrics.loss == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize(("size", "accumulate"), [(1, 4), (2, 1), (3, 2)])
+def test_ignored_targets_do_not_depend_on_workers_or_micro_batches(ranks, size, accumulate, weight):
+    """Although their shares hold different numbers of targets that count, or none."""
+
+    def train(world, accumulate):
+        split, model = bodies.sentences()
+        teacher = bodies.sentences()[1]
+        objective = Distilled(teacher, weight, 2.0) if weight else supervised
+        run = bodies.runtime(world, batch_size=4)
+        losses = []
+        settings = FitConfig(epochs=1, accumulate=accumulate)
+        for step in fit(model, split, settings, run, objective=objective):
+            loss = step.loss.double()
+            world.all_reduce(loss)
+            losses.append(loss.item() / world.size)
+        return losses, copy.deepcopy(model.state_dict()), evaluate(model, split, run)
+
+    losses, weights, metrics = train(ALONE, 1)
+    results = ranks(size, lambda world: train(world, accumulate))
+    for other_losses, other_weights, other_metrics in results:
+        assert other_losses == pytest.approx(losses, rel=1e-6, abs=1e-7)
+        assert same_on_all([results[0][1], other_weights])
+        assert other_metrics.accuracy == metrics.accuracy
+        assert other_metrics.loss == pytest.approx(metrics.loss, rel=1e-6)
+        for key, value in weights.items():
+            torch.testing.assert_close(other_weights[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_without_any_counted_target_changes_nothing(ranks, size, precision):
+    def body(world):
+        split, model = bodies.sentences(samples=32)
+        split.targets[global_batches(32, 16, 5, 0)[1]] = -100
+        settings = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        run = bodies.runtime(world, precision=precision, optimizer=settings)
+        steps = fit(model, split, FitConfig(epochs=1), run)
+        next(steps)
+        before = copy.deepcopy(model.state_dict())
+        (step,) = steps
+        assert (step.targets, step.applied, step.loss.item()) == (0, False, 0)
+        assert same_on_all([before, model.state_dict()])
+
+    ranks(size, body)
+
+
+def test_a_split_without_any_counted_target_cannot_be_evaluated():
+    split, model = bodies.sentences()
+    split.targets.fill_(-100)
+    with pytest.raises(RunError, match="every target of the test data is -100"):
+        evaluate(model, split, bodies.runtime(ALONE), "test")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weight_decay_leaves_unused_parameters_alone(ranks, size):
+    class Partial(nn.Sequential):
+        """Its last layer is used only for samples of which the last rank has one."""
+
+        def forward(self, x):
+            y = self[0](x)
+            return y + self[1](x) if (x[:, 0] > 99).any() else y
+
+    def body(world):
+        split, _ = bodies.problem(samples=32)
+        split.inputs[global_batches(32, 16, 5, 0)[1][-1], 0] = 100
+        model = Partial(nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(6, 3))
+        world.broadcast(model.parameters())
+        before = copy.deepcopy(model.state_dict())
+        settings = {"_target_": "torch.optim.AdamW", "lr": 0.1, "weight_decay": 0.5}
+        changed = []
+        for _ in fit(model, split, FitConfig(epochs=1), bodies.runtime(world, optimizer=settings)):
+            after = copy.deepcopy(model.state_dict())
+            changed.append(
+                [not torch.equal(after[f"{i}.weight"], before[f"{i}.weight"]) for i in range(3)]
+            )
+        assert changed == [[True, False, False], [True, True, False]]
+        return after
+
+    assert same_on_all(ranks(size, body))
+
+
+def test_skipped_steps_advance_neither_warm_up_nor_schedule():
+    """fp16: the first three gradients overflow at the initial loss scale."""
+    split, model = bodies.problem()
+    run = bodies.runtime(ALONE, precision="fp16")
+    run.mixed_precision.load({**run.mixed_precision.state(), "scale": 2.0**20})
+    settings = FitConfig(epochs=2, warmup_epochs=1)
+    steps = list(fit(model, split, settings, run))
+    skipped = sum(not step.applied for step in steps)
+    assert skipped >= 3
+    assert [step.lr for step in steps[: skipped + 1]] == pytest.approx([0.04] * (skipped + 1))
+    lrs = [step.lr for step in steps if step.applied]
+    assert lrs == pytest.approx([0.2 * lr_factor(n, 10, 5, settings) for n in range(len(lrs))])
+
+
+def test_the_loss_scale_and_the_schedule_continue_after_an_interruption():
+    def run_with(stop_at):
+        split, model = bodies.problem()
+        run = bodies.runtime(ALONE, precision="fp16")
+        run.mixed_precision.load({**run.mixed_precision.state(), "scale": 2.0**20})
+        settings = FitConfig(epochs=2, warmup_epochs=1)
+        done = []
+        for step in fit(model, split, settings, run):
+            done.append((step.lr, step.applied, step.loss.item()))
+            if step.step == stop_at:
+                state = copy.deepcopy(step.state())
+                break
+        if stop_at:
+            run = bodies.runtime(ALONE, precision="fp16")
+            for step in fit(model, split, settings, run, start=state):
+                done.append((step.lr, step.applied, step.loss.item()))
+        return done, run.mixed_precision.state(), model.state_dict()
+
+    done, scale, weights = run_with(None)
+    for stop_at in (2, 6):  # within the skipped steps, and after them
+        other, other_scale, other_weights = run_with(stop_at)
+        assert (other, other_scale) == (done, scale)
+        assert same_on_all([weights, other_weights])
+
+
+def test_the_loss_scale_of_one_fit_starts_the_next():
+    split, model = bodies.problem()
+    run = bodies.runtime(ALONE, precision="fp16")
+    run.mixed_precision.load({**run.mixed_precision.state(), "scale": 2.0**20})
+    first, second = ([s.applied for s in fit(model, split, FitConfig(epochs=2), run)] for _ in "ab")
+    assert not all(first)
+    assert all(second)
+
+
+def test_an_fp16_wire_reports_no_divergence_for_a_large_loss(ranks):
+    """70000 is beyond the range of fp16; the gradients are small."""
+
+    def body(world):
+        split, model = bodies.problem()
+
+        def objective(model, inputs, targets, counted):
+            return supervised(model, inputs, targets, counted) + 7e4
+
+        run = bodies.runtime(world, wire="fp16")
+        return len(list(fit(model, split, FitConfig(epochs=1), run, objective=objective)))
+
+    assert ranks(2, body) == [5, 5]
 
 
 def test_running_statistics_are_those_of_rank_0_when_evaluated(ranks):

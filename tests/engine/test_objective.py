@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.engine import bodies
 from trainer.config import DistillConfig, FitConfig
-from trainer.engine.objective import Distilled, cross_entropy, supervised
+from trainer.engine.objective import Distilled, count_targets, cross_entropy, supervised
 from trainer.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ TARGETS = torch.tensor([0, 1, 2, 3, 0, 1, 2])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_the_formula_of_hinton(pair, weight, temperature):
     teacher, student = pair
-    loss = Distilled(teacher, weight, temperature)(student, None, TARGETS)
+    loss = Distilled(teacher, weight, temperature)(student, None, TARGETS, 7)
     p = (teacher.logits / temperature).softmax(1)
     q = (student.logits / temperature).softmax(1)
     divergence = (p * (p / q).log()).sum(1).mean()
@@ -48,16 +48,16 @@ def test_the_formula_of_hinton(pair, weight, temperature):
 
 def test_its_ends(pair):
     teacher, student = pair
-    labels = Distilled(teacher, 0.0, 4.0)(student, None, TARGETS)
-    assert torch.equal(labels, supervised(student, None, TARGETS))
-    same = Distilled(teacher, 1.0, 4.0)(copy.deepcopy(teacher), None, TARGETS)
+    labels = Distilled(teacher, 0.0, 4.0)(student, None, TARGETS, 7)
+    assert torch.equal(labels, supervised(student, None, TARGETS, 7))
+    same = Distilled(teacher, 1.0, 4.0)(copy.deepcopy(teacher), None, TARGETS, 7)
     assert same.item() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_high_temperature_keeps_the_scale_of_the_gradient(pair):
     """Towards infinity, the gradient is that of half the squared difference of centred logits."""
     teacher, student = pair
-    Distilled(teacher, 1.0, 1000.0)(student, None, TARGETS).backward()
+    Distilled(teacher, 1.0, 1000.0)(student, None, TARGETS, 7).backward()
     centred = [m.logits.detach() - m.logits.detach().mean(1, keepdim=True) for m in pair]
     torch.testing.assert_close(
         student.logits.grad, (centred[1] - centred[0]) / (7 * 4), rtol=0.02, atol=1e-3
@@ -69,12 +69,42 @@ def test_a_language_model_counts_every_position_alike():
     teacher, student = Table(torch.randn(3, 5, 4)), Table(torch.randn(3, 5, 4))
     targets = torch.randint(4, (3, 5))
     flat = [Table(m.logits.detach().flatten(0, 1)) for m in (teacher, student)]
-    loss = Distilled(teacher, 0.5, 2.0)(student, None, targets)
-    torch.testing.assert_close(loss, Distilled(flat[0], 0.5, 2.0)(flat[1], None, targets.flatten()))
+    loss = Distilled(teacher, 0.5, 2.0)(student, None, targets, 15)
+    flat_loss = Distilled(flat[0], 0.5, 2.0)(flat[1], None, targets.flatten(), 15)
+    torch.testing.assert_close(loss, flat_loss)
     torch.testing.assert_close(
         cross_entropy(student.logits, targets),
         nn.functional.cross_entropy(student.logits.transpose(1, 2), targets),
     )
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_ignored_targets_have_no_say(pair, weight):
+    """Neither in the loss nor in its gradient: the others count as if they were alone."""
+    teacher, student = pair
+    keep = torch.tensor([0, 2, 3, 6])
+    targets = torch.full_like(TARGETS, -100)
+    targets[keep] = TARGETS[keep]
+    objective = Distilled(teacher, weight, 2.0) if weight else supervised
+    loss = objective(student, None, targets, count_targets(targets))
+    loss.backward()
+    fewer = Table(student.logits.detach()[keep])
+    alone = Distilled(Table(teacher.logits[keep].detach()), weight, 2.0) if weight else supervised
+    expected = alone(fewer, None, TARGETS[keep], 4)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(student.logits.grad[keep], fewer.logits.grad)
+    assert student.logits.grad[[1, 4, 5]].eq(0).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_a_batch_without_any_counted_target_has_no_loss(pair, weight):
+    teacher, student = pair
+    objective = Distilled(teacher, weight, 2.0) if weight else supervised
+    loss = objective(student, None, torch.full_like(TARGETS, -100), 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.logits.grad.eq(0).all()
 
 
 def test_the_teacher_stays_as_it_is():
@@ -82,7 +112,7 @@ def test_the_teacher_stays_as_it_is():
     before = copy.deepcopy(teacher.state_dict())
     split, student = bodies.problem()
     objective = Distilled(teacher.train(), 0.7, 4.0)
-    losses = [objective(student, split.inputs, split.targets) for _ in range(2)]
+    losses = [objective(student, split.inputs, split.targets, len(split)) for _ in range(2)]
     losses[0].backward()
     assert torch.equal(*losses)  # no dropout, no new running statistics
     assert all(p.grad is None for p in teacher.parameters())

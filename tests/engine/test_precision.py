@@ -57,7 +57,7 @@ def test_small_gradients_survive_fp16_only_by_scaling():
         with precision.autocast():
             loss = (torch.full((1, 1), 1e-4) @ weight).float().sum() * 1e-5
         precision.backward(loss)
-        precision.scaler.unscale_(optimizer)
+        assert precision.step(optimizer, [weight], clip=None).applied
         gradients[scale] = weight.grad.item()
     assert gradients[1.0] == 0
     assert gradients[2.0**14] == pytest.approx(1e-9, rel=0.01)
@@ -71,7 +71,7 @@ def test_a_step_with_inf_or_nan_is_skipped_and_the_scale_halved(poison):
     precision.backward((weight * torch.tensor([1.0, poison])).sum())
     assert not precision.step(optimizer, [weight], clip=1.0).applied
     assert weight.tolist() == [1, 1]
-    assert precision.scaler.get_scale() == 4
+    assert precision.scale == 4
     optimizer.zero_grad()
     precision.backward(weight.sum())
     assert precision.step(optimizer, [weight], clip=None).applied
@@ -101,11 +101,43 @@ def test_clipping_acts_on_the_unscaled_gradient():
     assert weight.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_finite_gradients_are_applied_although_their_norm_overflows(name, clip):
+    """The squares of 1e25 exceed float32: the norm must not count as infinite."""
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision = Precision(name, CPU, initial_scale=2.0**8)
+    scale = precision.scale
+    precision.backward((weight * torch.tensor([3e25, 0, 4e25, 0])).sum())
+    update = precision.step(optimizer, [weight], clip)
+    assert update.applied
+    assert precision.scale == scale
+    if clip or name == "fp16":
+        assert update.grad_norm.item() == pytest.approx(5e25)
+    expected = torch.tensor([-0.6, 0, -0.8, 0]) if clip else torch.tensor([-3e25, 0, -4e25, 0])
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_a_parameter_without_gradient_keeps_its_value(name):
+    """Weight decay would shrink it."""
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([used, unused], lr=0.1, weight_decay=0.5)
+    precision = Precision(name, CPU, initial_scale=8.0)
+    assert not precision.step(optimizer, [used, unused], clip=1.0).applied
+    assert used.tolist() == [1, 1]
+    precision.backward(used.sum())
+    assert precision.step(optimizer, [used, unused], clip=None).applied
+    assert used.tolist() != [1, 1]
+    assert unused.tolist() == [1, 1]
+
+
 def test_a_rank_that_had_nothing_to_scale_steps_all_the_same():
     """As after a restart whose first batch leaves a rank without samples."""
     before = Precision("fp16", torch.device("cpu"), initial_scale=8.0)
     precision = Precision("fp16", torch.device("cpu"))
-    precision.scaler.load_state_dict(before.scaler.state_dict())
+    precision.load(before.state())
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), 8.0)  # what the other ranks sent, scaled
     assert precision.step(torch.optim.SGD([weight], lr=0.5), [weight], None).applied

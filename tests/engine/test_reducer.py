@@ -104,16 +104,21 @@ def test_micro_batches_add_up(ranks: Ranks) -> None:
         (loss_of(reference, images(rank, count=6)) / 2).backward()
     for result, sent_bytes in ranks(2, body):
         assert_close(result, gradients(reference))
-        assert sent_bytes == 4 * sum(p.numel() for p in reference.parameters())
+        assert sent_bytes == 4 * (sum(p.numel() for p in reference.parameters()) + 1)
 
 
-def test_a_parameter_without_gradient_counts_as_zero(ranks: Ranks) -> None:
-    """Unused on one rank, on all, or for the whole of an empty share."""
+@pytest.mark.parametrize("algorithm", ["ring", "native"])
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+def test_a_missing_gradient_counts_as_zero_unless_all_miss_it(
+    ranks: Ranks, wire: str, algorithm: str
+) -> None:
+    """A parameter that is unused on one rank, on all, or in the whole of an empty share."""
+    config = AllReduceConfig(bucket_mb=0.001, wire=wire, algorithm=algorithm)
 
-    def body(world: World) -> list[list[float]]:
+    def body(world: World) -> list[list[float | None]]:
         both, one, none = (nn.Parameter(torch.ones(300)) for _ in range(3))
         frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-        reducer = Reducer([both, one, none, frozen], world, SMALL)
+        reducer = Reducer([both, one, none, frozen], world, config)
         results = []
         for step in range(2):
             reducer.zero_grad()
@@ -124,13 +129,15 @@ def test_a_parameter_without_gradient_counts_as_zero(ranks: Ranks) -> None:
             elif world.rank == 1:
                 (3 * both.sum()).backward()
             reducer.finish()
-            results.append([p.grad.unique().item() for p in (both, one, none)])
+            results.append(
+                [None if p.grad is None else p.grad.unique().item() for p in (both, one, none)]
+            )
             assert frozen.grad is None
         reducer.close()
         return results
 
-    assert ranks(2, body) == [[[1, 0.5, 0], [1.5, 0, 0]]] * 2
-    assert ranks(1, body) == [[[1, 1, 0], [0, 0, 0]]]
+    assert ranks(2, body) == [[[1, 0.5, None], [1.5, None, None]]] * 2
+    assert ranks(1, body) == [[[1, 1, None], [None, None, None]]]
 
 
 def test_gradients_of_earlier_micro_batches_are_not_lost(ranks: Ranks) -> None:
@@ -186,21 +193,31 @@ def test_gradients_can_be_clipped_and_stepped_on(ranks: Ranks) -> None:
     assert not torch.equal(first, nn.utils.parameters_to_vector(network().parameters()))
 
 
-def test_extras_are_averaged_along(ranks: Ranks) -> None:
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16"])
+def test_extras_are_averaged_along_in_float32(ranks: Ranks, wire: str) -> None:
+    """70001 has more bits than bf16, and is beyond the range of fp16."""
+
     def body(world: World) -> list[list[float]]:
         parameter = nn.Parameter(torch.ones(3))
+        half = nn.Parameter(torch.ones(3, dtype=torch.float16))
         frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         results = []
-        for parameters in ([parameter], [frozen]):
-            reducer = Reducer(parameters, world, SMALL, extras=2)
-            reducer.extra[0], reducer.extra[1] = world.rank, 5
-            reducer.finish()
-            results.append(reducer.extra.tolist())
+        for parameters in ([parameter], [half], [half, parameter], [frozen]):
+            config = AllReduceConfig(bucket_mb=0.001, wire=wire)
+            reducer = Reducer(parameters, world, config, extras=2)
+            for _ in range(2):
+                reducer.zero_grad()
+                reducer.extra[0], reducer.extra[1] = world.rank, 70001
+                reducer.arm()
+                if parameters[0].requires_grad:
+                    sum(p.float().sum() for p in parameters).backward()
+                reducer.finish()
+                results.append(reducer.extra.tolist())
             reducer.close()
         return results
 
     for size in (1, 2, 3):
-        assert ranks(size, body) == [[[(size - 1) / 2, 5.0]] * 2] * size
+        assert ranks(size, body) == [[[(size - 1) / 2, 70001.0]] * 8] * size
 
 
 def test_types_are_kept_apart(ranks: Ranks) -> None:
@@ -270,14 +287,29 @@ def test_what_cannot_be_averaged_is_refused(ranks: Ranks) -> None:
             Reducer([nn.Parameter(torch.ones(3, device="meta"))], world, SMALL)
         with pytest.raises(ValueError, match=r"torch\.complex64"):
             Reducer([nn.Parameter(torch.ones(3, dtype=torch.complex64))], world, SMALL)
-        embedding = nn.Embedding(5, 2, sparse=True)
-        reducer = Reducer(embedding.parameters(), world, SMALL)
-        reducer.arm()
-        with pytest.raises(ValueError, match="build its layer with sparse=False"):
-            embedding(torch.tensor([1])).sum().backward()
-        reducer.close()
 
     ranks(2, body)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sparse_gradients_become_dense(ranks: Ranks, size: int) -> None:
+    def body(world: World) -> list[list[float]]:
+        embedding = nn.Embedding(4, 2, sparse=True)
+        reducer = Reducer(embedding.parameters(), world, SMALL)
+        for _ in range(2):  # the second step starts from the first one's views
+            reducer.zero_grad()
+            embedding(torch.tensor([1, 1])).sum().backward()
+            reducer.arm()
+            embedding(torch.tensor([2 + world.rank])).sum().backward()
+            reducer.finish()
+        reducer.close()
+        gradient = embedding.weight.grad
+        assert gradient is not None
+        assert gradient.layout == torch.strided
+        return gradient.mean(1).tolist()
+
+    expected = {1: [0.0, 2.0, 1.0, 0.0], 2: [0.0, 2.0, 0.5, 0.5]}
+    assert ranks(size, body) == [expected[size]] * size
 
 
 def test_ranks_with_different_models_are_told(ranks: Ranks) -> None:

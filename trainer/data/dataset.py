@@ -185,6 +185,14 @@ class DatasetSplit:
             self.reading = False
 
 
+def sample_name(split: Split, index: int) -> str:
+    """A sample of a split in words, also by its number in the data set that it was held out of."""
+    name = f"sample {index}"
+    if isinstance(split, DatasetSplit) and isinstance(split.dataset, Subset):
+        name += f" (number {split.dataset.indices[index]} of the data set)"
+    return name
+
+
 def held_out(dataset: Dataset[Any], share: float, n_parts: int) -> list[Dataset[Any]]:
     """`n_parts` disjoint parts of round(share x n) samples each, then the rest.
 

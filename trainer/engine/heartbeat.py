@@ -1,7 +1,7 @@
 """Progress of one rank, published for another thread that decides whether the rank hangs."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ class Heartbeat:
         finally:
             self._busy.pop()
 
-    def busy_until_first(self, items: Iterator[T]) -> Iterator[T]:
+    def busy_until_first(self, items: Iterator[T]) -> Generator[T]:
         """Yield `items`, busy until the first one arrives: data loaders start processes for it."""
         with self.busy():
             first = next(items, None)

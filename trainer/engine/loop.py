@@ -1,14 +1,15 @@
-"""The training loop. There is one, it is a generator, and what wants to know steps along.
+"""The training loop: one generator that yields after every optimizer step.
 
-A caller iterates: between two steps it may move a pruning mask, evaluate, report or stop. Global
-batch k of epoch e is the same set of samples whatever the number of workers (trainer.data.order);
-every worker weighs its share so that the mean over workers is the mean over the global batch, in
-short last batches and empty shares too.
+Between two steps the caller may change a pruning mask, evaluate, report or stop. Global batch k of
+epoch e holds the same samples for any number of workers (trainer.data.order), and every target that
+counts has the same weight in it, on whichever worker and in whichever micro-batch it is: the mean
+over workers of the gradients is the gradient of the mean over the global batch.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from trainer.config import FitConfig
 from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import Split
-from trainer.engine.objective import Objective, supervised
+from trainer.engine.finite import check_inputs
+from trainer.engine.objective import Objective, count_targets, supervised
 from trainer.engine.optim import load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
+from trainer.engine.world import World
 from trainer.errors import Diverged
 
 Request = Callable[[], int]
@@ -37,12 +40,13 @@ class StepResult:
     epoch: int  # 0 is the first
     epoch_ends: bool  # the last step of its epoch, or of the phase
     samples: int  # size of the global batch
-    loss: Tensor  # 0-dim; its mean over workers is the mean loss of the global batch
+    targets: int  # counted targets of the global batch
+    loss: Tensor  # 0-dim; its mean over workers is the mean loss of the counted targets
     lr: float
-    applied: bool  # False: skipped by loss scaling
+    applied: bool  # False: skipped by loss scaling, or no target counted
     sent_bytes: int  # gradient bytes that this worker sent
     requested: int  # sum of the ranks' requests; the same on all ranks
-    state: Callable[[], dict[str, Any]]  # what `fit` needs to go on from here
+    state: Callable[[], dict[str, Any]]  # returns what `fit` needs to continue from here
 
 
 def steps_in(samples: int, batch_size: int, cfg: FitConfig) -> tuple[int, int]:
@@ -64,39 +68,47 @@ def fit(
 ) -> Iterator[StepResult]:
     """Train `model` in place on `split`, yielding after every optimizer step.
 
+    A step that is skipped (see `StepResult.applied`) does not advance the learning-rate schedule.
+
     Args:
-        model: on the runtime's device, the same bits on every rank; put in training mode.
-        split: training data.
-        cfg: how long and how; `epochs: 0` yields nothing.
-        runtime: world, precision, and what all phases share.
-        epochs_before: epochs of earlier phases; order, augmentation and dropout go by the epoch of
-            the run, so that no phase repeats what another saw.
-        start: go on from this `StepResult.state`, with the model as it was then.
-        request: called on each rank in each step; all ranks get the sum in `requested`.
-        objective: what is minimised.
+        model: On the runtime's device, with the same bits on every rank; put in training mode.
+        split: Training data.
+        cfg: Length and settings of the training; with `epochs: 0` nothing is yielded.
+        runtime: What all phases share.
+        epochs_before: Epochs of earlier phases. Order, augmentation and dropout depend on the epoch
+            of the run, so that no phase repeats those of another.
+        start: Continue from this `StepResult.state`, with the model as it was then.
+        request: Called on each rank in each step; all ranks get the sum in `requested`.
+        objective: What is minimized.
 
     Raises:
-        Diverged: the loss is NaN or infinite; all ranks raise it in the same step.
+        Diverged: The loss is NaN or infinite. All ranks raise it in the same step.
+        RunError: Likewise, because of an input; the message names the sample.
     """
     per_epoch, total = steps_in(len(split), runtime.batch_size, cfg)
     if total == 0:
         return
-    world, precision = runtime.world, runtime.arithmetic()
+    world, precision = runtime.world, runtime.mixed_precision
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = runtime.optimizer.build(parameters)
     peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
-    step = 0
+    step = updates = 0
     if start is not None:
-        step = start["step"]
+        step, updates = start["step"], start["updates"]
         load_state(optimizer, start["optimizer"])
-        precision.scaler.load_state_dict(start["scaler"])
+        precision.load(start["scaler"])
 
     def state() -> dict[str, Any]:
-        scaler = precision.scaler.state_dict()
-        return {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler}
+        return {
+            "step": step,
+            "updates": updates,
+            "optimizer": optimizer.state_dict(),
+            "scaler": precision.state(),
+        }
 
-    reducer = Reducer(parameters, world, runtime.allreduce, extras=2)
-    loss_slot, request_slot = reducer.extra.unbind()
+    per_sample = _targets_per_sample(split, world)
+    reducer = Reducer(parameters, world, runtime.allreduce, extras=3)
+    loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
     model.train()
     try:
         for epoch in range(step // per_epoch, cfg.epochs):
@@ -104,40 +116,55 @@ def fit(
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
             batches = batches[step % per_epoch :][: total - step]
             shares = [micro_batches(b, world.rank, world.size, cfg.accumulate) for b in batches]
-            micros = (micro for share in shares for micro in share)
-            loaded = world.heartbeat.busy_until_first(split.batches(micros, run_epoch))
+            order = chain.from_iterable(shares)
+            loaded = world.heartbeat.busy_until_first(split.batches(order, run_epoch))
             for batch, share in zip(batches, shares, strict=True):
-                lr = peak * lr_factor(step, total, per_epoch, cfg)
+                lr = peak * lr_factor(updates, total, per_epoch, cfg)
                 set_lr(optimizer, lr)
                 _seed_step(runtime, epochs_before * per_epoch + step)
                 reducer.zero_grad()
                 request_slot.fill_(request())
-                loss: Tensor | None = None
-                if not share:
-                    loss = loss_slot.zero_().clone()
-                    reducer.arm()
-                for number, micro in enumerate(share, start=1):
-                    inputs, targets = runtime.place_batch(*next(loaded))
+                loss = torch.zeros((), device=world.device)
+                full = len(batch) * per_sample  # targets, if none is ignored
+                ignored = 0  # of them, on this rank
+                for number, indices in enumerate(share, start=1):
+                    inputs, targets = next(loaded)
+                    counted = count_targets(targets)
+                    ignored += len(indices) * per_sample - counted
+                    inputs, targets = runtime.place_batch(inputs, targets)
                     with precision.autocast():
-                        part = objective(model, inputs, targets)
-                    weight = len(micro) * world.size / len(batch)
+                        part = objective(model, inputs, targets, counted)
+                    weight = counted * world.size / full
                     part = part if weight == 1 else part * weight
-                    loss = part.detach() if loss is None else loss + part.detach()
+                    loss = loss + part.detach()
                     if number == len(share):
                         loss_slot.copy_(loss)
+                        ignored_slot.fill_(ignored)
                         reducer.arm()
                     precision.backward(part)
                     world.heartbeat.beat()
-                assert loss is not None
+                if not share:
+                    loss_slot.zero_()
+                    ignored_slot.zero_()
                 reducer.finish()
-                mean_loss, mean_request = reducer.extra.tolist()
+                mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
+                # So far the weights were those of a batch in which every target counts.
+                counted = full - round(mean_ignored * world.size)
+                if counted == 0:
+                    reducer.zero_grad()
+                elif counted != full:
+                    loss = loss * (full / counted)
+                    _multiply_gradients(parameters, full / counted)
                 if not math.isfinite(mean_loss):
+                    loaded.close()
+                    check_inputs(world, split, "train", share, run_epoch)
                     raise Diverged(
                         f"the loss is {mean_loss} in step {step + 1} (epoch {epoch + 1}) at "
                         f"a learning rate of {lr:g}: lower optimizer.lr, warm up, or clip"
                     )
                 update = precision.step(optimizer, parameters, cfg.clip)
                 step += 1
+                updates += update.applied
                 world.heartbeat.step = step
                 world.heartbeat.beat()
                 yield StepResult(
@@ -146,6 +173,7 @@ def fit(
                     epoch=epoch,
                     epoch_ends=step % per_epoch == 0 or step == total,
                     samples=len(batch),
+                    targets=counted,
                     loss=loss,
                     lr=lr,
                     applied=update.applied,
@@ -160,14 +188,26 @@ def fit(
 
 
 def micro_batches(batch: Tensor, rank: int, size: int, accumulate: int) -> list[Tensor]:
-    """This rank's share of a global batch, in at most `accumulate` non-empty pieces."""
+    """This rank's share of a global batch, in at most `accumulate` non-empty micro-batches."""
     share = shard(batch, rank, size)
     pieces = share.tensor_split(accumulate) if accumulate > 1 else (share,)
     return [piece for piece in pieces if len(piece)]
 
 
+def _targets_per_sample(split: Split, world: World) -> int:
+    """Targets of the first sample, ignored ones included; the same on all ranks."""
+    with world.heartbeat.busy():
+        ((_, targets),) = split.batches([torch.tensor([0])], None)
+    return targets.numel()
+
+
+def _multiply_gradients(parameters: list[nn.Parameter], factor: float) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, factor)
+
+
 def _seed_step(runtime: Runtime, step: int) -> None:
-    """Seed dropout by (seed, step of the run, rank): a resumed run draws the same numbers."""
+    """Seed dropout with (seed, step of the run, rank), so that a resumed run repeats its draws."""
     mixed = mix(runtime.seed, step, runtime.world.rank)
     torch.default_generator.manual_seed(mixed)
     if runtime.world.device.type == "cuda":

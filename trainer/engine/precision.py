@@ -1,53 +1,54 @@
-"""Mixed precision: which type the arithmetic has, and how gradients survive it.
+"""Mixed precision: the type of the arithmetic, and the scaling that gradients need in fp16.
 
-Parameters, gradients and optimizer state stay FP32 (the master weights); `autocast` runs the
-forward pass in bf16 or fp16 where that is safe. fp16 has 5 exponent bits, so the loss is scaled up
-before backward, the gradient is unscaled before clipping and weight decay, and a step whose
-gradient holds Inf or NaN is skipped and the scale halved (Micikevicius et al., ICLR 2018). The
-decision is taken on the averaged gradient, which has the same bits on every rank: all agree.
+Parameters, gradients and optimizer state stay in the type of the model, usually FP32 (the master
+weights); `autocast` runs the forward pass in bf16 or fp16 where that is safe. fp16 has 5 exponent
+bits, so the loss is multiplied by a scale before backward, the gradient is divided by it before
+clipping and weight decay, and a step whose gradient holds Inf or NaN is skipped and halves the
+scale (Micikevicius et al., Mixed Precision Training, ICLR 2018, arXiv:1710.03740). The decision
+depends on the averaged gradient alone, whose bits are the same on every rank, so all ranks agree.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer.errors import Diverged
 
-MIN_SCALE = 2.0**-24  # fp16's smallest number: below it every gradient is lost anyway
+MIN_SCALE = 2.0**-24  # fp16's smallest positive number: below it every gradient becomes zero
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
 class Update:
-    """What came of one optimizer step."""
+    """The outcome of one optimizer step."""
 
-    applied: bool  # False: skipped, the gradient had Inf or NaN
-    grad_norm: Tensor | None  # L2 norm before clipping, 0-dim; None where it was not needed
+    applied: bool  # False: skipped, because the gradient held Inf or NaN, or there was none
+    grad_norm: Tensor | None  # L2 norm before clipping, 0-dim; None where it was not computed
 
 
 class Precision:
-    """Autocast and loss scaling of one run.
+    """Autocast and loss scaling of one run. The loss scale adapts, and lasts for all phases.
 
     Args:
         name: fp32, bf16 or fp16.
-        device: where the model lives; CPU and CUDA behave alike.
-        initial_scale: fp16 only: the loss scale to start from; it adapts.
+        device: Where the model lives; the CPU and CUDA behave alike.
+        initial_scale: Of the loss, for fp16.
     """
 
     def __init__(self, name: str, device: torch.device, initial_scale: float = 2.0**16) -> None:
         self.name = name
         self.device = device
-        self.scaler = torch.amp.GradScaler(
+        self._scaler = torch.amp.GradScaler(
             device.type, init_scale=initial_scale, enabled=name == "fp16"
         )
-        # It makes its tensors when it first scales. A rank whose first share of a batch is empty,
-        # after a restart say, would have nothing to scale.
-        self.scaler.scale(torch.zeros((), device=device))
+        # The scaler creates its tensors when it scales for the first time, but a rank whose share
+        # of the first batch is empty scales nothing.
+        self._scaler.scale(torch.zeros((), device=device))
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context for the forward pass and the loss."""
@@ -55,9 +56,22 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.name])
 
+    def state(self) -> dict[str, Any]:
+        """The loss scale and its history, as plain numbers; empty without loss scaling."""
+        return self._scaler.state_dict()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self._scaler.load_state_dict(dict(state))
+
+    @property
+    def scale(self) -> float:
+        """The factor on the loss; 1 without loss scaling. On CUDA this waits for the device."""
+        return self._scaler.get_scale()
+
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the (scaled) gradient of `loss`, 0-dim."""
-        self.scaler.scale(loss).backward()
+        """Accumulate the gradient of `loss`, 0-dim, multiplied by the scale."""
+        self._scaler.scale(loss).backward()
 
     def step(
         self,
@@ -65,29 +79,55 @@ class Precision:
         parameters: Iterable[nn.Parameter],
         clip: float | None,
     ) -> Update:
-        """Unscale, clip to an L2 norm of `clip`, and apply or skip the gradient.
+        """Unscale the gradient, clip it to an L2 norm of `clip`, and apply or skip it.
 
-        The optimizer is not called for a gradient that is skipped. GradScaler.step would leave that
-        to fused kernels, and torch's fused SGD (2.13) then starts from an uninitialised momentum if
-        the very first step is skipped, as it often is in fp16.
+        A parameter whose `.grad` is None stays as it is, weight decay included.
 
         Raises:
-            Diverged: every gradient has been skipped for so long that it is not the scale's fault.
+            Diverged: Every gradient has been skipped until the scale was too small to matter.
         """
-        if not self.scaler.is_enabled():
-            norm = clip_grad_norm_(parameters, clip) if clip is not None else None
+        parameters = [p for p in parameters if p.grad is not None]
+        if not parameters:
+            return Update(applied=False, grad_norm=None)
+        if not self._scaler.is_enabled():
+            norm = None if clip is None else _clip(parameters, clip)
             optimizer.step()
             return Update(applied=True, grad_norm=norm)
-        self.scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        self._scaler.unscale_(optimizer)
+        norm = _clip(parameters, clip)
         applied = bool(norm.isfinite())
+        # GradScaler.step would leave the decision to fused kernels, and torch's fused SGD (2.13)
+        # starts from an uninitialized momentum if the very first step is skipped.
         if applied:
             optimizer.step()
-        self.scaler.update()
-        # Asked for only then: on CUDA it waits for the device.
-        if not applied and (scale := self.scaler.get_scale()) < MIN_SCALE:
+        self._scaler.update()
+        if not applied and (scale := self.scale) < MIN_SCALE:
             raise Diverged(
-                f"the gradient is NaN or infinite even at a loss scale of {scale:.2g}, whatever "
-                "the loss: look for a norm or a root of zero in the model, or train in bf16"
+                f"the gradient is NaN or infinite even at a loss scale of {scale:.2g}: the model "
+                "may divide by zero or take a root or a norm of zero; change that, or train in bf16"
             )
         return Update(applied=applied, grad_norm=norm)
+
+
+def _clip(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
+    """Scale the gradients down to an L2 norm of `clip`; returns their norm before, 0-dim.
+
+    The norm is infinite or NaN only if a gradient is: squares that exceed the range of the
+    gradient's type are summed again in float64.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm: Tensor = get_total_norm(gradients)
+    if bool(norm.isfinite()):
+        if clip is not None:
+            clip_grads_with_norm_(parameters, clip, norm)
+        return norm
+    largest = torch.stack([g.abs().amax().double() for g in gradients if g.numel()]).amax()
+    if not bool(largest.isfinite()):
+        return norm
+    parts = [torch.linalg.vector_norm(g.double() / largest) for g in gradients]
+    norm = largest * torch.linalg.vector_norm(torch.stack(parts))
+    if clip is not None:
+        factor = min(1.0, clip / norm.item())
+        for gradient in gradients:
+            gradient.copy_(gradient.double() * factor)
+    return norm

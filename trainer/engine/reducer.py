@@ -1,9 +1,9 @@
-"""Gradients to their mean over all ranks, while backward is still running.
+"""Averages gradients over all ranks while the backward pass is still running.
 
-Parameters are laid out in buckets once, at construction, from the last to the first, which is about
-the order in which backward finishes them. DDP rebuilds its buckets after the first step, and so a
-resumed run sums in another order than an undisturbed one; here the order never changes. How a
-bucket is averaged is not known here (ring.py).
+Parameters are assigned to buckets once, at construction, from the last to the first, which is
+roughly the order in which backward finishes them. DDP rebuilds its buckets after the first step, so
+that a resumed run sums in another order than an uninterrupted one; here the order never changes.
+How a bucket is averaged is the business of ring.py.
 """
 
 import functools
@@ -21,9 +21,9 @@ from trainer.config import AllReduceConfig
 from trainer.engine.ring import WIRE_TYPES, AllReduce, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
 
-_CLOSE_S = 1.0  # for a thread that ends at once, unless the back end holds it until its time-out
+_CLOSE_S = 1.0  # seconds; the thread ends at once unless the back end holds it until its time-out
 
-_threads_setting = threading.Lock()  # torch's number of threads, while it is changed and set back
+_setting_threads = threading.Lock()  # held while torch's number of threads is changed and restored
 
 
 class Reducer:
@@ -33,16 +33,26 @@ class Reducer:
         reducer.arm()        # before the backward pass of the last one
         reducer.finish()     # after it: every .grad is the mean, with the same bits on all ranks
 
-    From `arm` on, a bucket leaves as soon as it and all buckets before it are complete: on a thread
-    of its own, on CUDA on a stream of its own. Use no collective of `world` before `finish`. A
-    parameter that got no gradient, on this rank or on all, counts as zero; one that requires none
-    is left alone. After `finish`, gradients are views of the buckets.
+    From `arm` on, a bucket is sent as soon as it and all buckets before it are complete: by another
+    thread, or on CUDA on another stream. Call no collective of `world` before `finish`. A rank
+    without a gradient of some parameter contributes zero to its mean; where no rank has one,
+    `.grad` stays None, so that the optimizer leaves the parameter alone. Sparse gradients become
+    dense. After `finish`, gradients are views of the buckets. A world of one has neither buckets
+    nor hooks.
 
-    `extra` is a 1-D tensor of `extras` more values, averaged and rounded like the gradients: set
-    them before `arm`. `sent_bytes` is the payload that this rank sent in the last finished step.
-    In a world of one there are no buckets and no hooks.
+    Attributes:
+        extra: float32 [extras], averaged along with the gradients, without rounding to the wire
+            type. Set it before `arm`.
+        sent_bytes: What this rank sent in the last finished step.
 
-    Raises ValueError if a parameter cannot be averaged or the parameters differ between ranks.
+    Args:
+        parameters: Those that require no gradient are ignored.
+        world: All its ranks construct a reducer at the same time, for the same parameters.
+        config: Algorithm, wire type and bucket size.
+        extras: Number of values in `extra`.
+
+    Raises:
+        ValueError: A parameter cannot be averaged, or the parameters differ between ranks.
     """
 
     def __init__(
@@ -57,63 +67,70 @@ class Reducer:
         self._world = world
         self._parameters = [p for p in parameters if p.requires_grad]
         self._buckets: list[_Bucket] = []
-        self._launched = 0  # buckets that have left in this step
+        self._launched = 0  # buckets that have been sent in this step
         self._armed = False
         self._hooks: list[RemovableHandle] = []
         if world.size == 1:
             return
         bucket_bytes = int(config.bucket_mb * 2**20)
         _check(self._parameters, bucket_bytes, world)
-        self._buckets = _lay_out(self._parameters, bucket_bytes, extras, world.device)
-        if extras:
-            self.extra = self._buckets[-1].flat[-extras:]
-        self._all_reduce = _all_reduce(world, config)
+        wire = WIRE_TYPES[config.wire]
+        # One more extra: how many parameters have no gradient on some rank.
+        self._buckets = _assign(self._parameters, bucket_bytes, wire, extras + 1, world.device)
+        self.extra, self._absent = self._buckets[-1].flat[-extras - 1 :].split((extras, 1))
+        wires = {bucket.wire for bucket in self._buckets}
+        self._all_reduces = {wire: _all_reduce(world, config, wire) for wire in wires}
         self._sent_before = 0  # by this reducer, up to the last finished step
-        self._sender: _Sender = (
-            _Stream(self._all_reduce) if world.device.type == "cuda" else _Thread(self._all_reduce)
-        )
+        self._sender: _Sender = _Stream() if world.device.type == "cuda" else _Thread()
         for bucket in self._buckets:
             for position, parameter in enumerate(bucket.parameters):
                 hook = functools.partial(self._on_gradient, bucket, position)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def zero_grad(self) -> None:
-        """Forget all gradients. Backward then has nothing to add to, which saves two passes."""
+        """Set every gradient to None. Backward then has nothing to add to: two passes less."""
         for parameter in self._parameters:
             parameter.grad = None
 
     def arm(self) -> None:
-        """Let the next backward pass send what it finishes."""
+        """Let the next backward pass send the gradients that it finishes."""
         self._armed = True
 
     def finish(self) -> None:
-        """Send what has not left yet, and wait until every gradient is the mean.
+        """Send what has not been sent yet, and wait until every gradient is the mean.
 
-        Raises ConnectionError when a rank is gone, TimeoutError when one is silent; then close the
-        reducer and the world.
+        Raises:
+            ConnectionError: A rank is gone. Close the reducer and the world.
+            TimeoutError: A rank is silent. Close the reducer and the world.
         """
         if self._world.size == 1:
             for parameter in self._parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    parameter.grad = parameter.grad.to_dense()
             return
+        present = [p.grad is not None for p in self._parameters]
         for bucket in self._buckets:
             for position in sorted(bucket.missing):
                 bucket.take(position)
+        if not all(present):  # the last bucket has not been sent then
+            self._absent.fill_(present.count(False))
         self._launch_complete()
         with self._world.heartbeat.busy():
             self._sender.wait()
+        if bool(self._absent):
+            self._drop_absent(present)
+        self._absent.zero_()
         for bucket in self._buckets:
             bucket.reset()
         self._launched = 0
         self._armed = False
-        self.sent_bytes = self._all_reduce.sent_bytes - self._sent_before
-        self._sent_before = self._all_reduce.sent_bytes
+        sent = sum(all_reduce.sent_bytes for all_reduce in self._all_reduces.values())
+        self.sent_bytes, self._sent_before = sent - self._sent_before, sent
 
     def close(self) -> None:
-        """Let go of the parameters and end the thread; more than once does no harm.
+        """Remove the hooks and end the thread; calling it again has no effect.
 
-        In the middle of a step this closes the world too, so that neither side waits for the other.
+        In the middle of a step this also closes the world, so that no rank waits for another.
         """
         for hook in self._hooks:
             hook.remove()
@@ -122,6 +139,18 @@ class Reducer:
             if self._armed or self._launched:
                 self._world.close()
             self._sender.close()
+
+    def _drop_absent(self, present: list[bool]) -> None:
+        """Set the gradients to None that no rank has. A collective call.
+
+        Args:
+            present: Whether this rank has a gradient, for each parameter.
+        """
+        ranks = torch.tensor(present, dtype=torch.int32, device=self._world.device)
+        self._world.all_reduce(ranks)
+        for parameter, count in zip(self._parameters, ranks.tolist(), strict=True):
+            if count == 0:
+                parameter.grad = None
 
     def _on_gradient(self, bucket: "_Bucket", position: int, parameter: Tensor) -> None:
         """Called by autograd when a parameter's gradient of this backward pass is complete."""
@@ -137,19 +166,27 @@ class Reducer:
 
     def _launch_complete(self) -> None:
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
-            self._sender.send(self._buckets[self._launched].flat)
+            bucket = self._buckets[self._launched]
+            self._sender.send(self._all_reduces[bucket.wire], bucket.flat)
             self._launched += 1
 
 
 class _Bucket:
-    """Gradients side by side in one flat tensor, and `extras` values after them."""
+    """Gradients one after another in a flat tensor, followed by `extras` other values."""
 
-    def __init__(self, parameters: list[nn.Parameter], extras: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        wire: torch.dtype,
+        extras: int,
+        device: torch.device,
+    ) -> None:
         length = sum(p.numel() for p in parameters) + extras
         dtype = parameters[0].dtype if parameters else torch.float32
         self.parameters = parameters
+        self.wire = wire
         self.flat = torch.zeros(length, dtype=dtype, device=device)
-        self.views: list[Tensor] = []  # with the strides of the parameters: channels_last stays so
+        self.views: list[Tensor] = []  # with the strides of the parameters, channels_last included
         offset = 0
         for parameter in parameters:
             strides = torch.empty_like(parameter, device="meta").stride()
@@ -159,18 +196,15 @@ class _Bucket:
 
     def reset(self) -> None:
         """Begin a step."""
-        self.missing = set(range(len(self.parameters)))  # whose gradients are not in `flat` yet
+        self.missing = set(range(len(self.parameters)))  # positions not yet copied into `flat`
 
     def take(self, position: int) -> None:
-        """Move a parameter's gradient into `flat`, where its .grad is from now on."""
+        """Copy a parameter's gradient into `flat`, and make that view its .grad."""
         parameter, view = self.parameters[position], self.views[position]
         if parameter.grad is None:
             view.zero_()
         elif parameter.grad.layout != torch.strided:
-            raise ValueError(
-                f"a gradient of shape {tuple(parameter.shape)} is sparse, and only dense ones are "
-                "averaged: build its layer with sparse=False"
-            )
+            view.copy_(parameter.grad.to_dense())
         elif parameter.grad is not view:
             view.copy_(parameter.grad)
         parameter.grad = view
@@ -178,93 +212,97 @@ class _Bucket:
 
 
 class _Sender(Protocol):
-    """Averages bucket after bucket, in order, while the caller goes on."""
+    """Averages tensor after tensor, in order, while the caller continues."""
 
-    def send(self, flat: Tensor) -> None: ...
+    def send(self, all_reduce: AllReduce, flat: Tensor) -> None: ...
     def wait(self) -> None: ...
     def close(self) -> None: ...
 
 
 class _Stream:
-    """CUDA: the device does the waiting, on a stream beside that of backward."""
+    """CUDA: the kernels run on a stream of their own, beside those of backward."""
 
-    def __init__(self, all_reduce: AllReduce) -> None:
-        self._all_reduce = all_reduce
+    def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
 
-    def send(self, flat: Tensor) -> None:
+    def send(self, all_reduce: AllReduce, flat: Tensor) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._all_reduce.mean_(flat)
+            all_reduce.mean_(flat)
 
     def wait(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)
-        self._stream.synchronize()  # silent ranks are waited for here, not when `extra` is read
+        self._stream.synchronize()  # silent ranks are waited for here, not where values are read
 
     def close(self) -> None:
-        pass  # nothing to end: the stream goes with its last user
+        pass  # the stream ends with its last reference
 
 
 class _Thread:
-    """CPU: a thread of its own; sockets and sums give the interpreter lock free."""
+    """CPU: another thread; sockets and sums release the interpreter lock."""
 
-    def __init__(self, all_reduce: AllReduce) -> None:
-        self._all_reduce = all_reduce
-        self._todo: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[AllReduce, Tensor] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        self._under_way = 0
+        self._pending = 0
         self._thread = threading.Thread(target=self._run, name="reducer", daemon=True)
-        with _threads_setting:
+        with _setting_threads:
             threads = torch.get_num_threads()
             self._thread.start()
             self._done.get()
             torch.set_num_threads(threads)
 
-    def send(self, flat: Tensor) -> None:
-        self._under_way += 1
-        self._todo.put(flat)
+    def send(self, all_reduce: AllReduce, flat: Tensor) -> None:
+        self._pending += 1
+        self._queue.put((all_reduce, flat))
 
     def wait(self) -> None:
         failure = None
-        while self._under_way:
+        while self._pending:
             failure = self._done.get() or failure
-            self._under_way -= 1
+            self._pending -= 1
         if failure is not None:
             raise failure
 
     def close(self) -> None:
-        self._todo.put(None)
+        self._queue.put(None)
         self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
-        # Sums wait for memory, not for the processor, and a second team of threads would be in the
-        # way of backward. The number is this thread's own, but also what new threads start with:
-        # hence the constructor sets it back.
+        # Memory limits these sums, not the processor, and a second team of threads would slow
+        # backward down. The number belongs to this thread, but threads that start later inherit
+        # it: hence the constructor restores it.
         torch.set_num_threads(1)
         self._done.put(None)
         failure: Exception | None = None
-        while (flat := self._todo.get()) is not None:
-            if failure is None:  # after an error the ranks are out of step: touch nothing more
+        while (job := self._queue.get()) is not None:
+            all_reduce, flat = job
+            if failure is None:  # after an error the ranks are out of step: send nothing more
                 try:
-                    self._all_reduce.mean_(flat)
+                    all_reduce.mean_(flat)
                 except Exception as error:
                     failure = error
             self._done.put(failure)
 
 
-def _all_reduce(world: World, config: AllReduceConfig) -> AllReduce:
-    wire = WIRE_TYPES[config.wire]
+def _all_reduce(world: World, config: AllReduceConfig, wire: torch.dtype) -> AllReduce:
     if config.algorithm == "native":
         return NativeAllReduce(world.all_reduce, world.size, wire)
     return RingAllReduce(world.transport, wire, config.segment_kb * 1024)
 
 
-def _lay_out(
-    parameters: list[nn.Parameter], bucket_bytes: int, extras: int, device: torch.device
+def _assign(
+    parameters: list[nn.Parameter],
+    bucket_bytes: int,
+    wire: torch.dtype,
+    extras: int,
+    device: torch.device,
 ) -> list[_Bucket]:
     """Buckets from the last parameter to the first; each ends once it holds `bucket_bytes`.
 
-    A bucket has one type. The extras come last, after the first parameter's gradient.
+    The parameters of a bucket have one type. The extras follow the gradient of the first parameter
+    where they travel in float32, and else have a bucket of their own: counts and losses must not be
+    rounded, and a loss may exceed the range of float16.
     """
     groups: list[list[nn.Parameter]] = [[]]
     for parameter in reversed(parameters):
@@ -275,11 +313,15 @@ def _lay_out(
             group = []
             groups.append(group)
         group.append(parameter)
-    return [_Bucket(group, extras if group is groups[-1] else 0, device) for group in groups]
+    exact = wire == torch.float32 and all(p.dtype == torch.float32 for p in groups[-1])
+    if groups[-1] and not exact:
+        groups.append([])
+    buckets = [_Bucket(group, wire, 0, device) for group in groups[:-1]]
+    return [*buckets, _Bucket(groups[-1], torch.float32, extras, device)]
 
 
 def _check(parameters: list[nn.Parameter], bucket_bytes: int, world: World) -> None:
-    """Refuse what cannot be averaged, and ranks whose buckets would differ."""
+    """Raise ValueError for parameters that cannot be averaged, or that differ between ranks."""
     for parameter in parameters:
         what = f"a parameter of shape {tuple(parameter.shape)}"
         if parameter.device.type != world.device.type:

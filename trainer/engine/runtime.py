@@ -1,6 +1,7 @@
-"""What stays the same over all phases of a run, and how a batch gets to the model."""
+"""What all phases of a run share, and how a model and a batch get to the device."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from trainer.engine.optim import OptimizerSpec
 from trainer.engine.precision import Precision
 from trainer.engine.world import World
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of dimensions
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """The world that trains, its arithmetic, and the settings that every phase shares."""
+    """The workers, their arithmetic, and the settings that are the same in every phase."""
 
     world: World
     precision: str  # fp32, bf16 or fp16
@@ -23,18 +26,23 @@ class Runtime:
     seed: int
     channels_last: bool = False
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and memory format of this run."""
-        memory_format = torch.channels_last if self.channels_last else torch.preserve_format
-        return model.to(device=self.world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
-
-    def arithmetic(self) -> Precision:
-        """Autocast and a fresh loss scaler, in this run's precision."""
+    @cached_property
+    def mixed_precision(self) -> Precision:
+        """Autocast and loss scaling; the loss scale that a phase ends with starts the next one."""
         return Precision(self.precision, self.world.device)
 
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model, in place, to the device and the memory format of this run."""
+        model.to(device=self.world.device)
+        if self.channels_last:
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.ndim in _CHANNELS_LAST and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(memory_format=_CHANNELS_LAST[tensor.ndim])
+        return model
+
     def place_batch(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Move a batch to the device; 4-D inputs also to the memory format of the model."""
+        """Move a batch to the device; inputs with 4 or 5 dimensions get the model's format."""
         inputs = inputs.to(self.world.device, non_blocking=True)
-        if self.channels_last and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self.channels_last and inputs.ndim in _CHANNELS_LAST:
+            inputs = inputs.contiguous(memory_format=_CHANNELS_LAST[inputs.ndim])
         return inputs, targets.to(self.world.device, non_blocking=True)

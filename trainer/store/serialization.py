@@ -76,6 +76,13 @@ def check_state(model: nn.Module) -> None:
             )
 
 
+def metadata(content: bytes | memoryview) -> dict[str, str]:
+    """The metadata that `to_bytes` was given, with entries that were added since."""
+    header, _ = split(content)
+    entries: dict[str, str] = header["__metadata__"]
+    return entries
+
+
 def pack(state: Mapping[str, Any]) -> bytes:
     """A nested state of mappings, lists, tensors and plain values as a safetensors file."""
     tensors: dict[str, Tensor] = {}
@@ -86,8 +93,7 @@ def pack(state: Mapping[str, Any]) -> bytes:
 def unpack(content: bytes) -> dict[str, Any]:
     """The state that `pack` was given; tuples come back as lists."""
     tensors = safetensors.torch.load(content)
-    header, _ = split(content)
-    state: dict[str, Any] = _fill(json.loads(header["__metadata__"][STATE]), tensors)
+    state: dict[str, Any] = _fill(json.loads(metadata(content)[STATE]), tensors)
     return state
 
 

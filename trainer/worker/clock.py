@@ -10,6 +10,7 @@ from torch import Tensor
 from trainer.engine.evaluate import Metrics
 from trainer.engine.loop import StepResult
 from trainer.engine.world import World
+from trainer.errors import RunError
 from trainer.messages import EpochEnded, Progress
 
 PROGRESS_EVERY_S = 0.2
@@ -35,7 +36,8 @@ class PhaseClock:
 
     def _start_epoch(self) -> None:
         self._loss = 0.0
-        self._losses: list[tuple[Tensor, int]] = []  # of steps that are not in the sum yet
+        self._losses: list[tuple[Tensor, int]] = []  # loss and targets of steps not in the sum yet
+        self._targets = 0
         self._samples = 0
         self._applied = 0
         self._steps = 0
@@ -48,6 +50,7 @@ class PhaseClock:
         return {
             "loss": self._loss,
             "samples": self._samples,
+            "targets": self._targets,
             "applied": self._applied,
             "steps": self._steps,
             "train_loss": self.train_loss,
@@ -61,8 +64,8 @@ class PhaseClock:
         """Go on from `state`."""
         if self.world.rank == 0:
             self._loss = state["loss"]
-        self._samples, self._applied, self._steps = (
-            state[key] for key in ("samples", "applied", "steps")
+        self._samples, self._targets, self._applied, self._steps = (
+            state[key] for key in ("samples", "targets", "applied", "steps")
         )
         self.train_loss = state["train_loss"]
         self._before = state["seconds"]
@@ -75,10 +78,11 @@ class PhaseClock:
 
     def count(self, step: StepResult) -> None:
         """Add one step."""
-        self._losses.append((step.loss, step.samples))
+        self._losses.append((step.loss, step.targets))
         if len(self._losses) == SUM_EVERY:
             self._sum_losses()
         self._samples += step.samples
+        self._targets += step.targets
         self._steps += 1
         self._applied += step.applied
 
@@ -86,12 +90,12 @@ class PhaseClock:
         """Add up what `count` has put aside, in order: it does not matter when this is done."""
         if self._losses:
             losses = torch.stack([loss for loss, _ in self._losses]).tolist()
-            for loss, (_, samples) in zip(losses, self._losses, strict=True):
-                self._loss += loss * samples
+            for loss, (_, targets) in zip(losses, self._losses, strict=True):
+                self._loss += loss * targets
             self._losses.clear()
 
     def _total_loss(self) -> float:
-        """The loss of all workers' samples so far. A collective call."""
+        """The sum of the losses of all workers' targets so far. A collective call."""
         self._sum_losses()
         total = torch.tensor(self._loss, dtype=torch.float64, device=self.world.device)
         self.world.all_reduce(total)
@@ -122,7 +126,9 @@ class PhaseClock:
         """Close the epoch: its mean loss over all workers. A collective call."""
         total = self._total_loss()  # waits for what the device still has to do
         seconds = max(time.monotonic() - self._epoch_started, 1e-9)
-        self.train_loss = total / (self._samples * self.world.size)
+        if not self._targets:
+            raise RunError("data: every target of the train data is -100, which means ignored")
+        self.train_loss = total / (self._targets * self.world.size)
         self._all_samples += self._samples
         self._all_seconds += seconds
         self._speed = self._samples / seconds

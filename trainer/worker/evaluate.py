@@ -37,7 +37,7 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
             else:
                 weights = safetensors.torch.load(content)
             model = restore(build_model(cfg), weights)
-        metrics = evaluate(runtime.place(model), test, runtime)
+        metrics = evaluate(runtime.place(model), test, runtime, "test")
         entries = model.state_dict()
         parameters = tuple(key for key, _ in model.named_parameters() if key in entries)
         yield Measured(name, metrics.accuracy, metrics.loss, parameters)

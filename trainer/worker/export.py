@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainer.compress.rewrite import restore
 from trainer.config import Config
 from trainer.data.split import Split
+from trainer.engine.objective import count_targets
 from trainer.engine.world import World
 from trainer.errors import ConfigError, first_line
 from trainer.export import check_installed
@@ -134,6 +135,6 @@ def _compare(
         logits = onnx(inputs)
         right += count_correct(logits, targets)
         right_plain += count_correct(plain, targets)
-        count += targets.numel()
+        count += count_targets(targets)
         differences.append(float(abs(logits - plain).max()))
     return right / count, right_plain / count, float(np.max(differences))  # NaN, if there is one

@@ -117,7 +117,7 @@ def _answer(model: nn.Module, inputs: Tensor, runtime: Runtime, said: str) -> ob
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         placed, _ = runtime.place_batch(inputs, torch.zeros(0, dtype=torch.int64))
-        with runtime.arithmetic().autocast():
+        with runtime.mixed_precision.autocast():
             answer: object = model(placed)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what a kernel minds is told here, not later

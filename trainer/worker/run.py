@@ -7,6 +7,7 @@ the driver, so that the body needs no rank-specific branches.
 
 import copy
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,11 +45,14 @@ from trainer.parts import build_data, build_model, build_runtime
 from trainer.phases import Phase, build_phases
 from trainer.phases.stages import stages, teacher_phase
 from trainer.store.checkpoints import Point
-from trainer.store.serialization import check_state, pack, to_bytes, unpack
+from trainer.store.serialization import check_state, metadata, pack, to_bytes, unpack
 from trainer.worker.clock import PhaseClock
 from trainer.worker.preflight import check_match
 
 GO_ON, KEEP, STOP = 0, 1, 2  # what rank 0 may ask of all ranks after a step
+
+
+LOSS_SCALE = "loss_scale"  # metadata of the weights at the end of a phase
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def experiment(world: World, cfg: Config, start: Start) -> Iterator[Message]:
             teacher = restore(copy.deepcopy(model), safetensors.torch.load(start.baseline))
         if start.weights is not None:
             restore(model, safetensors.torch.load(start.weights))
+            if LOSS_SCALE in (entries := metadata(start.weights)):
+                runtime.mixed_precision.load(json.loads(entries[LOSS_SCALE]))
         world.broadcast(_tensors(model))
     yield RunStarted(
         workers=world.size,
@@ -197,7 +203,9 @@ class _PhaseRun:
             rounds=rounds,
         )
         with world.heartbeat.busy():
-            weights = to_bytes(model_state(model)) if world.rank == 0 else b""
+            scale = self.runtime.mixed_precision.state()  # where the next phase starts
+            entries = {LOSS_SCALE: json.dumps(scale)} if scale else {}
+            weights = to_bytes(model_state(model), entries) if world.rank == 0 else b""
             yield PhaseEnded(index=self.index, record=record, weights=weights)
 
     def _round(
@@ -312,7 +320,7 @@ class _PhaseRun:
     def _macs(self) -> int:
         order = iter([torch.zeros(1, dtype=torch.long)])
         inputs, _ = self.runtime.place_batch(*next(self.data.validation.batches(order, None)))
-        with self.runtime.arithmetic().autocast():
+        with self.runtime.mixed_precision.autocast():
             return macs(self.model, inputs)
 
     def _keep(self, step: StepResult, clock: PhaseClock, rounds: list[RoundRecord]) -> Checkpoint:

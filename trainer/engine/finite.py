@@ -1,0 +1,46 @@
+"""Finds the sample whose input is the reason for a loss that is NaN or infinite."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from trainer.data.dataset import sample_name
+from trainer.data.split import Split
+from trainer.engine.world import World
+from trainer.errors import RunError
+
+
+def check_inputs(
+    world: World, split: Split, name: str, order: Iterable[Tensor], epoch: int | None
+) -> None:
+    """Read samples once more and raise an error if an input holds NaN or infinity.
+
+    A collective call: all ranks raise the same error. For use after a loss that is not finite;
+    looking at every input beforehand would cost a pass over the memory of each batch.
+
+    Args:
+        world: The ranks that took part.
+        split: What the samples were read from; not while it is being read.
+        name: Of the split, for the message: train, validation or test.
+        order: This rank's samples, as for `Split.batches`.
+        epoch: As for `Split.batches`.
+
+    Raises:
+        RunError: Names the split and the sample.
+    """
+    order = list(order)
+    found = torch.zeros(world.size, dtype=torch.int64)  # a sample's index + 1, or 0
+    for indices, (inputs, _) in zip(order, split.batches(order, epoch), strict=True):
+        if inputs.is_floating_point() and len(inputs):
+            wrong = ~inputs.isfinite().flatten(1).all(1)
+            if bool(wrong.any()):
+                found[world.rank] = indices[wrong][0] + 1
+                break
+        world.heartbeat.beat()
+    world.all_reduce(found)
+    for index in found[found > 0].tolist():
+        raise RunError(
+            f"data: {sample_name(split, index - 1)} of the {name} data has an input that is NaN or "
+            "infinite; correct or remove it"
+        )
