@@ -124,6 +124,20 @@ def test_what_is_not_finite_leaves_the_range_alone(odd: float) -> None:
     assert quantizer.range.tolist() == [-1, 2]
 
 
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_not_finite_is_not_hidden(odd: float, training: bool) -> None:
+    """Fake quantization itself makes NaN the smallest value of the grid."""
+    x = torch.tensor([[-1.0, odd, 2.0], [1.0, 1.0, 1.0]], requires_grad=True)
+    activations = ActivationQuantizer(8)
+    activations.update_range(torch.tensor([-1.0, 2.0]), 0.1)
+    activations.train(training)
+    for quantizer in (activations, WeightQuantizer(8), WeightQuantizer(8, channels=2)):
+        quantized = quantizer(x)
+        assert quantized.isnan().tolist() == [[False, True, False], [False] * 3]
+        assert torch.autograd.grad(quantized[1].sum(), x)[0][1].tolist() == [1, 1, 1]
+
+
 def test_positive_numbers_alone_still_have_zero_on_the_grid() -> None:
     quantizer = ActivationQuantizer(4)
     numbers = torch.tensor([3.0, 4.0])

@@ -95,7 +95,7 @@ class WeightQuantizer(Quantizer):
             made = torch.fake_quantize_per_tensor_affine(
                 weight, self.scale, zero, -self.max_integer, self.max_integer
             )
-        return made
+        return _keep_nan(made, weight)
 
 
 class ActivationQuantizer(Quantizer):
@@ -164,7 +164,8 @@ class ActivationQuantizer(Quantizer):
         if not self.ready:
             return x
         scale, zero_point = self.grid()
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, self.max_integer)
+        made = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, self.max_integer)
+        return _keep_nan(made, x)
 
 
 def attach(layer: nn.Module, kind: str, quantizer: Quantizer) -> None:
@@ -205,6 +206,15 @@ def broadcast_scale(scale: Tensor, ndim: int) -> Tensor:
 def is_quantizer_entry(name: str) -> bool:
     """Whether an entry of a state_dict belongs to a quantizer: it is exact, and no parameter."""
     return name.rpartition(".")[0].endswith("_quantizer")
+
+
+def _keep_nan(quantized: Tensor, x: Tensor) -> Tensor:
+    """`quantized`, changed in place to NaN where `x` is NaN or infinite, which has no grid value.
+
+    Fake quantization turns NaN into the smallest value of the grid, which would hide wrong data and
+    diverged weights. Adding 0 * x costs a twentieth of the quantization; a mask costs a quarter.
+    """
+    return quantized.add_(x.detach(), alpha=0)
 
 
 def _quantize_input(

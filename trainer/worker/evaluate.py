@@ -1,5 +1,6 @@
 """The test set, touched once: the body that workers execute when all phases are done."""
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -10,6 +11,7 @@ from trainer.compress.rewrite import restore
 from trainer.config import Config
 from trainer.engine.evaluate import evaluate
 from trainer.engine.world import World
+from trainer.errors import RunError
 from trainer.messages import Measured, Message, RunStopped
 from trainer.parts import build_data, build_model, build_runtime
 from trainer.worker.run import should_stop
@@ -38,6 +40,11 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
                 weights = safetensors.torch.load(content)
             model = restore(build_model(cfg), weights)
         metrics = evaluate(runtime.place(model), test, runtime, "test")
+        if not math.isfinite(metrics.loss):
+            raise RunError(
+                f"the test loss of the {name} model is {metrics.loss}, although the inputs are "
+                "finite: look for a division or a logarithm of zero in the model"
+            )
         entries = model.state_dict()
         parameters = tuple(key for key, _ in model.named_parameters() if key in entries)
         yield Measured(name, metrics.accuracy, metrics.loss, parameters)

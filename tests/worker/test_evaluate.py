@@ -1,0 +1,46 @@
+"""The measurement on the test set: it never ends with a number that is not one."""
+
+import math
+
+import pytest
+import torch
+
+from tests.test_resume import config
+from trainer.data.split import Splits, TensorSplit
+from trainer.engine.world import World
+from trainer.errors import RunError
+from trainer.messages import Measured
+from trainer.parts import build_model
+from trainer.store.serialization import to_bytes
+from trainer.worker.evaluate import measure
+
+WORLD = World.single(torch.device("cpu"))
+
+
+def spoiled(seed: int) -> Splits:
+    """Images of which one in the test data is NaN."""
+    images = torch.zeros(20, 1, 28, 28)
+    wrong = images.clone()
+    wrong[7] = math.nan
+    targets = torch.arange(20) % 10
+    right = TensorSplit(images, targets)
+    return Splits(right, right, TensorSplit(wrong, targets))
+
+
+def test_an_input_that_is_not_finite_is_named() -> None:
+    cfg = config(data={"_target_": f"{__name__}.spoiled", "batch_size": 16})
+    weights = to_bytes(build_model(cfg).state_dict())
+    with pytest.raises(RunError, match=r"sample 7 of the test data"):
+        list(measure(WORLD, cfg, {"model": weights}))
+
+
+def test_weights_that_give_no_finite_loss_are_refused() -> None:
+    cfg = config()
+    state = build_model(cfg).state_dict()
+    (measured,) = measure(WORLD, cfg, {"model": to_bytes(state)})
+    assert isinstance(measured, Measured)
+    for value in state.values():
+        if value.is_floating_point():
+            value.fill_(math.nan)
+    with pytest.raises(RunError, match="the test loss of the model model is nan"):
+        list(measure(WORLD, cfg, {"model": to_bytes(state)}))
