@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from trainer.cluster import WorkerGroup, open_group
-from trainer.config import Config, to_dataclass
 from trainer.data.split import Splits, TensorSplit
+from trainer.experiment import Experiment
 from trainer.messages import Checkpoint
 from trainer.store.checkpoints import Checkpoints
-from trainer.worker.run import Start, experiment
+from trainer.worker.run import Start, run_phases
 
 EVERY = 20  # steps between two checkpoints
 STEPS = 3 * EVERY + 1
@@ -56,7 +56,7 @@ def images(seed: int, samples: int) -> Splits:
     return Splits(split(samples), split(2), split(2))
 
 
-def config(batch_size: int, every: int | None) -> Config:
+def config(batch_size: int, every: int | None) -> Experiment:
     settings = {
         "name": "checkpoint-cost",
         "model": {"_target_": "trainer.models.AlexNet", "classes": 1000, "dropout": 0.5},
@@ -75,23 +75,23 @@ def config(batch_size: int, every: int | None) -> Config:
         "cluster": {"workers": 2, "device": "cpu", "threads": 1, "hang_timeout_s": 120},
         "checkpoint": {"every_steps": every, "every_seconds": None},
     }
-    return to_dataclass(Config, settings)
+    return Experiment.from_config(settings)
 
 
-def measure(group: WorkerGroup, cfg: Config, stamps: Path) -> float:
+def measure(group: WorkerGroup, experiment: Experiment, stamps: Path) -> float:
     """Seconds per step of one pass, the checkpoints of which are written and thrown away."""
     with tempfile.TemporaryDirectory(prefix="cost-") as folder:
-        checkpoints = Checkpoints(Path(folder), cfg.checkpoint.keep)
+        checkpoints = Checkpoints(Path(folder), experiment.config.checkpoint.keep)
         for file in stamps.iterdir():
             file.unlink()
         kept = 0
-        for message in group.run(experiment, cfg, Start(0)):
+        for message in group.run(run_phases, experiment, Start(0)):
             if isinstance(message, Checkpoint):
                 kept += 1
                 checkpoints.within_phase(0, "train", message.step, message.content)
         checkpoints.wait()
         checkpoints.close()
-        assert kept == (STEPS // EVERY if cfg.checkpoint.every_steps else 0)
+        assert kept == (STEPS // EVERY if experiment.config.checkpoint.every_steps else 0)
     columns = [[*map(float, file.read_text().split())] for file in stamps.iterdir()]
     ends = [max(pair) for pair in zip(*columns, strict=True)]
     assert len(ends) == STEPS

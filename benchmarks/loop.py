@@ -7,7 +7,7 @@ One thread, batch 64, fused SGD; a repeat is an epoch over a slice of MNIST from
 All take turns in one process, in an order that rotates; the first turn of each is not counted. The
 table shows medians; a ratio is the median of the ratios within each turn.
 
-    ours         the body of a run, trainer.worker.run.experiment, in an InlineGroup: its own figure
+    ours         the body of a run, trainer.worker.run.run_phases, in an InlineGroup: its own figure
                  for the train phase, from the making of the optimizer to the last step
     plain        the loop that one writes by hand: our data in our order, timed from and to the same
                  points, and no more than that; it must end with the same bits as ours
@@ -41,13 +41,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainer.cluster.inline import InlineGroup
 from trainer.config import ClusterConfig, Config
-from trainer.data.mnist import mnist, normalise
+from trainer.data.idx import mnist, normalise
 from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
 from trainer.engine.optim import OptimizerSpec
+from trainer.experiment import Experiment
 from trainer.messages import PhaseEnded
 from trainer.models import LeNet5, LeNet300
-from trainer.worker.run import Start, experiment
+from trainer.worker.run import Start, run_phases
 
 NETS: dict[str, Callable[[], nn.Module]] = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
 BATCH, SEED = 64, 0
@@ -60,7 +61,7 @@ def ours(net: str, data: dict[str, Any], bf16: bool = False) -> Turn:
     cfg = Config(
         name="loop",
         model={"_target_": f"trainer.models.{NETS[net].__name__}"},
-        data={"_target_": "trainer.data.mnist.mnist", "batch_size": BATCH, **data},
+        data={"_target_": "trainer.data.mnist", "batch_size": BATCH, **data},
         optimizer=OptimizerSpec(torch.optim.SGD, SGD),
         phases={"train": {"_target_": "trainer.phases.Train", "fit": fit}},
         seed=SEED,
@@ -69,7 +70,11 @@ def ours(net: str, data: dict[str, Any], bf16: bool = False) -> Turn:
     )
     group = InlineGroup(ClusterConfig(workers=1, backend="inline", device="cpu", threads=1))
     group.start()
-    ended = next(m for m in group.run(experiment, cfg, Start(0)) if isinstance(m, PhaseEnded))
+    ended = next(
+        m
+        for m in group.run(run_phases, Experiment.from_config(cfg), Start(0))
+        if isinstance(m, PhaseEnded)
+    )
     return ended.record.images_per_second or 0.0, safetensors.torch.load(ended.weights)
 
 

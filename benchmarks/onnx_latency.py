@@ -24,12 +24,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from trainer.compress.rewrite import restore
-from trainer.config import Config, to_dataclass
 from trainer.data.split import Split
+from trainer.experiment import Experiment
 from trainer.export.onnx import to_onnx
 from trainer.export.runtime import BATCHES, OnnxModel, count_correct
-from trainer.parts import build_data, build_model
 
 NETS = {
     "LeNet-5": [],
@@ -49,9 +47,9 @@ def run(folder: Path, settings: list[str]) -> None:
     subprocess.run([*command, f"hydra.run.dir={folder}", *settings], check=True, stdout=sys.stderr)
 
 
-def files(folder: Path, cfg: Config, test: Split) -> tuple[bytes, bytes]:
+def files(folder: Path, experiment: Experiment, test: Split) -> tuple[bytes, bytes]:
     """The dense model and the quantized one, as ONNX files."""
-    dense = restore(build_model(cfg), load_file(folder / "checkpoints" / "01-train.safetensors"))
+    dense = experiment.load_model(load_file(folder / "checkpoints" / "01-train.safetensors"))
     ((sample, _),) = test.batches([torch.arange(2)], None)
     return to_onnx(dense.eval(), sample), (folder / "model.onnx").read_bytes()
 
@@ -88,9 +86,9 @@ def main() -> None:
         folder = args.out.absolute() / name
         if not (folder / "model.onnx").exists():
             run(folder, [*settings, *args.settings])
-        cfg = to_dataclass(Config, yaml.safe_load((folder / "config.yaml").read_text()))
-        test = build_data(cfg).test
-        contents = files(folder, cfg, test)
+        experiment = Experiment.from_config(yaml.safe_load((folder / "config.yaml").read_text()))
+        test = experiment.build_data().test
+        contents = files(folder, experiment, test)
         models = [OnnxModel(content) for content in contents]
         before, after = (accuracy(model, test) for model in models)
         fp32, int8 = map(len, contents)

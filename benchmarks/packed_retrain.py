@@ -81,9 +81,9 @@ def worker(rank: int, ports: "multiprocessing.SimpleQueue[int]", args: argparse.
     world = join(rank, args.workers, ports)
     torch.manual_seed(0)
     pruned = fully_connected()
-    Prune(FitConfig(), args.sparsity).enter(pruned, world)
+    Prune(args.sparsity, fit=FitConfig()).enter(pruned, world)
     packed, masked, dense = (copy.deepcopy(pruned) for _ in range(3))
-    Retrain(TRAINING).enter(packed, world)
+    Retrain(fit=TRAINING).enter(packed, world)
     for places in list(weights(masked).values()):
         module, name = places[0]
         torch_prune.custom_from_mask(module, name, places[0].value != 0)

@@ -62,7 +62,7 @@ def train_loop() -> None:
     import ray.train.torch
     from ray.train import Checkpoint
 
-    from trainer.data.mnist import mnist
+    from trainer.data.idx import mnist
     from trainer.models import LeNet5
 
     rank = ray.train.get_context().get_world_rank()

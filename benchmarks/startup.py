@@ -74,7 +74,7 @@ def train_loop() -> None:
     """What each worker of Ray Train does: two steps on its half of the batches."""
     import ray.train.torch
 
-    from trainer.data.mnist import mnist
+    from trainer.data.idx import mnist
     from trainer.models import LeNet5
 
     rank = ray.train.get_context().get_world_rank()

@@ -32,7 +32,7 @@ from sweep_overhead import TRIVIAL
 
 HERE = Path(__file__).resolve()
 SPARE_S = 120.0  # beyond its budget, before a process is given up
-DURING = ["data.train=10000", "phases.train.fit.epochs=4"]  # sweep.during of convnet_sweep
+DURING = ["data.train=10000", "phases.train.fit.epochs=4"]  # sweep.trial_overrides of convnet_sweep
 
 
 @dataclass(frozen=True)

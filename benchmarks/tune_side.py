@@ -4,7 +4,7 @@
 
 CONFIG.yaml is what `python -m trainer ... --cfg` prints; SPACE is `trivial` (the learning rate) or
 `convnet` (that of convnet_sweep, with ASHA). A trial is a function trainable that goes through
-`trainer.worker.run.experiment` in its own process and reports the validation accuracy of each
+`trainer.worker.run.run_phases` in its own process and reports the validation accuracy of each
 epoch. For each trial that ended, OUT.jsonl gets a line: time of day, epochs, last accuracy.
 """
 
@@ -42,10 +42,10 @@ def convnet(trial: Any) -> None:
 
 def run_trial(drawn: dict[str, Any], base: dict[str, Any]) -> None:
     """One trial: the configuration `base` with what was drawn, trained by trainer's own loop."""
-    from trainer.config import Config, to_dataclass
     from trainer.engine.world import World
+    from trainer.experiment import Experiment
     from trainer.messages import EpochEnded
-    from trainer.worker.run import Start, experiment
+    from trainer.worker.run import Start, run_phases
 
     settings = copy.deepcopy(base)
     lists: dict[str, list[Any]] = {}
@@ -61,8 +61,8 @@ def run_trial(drawn: dict[str, Any], base: dict[str, Any]) -> None:
             section = section[part]
         section[last] = value
     torch.set_num_threads(1)
-    for message in experiment(
-        World.single(torch.device("cpu")), to_dataclass(Config, settings), Start(0)
+    for message in run_phases(
+        World.single(torch.device("cpu")), Experiment.from_config(settings), Start(0)
     ):
         if isinstance(message, EpochEnded):
             tune.report({"accuracy": message.accuracy, "epoch": message.epoch})

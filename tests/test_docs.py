@@ -11,11 +11,9 @@ import yaml
 
 from tests.test_main import capture
 from trainer.__main__ import conf_dir
-from trainer.checks import check
-from trainer.config import Config, to_dataclass
 from trainer.engine.world import World
-from trainer.parts import build_data, build_model, build_runtime
-from trainer.worker.preflight import check_match
+from trainer.experiment import Experiment
+from trainer.worker.preflight import check_compatible
 
 DOCS = conf_dir().parent / "docs"
 BLOCK = re.compile(r"```(?:python|yaml)\n(.*?)```", re.DOTALL)
@@ -47,6 +45,6 @@ def test_the_commands_of_a_page_run_as_it_says(written):
     world = World.single(torch.device("cpu"))
     for command in commands:
         arguments = shlex.split(command.replace("\\\n", " "))
-        cfg = to_dataclass(Config, yaml.safe_load(capture([*arguments, "--cfg"])))
-        check(cfg)
-        check_match(build_model(cfg), build_data(cfg), build_runtime(world, cfg))
+        found = Experiment.from_config(yaml.safe_load(capture([*arguments, "--cfg"])))
+        found.check_model()
+        check_compatible(found.build_model(), found.build_data(), found.build_runtime(world))

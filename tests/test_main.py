@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from trainer import artifact
 from trainer.__main__ import conf_dir, main
 from trainer.compress.quantize import is_quantizer_entry
-from trainer.data.mnist import mnist
+from trainer.data.idx import mnist
 from trainer.models import LeNet5, LeNet300
 from trainer.store.directory import RunDirectory
 
@@ -45,8 +45,8 @@ def shrunk(name):
         overrides += ["sweep.trials=2", "sweep.slots=1"]
         if composed["sweep"]["constraints"]:  # a net that was trained so little would miss it
             overrides += ["sweep.constraints={accuracy: '>= 0'}"]
-        if composed["sweep"]["during"]:
-            overrides += ["sweep.during={data.train: 200, phases.train.fit.epochs: 1}"]
+        if composed["sweep"]["trial_overrides"]:
+            overrides += ["sweep.trial_overrides={data.train: 200, phases.train.fit.epochs: 1}"]
     if composed["limits"]["max_accuracy_drop"] is not None:
         overrides += ["limits.max_accuracy_drop=1"]  # 100 samples say nothing of it
     if composed["data"]["_target_"].endswith("mnist"):
@@ -331,7 +331,7 @@ def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):
     finally:
         sys.path.remove(str(tmp_path))
     shown, said = capsys.readouterr()
-    assert "not starting again: the same error occurred twice at the same step" in shown
+    assert "not restarting: the same error occurred twice at the same step" in shown
     assert "worker 0 on" in said
     assert "ArithmeticError: out of order" in said
     assert said.count("\n") == 1

@@ -24,12 +24,13 @@ from tests.engine.conftest import run_ranks
 from trainer.__main__ import main
 from trainer.cluster import WorkerFailed, open_group
 from trainer.cluster.inline import InlineGroup
-from trainer.config import ClusterConfig, Config, to_dataclass
+from trainer.config import ClusterConfig
 from trainer.engine.world import World
+from trainer.experiment import Experiment
 from trainer.messages import Checkpoint, PhaseEnded, RunStopped
-from trainer.parts import build_model
-from trainer.store.serialization import metadata, to_bytes
-from trainer.worker.run import LOSS_SCALE, Start, experiment
+from trainer.store.serialization import from_bytes, to_bytes
+from trainer.worker.phase import LOSS_SCALE
+from trainer.worker.run import Start, run_phases
 
 WORLD = World.single(torch.device("cpu"))
 FIT = {"epochs": 2, "schedule": "cosine"}
@@ -67,7 +68,7 @@ def config(**changes):
             "_target_": "trainer.models.ConvNet", "depth": 2, "kernel_size": 3, "width": 4,
         },
         "data": {
-            "_target_": "trainer.data.mnist.mnist",
+            "_target_": "trainer.data.mnist",
             "batch_size": 16,
             "train": 50,
             "validation": 20,
@@ -79,7 +80,7 @@ def config(**changes):
         "cluster": {"workers": 1, "backend": "inline", "threads": 1},
         "checkpoint": {"every_seconds": None},
     }  # fmt: skip
-    return to_dataclass(Config, {**settings, **changes})
+    return Experiment.from_config({**settings, **changes})
 
 
 def run(cfg, start=None, stop_at=None, world=None):
@@ -89,17 +90,17 @@ def run(cfg, start=None, stop_at=None, world=None):
         world.stop.set()
     start = start or Start(0)
     weights, found, validation = start.weights, None, None
-    phase, baseline = start.phase, start.baseline
-    for message in experiment(world, cfg, start):
+    phase, dense = start.phase, start.dense
+    for message in run_phases(world, cfg, start):
         if isinstance(message, PhaseEnded):
             weights, phase = message.weights, message.index + 1
             validation = (message.record.accuracy, message.record.loss)
-            baseline = weights if phase == 1 else baseline
+            dense = weights if phase == 1 else dense
         if isinstance(message, Checkpoint):
             found = message
         if isinstance(message, RunStopped):
             within = found.content if found and found.phase == phase else None
-            return weights, None, Start(phase, weights, within, baseline)
+            return weights, None, Start(phase, weights, within, dense)
         if stop_at and world.heartbeat.position >= (stop_at[0], stop_at[1]):
             world.stop.set()
     return weights, validation, None
@@ -151,13 +152,13 @@ def test_a_run_stopped_many_times_ends_in_the_same_bits():
 def test_the_loss_scale_continues_after_an_interruption_between_two_phases():
     """fp16: the weights at the end of a phase hold the scale and its history."""
     cfg = config(precision="fp16")
-    ended = [m for m in experiment(WORLD, cfg, Start(0)) if isinstance(m, PhaseEnded)]
+    ended = [m for m in run_phases(WORLD, cfg, Start(0)) if isinstance(m, PhaseEnded)]
     dense = ended[0].weights
     for before, after in itertools.pairwise(ended):
         start = Start(after.index, before.weights, None, dense)
-        resumed = [m for m in experiment(WORLD, cfg, start) if isinstance(m, PhaseEnded)]
+        resumed = [m for m in run_phases(WORLD, cfg, start) if isinstance(m, PhaseEnded)]
         assert [m.weights for m in resumed] == [m.weights for m in ended[after.index :]]
-    scales = [json.loads(metadata(m.weights)[LOSS_SCALE]) for m in ended]
+    scales = [json.loads(from_bytes(m.weights)[1][LOSS_SCALE]) for m in ended]
     assert [s["_growth_tracker"] for s in scales] == [STEPS * n for n in range(1, len(PHASES) + 1)]
 
 
@@ -173,15 +174,15 @@ def test_three_ranks_stopped_anywhere_end_in_the_same_bits(changes):
     def on_three(*arguments):
         return run_ranks(3, lambda world: run(cfg, *arguments, world))[0]
 
-    torch.manual_seed(cfg.seed)
-    begin = Start(0, to_bytes(build_model(cfg).state_dict()))
+    torch.manual_seed(cfg.config.seed)
+    begin = Start(0, to_bytes(cfg.build_model().state_dict()))
     undisturbed, test, _ = on_three(begin, None)
     chance = random.Random(1)
     for phase in range(len(PHASES)):
         place = (phase, chance.randrange(1, STEPS - 1))
         _, nothing, start = on_three(begin, place)
         assert nothing is None
-        assert start.within is not None
+        assert start.checkpoint is not None
         assert on_three(start, None) == (undisturbed, test, None), f"stopped at {place}"
 
 
@@ -189,7 +190,7 @@ def test_the_group_passes_a_stop_on():
     group = InlineGroup(ClusterConfig(workers=1, backend="inline", threads=1))
     group.start()
     group.stop_requested.set()
-    messages = list(group.run(experiment, config(), Start(0)))
+    messages = list(group.run(run_phases, config(), Start(0)))
     assert isinstance(messages[-1], RunStopped)
     group.stop()
 
@@ -412,17 +413,17 @@ def test_three_ray_workers_of_which_one_is_killed_end_in_the_same_bits():
     group = open_group(cluster)
     group.start()
     try:
-        undisturbed = list(group.run(experiment, cfg, Start(0)))
+        undisturbed = list(group.run(run_phases, cfg, Start(0)))
         left, found = b"", b""
         with pytest.raises(WorkerFailed, match="worker 2"):  # noqa: PT012 - raised on the way
-            for message in group.run(experiment, cfg, Start(0)):
+            for message in group.run(run_phases, cfg, Start(0)):
                 if isinstance(message, PhaseEnded):
                     left = message.weights
                 if isinstance(message, Checkpoint) and (message.phase, message.step) == (1, 3):
                     found = bytes(message.content)
                     os.kill(group._ranks[2].pid, signal.SIGKILL)
         group.restart()
-        again = list(group.run(experiment, cfg, Start(1, left, found)))
+        again = list(group.run(run_phases, cfg, Start(1, left, found)))
         assert again[-1].weights == undisturbed[-1].weights
     finally:
         group.stop()
@@ -504,7 +505,7 @@ class TestWorkers:
         assert run.returncode == 0, said
         summary = json.loads(Path("disturbed/summary.json").read_text())
         assert summary["restarts"] == 2
-        assert "the process died; starting again from the last checkpoint" in said
+        assert "the process died; restarting from the last checkpoint" in said
         assert "no progress" in said
         assert same_end(undisturbed, "disturbed")
 

@@ -25,7 +25,7 @@ def send(number):
 
 def test_the_first_asks_and_the_second_ends_at_once(signals):
     asked = []
-    with signals.asking(lambda: asked.append(True)):
+    with signals.requesting(lambda: asked.append(True)):
         send(signal.SIGTERM)
         assert (asked, signals.raised) == ([True], False)
         with pytest.raises(Interrupted) as ended:
@@ -37,7 +37,7 @@ def test_one_whose_error_was_lost_in_foreign_code_still_asks(signals):
     with pytest.raises(Interrupted):  # as if nobody had heard it
         send(signal.SIGTERM)
     asked = []
-    with signals.asking(lambda: asked.append(True)):
+    with signals.requesting(lambda: asked.append(True)):
         pass
     assert asked == [True]
     assert signals.interrupted().exit_code == 143
@@ -47,13 +47,13 @@ def test_while_held_the_first_asks_and_is_raised_at_the_end(signals):
     asked, through = [], []
     with (  # noqa: PT012 - the block goes on after the signal
         pytest.raises(Interrupted) as ended,
-        signals.holding(lambda: None, lambda: asked.append(True)),
+        signals.deferring(lambda: None, lambda: asked.append(True)),
     ):
         send(signal.SIGTERM)
         through.append(True)
         raise RuntimeError("the start broke off")
     assert (asked, through, ended.value.exit_code) == ([True], [True], 143)
-    with signals.holding(lambda: None):
+    with signals.deferring(lambda: None):
         """A later block does not raise it again."""
 
 
@@ -62,7 +62,7 @@ def test_while_held_the_second_ends_the_process_at_once(signals, monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: said.append(code))
     with (  # noqa: PT012 - in between the two signals nothing happens
         pytest.raises(Interrupted),
-        signals.holding(lambda: said.append("last words")),
+        signals.deferring(lambda: said.append("last words")),
     ):
         send(signal.SIGTERM)
         assert said == []

@@ -2,23 +2,23 @@
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something; its class where none does."""
+    """The first line of an error's message that is not empty, or else the name of its class."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong: nothing was started, exit code 2.
+    """The configuration is wrong, and nothing was started: exit code 2.
 
-    The message names the key, its value, and what would be right.
+    The message names the key, its value, and a correct value.
     """
 
 
 class RunError(RuntimeError):
-    """The run failed for a reason that one line explains: exit code 1.
+    """The run failed, and one line explains why: exit code 1.
 
     Attributes:
-        detail: more for the log, such as a worker's traceback; may be empty.
+        detail: Details for the log, such as a worker's traceback; may be empty.
     """
 
     def __init__(self, message: str, detail: str = "") -> None:
@@ -27,15 +27,17 @@ class RunError(RuntimeError):
 
 
 class Diverged(RunError):
-    """The loss became NaN or infinite; training again would do the same."""
+    """The loss became NaN or infinite. Repeating the training would end in the same way."""
 
 
 class LimitsMissed(Exception):
     """The run ended, but its result misses a limit of the configuration: exit code 3."""
 
 
-class Interrupted(BaseException):
-    """A signal asked the run to end. Not an Exception, so that no handler takes it for a failure.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run, which can be resumed.
+
+    It is no `Exception`, so that no handler mistakes it for a failure.
 
     Attributes:
         exit_code: 128 + the signal's number.

@@ -1,5 +1,6 @@
-"""What a run tells whoever watches it: plain records, from rank 0 to the driver, in order."""
+"""What a run reports: plain records, from rank 0 and the driver to the sinks, in order."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pickle import PickleBuffer
 from typing import Any
@@ -26,13 +27,13 @@ class PhaseStarted:
     kind: str
     epochs: int
     steps: int
-    learnable: int  # numbers that the optimizer sees
+    learnable: int  # trainable values
     sparsity: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where rank 0 is, a few times a second; loss is of its share of the batch."""
+    """Where rank 0 is, a few times a second. The loss is that of its share of the batch."""
 
     phase: str
     epoch: int  # 1 is the first
@@ -62,20 +63,20 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round of a phase that goes on until it should not."""
+    """One round of a phase that has several."""
 
     round: int  # 1 is the first
     sparsity: float
     accuracy: float  # validation, fraction
     loss: float  # validation, nats
-    accepted: bool  # False: the model went back to the last state that was, unless it goes on
-    stopped: str  # why this was the last round; empty: another one follows
-    goes_on: bool = False  # not accepted yet: the next round goes on from where this one ended
+    accepted: bool  # False: the last accepted weights were restored, unless the round is extended
+    stopped: str  # why this was the last round; empty: another round follows
+    extended: bool = False  # not accepted yet: the next round continues from this one's weights
 
 
 @dataclass(frozen=True)
 class RoundEnded:
-    """A phase has judged a round."""
+    """A round of a phase has ended."""
 
     phase: str
     record: RoundRecord
@@ -99,7 +100,7 @@ class PhaseRecord:
     sent_bytes_per_step: int  # per worker
     images_per_second: float | None
     macs: int = 0  # multiply-accumulates per sample of weights that are not zero
-    rounds: list[RoundRecord] = field(default_factory=list)  # of a phase that has such
+    rounds: list[RoundRecord] = field(default_factory=list)  # of a phase with rounds
 
 
 @dataclass(frozen=True)
@@ -113,31 +114,31 @@ class PhaseEnded:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a phase stands, in all that is needed to go on from there."""
+    """The state of a run within a phase: everything that is needed to resume there."""
 
     phase: int  # index, 0 is the first
     step: int  # of the phase
-    content: bytes | memoryview  # trainer.store.serialization.pack
+    content: bytes | memoryview  # made by trainer.store.serialization.pack
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Let Ray move the content as it is: it arrives as a view of the object store's memory."""
+        """Let Ray move the content without copies; it arrives as a view of the object store."""
         content = PickleBuffer(self.content) if protocol >= 5 else bytes(self.content)
         return _arrived, (self.phase, self.step, content)
 
 
 def _arrived(phase: int, step: int, content: Any) -> Checkpoint:
-    """A checkpoint as it comes out of its pickle; Ray's own buffers offer nothing but a view."""
+    """Rebuild a checkpoint from its pickle. Ray's buffers can only be used as views."""
     whole = content if isinstance(content, bytes) else memoryview(content).cast("B")
     return Checkpoint(phase, step, whole)
 
 
 @dataclass(frozen=True)
 class RunStopped:
-    """The run was asked to stop, and did: nothing later than the last checkpoint was done."""
+    """The run stopped on request. Nothing was done after the last checkpoint."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluated:
     """One model on the test set."""
 
     name: str
@@ -147,7 +148,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Converted:
+class Exported:
     """A model as an ONNX file, run by onnxruntime on one thread, on validation data."""
 
     name: str  # fp32 or int8
@@ -159,8 +160,66 @@ class Converted:
     content: bytes  # the file, of the run's last model; empty: not kept
 
 
+@dataclass(frozen=True)
+class Notice:
+    """One line for the user, such as a warning, which is also logged."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class WorkersStarted:
+    """All workers are up; sent again after workers were replaced."""
+
+    nodes: list[str]  # host name of each rank
+
+
+@dataclass(frozen=True)
+class WorkersLost:
+    """Workers were lost, and the run restarts from the last checkpoint."""
+
+    reason: str
+    detail: str  # a traceback, or what is known about their death
+    restart: int  # number of this restart in the present command; 1 is the first
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The run continues from a point; everything reported beyond it is void.
+
+    Sent before the first message of the workers, also when the point is the beginning.
+    """
+
+    phase: int  # index of the phase that runs next, or is resumed
+    step: int  # steps done of that phase; 0: it begins
+    names: list[str]  # of all phases, in order
+    records: list[Mapping[str, Any]]  # of the phases that ended, as in summary.json
+    progress: Mapping[str, Any]  # seconds and restarts up to the point
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether nothing has been done yet."""
+        return self.phase == self.step == 0
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the phases that ended."""
+        return sum(record["steps"] for record in self.records)
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The last message of a run."""
+
+    summary: Mapping[str, Any]  # the content of summary.json
+
+
 Message = (
-    RunStarted
+    Notice
+    | WorkersStarted
+    | WorkersLost
+    | Resumed
+    | RunStarted
     | PhaseStarted
     | Progress
     | RoundEnded
@@ -168,6 +227,8 @@ Message = (
     | Checkpoint
     | PhaseEnded
     | RunStopped
-    | Measured
-    | Converted
+    | Evaluated
+    | Exported
+    | RunEnded
 )
+"""Everything that a run reports. Sinks receive these in order."""

@@ -2,75 +2,101 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from trainer.errors import Interrupted
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Signals:
-    """The handlers of SIGINT and SIGTERM while a run goes on."""
+    """Handles SIGINT and SIGTERM during a run.
+
+    Attributes:
+        received: The first signal that arrived; None: none has.
+        raised: Whether Interrupted was raised. Foreign code may have replaced it by another error.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.raised = False  # Interrupted; foreign code may have made another error of it
-        self._ask: Callable[[], None] | None = None
-        self._last_words: Callable[[], None] | None = None
+        self.raised = False
+        self._request: Callable[[], None] | None = None
+        self._before_exit: Callable[[], None] | None = None
 
     def install(self) -> None:
-        """Take the signals over. Outside of `asking` and `holding`, each raises Interrupted."""
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
+        """Handle the signals from now on. Outside `requesting` and `deferring` each one raises
+        Interrupted."""
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
 
     @contextmanager
-    def asking(self, ask: Callable[[], None]) -> Iterator[None]:
-        """While this is open, the first signal calls `ask`, which must return at once.
+    def installed(self) -> Iterator[None]:
+        """Handle the signals in this block, if it runs in the main thread; restore them after."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-        One that came before, and whose Interrupted was lost in foreign code, calls it now.
+    @contextmanager
+    def requesting(self, request: Callable[[], None]) -> Iterator[None]:
+        """In this block the first signal calls `request`, which must return immediately.
+
+        If a signal arrived before, and foreign code lost its Interrupted, `request` is called now.
         """
-        self._ask = ask
+        self._request = request
         try:
             if self.received is not None:
-                ask()
+                request()
             yield
         finally:
-            self._ask = None
+            self._request = None
 
     @contextmanager
-    def holding(
-        self, last_words: Callable[[], None], ask: Callable[[], None] = lambda: None
+    def deferring(
+        self, before_exit: Callable[[], None], request: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Let nothing be raised amid foreign code that may not bear it, as Ray's native code.
+        """Raise nothing within this block, whose foreign code, such as Ray's, could not bear it.
 
-        The first signal calls `ask` and is raised as Interrupted when this closes, in the place of
-        any other error. The second calls `last_words` and ends the process at once, without the
-        exit handlers of anybody: what must be cleaned up then is another process's job.
+        The first signal calls `request`, and Interrupted is raised when the block ends, in place of
+        any other error. The second signal calls `before_exit` and ends the process immediately,
+        without exit handlers; another process must clean up (trainer.cluster.reaper).
         """
         before = self.received
-        self._ask, self._last_words = ask, last_words
+        self._request, self._before_exit = request, before_exit
         try:
             yield
         finally:
-            self._ask = self._last_words = None
+            self._request = self._before_exit = None
             if self.received is not before:
                 self.raised = True
                 raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
-        """The error to raise once the run has ended because it was asked to."""
+        """The error to raise when the run has ended because of a signal."""
         assert self.received is not None
         return Interrupted(self.received.name, self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.received = self.received is None, signal.Signals(number)
         if self.received is signal.SIGTERM:
-            signal.alarm(0)  # one that came while Ray started: its native handler set an alarm
-        if first and self._ask is not None:
-            self._ask()
-        elif self._last_words is not None:
+            signal.alarm(
+                0
+            )  # Ray's native handler sets an alarm if the signal arrives while it starts
+        if first and self._request is not None:
+            self._request()
+        elif self._before_exit is not None:
             try:
-                self._last_words()
+                self._before_exit()
             finally:
                 os._exit(self.interrupted().exit_code)
         else:

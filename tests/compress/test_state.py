@@ -59,7 +59,9 @@ def test_extra_state_that_is_a_tensor_stays_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [(1, 2), {1: 2}, {1, 2}, object(), [(1,)], {"a": torch.ones(1)}, b"x"], ids=repr
+    "extra",
+    [(1, 2), {1: 2}, {1, 2}, object(), [(1,)], {"a": torch.ones(1)}, b"x"],
+    ids=["tuple", "int key", "set", "object", "nested tuple", "tensor", "bytes"],
 )
 def test_extra_state_that_json_changes_is_refused(extra: object) -> None:
     said = rf"model: 0\._extra_state .* a {type(extra).__name__} that JSON does not keep exactly"

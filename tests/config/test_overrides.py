@@ -31,8 +31,8 @@ def test_a_range_on_the_command_line_takes_the_place_of_the_experiments(capsys, 
 
 
 def test_other_keys_with_dots_do_too(capsys):
-    during = composed(capsys, "sweep.during.data.train=50")["sweep"]["during"]
-    assert during == {"data.train": 50, "phases.train.fit.epochs": 4}
+    found = composed(capsys, "sweep.trial_overrides.data.train=50")["sweep"]["trial_overrides"]
+    assert found == {"data.train": 50, "phases.train.fit.epochs": 4}
     text = "sweep.params.phases.share.overrides.conv*=range(3,8)"
     assert as_hydra(text) == "++sweep.params={phases.share.overrides.conv*: 'range(3,8)'}"
 

@@ -8,7 +8,7 @@ from trainer.errors import ConfigError
 MINIMAL = {
     "name": "test",
     "model": {"_target_": "trainer.models.LeNet5"},
-    "data": {"_target_": "trainer.data.mnist.mnist", "batch_size": 64},
+    "data": {"_target_": "trainer.data.mnist", "batch_size": 64},
     "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
     "phases": {},
 }

@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from torch.utils.data import Dataset, IterableDataset
 
-from trainer.data.dataset import DatasetSplit, dataset
+from trainer.data.datasets import DatasetSplit, dataset
 
 
 class Noisy(Dataset[tuple[torch.Tensor, int]]):
@@ -149,7 +149,7 @@ def indices_of(split: Any) -> list[int]:
 
 
 def test_missing_parts_are_held_out_of_train_the_same_way_in_every_run() -> None:
-    first, other = dataset(0, Noisy(20), hold_out=0.2), dataset(1, Noisy(20), hold_out=0.2)
+    first, other = (dataset(Noisy(20), hold_out=0.2, seed=s) for s in (0, 1))
     parts = [indices_of(s) for s in (first.train, first.validation, first.test)]
     assert [len(p) for p in parts] == [12, 4, 4]
     assert sorted(index for part in parts for index in part) == list(range(20))
@@ -157,9 +157,9 @@ def test_missing_parts_are_held_out_of_train_the_same_way_in_every_run() -> None
 
 
 def test_given_parts_are_used_as_they_are() -> None:
-    splits = dataset(0, Noisy(20), validation=Noisy(5), test=Noisy(6))
+    splits = dataset(Noisy(20), validation=Noisy(5), test=Noisy(6))
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [20, 5, 6]
-    splits = dataset(0, Noisy(20), test=Noisy(6), hold_out=0.25)
+    splits = dataset(Noisy(20), test=Noisy(6), hold_out=0.25)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [15, 5, 6]
 
 
@@ -197,5 +197,5 @@ def test_hydra_builds_nested_data_sets(monkeypatch: pytest.MonkeyPatch, tmp_path
     )
     monkeypatch.syspath_prepend(tmp_path)
     own = {"_target_": "users_own_data.Ones", "n": 30}
-    splits = instantiate({"_target_": "trainer.data.dataset.dataset", "train": own}, seed=0)
+    splits = instantiate({"_target_": "trainer.data.dataset", "train": own}, seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [24, 3, 3]

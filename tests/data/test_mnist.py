@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.data.mnist import FILES, mnist, normalise
+from trainer.data.idx import FILES, mnist, normalise
 from trainer.data.split import Splits, TensorSplit
 
 NAMES = [

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from trainer.data.dataset import DatasetSplit
-from trainer.data.mnist import normalise
+from trainer.data.datasets import DatasetSplit
+from trainer.data.idx import normalise
 from trainer.data.split import Split, TensorSplit
 
 

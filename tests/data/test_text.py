@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.data.characters import alphabet, encode, text
 from trainer.data.split import TensorSplit
-from trainer.data.text import alphabet, encode, text
 
 
 def test_alphabet_holds_the_most_frequent_characters() -> None:
@@ -20,7 +20,7 @@ def test_encode_maps_rare_characters_to_zero() -> None:
 
 
 def test_python_reference_has_a_fixed_vocabulary() -> None:
-    splits = text(seed=0, context=64, vocabulary=96)
+    splits = text(context=64, vocabulary=96)
     assert isinstance(splits.train, TensorSplit)
     ids = splits.train.inputs
     assert ids.dtype == torch.int64
@@ -41,7 +41,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_targets_are_the_next_characters_and_parts_follow_one_another(file: Path) -> None:
-    splits = text(seed=0, context=10, vocabulary=51, path=str(file))
+    splits = text(context=10, vocabulary=51, path=str(file))
     starts = {"train": 0, "validation": 900, "test": 950}
     for name, start in starts.items():
         split = getattr(splits, name)
@@ -53,7 +53,7 @@ def test_targets_are_the_next_characters_and_parts_follow_one_another(file: Path
 
 
 def test_every_run_gets_the_same_text() -> None:
-    first, second = text(seed=0).train, text(seed=1).train
+    first, second = text().train, text().train
     assert isinstance(first, TensorSplit)
     assert isinstance(second, TensorSplit)
     assert torch.equal(first.inputs, second.inputs)
@@ -61,17 +61,17 @@ def test_every_run_gets_the_same_text() -> None:
 
 def test_refuses_what_cannot_work(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.context=0"):
-        text(seed=0, context=0)
+        text(context=0)
     with pytest.raises(ValueError, match=r"data.vocabulary=1"):
-        text(seed=0, vocabulary=1)
+        text(vocabulary=1)
     with pytest.raises(
         ValueError,
         match=r"validation part holds 50 characters, but data.context=50 needs at least 51",
     ):
-        text(seed=0, context=50, path=str(file))
+        text(context=50, path=str(file))
     with pytest.raises(ValueError, match=r"data.path=.*none.txt: there is no such file"):
-        text(seed=0, path=str(tmp_path / "none.txt"))
+        text(path=str(tmp_path / "none.txt"))
     latin = tmp_path / "latin1.txt"
     latin.write_bytes("caf\u00e9 au lait".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin1.txt: it must be UTF-8"):
-        text(seed=0, path=str(latin))
+        text(path=str(latin))

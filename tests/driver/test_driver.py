@@ -73,7 +73,7 @@ def test_a_page_that_fails_does_not_fail_the_run(monkeypatch, capsys):
     def broken(*arguments):
         raise ArithmeticError("no such plot")
 
-    monkeypatch.setattr("trainer.driver.page.page", broken)
+    monkeypatch.setattr("trainer.driver.report.page", broken)
     assert main(ARGUMENTS) == 0
     assert "report.html could not be written: no such plot" in capsys.readouterr().out
     assert "raise ArithmeticError" in Path("run/log.txt").read_text()
@@ -86,7 +86,7 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_shows_its_summary(mon
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("trainer.store.directory.write_whole", refuse)
+    monkeypatch.setattr("trainer.store.directory.atomic_write", refuse)
     capsys.readouterr()
     assert main(["resume=run"]) == 0
     assert "test set" in capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_a_folder_in_which_nothing_can_be_written_is_not_left_behind(monkeypatch
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.store.directory.write_whole", full)
+    monkeypatch.setattr("trainer.store.directory.atomic_write", full)
     assert main(ARGUMENTS) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not Path("run").exists()

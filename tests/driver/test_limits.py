@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.config import LimitsConfig
-from trainer.driver.limits import missed
+from trainer.driver.limits import missed_limits
 
 SUMMARY = {
     "accuracy": 0.985,
@@ -27,19 +27,19 @@ SUMMARY = {
     ],
 )
 def test_each_limit_that_is_missed_is_said(limits, said):
-    found = missed(SUMMARY, LimitsConfig(**limits))
+    found = missed_limits(SUMMARY, LimitsConfig(**limits))
     assert len(found) == len(said)
     assert all(part in sentence for part, sentence in zip(said, found, strict=True))
 
 
 def test_without_an_artefact_the_final_model_counts():
     summary = {**SUMMARY, "artifact": None}
-    assert missed(summary, LimitsConfig(max_accuracy_drop=0.006)) == []
-    assert len(missed(summary, LimitsConfig(max_accuracy_drop=0.004))) == 1
+    assert missed_limits(summary, LimitsConfig(max_accuracy_drop=0.006)) == []
+    assert len(missed_limits(summary, LimitsConfig(max_accuracy_drop=0.004))) == 1
 
 
 def test_a_drop_of_just_the_limit_is_no_miss():
     """In floats 0.9912 - 0.9892 is more than 0.002."""
     summary = {"baseline_accuracy": 0.9912, "accuracy": 0.9892}
-    assert missed(summary, LimitsConfig(max_accuracy_drop=0.002)) == []
-    assert len(missed(summary, LimitsConfig(max_accuracy_drop=0.001999))) == 1
+    assert missed_limits(summary, LimitsConfig(max_accuracy_drop=0.002)) == []
+    assert len(missed_limits(summary, LimitsConfig(max_accuracy_drop=0.001999))) == 1

@@ -9,20 +9,20 @@ from tests.models.test_models import SMALL
 from trainer import artifact
 from trainer.compress.codebooks import cluster
 from trainer.compress.counts import counts
-from trainer.config import Config, to_dataclass
-from trainer.driver.result import Result
+from trainer.driver.result import FinalModels
 from trainer.engine.world import World
-from trainer.messages import Measured, PhaseRecord
+from trainer.experiment import Experiment
+from trainer.messages import Evaluated, PhaseRecord
 from trainer.models import ResNetCifar
 from trainer.report.published import published
 from trainer.store.serialization import to_bytes
-from trainer.worker.evaluate import measure
+from trainer.worker.evaluate import evaluate_models
 
 SHARED = {
     "train": {"_target_": "trainer.phases.Train", "fit": {"epochs": 0}},
     "share": {"_target_": "trainer.phases.Share", "bits": 2, "fit": {"epochs": 0}},
 }
-MNIST = {"_target_": "trainer.data.mnist.mnist", "batch_size": 16, "root": None}
+MNIST = {"_target_": "trainer.data.mnist", "batch_size": 16, "root": None}
 
 
 def config(**changes):
@@ -35,7 +35,7 @@ def config(**changes):
         "artifact": {"make": True, "coder": "huffman"},
         "cluster": {"workers": 1, "backend": "inline", "threads": 1},
     }
-    return to_dataclass(Config, {**settings, **changes})
+    return Experiment.from_config({**settings, **changes})
 
 
 def record(name):
@@ -69,11 +69,11 @@ def test_the_dense_stage_is_the_measure_of_all_ratios(name):
     assert size.plain == size.coded == 4 * parameters
     share(model)
     ends.append(to_bytes(model.state_dict()))
-    result = Result(config(), ends.__getitem__, record("share"))
+    result = FinalModels(config(), ends.__getitem__, record("share"))
     tested = {
-        "dense": Measured("dense", 0.9, 0.3, names(model)),
-        "S": Measured("S", 0.89, 0.31, names(model)),
-        "artifact": Measured("artifact", 0.88, 0.32, names(model)),
+        "dense": Evaluated("dense", 0.9, 0.3, names(model)),
+        "S": Evaluated("S", 0.89, 0.31, names(model)),
+        "artifact": Evaluated("artifact", 0.88, 0.32, names(model)),
     }
     facts = result.facts(tested)
     found = facts["artifact"]
@@ -122,8 +122,8 @@ def test_the_test_set_is_measured_with_the_names_of_the_parameters():
     cfg = config(model=model, data={**MNIST, "train": 10, "validation": 10, "test": 10})
     built = ResNetCifar(8, in_channels=1)
     content = safetensors.torch.save(built.state_dict())
-    (told,) = measure(World.single(torch.device("cpu")), cfg, {"dense": content})
-    assert told.parameters == names(built)
+    (found,) = evaluate_models(World.single(torch.device("cpu")), cfg, {"dense": content})
+    assert found.parameters == names(built)
     assert any("running_mean" in name for name in built.state_dict())
 
 

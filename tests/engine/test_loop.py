@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from tests.engine import bodies
 from trainer.cluster import open_group
 from trainer.config import ClusterConfig, FitConfig
-from trainer.data.dataset import DatasetSplit
+from trainer.data.datasets import DatasetSplit
 from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate

@@ -22,7 +22,7 @@ WORLD = World.single(torch.device("cpu"))
 
 
 def quantized(model: nn.Module, inputs: Tensor, **settings) -> nn.Module:
-    phase = Quantize(FitConfig(epochs=1), **settings)
+    phase = Quantize(fit=FitConfig(epochs=1), **settings)
     phase.enter(model, WORLD)
     model.train()
     model(inputs)
@@ -107,7 +107,7 @@ def test_a_quantized_model_holds_integers_and_answers_as_pytorch_does(settings) 
     model = nn.Sequential(
         nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(216, 10)
     )
-    Prune(FitConfig(), 0.5).enter(model, WORLD)
+    Prune(0.5, fit=FitConfig()).enter(model, WORLD)
     model = quantized(model, images(64), **settings)
     assert is_quantized(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,6 +1,6 @@
-"""From settings to phases: what is refused, and how it is said."""
+"""From settings to phases: which are refused, and with which message."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,9 +8,11 @@ import pytest
 import yaml
 from torch import nn
 
+from tests.experiments import experiment
 from trainer.config import FitConfig
 from trainer.errors import ConfigError
-from trainer.phases import Phase, Prune, Retrain, Share, Train, build_phases, check_order
+from trainer.experiment import check_order
+from trainer.phases import AutoPrune, Phase, Prune, Quantize, Retrain, Share, Train
 
 CONF = Path(__file__).parents[2] / "conf" / "phase"
 TRAINING = FitConfig(epochs=1)
@@ -20,7 +22,6 @@ TRAINING = FitConfig(epochs=1)
 class Own(Phase):
     kind: ClassVar[str] = "own"
 
-    fit: FitConfig
     strength: float = 1.0
 
     @property
@@ -37,14 +38,52 @@ def shipped(name: str) -> dict[str, Any]:
     return settings
 
 
-def test_shipped_phases_state_every_field() -> None:
-    phases = build_phases({name: shipped(name) for name in ("train", "prune", "retrain")})
-    assert [type(phase) for phase in phases.values()] == [Train, Prune, Retrain]
-    for name, phase in phases.items():
-        taken = [field.name for field in fields(type(phase)) if field.init]
-        assert set(shipped(name)) == {*taken, "_target_"}
-        assert set(shipped(name)["fit"]) == {field.name for field in fields(FitConfig)}
-        assert phase.kind == name
+KINDS = {
+    "train": Train,
+    "prune": Prune,
+    "auto_prune": AutoPrune,
+    "retrain": Retrain,
+    "share": Share,
+    "quantize": Quantize,
+}
+
+
+def test_there_is_a_file_for_every_phase() -> None:
+    assert {file.stem for file in CONF.glob("*.yaml")} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shipped_phases_state_every_field_with_its_default(name: str) -> None:
+    settings = shipped(name)
+    kind = KINDS[name]
+    assert set(settings) == {*(field.name for field in fields(kind) if field.init), "_target_"}
+    assert set(settings["fit"]) == {field.name for field in fields(FitConfig)}
+    if name == "auto_prune":
+        settings["max_drop"] = 0.1
+        assert _built(name, settings) == AutoPrune(max_drop=0.1)
+    else:
+        assert _built(name, settings) == kind()
+    assert kind.kind == name
+
+
+def _built(name: str, settings: dict[str, Any]) -> Phase:
+    before = {"train": shipped("train")} if name == "auto_prune" else {}
+    return experiment(phases={**before, name: settings}).phases[name]
+
+
+def test_epochs_and_lr_are_shorthands_for_those_of_fit() -> None:
+    phase = Prune(0.5, epochs=3, lr=0.1)
+    assert phase.fit == FitConfig(epochs=3, lr=0.1)
+    assert (phase.epochs, phase.lr) == (3, 0.1)
+    changed = replace(phase, sparsity=0.6)
+    assert (changed.sparsity, changed.fit) == (0.6, phase.fit)
+    assert Train(fit=FitConfig(epochs=5, clip=1.0), lr=0.2).fit.clip == 1.0
+
+
+def test_auto_is_a_shorthand_for_auto_prune() -> None:
+    settings = {**shipped("prune"), "sparsity": "auto", "max_drop": 0.1, "fit": {"epochs": 2}}
+    made = experiment(phases={"train": shipped("train"), "prune": settings}).phases["prune"]
+    assert made == AutoPrune(max_drop=0.1, epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +104,7 @@ def test_shipped_phases_state_every_field() -> None:
         ({"end": 1.1}, "end=1.1"),
         ({"interval": 0}, "interval=0: it must be at least 1 step"),
         ({"schedule": "cubic", "fit": {"epochs": 0}}, "schedule=cubic with fit.epochs=0"),
-        ({"speed": 1}, r"phases\.prune\.speed: .*known keys: fit, sparsity, scope"),
+        ({"speed": 1}, r"phases\.prune\.speed: .*known keys: .*sparsity, scope"),
         ({"fit": {"epochs": -1}}, r"phases\.prune\.fit\.epochs=-1: it must be at least 0"),
         ({"fit": {"epoch": 1}}, r"phases\.prune\.fit\.epoch: .*known keys: epochs, lr"),
         ({"fit": {"epochs": 1.5}}, r"phases\.prune\.fit\.epochs: .*1.5"),
@@ -73,6 +112,7 @@ def test_shipped_phases_state_every_field() -> None:
         ({"exempt": "fc1"}, r"phases\.prune\.exempt"),
         ({"overrides": None}, r"phases\.prune\.overrides"),
         ({"fit": 3}, r"phases\.prune\.fit=3: it must be a mapping"),
+        ({"fit": {"epochs": 2, "warmup_epochs": 100}}, "fit.warmup_epochs=100 with fit.epochs=2"),
         ({"_target_": "trainer.phases.Pruner"}, r"phases\.prune\._target_=trainer\.phases\.Pruner"),
         ({"_target_": "torch.nn.Identity"}, "a phase is a dataclass that derives from Phase"),
     ],
@@ -81,28 +121,30 @@ def test_wrong_settings_name_the_key_and_what_is_right(
     change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_phases({"prune": {**shipped("prune"), **change}})
+        experiment(phases={"prune": {**shipped("prune"), **change}})
 
 
 def test_no_phases() -> None:
     with pytest.raises(ConfigError, match="there are none"):
-        build_phases({})
+        experiment(phases={})
 
 
 def test_a_phase_of_your_own() -> None:
     settings = {"_target_": f"{__name__}.Own", "fit": {"epochs": 2}, "strength": 3.0}
-    made = build_phases({"own": settings})["own"]
+    made = experiment(phases={"own": settings}).phases["own"]
     assert made.fit == FitConfig(epochs=2)
     assert made.kind == "own"
 
 
 def test_order() -> None:
-    train, retrain = Train(TRAINING), Retrain(TRAINING)
-    prune, at_once = Prune(TRAINING, 0.5), Prune(FitConfig(), 0.5)
+    train, retrain = Train(fit=TRAINING), Retrain(fit=TRAINING)
+    prune, at_once = Prune(0.5, fit=TRAINING), Prune(0.5, fit=FitConfig())
     check_order(
         {"train": train, "prune": prune, "retrain": retrain, "again": at_once, "r": retrain}
     )
-    check_order({"prune": prune, "idle": Train(FitConfig())})  # trains nothing, destroys nothing
+    check_order(
+        {"prune": prune, "idle": Train(fit=FitConfig())}
+    )  # trains nothing, destroys nothing
     for maker in (prune, at_once):
         with pytest.raises(
             ConfigError,
@@ -110,24 +152,24 @@ def test_order() -> None:
         ):
             check_order({"train": train, "prune": maker, "r": retrain, "train2": train})
     with pytest.raises(ConfigError, match="'own'"):
-        check_order({"prune": prune, "own": Own(TRAINING)})
-    check_order({"prune": prune, "own": Own(FitConfig())})
-    with pytest.raises(ConfigError, match=r"'own' .* destroy the sharing made by 'share', trained"):
-        check_order({"share": Share(FitConfig()), "own": Own(FitConfig())})
+        check_order({"prune": prune, "own": Own(fit=TRAINING)})
+    check_order({"prune": prune, "own": Own(fit=FitConfig())})
+    with pytest.raises(ConfigError, match=r"'own' .* destroy the sharing made by 'share', even"):
+        check_order({"share": Share(fit=FitConfig()), "own": Own(fit=FitConfig())})
 
 
 def test_settings_are_checked_against_the_model() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).to("meta")
-    Prune(TRAINING, 0.5, overrides={"0": 0.2}, exempt=["1"]).check(model)
+    Prune(0.5, fit=TRAINING, overrides={"0": 0.2}, exempt=["1"]).check_model(model)
     for phase, message in [
         (
-            Prune(TRAINING, 0.5, overrides={"fc": 0.1}),
+            Prune(0.5, fit=TRAINING, overrides={"fc": 0.1}),
             r"'fc' matches no weight; there are 0\.weight",
         ),
-        (Prune(TRAINING, 0.5, overrides={"1": 0.1}, exempt=["1"]), "'1' matches no weight"),
-        (Prune(TRAINING, 0.5, exempt=["conv*"]), r"'conv\*' matches no weight"),
-        (Prune(TRAINING, 0.5, exempt=["*"]), "no weight is left"),
-        (Prune(TRAINING, 0.95, "global"), "sparsity=0.95 keeps 1 of these weights, fewer than"),
+        (Prune(0.5, fit=TRAINING, overrides={"1": 0.1}, exempt=["1"]), "'1' matches no weight"),
+        (Prune(0.5, fit=TRAINING, exempt=["conv*"]), r"'conv\*' matches no weight"),
+        (Prune(0.5, fit=TRAINING, exempt=["*"]), "no weight is left"),
+        (Prune(0.95, "global", fit=TRAINING), "sparsity=0.95 keeps 1 of these weights, fewer than"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            phase.check(model)
+            phase.check_model(model)

@@ -9,9 +9,10 @@ import torch
 import yaml
 from torch import nn
 
+from tests.experiments import experiment
 from trainer.config import FitConfig
 from trainer.engine.world import World
-from trainer.phases import Prune, build_phases
+from trainer.phases import Prune
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own-phase.md").read_text()
 
@@ -22,12 +23,12 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     world = World.single(torch.device("cpu"))
     model = nn.Linear(8, 8)
-    Prune(FitConfig(), 0.5).enter(model, world)
+    Prune(0.5, fit=FitConfig()).enter(model, world)
     before = model.weight.detach().clone()
 
-    phase = build_phases(yaml.safe_load(blocks["yaml"])["phases"])["shake"]
+    phase = experiment(phases=yaml.safe_load(blocks["yaml"])["phases"]).phases["shake"]
     sys.modules.pop("noise")
-    phase.check(model)
+    phase.check_model(model)
     phase.enter(model, world)
     phase.after_step(model, world, 1, 10)
     phase.leave(model)

@@ -57,7 +57,7 @@ def model() -> Net:
 
 def test_one_shot_per_layer_keeps_the_largest_of_each(model: Net) -> None:
     before = copy.deepcopy(model)
-    phase = Prune(FitConfig(), 0.75, overrides={"fc*": 0.5, "fc2": 0.9}, exempt=["conv*"])
+    phase = Prune(0.75, fit=FitConfig(), overrides={"fc*": 0.5, "fc2": 0.9}, exempt=["conv*"])
     phase.enter(model, WORLD)
     phase.leave(model)
     assert kept(model) == {"conv1.weight": 36, "fc1.weight": 360, "fc2.weight": 20}
@@ -75,24 +75,24 @@ def test_one_shot_over_all_layers_leaves_each_its_floor(
 ) -> None:
     with torch.no_grad():
         model.conv1.weight.mul_(1e-4)  # below every other weight
-    phase = Prune(FitConfig(), sparsity, "global", min_density)
-    phase.check(model)
+    phase = Prune(sparsity, "global", min_density, fit=FitConfig())
+    phase.check_model(model)
     phase.enter(model, WORLD)
     assert sum(kept(model).values()) == round((1 - sparsity) * 956)
     assert kept(model)["conv1.weight"] == floor
 
 
 def test_overrides_stand_alone_in_a_global_scope(model: Net) -> None:
-    Prune(FitConfig(), 0.9, "global", overrides={"conv1": 0.5}).enter(model, WORLD)
+    Prune(0.9, "global", fit=FitConfig(), overrides={"conv1": 0.5}).enter(model, WORLD)
     assert kept(model)["conv1.weight"] == 18
     assert sum(kept(model).values()) == 18 + 92
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_the_ramp_starts_at_the_present_and_ends_exactly(model: Net, scope: str) -> None:
-    first = Prune(FitConfig(), 0.5, scope)
+    first = Prune(0.5, scope, fit=FitConfig())
     first.enter(model, WORLD)
-    phase = Prune(TRAINING, 0.9, scope, schedule="cubic", begin=0.2, end=0.8, interval=2)
+    phase = Prune(0.9, scope, fit=TRAINING, schedule="cubic", begin=0.2, end=0.8, interval=2)
     history = [sum(k.values()) for k in run(phase, model, 20)]
     assert history[:3] == [478] * 3  # half of 956, until step 4
     assert history == sorted(history, reverse=True)
@@ -107,7 +107,7 @@ def test_the_ramp_starts_at_the_present_and_ends_exactly(model: Net, scope: str)
 
 
 def test_weights_that_grow_return(model: Net) -> None:
-    phase = Prune(TRAINING, 0.5, schedule="cubic", end=0.5, interval=1)
+    phase = Prune(0.5, fit=TRAINING, schedule="cubic", end=0.5, interval=1)
     phase.enter(model, WORLD)
     place = weights(model)["fc1.weight"][0]
     phase.after_step(model, WORLD, 4, 10)
@@ -127,7 +127,7 @@ def test_weights_that_grow_return(model: Net) -> None:
 
 
 def test_the_dense_gradient_makes_them_grow(model: Net) -> None:
-    phase = Prune(TRAINING, 0.8, schedule="cubic", end=1.0, interval=1)
+    phase = Prune(0.8, fit=TRAINING, schedule="cubic", end=1.0, interval=1)
     phase.enter(model, WORLD)
     pruned_once = torch.zeros(20, 36, dtype=torch.bool)
     returned = 0
@@ -146,7 +146,7 @@ def test_the_dense_gradient_makes_them_grow(model: Net) -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_fit_that_is_cut_short_still_ends_exactly(model: Net, scope: str) -> None:
-    phase = Prune(TRAINING, 0.9, scope, schedule="cubic", interval=1)
+    phase = Prune(0.9, scope, fit=TRAINING, schedule="cubic", interval=1)
     phase.enter(model, WORLD)
     phase.after_step(model, WORLD, 2, 100)
     phase.leave(model)
@@ -154,7 +154,7 @@ def test_a_fit_that_is_cut_short_still_ends_exactly(model: Net, scope: str) -> N
 
 
 def test_one_shot_with_a_fit_trains_the_survivors_alone(model: Net) -> None:
-    phase = Prune(TRAINING, 0.9)
+    phase = Prune(0.9, fit=TRAINING)
     phase.enter(model, WORLD)
     inside = counts(model)
     assert inside.learnable == 96 + 4 + 20 + 10
@@ -167,11 +167,11 @@ def test_one_shot_with_a_fit_trains_the_survivors_alone(model: Net) -> None:
 
 
 def test_pruning_again_never_lowers_the_sparsity(model: Net) -> None:
-    Prune(FitConfig(), 0.9).enter(model, WORLD)
+    Prune(0.9, fit=FitConfig()).enter(model, WORLD)
     for phase in (
-        Prune(FitConfig(), 0.5),
-        Prune(TRAINING, 0.5, schedule="cubic"),
-        Prune(TRAINING, 0.95, exempt=["fc1"], schedule="cubic"),
+        Prune(0.5, fit=FitConfig()),
+        Prune(0.5, fit=TRAINING, schedule="cubic"),
+        Prune(0.95, fit=TRAINING, exempt=["fc1"], schedule="cubic"),
     ):
         run(phase, model, 8 if phase.fit.epochs else 0)
         now = kept(model)
@@ -181,22 +181,22 @@ def test_pruning_again_never_lowers_the_sparsity(model: Net) -> None:
 
 
 def test_a_layer_that_is_sparser_than_its_floor_stays_so(model: Net) -> None:
-    Prune(FitConfig(), 0.99, min_density=0.0).enter(model, WORLD)
+    Prune(0.99, fit=FitConfig(), min_density=0.0).enter(model, WORLD)
     before = kept(model)
     assert before["fc1.weight"] == 7
-    run(Prune(TRAINING, 0.9, "global", min_density=0.05, schedule="cubic"), model, 8)
+    run(Prune(0.9, "global", fit=TRAINING, min_density=0.05, schedule="cubic"), model, 8)
     assert kept(model) == before
 
 
 def test_a_ramp_goes_on_from_its_checkpoint(model: Net) -> None:
     start = copy.deepcopy(model)
-    phase = Prune(TRAINING, 0.8, "global", schedule="cubic", interval=1, end=1.0)
+    phase = Prune(0.8, "global", fit=TRAINING, schedule="cubic", interval=1, end=1.0)
     phase.enter(model, WORLD)
     phase.after_step(model, WORLD, 3, 6)
     with torch.no_grad():
         model.fc1.parametrizations.weight.original.add_(0.01)
     saved = copy.deepcopy(model.state_dict())
-    resumed = Prune(TRAINING, 0.8, "global", schedule="cubic", interval=1, end=1.0)
+    resumed = Prune(0.8, "global", fit=TRAINING, schedule="cubic", interval=1, end=1.0)
     resumed.enter(start, WORLD)
     start.load_state_dict(saved)
     assert torch.equal(start.fc1.weight, model.fc1.weight)
@@ -215,7 +215,7 @@ def test_every_rank_takes_the_masks_of_rank_0(model: Net) -> None:
                 mask.view(-1)[0] = True
 
     follower = Follower.single(torch.device("cpu"))
-    for phase in (Prune(FitConfig(), 0.5), Prune(TRAINING, 0.5, schedule="cubic")):
+    for phase in (Prune(0.5, fit=FitConfig()), Prune(0.5, fit=TRAINING, schedule="cubic")):
         each = copy.deepcopy(model)
         phase.enter(each, follower)
         phase.after_step(each, follower, 1, 1)
@@ -225,11 +225,11 @@ def test_every_rank_takes_the_masks_of_rank_0(model: Net) -> None:
 
 def test_a_recurrent_matrix_with_its_gates_is_one_layer() -> None:
     lstm = nn.LSTM(4, 5)
-    Prune(FitConfig(), 0.8).enter(lstm, WORLD)
+    Prune(0.8, fit=FitConfig()).enter(lstm, WORLD)
     assert kept(lstm) == {"weight_ih_l0": 16, "weight_hh_l0": 20}
 
 
 def test_a_tiny_layer_keeps_one_weight() -> None:
     layer = nn.Linear(2, 1)
-    Prune(FitConfig(), 0.99).enter(layer, WORLD)
+    Prune(0.99, fit=FitConfig()).enter(layer, WORLD)
     assert kept(layer) == {"weight": 1}

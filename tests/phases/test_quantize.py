@@ -18,8 +18,9 @@ from trainer.compress.select import weights
 from trainer.config import FitConfig
 from trainer.engine.world import World
 from trainer.errors import ConfigError
+from trainer.experiment import check_order
 from trainer.models import LSTMLanguageModel, ResNetCifar
-from trainer.phases import Prune, Quantize, Retrain, Share, Train, check_order
+from trainer.phases import Prune, Quantize, Retrain, Share, Train
 
 WORLD = World.single(torch.device("cpu"))
 TRAINING = FitConfig(epochs=1)
@@ -73,44 +74,51 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], said: str) -> None
 
 def test_settings_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ConfigError, match="'conv' matches no weight"):
-        Quantize(TRAINING, overrides={"conv": 4}).check(net())
+        Quantize(fit=TRAINING, overrides={"conv": 4}).check_model(net())
     gru = nn.ModuleDict({"gru": nn.GRU(3, 4)})
     with pytest.raises(ConfigError, match=r"not gru.weight_ih_l0 \(of GRU\).* exempt=\[gru\]"):
-        Quantize(TRAINING).check(gru)
+        Quantize(fit=TRAINING).check_model(gru)
     gru.register_parameter("table", nn.Parameter(torch.ones(2, 2)))
     with pytest.raises(ConfigError, match=r"table \(of ModuleDict\).* exempt=\[table, gru\]"):
-        Quantize(TRAINING).check(gru)
-    shared = Quantize(TRAINING, per_channel=False, keep=["zeros", "sharing"])
+        Quantize(fit=TRAINING).check_model(gru)
+    shared = Quantize(fit=TRAINING, per_channel=False, keep=["zeros", "sharing"])
     folded = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(ConfigError, match=r"fold=true with keep=\[sharing\].* set fold=false"):
-        shared.check(folded)
+        shared.check_model(folded)
     model = net()
     before = str(model)
-    shared.check(model)  # its batch norm follows a ReLU: nothing would be folded
-    Quantize(TRAINING, overrides={"0": 4, "3.weight": 2}).check(model)
+    shared.check_model(model)  # its batch norm follows a ReLU: nothing would be folded
+    Quantize(fit=TRAINING, overrides={"0": 4, "3.weight": 2}).check_model(model)
     assert str(model) == before
 
 
 def test_nothing_may_train_after_it() -> None:
-    quantize = Quantize(TRAINING)
-    for later in (Train(TRAINING), Retrain(TRAINING), Share(TRAINING), Quantize(TRAINING)):
+    quantize = Quantize(fit=TRAINING)
+    for later in (
+        Train(fit=TRAINING),
+        Retrain(fit=TRAINING),
+        Share(fit=TRAINING),
+        Quantize(fit=TRAINING),
+    ):
         with pytest.raises(ConfigError, match="would destroy the quantization made by 'q'"):
             check_order({"q": quantize, "later": later})
-    sharing = Share(FitConfig(), 4)
+    sharing = Share(4, fit=FitConfig())
     with pytest.raises(ConfigError, match="would destroy the sharing"):
         check_order({"share": sharing, "q": quantize})
-    keeping = Quantize(TRAINING, per_channel=False, keep=["zeros", "sharing"])
+    keeping = Quantize(fit=TRAINING, per_channel=False, keep=["zeros", "sharing"])
     check_order({"share": sharing, "q": keeping})
 
 
 def test_nothing_may_be_clustered_or_rounded_after_it_even_without_training() -> None:
-    rounding = Quantize(FitConfig(), activations=None)
-    for later in (Share(FitConfig(), 4), rounding):
-        with pytest.raises(ConfigError, match="destroy the quantization made by 'q', trained or"):
+    rounding = Quantize(fit=FitConfig(), activations=None)
+    for later in (Share(4, fit=FitConfig()), rounding):
+        with pytest.raises(ConfigError, match="destroy the quantization made by 'q', even"):
             check_order({"q": rounding, "later": later})
     with pytest.raises(ConfigError, match=r"destroy the sharing made by 's'.*keep=\[zeros,sharing"):
-        check_order({"s": Share(FitConfig(), 4), "q": rounding})
-    check_order({"q": rounding, "prune": Prune(FitConfig(), 0.5), "idle": Train(FitConfig())})
+        check_order({"s": Share(4, fit=FitConfig()), "q": rounding})
+    check_order(
+        {"q": rounding, "prune": Prune(0.5, fit=FitConfig()), "idle": Train(fit=FitConfig())}
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -123,7 +131,7 @@ def test_ranges_are_those_of_one_worker(size: int) -> None:
         for number, parameter in enumerate(model.parameters()):  # ranks are threads of one seed
             generator = torch.Generator().manual_seed(number)
             parameter.data = torch.randn(parameter.shape, generator=generator)
-        phase = Quantize(TRAINING, momentum=0.3)
+        phase = Quantize(fit=TRAINING, momentum=0.3)
         phase.enter(model, world)
         model.train()
         for step, batch in enumerate(batches):
@@ -155,7 +163,7 @@ def test_a_layer_that_is_never_called_keeps_its_inputs() -> None:
     torch.manual_seed(0)
     model, inputs = Attending(), torch.randn(2, 3, 8)
     exempt = ["attention.in_proj_weight"]
-    run(Quantize(TRAINING, exempt=exempt), model, inputs)
+    run(Quantize(fit=TRAINING, exempt=exempt), model, inputs)
     assert activation_quantizers(model) == []
     integers(model, "attention.out_proj.weight")
     again = restore(Attending(), model.state_dict()).eval()
@@ -168,7 +176,7 @@ def test_a_layer_that_is_never_called_keeps_its_inputs() -> None:
 @pytest.mark.parametrize(("bits", "per_channel"), [(8, True), (4, False), (2, True)])
 def test_weights_end_on_their_grid(bits: int, per_channel: bool) -> None:
     model = net()
-    phase = Quantize(TRAINING, bits, {"3": 8}, per_channel=per_channel)
+    phase = Quantize(bits, {"3": 8}, fit=TRAINING, per_channel=per_channel)
     run(phase, model, torch.randn(8, 20))
     assert integers(model, "0.weight").abs().max() == (1 << (bits - 1)) - 1
     assert integers(model, "3.weight").abs().max() > 63
@@ -182,7 +190,7 @@ def test_weights_end_on_their_grid(bits: int, per_channel: bool) -> None:
 def test_without_training_only_weights_are_rounded() -> None:
     model = net()
     before = copy.deepcopy(model)
-    run(Quantize(FitConfig(), activations=None, fold=False), model, torch.randn(8, 20), 0)
+    run(Quantize(fit=FitConfig(), activations=None, fold=False), model, torch.randn(8, 20), 0)
     assert not activation_quantizers(model)
     for name in ("0.weight", "3.weight"):
         error = model.get_parameter(name) - before.get_parameter(name)
@@ -192,11 +200,11 @@ def test_without_training_only_weights_are_rounded() -> None:
 def test_zeros_and_clusters_are_still_there() -> None:
     model = net()
     nn.init.normal_(model[2].weight)
-    Prune(FitConfig(), 0.5).enter(model, WORLD)
+    Prune(0.5, fit=FitConfig()).enter(model, WORLD)
     zeros = {name: places[0].value == 0 for name, places in weights(model).items()}
-    run(Share(FitConfig(), 3, init="density"), model, torch.randn(8, 20), 0)
+    run(Share(3, fit=FitConfig(), init="density"), model, torch.randn(8, 20), 0)
     books = {name: codebook_of(places[0].value) for name, places in weights(model).items()}
-    phase = Quantize(TRAINING, 8, per_channel=False, keep=["zeros", "sharing"])
+    phase = Quantize(8, fit=TRAINING, per_channel=False, keep=["zeros", "sharing"])
     entered = copy.deepcopy(model)
     phase.enter(entered, WORLD)
     # Two codebooks, and the vectors of norm and biases, which were not shared.
@@ -215,9 +223,9 @@ def test_zeros_and_clusters_are_still_there() -> None:
 
 def test_pruned_weights_stay_zero_with_a_scale_per_channel() -> None:
     model = net()
-    Prune(FitConfig(), 0.9).enter(model, WORLD)
+    Prune(0.9, fit=FitConfig()).enter(model, WORLD)
     zeros = model[0].weight == 0
-    run(Quantize(TRAINING, 4), model, torch.randn(8, 20))
+    run(Quantize(4, fit=TRAINING), model, torch.randn(8, 20))
     assert bool((model[0].weight[zeros] == 0).all())
     assert 0 < integers(model, "0.weight").count_nonzero() <= 60
 
@@ -232,8 +240,8 @@ def test_pruned_weights_stay_zero_with_a_scale_per_channel() -> None:
 def test_a_decoded_file_gives_the_same_outputs_bit_for_bit(build, inputs: Tensor) -> None:
     torch.manual_seed(0)
     model = build()
-    run(Prune(FitConfig(), 0.6), model, inputs, 0)
-    run(Quantize(TRAINING, 5, {"*fc*": 3} if "Res" in str(type(model)) else {}), model, inputs)
+    run(Prune(0.6, fit=FitConfig()), model, inputs, 0)
+    run(Quantize(5, {"*fc*": 3} if "Res" in str(type(model)) else {}, fit=TRAINING), model, inputs)
     state = model.state_dict()
     through_disk = safetensors.torch.load(safetensors.torch.save(dict(_untied(state))))
     content = artifact.encode(through_disk)
@@ -262,9 +270,9 @@ class Scaled(nn.Sequential):
 def test_what_is_not_quantized_is_left_as_its_file_has_it() -> None:
     torch.manual_seed(0)
     model, inputs = Scaled(), torch.randn(8, 20)
-    run(Share(FitConfig(), 3), model, inputs, 0)
+    run(Share(3, fit=FitConfig()), model, inputs, 0)
     keep = ["zeros", "sharing"]
-    run(Quantize(TRAINING, 4, exempt=["1"], keep=keep, per_channel=False), model, inputs)
+    run(Quantize(4, fit=TRAINING, exempt=["1"], keep=keep, per_channel=False), model, inputs)
     content = artifact.encode(model.state_dict())
     decoded = restore(Scaled(), artifact.loads(content)).eval()
     for name, tensor in decoded.state_dict().items():
@@ -281,7 +289,7 @@ def _untied(state):
 
 def test_entering_again_and_loading_goes_on_in_the_same_bits() -> None:
     inputs = torch.randn(8, 20)
-    phase = Quantize(TRAINING, 4)
+    phase = Quantize(4, fit=TRAINING)
 
     def steps(model: nn.Module, number: int) -> None:
         for step in range(number):

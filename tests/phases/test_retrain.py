@@ -18,13 +18,13 @@ TRAINING = FitConfig(epochs=1)
 def pruned() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.BatchNorm1d(30), nn.Linear(30, 10))
-    Prune(FitConfig(), 0.9, exempt=["3"]).enter(model, WORLD)
+    Prune(0.9, fit=FitConfig(), exempt=["3"]).enter(model, WORLD)
     return model
 
 
 def test_only_survivors_biases_norms_and_dense_weights_are_learnt() -> None:
     model = pruned()
-    phase = Retrain(TRAINING)
+    phase = Retrain(fit=TRAINING)
     phase.enter(model, WORLD)
     assert counts(model).learnable == 60 + 30 + 60 + 300 + 10
     assert [tuple(p.shape) for p in model.parameters()][-1] != (30, 20)
@@ -39,7 +39,7 @@ def test_only_survivors_biases_norms_and_dense_weights_are_learnt() -> None:
 def test_training_keeps_or_loses_zeros_as_declared(kind: type[Train] | type[Retrain]) -> None:
     model = pruned()
     zeros = model[0].weight == 0
-    phase = kind(TRAINING)
+    phase = kind(fit=TRAINING)
     phase.enter(model, WORLD)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
     for _ in range(3):
@@ -58,7 +58,7 @@ def test_sharing_is_kept_in_a_sparse_layer_and_made_up_in_none() -> None:
         model[0].weight[model[0].weight != 0] = torch.randn(32)[torch.arange(60) % 32]
         model[2].weight[:10] = 0.5  # norms of dead channels are alike, and not shared
         model[2].weight[10:] = torch.rand(20)
-    Retrain(TRAINING, keep=["zeros", "sharing"]).enter(model, WORLD)
+    Retrain(fit=TRAINING, keep=["zeros", "sharing"]).enter(model, WORLD)
     assert counts(model).learnable == 32 + 30 + 60 + 300 + 10
 
 
@@ -67,7 +67,7 @@ def test_leave_changes_no_output() -> None:
     keys = list(model.state_dict())
     x = torch.randn(4, 20)
     before = model(x)
-    phase = Retrain(TRAINING)
+    phase = Retrain(fit=TRAINING)
     phase.enter(model, WORLD)
     assert torch.equal(model(x), before)
     phase.leave(model)
@@ -78,11 +78,11 @@ def test_leave_changes_no_output() -> None:
 def test_a_phase_can_be_entered_again_from_its_start() -> None:
     model = pruned()
     start = copy.deepcopy(model)
-    Retrain(TRAINING).enter(model, WORLD)
+    Retrain(fit=TRAINING).enter(model, WORLD)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    Retrain(TRAINING).enter(start, WORLD)
+    Retrain(fit=TRAINING).enter(start, WORLD)
     start.load_state_dict(model.state_dict())
     x = torch.randn(4, 20)
     assert torch.equal(start(x), model(x))

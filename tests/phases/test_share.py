@@ -11,7 +11,8 @@ from trainer.compress.select import weights
 from trainer.config import FitConfig
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.phases import Phase, Prune, Retrain, Share, check_order
+from trainer.experiment import check_order
+from trainer.phases import Phase, Prune, Retrain, Share
 
 WORLD = World.single(torch.device("cpu"))
 TRAINING = FitConfig(epochs=1)
@@ -23,7 +24,7 @@ def model() -> nn.Sequential:
     made = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.BatchNorm1d(30), nn.Linear(30, 10))
     nn.init.normal_(made[2].weight)  # as after some training: no few values to keep
     nn.init.normal_(made[2].bias)
-    Prune(FitConfig(), 0.5, exempt=["3"]).enter(made, WORLD)
+    Prune(0.5, fit=FitConfig(), exempt=["3"]).enter(made, WORLD)
     return made
 
 
@@ -57,16 +58,16 @@ def run(phase: Phase, model: nn.Module, steps: int) -> None:
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Share(FitConfig(), **settings)  # type: ignore[arg-type]
+        Share(fit=FitConfig(), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("key", ["overrides", "clusters"])
 def test_a_pattern_that_matches_nothing_is_refused(model: nn.Module, key: str) -> None:
     with pytest.raises(ConfigError, match="'conv' matches no weight"):
-        Share(FitConfig(), **{key: {"conv": 2}}).check(model)  # type: ignore[arg-type]
+        Share(fit=FitConfig(), **{key: {"conv": 2}}).check_model(model)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no weight is left"):
-        Share(FitConfig(), exempt=["*"]).check(model)
-    Share(FitConfig(), **{key: {"0": 2, "3.*": 3}}).check(model)  # type: ignore[arg-type]
+        Share(fit=FitConfig(), exempt=["*"]).check_model(model)
+    Share(fit=FitConfig(), **{key: {"0": 2, "3.*": 3}}).check_model(model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_pattern_that_matches_nothing_is_refused(model: nn.Module, key: str) -
 def test_each_weight_has_the_clusters_that_it_was_told(
     model: nn.Module, settings: dict[str, object], expected: list[int]
 ) -> None:
-    Share(FitConfig(), init="density", **settings).enter(model, WORLD)  # type: ignore[arg-type]
+    Share(fit=FitConfig(), init="density", **settings).enter(model, WORLD)  # type: ignore[arg-type]
     assert list(distinct(model).values()) == expected
 
 
@@ -94,7 +95,7 @@ def test_without_a_fit_only_weights_change_and_zeros_stay(
     model: nn.Module, init: str, rate: float
 ) -> None:
     before = copy.deepcopy(model)
-    phase = Share(FitConfig(), 4, init=init, rate=rate)
+    phase = Share(4, fit=FitConfig(), init=init, rate=rate)
     run(phase, model, 0)
     assert list(model.state_dict()) == list(before.state_dict())
     assert all(type(p) is nn.Parameter for p in model.parameters())
@@ -109,11 +110,11 @@ def test_without_a_fit_only_weights_change_and_zeros_stay(
 
 
 def test_a_fit_learns_codebooks_biases_and_norms_alone(model: nn.Module) -> None:
-    phase = Share(TRAINING, 3, init="density", exempt=["3"])
+    phase = Share(3, fit=TRAINING, init="density", exempt=["3"])
     start = copy.deepcopy(model)
     phase.enter(start, WORLD)
     assert counts(start).learnable == 8 + 30 + 60 + 300 + 10  # one layer exempt, without zeros
-    Share(FitConfig(), 3, init="density").enter(again := copy.deepcopy(model), WORLD)
+    Share(3, fit=FitConfig(), init="density").enter(again := copy.deepcopy(model), WORLD)
     assert counts(again).learnable == 8 + 30 + 60 + 8 + 10
     phase.leave(start)
     trained = copy.deepcopy(model)
@@ -128,17 +129,17 @@ def test_a_fit_learns_codebooks_biases_and_norms_alone(model: nn.Module) -> None
 
 def test_exempt_weights_keep_their_zeros_in_the_fit(model: nn.Module) -> None:
     zeros = model[0].weight == 0  # type: ignore[union-attr, index]
-    run(Share(TRAINING, 3, exempt=["0"]), model, 4)
+    run(Share(3, fit=TRAINING, exempt=["0"]), model, 4)
     assert torch.equal(model[0].weight == 0, zeros)  # type: ignore[union-attr, index]
 
 
 def test_it_can_be_entered_again_from_its_start(model: nn.Module) -> None:
     start = copy.deepcopy(model)
-    Share(TRAINING, 4).enter(model, WORLD)
+    Share(4, fit=TRAINING).enter(model, WORLD)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    Share(TRAINING, 4).enter(start, WORLD)
+    Share(4, fit=TRAINING).enter(start, WORLD)
     start.load_state_dict(model.state_dict())
     x = torch.randn(4, 20)
     assert torch.equal(start(x), model(x))
@@ -153,7 +154,7 @@ def test_every_rank_takes_the_codebook_of_rank_0(model: nn.Module) -> None:
                 elif tensor.ndim == 1:
                     tensor.fill_(torch.nan)[:2] = torch.tensor([-1.5, 2.5])
 
-    phase = Share(FitConfig(), 4)
+    phase = Share(4, fit=FitConfig())
     phase.enter(model, Follower.single(torch.device("cpu")))
     phase.leave(model)
     for places in weights(model).values():
@@ -174,7 +175,7 @@ def test_a_recurrent_matrix_with_its_gates_and_a_tied_weight_are_one_layer() -> 
             return output
 
     net = Net()
-    phase = Share(TRAINING, 2, init="density")
+    phase = Share(2, fit=TRAINING, init="density")
     phase.enter(net, WORLD)
     biases = sum(p.numel() for n, p in net.named_parameters() if "bias" in n)
     assert counts(net).learnable == 3 * 4 + biases
@@ -188,10 +189,10 @@ def test_a_recurrent_matrix_with_its_gates_and_a_tied_weight_are_one_layer() -> 
 
 
 def test_retrain_keeps_sharing_where_it_is_told_to(model: nn.Module) -> None:
-    Share(FitConfig(), 3, init="density").enter(model, WORLD)
-    Share(FitConfig(), 3).leave(model)
+    Share(3, fit=FitConfig(), init="density").enter(model, WORLD)
+    Share(3, fit=FitConfig()).leave(model)
     shared = copy.deepcopy(model)
-    phase = Retrain(TRAINING, keep=["zeros", "sharing"])
+    phase = Retrain(fit=TRAINING, keep=["zeros", "sharing"])
     phase.enter(model, WORLD)
     assert counts(model).learnable == 8 + 30 + 60 + 8 + 10
     phase.leave(model)
@@ -200,16 +201,16 @@ def test_retrain_keeps_sharing_where_it_is_told_to(model: nn.Module) -> None:
     assert list(distinct(model).values()) == [8, 8]
     zeros = shared[0].weight == 0  # type: ignore[union-attr, index]
     assert torch.equal(model[0].weight == 0, zeros)  # type: ignore[union-attr, index]
-    run(Retrain(TRAINING), model, 3)
+    run(Retrain(fit=TRAINING), model, 3)
     assert min(distinct(model).values()) > 100
     assert torch.equal(model[0].weight == 0, zeros)  # type: ignore[union-attr, index]
 
 
 def test_training_that_would_destroy_the_sharing_is_refused() -> None:
-    share = Share(FitConfig(), 4)
+    share = Share(4, fit=FitConfig())
     with pytest.raises(ConfigError, match=r"'after' \(retrain\) would destroy the sharing made by"):
-        check_order({"share": share, "after": Retrain(TRAINING)})
-    check_order({"share": share, "after": Retrain(TRAINING, keep=["zeros", "sharing"])})
-    check_order({"share": share, "after": Share(TRAINING, 3)})
+        check_order({"share": share, "after": Retrain(fit=TRAINING)})
+    check_order({"share": share, "after": Retrain(fit=TRAINING, keep=["zeros", "sharing"])})
+    check_order({"share": share, "after": Share(3, fit=TRAINING)})
     with pytest.raises(ConfigError, match="keep=values: it must be one of zeros, sharing"):
-        Retrain(TRAINING, keep=["values"])
+        Retrain(fit=TRAINING, keep=["values"])

@@ -1,28 +1,25 @@
 """What a person sees of a run, and what it leaves: fed with messages, no training needed."""
 
-import dataclasses
 import errno
 import io
-import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console as Terminal
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.experiments import experiment
 from trainer.errors import ConfigError, RunError
 from trainer.messages import (
     EpochEnded,
-    Measured,
+    Evaluated,
     PhaseEnded,
     PhaseRecord,
     PhaseStarted,
     Progress,
     RunStarted,
 )
-from trainer.report.summary import Summary
+from trainer.report.summary import SummarySink
 from trainer.report.tables import megabytes, phases, rich_table
-from trainer.report.tensorboard import Curves
 from trainer.report.terminal import Console
 from trainer.store.directory import RunDirectory
 
@@ -41,6 +38,7 @@ RECORD = PhaseRecord(
     sent_bytes_per_step=4000,
     images_per_second=512.0,
 )
+CONFIG = experiment(name="mine", seed=3, precision="bf16").config
 MESSAGES = [
     RunStarted(workers=2, device="cpu", parameters=1000, train=640, validation=64, test=64),
     PhaseStarted(
@@ -50,7 +48,7 @@ MESSAGES = [
     EpochEnded("train", 1, 10, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, skipped=3),
     EpochEnded("train", 2, 20, 0.25, 0.1, 0.975, 0.0, 0.92, 512.0, skipped=0),
     PhaseEnded(index=0, record=RECORD, weights=b""),
-    Measured("dense", accuracy=0.96, loss=0.12),
+    Evaluated("dense", accuracy=0.96, loss=0.12),
 ]
 
 
@@ -88,62 +86,8 @@ def test_a_phase_that_begins_again_has_one_bar():
         assert len(console._bars.tasks) == 0
 
 
-def test_seconds_and_restarts_are_of_the_whole_run():
-    summary = Summary("mine", 3, "fp32")
-    summary.restore([], {"seconds": 100.0, "restarts": 2})
-    summary.restarts += 1
-    told = summary.as_dict("done")
-    assert told["restarts"] == 3
-    assert 100 <= told["seconds"] < 110
-    summary.restore([], summary.so_far())  # its own checkpoint, after the restart
-    assert summary.as_dict("done")["restarts"] == 3
-    assert summary.as_dict("done")["seconds"] < 110
-
-
-def test_restarts_and_seconds_after_the_last_checkpoint_count_too():
-    summary = Summary("mine", 3, "fp32", {"seconds": 150.0, "restarts": 5, "status": "failed"})
-    assert summary.as_dict("interrupted")["restarts"] == 5  # before it has got so far
-    summary.restore([], {"seconds": 100.0, "restarts": 2})
-    told = summary.as_dict("done")
-    assert told["restarts"] == 5
-    assert 150 <= told["seconds"] < 160
-
-
-def test_the_speed_is_that_of_all_steps():
-    summary = Summary("mine", 3, "fp32")
-    summary.phases = [
-        dataclasses.replace(RECORD, steps=steps, images_per_second=speed)
-        for steps, speed in ((20, 1000.0), (1, 100.0), (0, None))
-    ]
-    assert summary.as_dict("done")["images_per_second"] == pytest.approx(21 / (20 / 1000 + 1 / 100))
-
-
-def test_the_summary_is_complete_at_any_moment():
-    summary = Summary("mine", seed=3, precision="bf16")
-    early = summary.as_dict("failed", "worker 1 died")
-    assert early["status"] == "failed"
-    assert early["error"] == "worker 1 died"
-    assert early["accuracy"] is None
-    assert early["phases"] == []
-    for message in MESSAGES:
-        summary.on(message)
-    assert summary.tested["dense"].accuracy == 0.96
-    summary.result = {"accuracy": 0.96, "loss": 0.12}
-    done = summary.as_dict("done")
-    assert set(early) | {"device"} == set(done)
-    assert (done["name"], done["seed"], done["precision"], done["workers"]) == (
-        "mine",
-        3,
-        "bf16",
-        2,
-    )
-    assert (done["accuracy"], done["loss"], done["restarts"]) == (0.96, 0.12, 0)
-    assert done["phases"][0]["sent_bytes_per_step"] == 4000
-    json.dumps(done)
-
-
 def test_the_table_shows_every_phase_and_the_test_error():
-    summary = Summary("mine", 3, "bf16")
+    summary = SummarySink(CONFIG)
     for message in MESSAGES:
         summary.on(message)
     out = Terminal(file=io.StringIO(), width=120)
@@ -159,24 +103,6 @@ def test_the_table_shows_every_phase_and_the_test_error():
 )
 def test_bytes_for_people(count, text):
     assert megabytes(count) == text
-
-
-def test_curves_count_steps_over_all_phases(tmp_path):
-    curves = Curves(tmp_path)
-    curves.go_on(0, 0)
-    curves.on(MESSAGES[2])
-    curves.go_on(0, 0)  # a worker was lost before there was a checkpoint
-    for message in [*MESSAGES[:-1], *MESSAGES[1:]]:
-        curves.on(message)
-    curves.close()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    losses = events.Scalars("epoch/validation_loss")
-    assert [(e.step, round(e.value, 6)) for e in losses] == [
-        (10, 0.2), (20, 0.1), (30, 0.2), (40, 0.1)
-    ]  # fmt: skip
-    assert [e.step for e in events.Scalars("train/loss")] == [5, 25]
-    assert [e.step for e in events.Scalars("test/dense_accuracy")] == [40]
 
 
 def test_a_taken_name_gets_a_suffix_and_discard_removes_what_was_made(tmp_path):
@@ -215,7 +141,7 @@ def test_metrics_are_cut_back_and_a_torn_line_goes(tmp_path):
         directory.append_metrics({"step": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 0, "los')
-    directory.cut_metrics(lambda entry: entry["step"] < 2)
+    directory.truncate_metrics(lambda entry: entry["step"] < 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
@@ -270,5 +196,5 @@ def test_a_disk_that_gets_full_keeps_the_old_file_and_nothing_half_written(tmp_p
 @pytest.mark.parametrize("folder", [".", "", "/"])
 def test_a_run_needs_a_folder_of_its_own(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="folder of the run's own"):
+    with pytest.raises(ConfigError, match="folder for this run alone"):
         RunDirectory.claim(Path(folder))

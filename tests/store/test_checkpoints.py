@@ -37,7 +37,7 @@ def latest(store, names=NAMES):
 def keep(store, phase, name, *steps):
     """States within a phase, each of them written."""
     for step in steps:
-        store.within_phase(phase, name, step, state(step))
+        store.save_within(phase, name, step, state(step))
         store.wait()
 
 
@@ -52,7 +52,7 @@ def files(store):
 
 def test_an_empty_run_begins(store):
     point, said = latest(store)
-    assert (point.phase, point.step, point.weights, point.within) == (0, 0, None, None)
+    assert (point.phase, point.step, point.weights, point.checkpoint) == (0, 0, None, None)
     assert (point.records, said) == ([], [])
 
 
@@ -60,14 +60,14 @@ def test_the_furthest_point_wins_and_old_steps_go(store):
     keep(store, 0, "train", 5, 10, 15)
     point, _ = latest(store)
     assert (point.phase, point.step, point.weights) == (0, 15, None)
-    assert unpack(point.within) == {"value": 15}
+    assert unpack(point.checkpoint) == {"value": 15}
     assert len(list(store.folder.iterdir())) == 2
-    store.phase_ended(0, {"name": "train", "steps": 20}, weights(1))
+    store.save_phase_end(0, {"name": "train", "steps": 20}, weights(1))
     point, _ = latest(store)
-    assert (point.phase, point.step, point.within) == (1, 0, None)
+    assert (point.phase, point.step, point.checkpoint) == (1, 0, None)
     assert point.records == [{"name": "train", "steps": 20}]
     assert [path.name for path in store.folder.iterdir()] == ["01-train.safetensors"]
-    store.within_phase(1, "prune", 3, state(3))
+    store.save_within(1, "prune", 3, state(3))
     point, _ = latest(store)
     assert (point.phase, point.step) == (1, 3)
     assert point.weights is not None
@@ -75,7 +75,7 @@ def test_the_furthest_point_wins_and_old_steps_go(store):
 
 def test_a_finished_run_has_nothing_left_to_do(store):
     for phase, name in enumerate(NAMES):
-        store.phase_ended(phase, {"name": name}, weights(phase))
+        store.save_phase_end(phase, {"name": name}, weights(phase))
     point, _ = latest(store)
     assert (point.phase, [r["name"] for r in point.records]) == (3, NAMES)
 
@@ -89,12 +89,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(store, hurt):
     assert point.step == 5
     assert len(said) == 1
     assert path.name in said[0]
-    assert f"set aside as {path.name}.damaged" in said[0]
+    assert f"renamed to {path.name}.damaged" in said[0]
     assert latest(store)[1] == []  # not again
 
 
 def test_a_half_written_one_does_not_count_and_goes(store):
-    store.within_phase(0, "train", 5, state(5))
+    store.save_within(0, "train", 5, state(5))
     store.wait()
     part = store.folder / "01-train-step-00000010.safetensors.part"
     part.write_bytes(b"half")
@@ -103,11 +103,11 @@ def test_a_half_written_one_does_not_count_and_goes(store):
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_what_is_there_stays(store):
-    store.within_phase(0, "train", 5, state(5))
+    store.save_within(0, "train", 5, state(5))
     store.wait()
     moved = store.folder.rename(store.folder.with_name("away"))
     store.folder.write_text("a file in the way")
-    store.within_phase(0, "train", 10, state(10))
+    store.save_within(0, "train", 10, state(10))
     with pytest.raises(RunError, match="a checkpoint cannot be written"):
         store.wait()
     assert [path.name for path in moved.iterdir()] == ["01-train-step-00000005.safetensors"]
@@ -119,7 +119,7 @@ def test_the_newest_is_damaged_and_there_is_no_other(tmp_path):
     keep(store, 0, "train", 100)
     damage(store, "01-train-step-00000100.safetensors")
     point, _ = latest(store)
-    assert (point.step, point.within) == (0, None)
+    assert (point.step, point.checkpoint) == (0, None)
     for step in (60, 70):
         keep(store, 0, "train", step)
         assert latest(store)[0].step == step
@@ -132,8 +132,8 @@ def test_the_newest_is_damaged_and_there_is_no_other(tmp_path):
 
 def test_a_damaged_end_of_a_phase_takes_later_phases_along(store):
     keep(store, 0, "train", 5)
-    store.phase_ended(0, {"name": "train"}, weights(1))
-    store.phase_ended(1, {"name": "prune"}, weights(2))
+    store.save_phase_end(0, {"name": "train"}, weights(1))
+    store.save_phase_end(1, {"name": "prune"}, weights(2))
     keep(store, 2, "retrain", 7, 8)
     damage(store, "01-train.safetensors")
     point, said = latest(store)
@@ -145,8 +145,8 @@ def test_a_damaged_end_of_a_phase_takes_later_phases_along(store):
 
 def test_a_file_that_cannot_be_read_is_told_and_nothing_is_touched(store, monkeypatch):
     """A file system that is away for a moment says nothing of what the file holds."""
-    store.phase_ended(0, {"name": "train"}, weights(1))
-    store.phase_ended(1, {"name": "prune"}, weights(2))
+    store.save_phase_end(0, {"name": "train"}, weights(1))
+    store.save_phase_end(1, {"name": "prune"}, weights(2))
     store.wait()
     before = files(store)
 
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_read_is_told_and_nothing_is_touched(store, monkey
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.store.checkpoints.read_sealed", stale)
+        patch.setattr("trainer.store.checkpoints.read_checksummed", stale)
         with pytest.raises(RunError, match=r"cannot be read: .*Stale file handle: .*01-train"):
             latest(store)
     assert files(store) == before
@@ -166,7 +166,7 @@ def test_a_phase_may_have_any_name(store, name):
     names = [name, "a"]
     keep(store, 0, name, 1, 2, 3)
     assert len(files(store)) == 2
-    store.phase_ended(0, {"name": name}, weights(1))
+    store.save_phase_end(0, {"name": name}, weights(1))
     store.wait()
     assert files(store) == [f"01-{name}.safetensors"]
     keep(store, 1, "a", 4)
@@ -181,7 +181,7 @@ def test_steps_of_one_phase_leave_those_of_others_alone(store):
     assert "02-prune-step-00000900.safetensors" in files(store)
     assert latest(store)[0].phase == 0
     assert len(files(store)) == 2
-    store.phase_ended(0, {"name": "train"}, weights(1))
+    store.save_phase_end(0, {"name": "train"}, weights(1))
     keep(store, 0, "train", 3)
     assert latest(store)[0].phase == 1
     assert files(store) == ["01-train.safetensors"]
@@ -196,15 +196,15 @@ def test_a_slow_disk_holds_nobody_up_and_loses_no_end_of_a_phase(store, monkeypa
         written.append(file.name)
 
     monkeypatch.setattr(store, "_write_now", slow)
-    store.within_phase(0, "train", 1, b"")
+    store.save_within(0, "train", 1, b"")
     assert begun.wait(10)
     for step in (2, 3, 4):  # the disk is busy with the first
-        store.within_phase(0, "train", step, b"")
-    store.phase_ended(0, {"name": "train"}, b"")
+        store.save_within(0, "train", step, b"")
+    store.save_phase_end(0, {"name": "train"}, b"")
     for step in (1, 2):
-        store.within_phase(1, "prune", step, b"")
-    store.phase_ended(1, {"name": "prune"}, b"")
-    store.within_phase(2, "retrain", 1, b"")
+        store.save_within(1, "prune", step, b"")
+    store.save_phase_end(1, {"name": "prune"}, b"")
+    store.save_within(2, "retrain", 1, b"")
     go_on.set()
     store.wait()
     assert written == [
@@ -216,9 +216,9 @@ def test_a_slow_disk_holds_nobody_up_and_loses_no_end_of_a_phase(store, monkeypa
 
 
 def test_what_the_driver_says_of_the_run_comes_back(store):
-    store.within_phase(0, "train", 5, state(5), {"seconds": 7.5})
-    assert latest(store)[0].so_far == {"seconds": 7.5}
-    store.phase_ended(0, {"name": "train"}, weights(1), {"seconds": 9.0})
-    assert latest(store)[0].so_far == {"seconds": 9.0}
+    store.save_within(0, "train", 5, state(5), {"seconds": 7.5})
+    assert latest(store)[0].progress == {"seconds": 7.5}
+    store.save_phase_end(0, {"name": "train"}, weights(1), {"seconds": 9.0})
+    assert latest(store)[0].progress == {"seconds": 9.0}
     keep(store, 1, "prune", 1)  # by a version that did not say
-    assert latest(store)[0].so_far == {}
+    assert latest(store)[0].progress == {}

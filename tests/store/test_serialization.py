@@ -12,13 +12,13 @@ from torch import nn
 
 from trainer.errors import ConfigError
 from trainer.messages import Checkpoint
-from trainer.store.checksummed import DamagedError, read_sealed, write_sealed
+from trainer.store.checksummed import DamagedError, read_checksummed, write_checksummed
 from trainer.store.serialization import check_state, pack, to_bytes, unpack
 
 
 def sealed(path, content, about):
     with path.open("wb") as file:
-        write_sealed(file, content, about)
+        write_checksummed(file, content, about)
     return path
 
 
@@ -102,13 +102,13 @@ def test_a_checkpoint_travels_beside_the_pickle_and_is_written_from_there(tmp_pa
     assert got == sent
     for protocol in (4, 5):
         assert pickle.loads(pickle.dumps(sent, protocol)) == sent
-    assert read_sealed(sealed(tmp_path / "x", got.content, {}))[0][-24:] == sent.content[-24:]
+    assert read_checksummed(sealed(tmp_path / "x", got.content, {}))[0][-24:] == sent.content[-24:]
 
 
 def test_a_sealed_file_says_what_it_is_about(tmp_path):
     content = pack({"step": 3, "weights": torch.arange(5.0)})
     path = sealed(tmp_path / "x", content, {"phase": 1, "name": "prune"})
-    read, about = read_sealed(path)
+    read, about = read_checksummed(path)
     assert about == {"phase": 1, "name": "prune"}
     assert equal(unpack(read), {"step": 3, "weights": torch.arange(5.0)})
 
@@ -116,7 +116,7 @@ def test_a_sealed_file_says_what_it_is_about(tmp_path):
 @given(st.data())
 def test_any_damage_is_found(tmp_path_factory, data):
     buffer = io.BytesIO()
-    write_sealed(buffer, pack({"w": torch.arange(6.0), "n": 1}), {"phase": 0})
+    write_checksummed(buffer, pack({"w": torch.arange(6.0), "n": 1}), {"phase": 0})
     whole = bytearray(buffer.getvalue())
     if data.draw(st.booleans(), "cut"):
         damaged = bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
@@ -127,7 +127,7 @@ def test_any_damage_is_found(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(damaged)
     with pytest.raises(DamagedError):
-        read_sealed(path)
+        read_checksummed(path)
 
 
 def test_a_model_whose_state_cannot_be_kept_is_refused_before_it_trains():

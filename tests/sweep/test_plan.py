@@ -23,8 +23,7 @@ RATE = {"params": {"optimizer.lr": "choice(0.1,0.2)"}, "objectives": {"accuracy"
 
 
 def plan(phases=PHASES, **sweep) -> Plan:
-    base = OmegaConf.structured(config(phases=phases, sweep={**RATE, **sweep}))
-    settings = OmegaConf.to_container(base)
+    settings = config(phases=phases, sweep={**RATE, **sweep}).settings()
     return Plan(to_dataclass(Config, settings), OmegaConf.create(settings))
 
 
@@ -38,10 +37,10 @@ def test_a_trial_whose_length_is_not_known_is_refused() -> None:
 
 def test_what_only_the_winner_would_meet_is_found_before_anything_starts() -> None:
     wrong = {**PHASES, "prune": {**PRUNE, "include": ["nowhere"]}}
-    during = {"phases.prune.include": ["*"]}
-    assert plan(wrong, during=during).check() == 4
+    overrides = {"phases.prune.include": ["*"]}
+    assert plan(wrong, trial_overrides=overrides).check() == 4
     with pytest.raises(ConfigError, match=r"sweep\.refit=true: without .*nowhere"):
-        plan(wrong, during=during, refit=True).check()
+        plan(wrong, trial_overrides=overrides, refit=True).check()
 
 
 def test_an_analysis_is_checked_and_may_change_when_the_sweep_goes_on() -> None:
@@ -65,7 +64,7 @@ def test_an_analysis_that_fails_takes_no_results_along(tmp_path, monkeypatch) ->
 
     check = ANALYSES["sensitivity"].check
     monkeypatch.setitem(ANALYSES, "sensitivity", Analysis(check, fail))
-    cfg = config(sweep={**RATE, "analysis": "sensitivity"})
+    cfg = config(sweep={**RATE, "analysis": "sensitivity"}).config
     space = parse_space(cfg.sweep, {})
     ledger = Ledger(cfg.sweep, space, "test", 3, tmp_path, 4)
     made = SimpleNamespace(cfg=cfg, space=space)

@@ -333,7 +333,7 @@ def test_unknown_measures_are_refused():
             check_measures(sweep(**settings))
 
 
-def test_a_tenth_of_the_weights_is_worth_the_exchange():
-    two = sweep(objectives={"accuracy": "maximize", "nonzero": "minimize"}, exchange=0.01)
+def test_a_tenth_of_the_weights_is_worth_the_size_weight():
+    two = sweep(objectives={"accuracy": "maximize", "nonzero": "minimize"}, size_weight=0.01)
     assert watched(two, 0.9, 1000) - watched(two, 0.9, 10_000) == pytest.approx(0.01)
-    assert watched(sweep(exchange=0.01), 0.9, 1000) == 0.9
+    assert watched(sweep(size_weight=0.01), 0.9, 1000) == 0.9

@@ -21,14 +21,13 @@ import torch
 import yaml
 
 from trainer.__main__ import conf_dir, main
-from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError
+from trainer.experiment import Experiment
 from trainer.models import LeNet300
-from trainer.parts import build_model
 from trainer.store.directory import RunDirectory
 from trainer.sweep.plan import Plan
 from trainer.sweep.space import Space
-from trainer.worker.run import Start, experiment
+from trainer.worker.run import Start, run_phases
 
 ARGUMENTS = [
     "+experiment=sweep_smoke", "cluster=inline", "cluster.threads=1", "sweep.slots=1",
@@ -249,20 +248,20 @@ def test_weights_to_begin_with_are_held_against_the_model(capsys, tmp_path):
 
 
 def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys):
-    from trainer.store import initial
+    import trainer.experiment
 
     assert main([*INIT, "--cfg"]) == 0
-    net = build_model(to_dataclass(Config, yaml.safe_load(capsys.readouterr().out)))
+    net = Experiment.from_config(yaml.safe_load(capsys.readouterr().out)).build_model()
     for name in ("a.pt", "b.pt"):
         torch.save(net.state_dict(), name)
-    real = initial.initial_weights
+    real = trainer.experiment.read_initial
 
     def weights(path, model):
         if model is None and path.name == "b.pt":
             raise ConfigError(f"init_from={path}: gone")
         return real(path, model)
 
-    monkeypatch.setattr(initial, "initial_weights", weights)
+    monkeypatch.setattr(trainer.experiment, "read_initial", weights)
     assert main(INIT) == 0
     assert [row["state"] for row in rows()] == ["COMPLETE", "FAIL"]
     assert rows()[1]["reason"] == "init_from=b.pt: gone"
@@ -349,7 +348,7 @@ def test_a_better_trial_is_trained_anew_and_the_old_one_moves_aside(capsys):
     assert main([*wanted, "sweep.trials=1"]) == 0
     assert RunDirectory(best).read_config()["optimizer"]["lr"] == 1e-9
     assert main([*wanted, "sweep.trials=2"]) == 0
-    assert "whose run is now in" in capsys.readouterr().out
+    assert "the run of the previous one is now in" in capsys.readouterr().out
     assert RunDirectory(best).read_config()["optimizer"]["lr"] == 0.05
     assert RunDirectory(FOLDER / "best-1").read_config()["optimizer"]["lr"] == 1e-9
     trained = (best / "metrics.jsonl").read_text()
@@ -435,9 +434,9 @@ def test_the_run_of_the_best_that_was_killed_before_it_began_is_begun_again():
 
 
 def test_a_winner_that_cannot_be_trained_in_full_does_not_make_the_sweep_a_wrong_one(capsys):
-    many = ["data.train=70000", "sweep.during.data.train=100", "sweep.refit=true"]
+    many = ["data.train=70000", "sweep.trial_overrides.data.train=100", "sweep.refit=true"]
     assert main([*ARGUMENTS, "sweep.trials=1", *many]) == 1
-    assert "the best trial cannot be trained in full: " in capsys.readouterr().err
+    assert "the best trial cannot be run in full: " in capsys.readouterr().err
     assert summary()["status"] == "done"
 
 
@@ -495,7 +494,7 @@ def test_a_signal_while_ray_starts_leaves_nothing_behind():
         ("sweep.params={phases.train.fit.epochs: 'range(-1,2)'}", "epochs=-1"),
         ("sweep.params={model: 'choice(a,b)'}", "it is a section"),
         ("sweep.params={cluster.workers: 'range(1,3)'}", "cannot be searched"),
-        ("sweep.during={model.with: 3}", "no model.with"),
+        ("sweep.trial_overrides={model.with: 3}", "no model.with"),
         ("sweep.objectives.speed=maximize", "speed: unknown"),
         ("sweep.sampler=annealing", "tpe, random, grid"),
         ("sweep.sampler=grid", "no end"),
@@ -524,16 +523,16 @@ def test_a_warm_worker_gives_the_bits_of_a_cold_one():
     from trainer.messages import PhaseEnded
 
     plain = yaml.safe_load(capture([*ARGUMENTS, "cluster=local", "cluster.workers=1", "--cfg"]))
-    cfg = to_dataclass(Config, plain)
-    other = to_dataclass(Config, {**plain, "seed": 9, "model": {**plain["model"], "depth": 1}})
+    cfg = Experiment.from_config(plain)
+    other = Experiment.from_config({**plain, "seed": 9, "model": {**plain["model"], "depth": 1}})
 
     def weights(group, which):
-        ended = [m for m in group.run(experiment, which, Start(0))]
+        ended = [m for m in group.run(run_phases, which, Start(0))]
         return next(m.weights for m in ended if isinstance(m, PhaseEnded))
 
     results = []
     for before in ([], [other, cfg]):
-        group = open_group(cfg.cluster)
+        group = open_group(cfg.config.cluster)
         group.start()
         try:
             for first in before:
@@ -573,7 +572,7 @@ def test_trials_share_their_first_phases_and_end_in_the_same_bits(tmp_path, monk
     assert main([*wanted, "hydra.sweep.dir=shared"]) == 0
     assert len(list(Path("shared/prefixes").iterdir())) == 2  # one for each seed
     monkeypatch.setattr("trainer.sweep.results.write_report", lambda *_: None)  # one is enough
-    assert main([*wanted, "sweep.prefix=null", "hydra.sweep.dir=alone"]) == 0
+    assert main([*wanted, "sweep.shared_phases=null", "hydra.sweep.dir=alone"]) == 0
     measures = []
     for folder in ("shared", "alone"):
         with (Path(folder) / "trials.csv").open() as file:
@@ -591,7 +590,7 @@ def test_trials_share_their_first_phases_and_end_in_the_same_bits(tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["sweep.prefix=training"], "sweep.prefix=training: there is no such phase"),
+        (["sweep.shared_phases=training"], "sweep.shared_phases=training: there is no such phase"),
         (["sweep.analysis=all"], "sweep.analysis=all: it must be one of interference, sensitivity"),
         (["phases.prune.enabled=1"], "phases.prune.enabled=1: it must be true or false"),
     ],

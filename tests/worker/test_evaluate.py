@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from trainer.parts import build_model
 
 from tests.test_resume import config
 from trainer.data.split import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import RunError
 from trainer.messages import Measured
-from trainer.parts import build_model
 from trainer.store.serialization import to_bytes
 from trainer.worker.evaluate import measure
 

@@ -1,4 +1,4 @@
-"""What is tried with the fresh model before training, and what is told of the final one."""
+"""Export to ONNX: tried with the fresh model before training, compared at the end."""
 
 import sys
 from typing import Any
@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 import trainer.worker.export
 from tests.test_resume import config
-from trainer.config import Config
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.parts import build_model
-from trainer.phases import Quantize, build_phases
+from trainer.experiment import Experiment
+from trainer.phases import Quantize
 from trainer.store.serialization import to_bytes
-from trainer.worker.export import convert, try_export
+from trainer.worker.export import export_models, try_export
 
 WORLD = World.single(torch.device("cpu"))
 
@@ -36,7 +35,7 @@ class Odd(nn.Module):
         return logits if logits.sum() > 0 else -logits
 
 
-def chosen(**model: Any) -> Config:
+def chosen(**model: Any) -> Experiment:
     settings = model or {"_target_": "trainer.models.LeNet300"}
     quantize = {"_target_": "trainer.phases.Quantize", "fit": {"epochs": 1}}
     return config(model=settings, phases={"quantize": quantize})
@@ -62,11 +61,11 @@ def test_only_the_rank_that_exports_needs_the_packages(monkeypatch: pytest.Monke
 
 
 def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = []
+    busy = []
 
     def watched(function: Any) -> Any:
         def wrapper(*args: Any) -> Any:
-            waiting.append(WORLD.heartbeat.is_busy)
+            busy.append(WORLD.heartbeat.is_busy)
             return function(*args)
 
         return wrapper
@@ -77,19 +76,19 @@ def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.Monk
         )
     cfg = chosen()
     torch.manual_seed(0)
-    model = build_model(cfg)
+    model = cfg.build_model()
     dense = to_bytes(model.state_dict())
-    phase = build_phases(cfg.phases)["quantize"]
+    phase = cfg.phases["quantize"]
     assert isinstance(phase, Quantize)
     phase.enter(model, WORLD)
     model.train()(torch.rand(8, 1, 28, 28))
     phase.after_step(model, WORLD, 1, 1)
     phase.leave(model)
     final = to_bytes(model.state_dict())
-    assert list(convert(second(), cfg, final, dense)) == []
-    told = list(convert(WORLD, cfg, final, dense))
-    assert waiting  # however long a large model takes, it is no hang
-    assert all(waiting)
+    assert list(export_models(second(), cfg, final, dense)) == []
+    told = list(export_models(WORLD, cfg, final, dense))
+    assert busy  # however long a large model takes, it is no hang
+    assert all(busy)
     assert [one.name for one in told] == ["fp32", "int8"]
     assert told[0].content == b""
     assert len(told[1].content) == told[1].file_bytes < 0.35 * told[0].file_bytes

@@ -12,7 +12,7 @@ from trainer.data.split import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.models import LSTMLanguageModel
-from trainer.worker.preflight import check_match
+from trainer.worker.preflight import check_compatible
 
 WORLD = World.single(torch.device("cpu"))
 
@@ -35,7 +35,7 @@ def net(classes=3, features=64):
 def test_what_fits_passes_and_nothing_changes(precision):
     model = net().train()
     state, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    check_match(model, IMAGES, runtime(WORLD, precision=precision))
+    check_compatible(model, IMAGES, runtime(WORLD, precision=precision))
     assert model.training
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert torch.equal(chance, torch.get_rng_state())
@@ -45,9 +45,9 @@ def test_language_models_fit_by_their_vocabulary():
     ids = torch.randint(0, 12, (4, 7), generator=torch.Generator().manual_seed(0))
     ids[3, 6] = 11
     data = splits(ids, ids)
-    check_match(LSTMLanguageModel(12, 4, 4), data, runtime(WORLD))
+    check_compatible(LSTMLanguageModel(12, 4, 4), data, runtime(WORLD))
     with pytest.raises(ConfigError, match="label 11, but LSTMLanguageModel has 11 outputs"):
-        check_match(LSTMLanguageModel(11, 4, 4), data, runtime(WORLD))
+        check_compatible(LSTMLanguageModel(11, 4, 4), data, runtime(WORLD))
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_language_models_fit_by_their_vocabulary():
 )  # fmt: skip
 def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
     with pytest.raises(ConfigError, match=said):
-        check_match(model, data, runtime(WORLD))
+        check_compatible(model, data, runtime(WORLD))
     assert model.training
 
 
 def test_classes_that_are_no_int64_are_refused():
     data = splits(IMAGES.train.inputs, IMAGES.train.targets.int())
     with pytest.raises(ConfigError, match=r"targets of train are int32; they must be .* int64"):
-        check_match(net(), data, runtime(WORLD))
+        check_compatible(net(), data, runtime(WORLD))
 
 
 def test_a_last_piece_that_is_too_small_for_batch_norm_is_refused():
@@ -94,7 +94,7 @@ def test_a_last_piece_that_is_too_small_for_batch_norm_is_refused():
     state = copy.deepcopy(model.state_dict())
 
     def check(batch_size, **fit):
-        check_match(model, IMAGES, runtime(WORLD, batch_size=batch_size), [FitConfig(**fit)])
+        check_compatible(model, IMAGES, runtime(WORLD, batch_size=batch_size), [FitConfig(**fit)])
 
     check(5, epochs=1)
     check(5, epochs=1, accumulate=2)  # pieces of three and two
@@ -116,7 +116,7 @@ def test_every_rank_refuses_what_one_of_them_would_meet():
     for rank in (0, 1):
         world = World(rank, 2, WORLD.device, WORLD.transport, None)
         with pytest.raises(ConfigError, match="as little as 1 of the 5"):
-            check_match(model, IMAGES, runtime(world, batch_size=3), [FitConfig(epochs=1)])
+            check_compatible(model, IMAGES, runtime(world, batch_size=3), [FitConfig(epochs=1)])
 
 
 class Auxiliary(nn.Linear):
@@ -129,5 +129,5 @@ class Auxiliary(nn.Linear):
 
 def test_other_outputs_in_training_are_refused():
     with pytest.raises(ConfigError, match="Auxiliary gives tuple in training mode"):
-        check_match(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
-    check_match(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=0)])
+        check_compatible(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
+    check_compatible(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=0)])

@@ -1,4 +1,4 @@
-"""The body that workers execute: what it says of itself on the way, what it refuses to leave."""
+"""The phases of a run on a worker: its heartbeat, and what it refuses."""
 
 import random
 
@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+import trainer.worker.phase
 import trainer.worker.run
 from tests.test_resume import FIT, STEPS, config
 from trainer.data import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import Diverged
+from trainer.experiment import Experiment
 from trainer.messages import Checkpoint, PhaseEnded, RunStarted
-from trainer.parts import build_data
 from trainer.phases import Phase
-from trainer.worker.run import Start, experiment
+from trainer.worker.run import Start, run_phases
 
 TRAIN = {"train": {"_target_": "trainer.phases.Train", "fit": {**FIT, "accumulate": 2}}}
 
@@ -33,14 +34,18 @@ def test_long_stretches_are_no_hang(monkeypatch):
 
         monkeypatch.setattr(owner, name, wrapper)
 
-    names = ["build_data", "build_model", "check_match", "pack", "to_bytes"]
-    for name in names:
-        watched(trainer.worker.run, name)
-    for name in ["plan", "enter", "leave"]:
-        watched(Phase, name)
-        names.append(name)
+    names = []
+    for owner, functions in (
+        (trainer.worker.run, ["check_compatible"]),
+        (trainer.worker.phase, ["pack", "to_bytes"]),
+        (Experiment, ["build_data", "build_model"]),
+        (Phase, ["enter", "leave"]),
+    ):
+        for name in functions:
+            watched(owner, name)
+            names.append(name)
     cfg = config(phases=TRAIN, checkpoint={"every_steps": 3, "every_seconds": None})
-    for message in experiment(world, cfg, Start(0)):
+    for message in run_phases(world, cfg, Start(0)):
         # While Ray puts a large message into its store, the body stands still.
         large = isinstance(message, Checkpoint | PhaseEnded)
         assert world.heartbeat.is_busy == large, message
@@ -54,7 +59,7 @@ def test_long_stretches_are_no_hang(monkeypatch):
 
 def test_every_micro_batch_and_every_batch_of_an_evaluation_is_a_beat():
     world = World.single(torch.device("cpu"))
-    for _ in experiment(world, config(phases=TRAIN), Start(0)):
+    for _ in run_phases(world, config(phases=TRAIN), Start(0)):
         pass
     evaluations, batches = 2, 2  # 20 samples by 16, after each of the two epochs
     assert world.heartbeat.beats == STEPS * (2 + 1) + evaluations * batches
@@ -67,7 +72,7 @@ def test_weights_that_the_last_update_spoiled_are_not_accepted():
     told = []
     with pytest.raises(Diverged, match=r"phase train: the validation loss is nan .*, after step 1 "
                        r"at a learning rate of 1e\+30"):  # fmt: skip
-        told.extend(experiment(World.single(torch.device("cpu")), cfg, Start(0)))
+        told.extend(run_phases(World.single(torch.device("cpu")), cfg, Start(0)))
     assert not any(isinstance(message, PhaseEnded) for message in told)
 
 
@@ -85,11 +90,11 @@ def test_data_that_draws_from_global_generators_is_the_same_wherever_it_is_built
     """On every rank, after a restart, and when the test set is measured."""
     cfg = config(data={"_target_": f"{__name__}.drawn", "batch_size": 16})
     states = torch.get_rng_state(), random.getstate()
-    first = build_data(cfg)
+    first = cfg.build_data()
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     torch.rand(5), np.random.rand(5), random.random()
-    again, other = build_data(cfg), build_data(config(data=cfg.data, seed=4))
+    again, other = cfg.build_data(), config(data=cfg.config.data, seed=4).build_data()
     for name, split in vars(first).items():
         assert torch.equal(split.inputs, getattr(again, name).inputs)
         assert not torch.equal(split.inputs, getattr(other, name).inputs)

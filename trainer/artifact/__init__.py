@@ -7,7 +7,7 @@ docs/artifact.md specifies the format. `python -m trainer.artifact` looks into f
 
 from trainer.artifact.comparison import PublishedSize, published_size
 from trainer.artifact.container import ArtifactError
-from trainer.artifact.read import Description, describe, load, loads
+from trainer.artifact.read import Description, describe, load, loads, read_about
 from trainer.artifact.write import check, encode
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "load",
     "loads",
     "published_size",
+    "read_about",
 ]

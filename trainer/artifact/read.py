@@ -71,6 +71,19 @@ def loads(content: bytes, max_bytes: int | None = None) -> dict[str, Tensor]:
     return file.guarded(file.tensors)
 
 
+def read_about(content: bytes) -> Mapping[str, Any]:
+    """The plain values that `encode` stored beside the tensors, which are not decoded.
+
+    Raises:
+        ArtifactError: The content is not that of a .dcz file, or it is damaged.
+    """
+    header, _ = split(content)
+    about = header.get("about", {})
+    if not isinstance(about, dict):
+        raise ArtifactError("the header is damaged: its `about` is not a mapping")
+    return about
+
+
 def describe(content: bytes, max_bytes: int | None = None) -> Description:
     """What the content of a .dcz file is made of; it is decoded whole. Limits are those of `load`.
 

@@ -130,7 +130,7 @@ class Factory(Generic[T]):
         """
         if self.is_object:
             return cast(T, copy.deepcopy(_given(self.key, self.settings, self.objects)))
-        return build_object(self.key, self.settings, self.expected, self.objects, **context)
+        return build_object(self.key, self.settings, self.expected, self.objects, context)
 
 
 def build_object(
@@ -138,7 +138,7 @@ def build_object(
     settings: Mapping[str, Any],
     expected: type[T],
     objects: Mapping[str, Any] | None = None,
-    **context: Any,
+    context: Mapping[str, Any] | None = None,
 ) -> T:
     """Call a `_target_` with its settings; nested targets are built first.
 
@@ -157,7 +157,11 @@ def build_object(
     function = locate(key, settings, objects or {})
     check_arguments(key, function, settings)
     accepted = _parameter_names(function)
-    extra = {name: value for name, value in context.items() if accepted is None or name in accepted}
+    extra = {
+        name: value
+        for name, value in (context or {}).items()
+        if accepted is None or name in accepted
+    }
     try:
         if settings["_target_"] in (objects or {}):
             arguments = {name: value for name, value in settings.items() if name != "_target_"}

@@ -16,9 +16,11 @@ from omegaconf import DictConfig
 from trainer.errors import ConfigError
 
 # These mappings have no keys of their own: a new one needs no +.
-_OPEN = re.compile(r"sweep\.(params|lengths|conditions|during|objectives|constraints)[.=]")
+_OPEN = re.compile(r"sweep\.(params|lengths|conditions|trial_overrides|objectives|constraints)[.=]")
 # The keys of these have dots.
-_DOTTED = re.compile(r"\+{0,2}sweep\.(params|lengths|conditions|during)\.([^=]+)=(.*)", re.DOTALL)
+_DOTTED = re.compile(
+    r"\+{0,2}sweep\.(params|lengths|conditions|trial_overrides)\.([^=]+)=(.*)", re.DOTALL
+)
 _PARAMS = re.compile(r"\+{0,2}sweep\.params=(.*)", re.DOTALL)
 
 

@@ -1,8 +1,8 @@
-"""The typed schema of a run, and the checks that need nothing but the values.
+"""The settings of an experiment as dataclasses, with the checks that need only their values.
 
-`Config` mirrors conf/config.yaml. Checks that need a class (does a phase take this key, can this
-model be built) live on the floor that knows the class; all of them run before anything starts and
-raise `ConfigError`.
+`Config` mirrors conf/config.yaml, whose comments document every setting. Checks that need a class,
+such as whether a model accepts a setting, are made by `trainer.experiment.Experiment`. All checks
+raise `ConfigError` before anything starts.
 """
 
 import math
@@ -18,15 +18,15 @@ SCHEDULES = ("constant", "cosine", "step")
 
 
 def check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not in `allowed`. Raises ConfigError."""
+    """Raise ConfigError for a value that is not in `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{key}={value}: it must be one of {', '.join(allowed)}")
 
 
 def check_min(key: str, value: float | None, low: float, *, excluded: bool = False) -> None:
-    """Refuse a number below `low` (or equal to it if `excluded`), NaN and infinity included.
+    """Raise ConfigError for a number below `low` (or equal to it if `excluded`), NaN or infinity.
 
-    None passes: it means "not set". Raises ConfigError.
+    None is accepted: it means that the setting is not set.
     """
     if value is None:
         return
@@ -35,17 +35,17 @@ def check_min(key: str, value: float | None, low: float, *, excluded: bool = Fal
 
 
 def check_file_name(key: str, value: str) -> None:
-    """Refuse what cannot be part of a file's name. Raises ConfigError."""
+    """Raise ConfigError for a text that cannot be the name of a file."""
     if not value or any(c in value for c in "/\\\0") or value in (".", ".."):
         raise ConfigError(f"{key}={value!r}: it must be usable as the name of a file")
 
 
 @dataclass
 class DistillConfig:
-    """How much a phase learns from the experiment's own dense model."""
+    """How much a phase learns from the experiment's own dense model (knowledge distillation)."""
 
-    weight: float = 0.0  # of the teacher in the loss, in [0, 1]; 0: labels alone
-    temperature: float = 4.0  # that softens the outputs of both
+    weight: float = 0.0  # weight of the dense model's outputs in the loss, in [0, 1]
+    temperature: float = 4.0  # softens the outputs of both models
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
@@ -55,17 +55,17 @@ class DistillConfig:
 
 @dataclass
 class FitConfig:
-    """How a phase trains. `epochs: 0` means that there is nothing to train."""
+    """How a phase trains. With `epochs: 0` it trains nothing."""
 
     epochs: int = 0  # passes over the training data
     lr: float | None = None  # peak learning rate; null: optimizer.lr
     schedule: str = "cosine"  # after the warm-up: constant | cosine (to zero) | step
-    warmup_epochs: float = 0.0  # linear rise from zero to the peak
+    warmup_epochs: float = 0.0  # epochs of linear rise from zero to the peak
     step_epochs: int = 10  # schedule=step: epochs between drops
     step_gamma: float = 0.1  # schedule=step: factor of each drop
     accumulate: int = 1  # micro-batches per optimizer step
     clip: float | None = None  # maximum L2 norm of the whole gradient; null: no clipping
-    max_steps: int | None = None  # stop after so many optimizer steps; null: epochs decide
+    max_steps: int | None = None  # stop after this many optimizer steps; null: epochs decide
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
@@ -78,14 +78,21 @@ class FitConfig:
         check_min("fit.accumulate", self.accumulate, 1)
         check_min("fit.clip", self.clip, 0, excluded=True)
         check_min("fit.max_steps", self.max_steps, 1)
+        if self.epochs and self.warmup_epochs > self.epochs:
+            raise ConfigError(
+                f"fit.warmup_epochs={self.warmup_epochs:g} with fit.epochs={self.epochs}: the "
+                "learning rate would never reach its peak; warm up for less than all epochs"
+            )
 
 
 @dataclass
 class AllReduceConfig:
     """How gradients are averaged over the workers."""
 
-    algorithm: str = "ring"  # ring (own, over point-to-point sends) | native (gloo, NCCL)
-    wire: str = "fp32"  # type of the values that travel: fp32 | bf16 | fp16
+    algorithm: str = (
+        "ring"  # ring (this project's, over point-to-point sends) | native (gloo, NCCL)
+    )
+    wire: str = "fp32"  # number format of gradients on the network: fp32 | bf16 | fp16
     bucket_mb: float = 25.0  # MiB of gradients that are reduced together
     segment_kb: int = 1024  # KiB of a ring message that are in flight at a time
 
@@ -98,11 +105,11 @@ class AllReduceConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the state of a phase is kept, besides its end. Both may be set, or neither."""
+    """When a checkpoint is written within a phase. The end of each phase is always written."""
 
-    every_steps: int | None = None  # optimizer steps; null: not by steps
-    every_seconds: float | None = 60.0  # null: not by time
-    keep: int = 2  # so many of the latest ones; ends of phases are kept anyway
+    every_steps: int | None = None  # every so many optimizer steps; null: not by steps
+    every_seconds: float | None = 60.0  # every so many seconds; null: not by time
+    keep: int = 2  # number of the latest checkpoints within a phase that are kept
 
     def __post_init__(self) -> None:
         check_min("checkpoint.every_steps", self.every_steps, 1)
@@ -112,36 +119,41 @@ class CheckpointConfig:
 
 @dataclass
 class ArtifactConfig:
-    """The compressed model file that a run leaves."""
+    """The compressed model file, model.dcz."""
 
-    make: bool = False  # write model.dcz at the end and measure what it decodes to
-    numbers: str = "fp16"  # type of codebooks, biases and norms in it: fp16 (where it fits) | fp32
+    make: bool = False  # write model.dcz at the end and evaluate what it decodes to
+    dtype: str = "fp16"  # format of codebooks, biases and norms in it: fp16 (where it fits) | fp32
     coder: str = (
-        "auto"  # of positions and indices: auto (the smallest) | context | columns | huffman | ans
+        "auto"  # of positions and indices: auto (smallest) | context | columns | huffman | ans
     )
 
     def __post_init__(self) -> None:
-        check_choice("artifact.numbers", self.numbers, ("fp16", "fp32"))
+        check_choice("artifact.dtype", self.dtype, ("fp16", "fp32"))
         check_choice("artifact.coder", self.coder, ("auto", "context", "columns", "huffman", "ans"))
 
 
 @dataclass
 class ExportConfig:
-    """The model in other programs' formats."""
+    """The model in formats of other programs."""
 
     onnx: bool = False  # write model.onnx at the end, run it in onnxruntime, and compare
 
 
 @dataclass
 class LimitsConfig:
-    """What the result must reach; a run that misses a limit ends with exit code 3."""
+    """What the result must reach. A run that misses a limit ends with exit code 3."""
 
-    max_accuracy_drop: float | None = None  # test accuracy below the dense model's, as a fraction
+    max_accuracy_drop: float | None = None  # below the dense model's test accuracy, as a fraction
     min_ratio: float | None = None  # 4 bytes per parameter / bytes of model.dcz
     max_megabytes: float | None = None  # of model.dcz, in 10^6 bytes
 
     def __post_init__(self) -> None:
         check_min("limits.max_accuracy_drop", self.max_accuracy_drop, 0)
+        if self.max_accuracy_drop is not None and self.max_accuracy_drop > 1:
+            raise ConfigError(
+                f"limits.max_accuracy_drop={self.max_accuracy_drop:g}: it is a fraction, so that "
+                f"{self.max_accuracy_drop:g} points are {self.max_accuracy_drop / 100:g}"
+            )
         check_min("limits.min_ratio", self.min_ratio, 0, excluded=True)
         check_min("limits.max_megabytes", self.max_megabytes, 0, excluded=True)
 
@@ -151,26 +163,20 @@ class ClusterConfig:
     """Which processes train, and on what."""
 
     workers: int = 2  # data-parallel processes
-    backend: str = "ray"  # ray | inline (this process; one worker; a debugger works)
-    device: str = "auto"  # auto (cuda where every worker can have one) | cpu | cuda
+    backend: str = "ray"  # ray | inline (one worker in this process; a debugger works)
+    device: str = "auto"  # auto (cuda if every worker can have a GPU) | cpu | cuda
     address: str | None = (
-        None  # Ray cluster to join (host:port or auto); null: RAY_ADDRESS, else a private one
+        None  # Ray cluster (host:port or auto); null: RAY_ADDRESS, or a private Ray
     )
     cpus_per_worker: float = 1.0  # CPUs that Ray reserves for a worker
-    gpus_per_worker: float = (
-        1.0  # GPUs that Ray reserves for a worker on device=cuda; may be a fraction
-    )
+    gpus_per_worker: float = 1.0  # GPUs that Ray reserves for a worker on cuda; may be a fraction
     threads: int | None = None  # torch threads of a worker; null: cpus_per_worker; inline: all CPUs
     nice: int = 0  # niceness of the worker processes (Ray's own default is 15)
-    max_restarts: int = 3  # how often a run starts again after a worker was lost
-    start_timeout_s: float = 60.0  # seconds to wait until the cluster has room for all workers
-    hang_timeout_s: float = (
-        60.0  # seconds without a sign of life after which a worker counts as dead
-    )
-    working_dir: str | None = (
-        None  # folder of your code that a remote cluster's workers get; null: none
-    )
-    py_modules: list[str] = field(default_factory=list)  # more packages to send along
+    max_restarts: int = 3  # how often a run restarts after it lost a worker
+    start_timeout_s: float = 60.0  # seconds to wait until the cluster has resources for all workers
+    hang_timeout_s: float = 60.0  # seconds without progress after which a worker is replaced
+    working_dir: str | None = None  # folder of your code for the workers of a remote cluster
+    py_modules: list[str] = field(default_factory=list)  # further packages to send along
 
     def __post_init__(self) -> None:
         check_min("cluster.workers", self.workers, 1)
@@ -196,48 +202,49 @@ class ClusterConfig:
             raise ConfigError(f"cluster.nice={self.nice}: it must be between 0 and 19")
         if self.backend == "inline" and self.workers != 1:
             raise ConfigError(
-                f"cluster.workers={self.workers} with cluster.backend=inline: this process is one "
-                "worker; set cluster.workers=1, or cluster.backend=ray for more"
+                f"cluster.workers={self.workers} with cluster.backend=inline: this process is the "
+                "only worker; set cluster.workers=1, or cluster.backend=ray for more"
             )
         if self.backend == "inline":
             for key, value in (("address", self.address), ("nice", self.nice)):
                 if value:
                     raise ConfigError(
-                        f"cluster.{key}={value} with cluster.backend=inline: this process does the "
-                        f"work, and only Ray's workers heed it; leave cluster.{key} out, or set "
-                        "cluster.backend=ray"
+                        f"cluster.{key}={value} with cluster.backend=inline: only Ray workers use "
+                        f"it; remove cluster.{key}, or set cluster.backend=ray"
                     )
 
 
 @dataclass
 class SweepConfig:
-    """What a sweep searches, and for how long. `params: {}`: the experiment is no sweep."""
+    """What a sweep searches, and for how long. Without `params` the experiment is no sweep."""
 
     params: dict[str, Any] = field(default_factory=dict)  # key -> range in Hydra's override grammar
-    lengths: dict[str, Any] = field(default_factory=dict)  # key that is a list -> its length
+    lengths: dict[str, Any] = field(default_factory=dict)  # key whose value is a list -> its length
     conditions: dict[str, str] = field(default_factory=dict)  # key -> when it is searched
-    during: dict[str, Any] = field(default_factory=dict)  # settings of the trials alone
+    trial_overrides: dict[str, Any] = field(default_factory=dict)  # settings of the trials only
     name: str = "sweep"  # folder under outputs/NAME/
     storage: str | None = None  # URL of Optuna's storage; null: SQLite in the sweep's folder
     objectives: dict[str, Any] = field(default_factory=dict)  # measure -> maximize | minimize
-    constraints: dict[str, str] = field(default_factory=dict)  # measure -> such as ">= 0.98"
+    constraints: dict[str, str] = field(default_factory=dict)  # measure -> bound, such as ">= 0.98"
     sampler: str = "tpe"  # tpe | random | grid | nsga2
     startup_trials: int = 10  # trials drawn at random before the sampler learns from them
     pruner: str = "median"  # median | asha | hyperband | none
     metric: str = "accuracy"  # validation measure that the pruner watches: accuracy | loss
     min_trials: int = 5  # pruner=median: trials that must end before one is pruned
-    min_epochs: int = 1  # epochs that no trial is pruned before
-    reduction: int = 3  # pruner=asha, hyperband: one in so many goes on
-    exchange: float = 0.0  # several objectives: what ten times fewer weights are worth
-    trials: int | None = 50  # trials in all; null: no limit
-    seconds: float | None = None  # of the sweep in all; null: no limit
+    min_epochs: int = 1  # epochs that every trial gets
+    reduction: int = 3  # pruner=asha, hyperband: one trial in so many continues at each level
+    size_weight: float = (
+        0.0  # several objectives: gain of metric that ten times fewer weights equal
+    )
+    trials: int | None = 50  # number of trials; null: no limit
+    seconds: float | None = None  # duration of the sweep; null: no limit
     epochs: int | None = None  # epochs of all trials together; null: no limit
-    slots: int | None = None  # trials at a time; null: as many as there is room for
+    slots: int | None = None  # trials at a time; null: as many as the cluster has resources for
     max_retries: int = 1  # how often a trial that failed starts again
-    prefix: str | None = None  # last of the first phases that trials share; null: each does all
-    analysis: str | None = None  # what the trials answer together: interference | sensitivity
+    shared_phases: str | None = None  # last of the first phases that trials share; null: none
+    analysis: str | None = None  # question that the trials answer: interference | sensitivity
     recycle_after: int = 100  # trials after which the workers of a slot are replaced
-    refit: bool = False  # whether the best trial is then run without `during`, into best/
+    refit: bool = False  # whether the best trial is run again, without trial_overrides, into best/
 
     def __post_init__(self) -> None:
         check_file_name("sweep.name", self.name)
@@ -255,7 +262,7 @@ class SweepConfig:
         check_min("sweep.min_trials", self.min_trials, 1)
         check_min("sweep.min_epochs", self.min_epochs, 1)
         check_min("sweep.reduction", self.reduction, 2)
-        check_min("sweep.exchange", self.exchange, 0)
+        check_min("sweep.size_weight", self.size_weight, 0)
         check_min("sweep.trials", self.trials, 1)
         check_min("sweep.seconds", self.seconds, 0, excluded=True)
         check_min("sweep.epochs", self.epochs, 1)
@@ -266,13 +273,18 @@ class SweepConfig:
 
 @dataclass
 class Config:
-    """One run. Nested mappings with a `_target_` stay plain: their class checks its own keys."""
+    """The settings of one experiment, as config.yaml holds them.
 
-    name: str  # folder under outputs/, and the title of the run
+    Sections with a `_target_` stay plain mappings here: `trainer.experiment.Experiment` builds the
+    objects that they describe.
+    """
+
+    name: str  # folder under outputs/, and title of the run
     model: dict[str, Any]
     data: dict[str, Any]
     optimizer: dict[str, Any]
-    phases: dict[str, dict[str, Any]]  # `enabled: false` leaves one out
+    phases: dict[str, dict[str, Any]]  # `enabled: false` leaves a phase out
+    logger: dict[str, dict[str, Any]] = field(default_factory=dict)  # sinks besides the run's files
     init_from: str | None = None  # file with the initial weights: .safetensors, .pt or .dcz
     seed: int = 0
     precision: str = "fp32"
@@ -298,13 +310,13 @@ class Config:
         if batch_size < self.cluster.workers:
             raise ConfigError(
                 f"data.batch_size={batch_size} with cluster.workers={self.cluster.workers}: the "
-                "global batch is shared out, so it must hold at least one sample per worker"
+                "global batch is split over the workers, so it must hold at least one sample each"
             )
         check_choice("precision", self.precision, PRECISIONS)
         for limit in ("min_ratio", "max_megabytes"):
             if getattr(self.limits, limit) is not None and not self.artifact.make:
                 raise ConfigError(
-                    f"limits.{limit}={getattr(self.limits, limit)}: it judges the compressed file; "
+                    f"limits.{limit}={getattr(self.limits, limit)}: it limits the compressed file; "
                     "set artifact.make=true"
                 )
         inline = self.cluster.backend == "inline"
@@ -314,9 +326,14 @@ class Config:
                 "one trial at a time; set sweep.slots=1, or cluster.backend=ray for more"
             )
 
+    @property
+    def batch_size(self) -> int:
+        """Samples per optimizer step, over all workers."""
+        return int(self.data["batch_size"])
+
 
 def _enabled(phases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The phases that are not left out. Raises ConfigError."""
+    """The phases that are not left out. Raises ConfigError for an `enabled` that is not a bool."""
     found = {}
     for name, settings in phases.items():
         wanted = settings.get("enabled", True)

@@ -1,10 +1,25 @@
-"""Data sets, and the order in which every number of workers sees them.
+"""Data sets, and the order in which any number of workers reads them.
 
-`data._target_` names a callable that takes the other settings of the `data` group and `seed`, and
-returns `Splits`. The ones that ship are `mnist.mnist`, `text.text` and `dataset.dataset`.
+`data._target_` names a callable that takes the other settings of the `data` section, and `seed` if
+it accepts one, and returns `Splits`. `mnist`, `text` and `dataset` are such callables.
 """
 
+from trainer.data.characters import text
+from trainer.data.datasets import dataset
+from trainer.data.idx import mnist
 from trainer.data.order import global_batches, permutation, shard
+from trainer.data.sources import as_splits
 from trainer.data.split import Split, Splits, TensorSplit
 
-__all__ = ["Split", "Splits", "TensorSplit", "global_batches", "permutation", "shard"]
+__all__ = [
+    "Split",
+    "Splits",
+    "TensorSplit",
+    "as_splits",
+    "dataset",
+    "global_batches",
+    "mnist",
+    "permutation",
+    "shard",
+    "text",
+]

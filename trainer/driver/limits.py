@@ -1,4 +1,4 @@
-"""What a result must reach, and whether it did."""
+"""Whether the result of a run meets the limits of its configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,19 @@ from trainer.config import LimitsConfig
 _ROUNDING = 1e-9  # 0.9912 - 0.9892 is a little more than 0.002
 
 
-def missed(summary: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
+def apply_limits(summary: Mapping[str, Any], limits: LimitsConfig) -> dict[str, Any]:
+    """The summary of a run that ended, with the status that the limits give it."""
+    error = "; ".join(missed_limits(summary, limits)) or None
+    return {**summary, "status": "limits" if error else "done", "error": error}
+
+
+def missed_limits(summary: Mapping[str, Any], limits: LimitsConfig) -> list[str]:
     """A sentence for each limit that the result of a run misses.
 
     Args:
-        summary: as in summary.json. The decoded artefact counts, or without one the final model.
+        summary: The content of summary.json. The decoded model file counts if there is one, and
+            otherwise the final model.
+        limits: The limits.
     """
     found = []
     artifact = summary.get("artifact")

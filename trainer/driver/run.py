@@ -1,14 +1,15 @@
-"""One run as its driver sees it: start the workers, keep what they report, end with a summary.
+"""One run as its driver sees it: start the workers, store what they report, end with a summary.
 
-The driver owns the disk: workers send messages and bytes, and write nothing. Ray takes seconds to
-start; torch, the user's classes and the checks that need them are imported meanwhile. A worker that
-is lost costs the steps since the last checkpoint; whether to start again is decided by
-trainer.cluster.restart.
+Only the driver writes to disk: workers send messages and bytes. Ray takes seconds to start; torch
+and the user's code are imported, and the experiment is built, in the meantime. After the loss of a
+worker the run restarts from the last checkpoint; trainer.cluster.restart decides whether it does.
 """
 
 import contextlib
+import dataclasses
+import shlex
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,85 +25,141 @@ from trainer.cluster import (
     why_not_restart,
 )
 from trainer.config import Config
-from trainer.driver.finish import judged, leave_page, show
-from trainer.errors import ConfigError, Interrupted, RunError, first_line
+from trainer.driver.limits import apply_limits
+from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
 from trainer.messages import (
     Checkpoint,
-    Converted,
-    EpochEnded,
+    Exported,
     Message,
+    Notice,
     PhaseEnded,
+    Resumed,
+    RunEnded,
     RunStopped,
+    WorkersLost,
+    WorkersStarted,
 )
-from trainer.report.summary import Summary
+from trainer.report.sinks import LogSink, MetricsSink, Sink
+from trainer.report.summary import SummarySink
+from trainer.report.tables import rich_table, tables
 from trainer.report.terminal import Console
 from trainer.signals import Signals
-from trainer.store.checkpoints import Checkpoints, Point
+from trainer.store.checkpoints import Checkpoints, ResumePoint
 from trainer.store.directory import RunDirectory, as_json
 
+Build = Callable[[], Any]
+"""Returns the `Experiment` of the run. It is called while Ray starts, as it imports torch."""
 
-def drive(cfg: Config, plain: Mapping[str, Any], wanted: Path, signals: Signals) -> None:
-    """Run `cfg` from start to end and leave its results in a run directory.
+
+def drive(
+    config: Config,
+    build: Build,
+    wanted: Path,
+    signals: Signals,
+    *,
+    command: str | None = None,
+    group: WorkerGroup | None = None,
+    console: Console | None = None,
+    objects: bytes | None = None,
+) -> RunDirectory:
+    """Run an experiment from start to end and leave its results in a run directory.
 
     Args:
-        cfg: the typed configuration.
-        plain: the same as plain values, for config.yaml.
-        wanted: the run directory; a name already taken gets a suffix.
-        signals: the first one saves and ends the run, the second one ends it at once.
+        config: The experiment's settings.
+        build: Builds the experiment.
+        wanted: The run directory; if it exists, a number is appended.
+        signals: The first signal saves and ends the run, the second one ends it immediately.
+        command: The command line, for the summary; None: the run is started from Python.
+        group: Warm workers to use, which keep running; None: start workers for this run.
+        console: Where progress is shown; None: the terminal.
+        objects: Content of objects.pkl, the Python objects that the settings refer to.
+
+    Returns:
+        The run directory.
 
     Raises:
-        ConfigError: found before any phase began; no directory is left behind.
-        RunError: the run failed; its directory holds the summary and the log.
-        Interrupted: likewise, and the run can be resumed.
+        ConfigError: Found before any phase began; no directory is left.
+        RunError: The run failed; its directory holds the summary and the log.
+        LimitsMissed: The run is complete, but its result misses a limit.
+        Interrupted: The run was interrupted, and can be resumed.
     """
     directory = RunDirectory.claim(wanted)
     try:
-        with _told(directory):
-            directory.write_config(plain)
+        with _disk_errors(directory):
+            directory.write_config(dataclasses.asdict(config))
+            if objects is not None:
+                directory.write_objects(objects)
     except RunError:
         directory.discard()
         raise
     try:
-        _drive(cfg, directory, signals)
+        _drive(config, build, directory, signals, command, group, console)
     except ConfigError:
         directory.discard()
         raise
+    return directory
 
 
-def resume(cfg: Config, folder: Path, signals: Signals) -> None:
-    """Go on with the run in `folder` where it stopped; a finished one shows its summary again.
+def resume(
+    config: Config,
+    build: Build,
+    folder: Path,
+    signals: Signals,
+    *,
+    group: WorkerGroup | None = None,
+    console: Console | None = None,
+) -> RunDirectory:
+    """Resume the run in `folder` where it stopped. A finished run shows its summary again.
 
-    A finished one is held against the limits of `cfg`, which may be others than before.
+    The limits of `config`, which may have changed, are applied to the result of a finished run.
 
-    Raises as `drive`; the folder stays in any case.
+    Raises as `drive`; the folder is never deleted.
     """
     directory = RunDirectory(folder.absolute())
     summary = directory.read_summary()
-    if summary and summary["status"] in ("done", "limits"):
-        from trainer.checks import check_limits  # slow to import
+    if not summary or summary["status"] not in ("done", "limits"):
+        _drive(config, build, directory, signals, None, group, console)
+        return directory
+    experiment = build()
+    with _disk_errors(directory), console or Console() as shown, directory.locked(shown.say):
+        now = apply_limits(summary, config.limits)
+        if now != summary:
+            directory.write_summary(now)
+        if now != summary or not directory.has_report():
+            from trainer.driver.report import write_report  # slow to import
 
-        check_limits(cfg)
-        with _told(directory), Console() as console, directory.locked(console.say):
-            now = judged(summary, cfg)
-            if now != summary:
-                directory.write_summary(now)
-            if now != summary or not directory.has_report():
-                leave_page(now, cfg, directory, console)
-            show(now, directory, console)
-    else:
-        _drive(cfg, directory, signals)
+            write_report(now, experiment, directory, shown.say)
+        _show(now, directory, shown)
+    return directory
 
 
-def _drive(cfg: Config, directory: RunDirectory, signals: Signals) -> None:
-    with _told(directory), Console() as console, directory.locked(console.say):
-        summary = _Run(cfg, directory, console, signals).execute()
-        leave_page(summary, cfg, directory, console)
-        show(summary, directory, console)
+def _drive(
+    config: Config,
+    build: Build,
+    directory: RunDirectory,
+    signals: Signals,
+    command: str | None,
+    group: WorkerGroup | None,
+    console: Console | None,
+) -> None:
+    with _disk_errors(directory), console or Console() as shown, directory.locked(shown.say):
+        run = _Run(config, build, directory, shown, signals, command, group)
+        summary = run.execute()
+        _show(summary, directory, shown)
+
+
+def _show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
+    """Show a finished run. Raises LimitsMissed."""
+    for table in tables(summary):
+        console.terminal.print(rich_table(table))
+    console.say(f"results in {directory.path}")
+    if summary["status"] == "limits":
+        raise LimitsMissed(summary["error"])
 
 
 @contextlib.contextmanager
-def _told(directory: RunDirectory) -> Iterator[None]:
-    """A disk that is full, a folder that is gone: one line."""
+def _disk_errors(directory: RunDirectory) -> Iterator[None]:
+    """Report a full disk or a deleted folder in one line."""
     try:
         yield
     except OSError as error:
@@ -110,30 +167,51 @@ def _told(directory: RunDirectory) -> Iterator[None]:
 
 
 class _Run:
-    """Where the messages of one run go: terminal, log, metrics, curves, summary, checkpoints."""
+    """One run from the first worker to the last file."""
 
     def __init__(
-        self, cfg: Config, directory: RunDirectory, console: Console, signals: Signals
+        self,
+        config: Config,
+        build: Build,
+        directory: RunDirectory,
+        console: Console,
+        signals: Signals,
+        command: str | None,
+        group: WorkerGroup | None,
     ) -> None:
-        self.cfg = cfg
+        self.config = config
+        self.build = build
         self.directory = directory
         self.console = console
         self.signals = signals
-        self.names = list(cfg.phases)
-        self.summary = Summary(cfg.name, cfg.seed, cfg.precision, directory.read_summary() or {})
-        self.checkpoints = Checkpoints(directory.path, cfg.checkpoint.keep)
-        self.started = False  # from the first message on, a directory is never discarded
+        self.borrowed = group
+        self.names = list(config.phases)
+        self.summary = SummarySink(config, command, directory.read_summary())
+        self.checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
+        self.sinks: list[Sink] = [
+            LogSink(directory),  # first: a line that the user has seen is in the log
+            console,
+            MetricsSink(directory),
+            self.summary,
+        ]
+        self.loggers: list[Sink] = []  # chosen by `logger`; a failure of theirs ends no run
+        self.experiment: Any = None  # an Experiment, once it is built
+        self.started = False  # once a worker has sent a message, the directory is kept
 
     def execute(self) -> dict[str, Any]:
         """Start the workers, run, stop them. Returns the summary, which is also on disk."""
-        group: WorkerGroup | None = None
+        group: WorkerGroup | None = self.borrowed
         try:
-            with self.signals.holding(self._last_words):
-                group = open_group(self.cfg.cluster)
+            self.notify(f"run directory: {self.directory.path}")
+            if group is None:
+                with self.signals.deferring(self._before_exit):
+                    group = open_group(self.config.cluster)
             self._start(group)
             self._work(group)
-            summary = judged(self.summary.as_dict("done"), self.cfg)
+            summary = apply_limits(self.summary.as_dict("done"), self.config.limits)
             self.directory.write_summary(summary)
+            self._write_report(summary)
+            self.on(RunEnded(summary))
             return summary
         except Interrupted as error:
             self._end("interrupted", str(error))
@@ -150,166 +228,173 @@ class _Run:
                 f"{first_line(error)} (more in {self.directory.path}/log.txt)"
             ) from error
         finally:
-            with self.signals.holding(self.console.restore):
+            with self.signals.deferring(self.console.restore):
                 self.checkpoints.close()
-                if group:
+                if group and group is not self.borrowed:
                     group.stop()
 
     def _start(self, group: WorkerGroup) -> None:
-        """Start the workers, and import and check what takes its time meanwhile."""
+        """Start the workers; meanwhile build the experiment, check it, and open the sinks."""
         with (
-            self.signals.holding(self._last_words, group.stop_requested.set),
+            self.signals.deferring(self._before_exit, group.stop_requested.set),
             ThreadPoolExecutor(1) as background,
         ):
-            ready = background.submit(_imports_and_checks, self.cfg, self.checkpoints, self._say)
+            ready = background.submit(self._prepare)
             try:
-                group.start()
+                if group is not self.borrowed:
+                    group.start()
             except RunError:
                 ready.result()  # a wrong configuration would explain more
                 raise
             ready.result()
+        self.on(WorkersStarted(group.nodes))
+
+    def _prepare(self) -> None:
+        """Everything that can be imported, built and checked before there are workers."""
+        self.experiment = self.build()
+        model = self.experiment.check_model()
+        if self.experiment.has_initial_weights and not self.checkpoints.load_initial(self.notify):
+            self.checkpoints.save_initial(self.experiment.initial_weights(model))
+        self.loggers = self.experiment.build_loggers(self.directory.path, self.config.name)
 
     def _work(self, group: WorkerGroup) -> None:
-        from trainer.report.tensorboard import Curves
-
-        self.curves = Curves(self.directory.path / "tensorboard")
         losses: list[WorkerLoss] = []
         try:
-            with self.signals.asking(group.stop_requested.set):
+            with self.signals.requesting(partial(self._request_stop, group)):
                 while True:
                     try:
                         self._train(group)
-                        self._measure(group)
+                        self._evaluate(group)
                         return
                     except WorkerFailed as lost:
-                        self._start_again(group, lost, lost.loss, losses)
+                        self._restart(group, lost, lost.loss, losses)
         finally:
-            self.curves.close()
+            for logger in list(self.loggers):
+                self._call_logger(logger, logger.close)
 
     def _train(self, group: WorkerGroup) -> None:
         """Run the phases, from the last checkpoint on."""
-        from trainer.worker.run import experiment, start_at
+        from trainer.worker.export import try_export
+        from trainer.worker.run import run_phases, start_at
 
-        self.summary.nodes = group.nodes
         point = self._rewind()
-        if self.cfg.export.onnx and not (point.phase or point.step):
-            from trainer.worker.export import try_export
-
+        if self.config.export.onnx and not (point.phase or point.step):
             self._follow(group, try_export)
-        start = start_at(self.cfg, point, partial(self.checkpoints.ended, self.names))
-        self._follow(group, experiment, start)
+        saved = partial(self.checkpoints.weights_after, self.names)
+        self._follow(group, run_phases, start_at(self.experiment, point, saved))
         self.checkpoints.wait()
 
-    def _measure(self, group: WorkerGroup) -> None:
-        """Make the artefact, and measure on the test set what each stage left and what it holds."""
-        from trainer.driver.result import Result
-        from trainer.worker.evaluate import measure
+    def _evaluate(self, group: WorkerGroup) -> None:
+        """Write the model files, and evaluate every stage and the compressed file."""
+        from trainer.driver.result import FinalModels
+        from trainer.worker.evaluate import evaluate_models
+        from trainer.worker.export import export_models
 
-        last, ended = self.summary.phases[-1], partial(self.checkpoints.ended, self.names)
-        self.directory.write_model(ended(len(self.names) - 1))  # first: to encode it takes longer
-        result = Result(self.cfg, ended, last)
-        if result.artifact:
-            self.directory.write_artifact(result.artifact)
-            result.artifact = self.directory.read_artifact()  # what is measured is what is there
-        self._follow(group, measure, result.models())
-        self.summary.result = result.facts(self.summary.tested)
-        if self.cfg.export.onnx:
-            from trainer.worker.export import convert
+        saved = partial(self.checkpoints.weights_after, self.names)
+        # First, since encoding takes longer and could be interrupted.
+        self.directory.write_model(saved(len(self.names) - 1))
+        models = FinalModels(self.experiment, saved, self.summary.phases[-1])
+        if models.artifact:
+            self.directory.write_artifact(models.artifact)
+            models.artifact = self.directory.read_artifact()  # evaluate what is on the disk
+        self._follow(group, evaluate_models, models.models())
+        self.summary.result = models.facts(self.summary.evaluated)
+        if self.config.export.onnx:
+            self._follow(group, export_models, models.final, models.dense)
 
-            self._follow(group, convert, result.final, result.dense)
-
-    def _follow(self, group: WorkerGroup, body: WorkerFunction, *args: Any) -> None:
-        """Take in all messages of one body."""
-        for message in group.run(body, self.cfg, *args):
-            self._on(message)
+    def _follow(self, group: WorkerGroup, function: WorkerFunction, *args: Any) -> None:
+        """Run a function on the workers and take all its messages."""
+        for message in group.run(function, self.experiment, *args):
+            self.started = True
+            self.on(message)
             if isinstance(message, RunStopped):
                 self.checkpoints.wait()
                 raise self.signals.interrupted()
 
-    def _start_again(
+    def _restart(
         self, group: WorkerGroup, lost: RunError, loss: WorkerLoss, losses: list[WorkerLoss]
     ) -> None:
-        """Start the workers again, or raise `lost`; Interrupted where that was asked for before."""
+        """Restart the workers, or raise `lost`; Interrupted if a signal arrived before."""
         if self.signals.received is not None:
             self.checkpoints.wait()
             raise self.signals.interrupted() from lost
         losses.append(loss)
-        reason = why_not_restart(losses, self.cfg.cluster.max_restarts)
+        reason = why_not_restart(losses, self.config.cluster.max_restarts)
         if reason is not None:
-            self._say(f"not starting again: {reason}")
+            self.notify(f"not restarting: {reason}")
             raise lost
-        self.summary.restarts += 1
-        self.directory.log(lost.detail)
-        self._say(f"{lost}; starting again from the last checkpoint (restart {len(losses)})")
+        self.on(WorkersLost(str(lost), lost.detail, len(losses)))
         try:
             group.restart()
-        except InsufficientResources:  # it has waited for some
+        except InsufficientResources:  # it has waited for them
             raise
-        except RunError as error:  # another one was lost meanwhile
-            self._start_again(group, error, WorkerLoss(str(error), None), losses)
+        except RunError as error:  # another worker was lost meanwhile
+            self._restart(group, error, WorkerLoss(str(error), None), losses)
+        self.on(WorkersStarted(group.nodes))
 
-    def _rewind(self) -> Point:
-        """Find the last checkpoint, and forget all that was reported after it."""
+    def _rewind(self) -> ResumePoint:
+        """Find the last checkpoint, and let the sinks discard what was reported after it."""
         self.checkpoints.wait()
-        point = self.checkpoints.latest(self.names, self._say)
-        done = {name: index for index, name in enumerate(self.names)}
-
-        def before(entry: Mapping[str, Any]) -> bool:
-            return (done[entry["phase"]], entry["step"]) <= (point.phase, point.step)
-
-        self.directory.cut_metrics(before)
-        self.summary.restore(point.records, point.so_far)
-        self.curves.go_on(sum(record["steps"] for record in point.records), point.step)
-        if point.phase or point.step:
-            self._say(f"going on {self._where(point)}")
+        point = self.checkpoints.latest(self.names, self.notify)
+        self.on(Resumed(point.phase, point.step, self.names, point.records, point.progress))
         return point
 
-    def _where(self, point: Point) -> str:
-        if point.phase == len(self.names):
-            return "after the last phase"
-        name = self.names[point.phase]
-        return f"after step {point.step:,} of {name}" if point.step else f"with {name}"
-
-    def _on(self, message: Message) -> None:
-        self.started = True
-        self.summary.on(message)
-        self.curves.on(message)
-        if line := self.console.on(message):
-            self.directory.log(line)
+    def on(self, message: Message) -> None:
+        """Pass a message to all sinks, and store what it carries."""
+        for sink in self.sinks:
+            sink.on(message)
+        for logger in list(self.loggers):
+            self._call_logger(logger, partial(logger.on, message))
         match message:
-            case EpochEnded():
-                self.directory.append_metrics(as_json(message))
             case Checkpoint():
                 name = self.names[message.phase]
-                self.checkpoints.within_phase(
-                    message.phase, name, message.step, message.content, self.summary.so_far()
+                self.checkpoints.save_within(
+                    message.phase, name, message.step, message.content, self.summary.progress()
                 )
-            case Converted() if message.content:
+            case Exported() if message.content:
                 self.directory.write_onnx(message.content)
             case PhaseEnded():
                 record = as_json(message.record)
-                self.checkpoints.phase_ended(
-                    message.index, record, message.weights, self.summary.so_far()
+                self.checkpoints.save_phase_end(
+                    message.index, record, message.weights, self.summary.progress()
                 )
 
-    def _say(self, line: str) -> None:
-        self.console.say(line)
-        self.directory.log(line)
+    def notify(self, line: str) -> None:
+        """Show and log one line."""
+        self.on(Notice(line))
 
-    def _last_words(self) -> None:
-        """A second signal ends the process now. What it started ends by itself (its reaper)."""
+    def _request_stop(self, group: WorkerGroup) -> None:
+        """The first signal arrived."""
+        group.stop_requested.set()
+        self.notify("saving a checkpoint and stopping; press Ctrl-C again to quit at once")
+
+    def _before_exit(self) -> None:
+        """The second signal ends the process now. Ray's processes are ended by the reaper."""
         self.console.restore()
         self._end("interrupted", str(self.signals.interrupted()))
 
     def _end(self, status: str, error: str) -> None:
-        self.directory.write_summary(self.summary.as_dict(status, error))
+        """Write the summary of a run that did not succeed, and say how to resume it."""
+        summary = self.summary.as_dict(status, error)
+        self.directory.write_summary(summary)
+        if status == "interrupted":
+            folder = shlex.quote(str(self.directory.path))
+            self.notify(f"resume with: python -m trainer resume={folder}")
+        self.on(RunEnded(summary))
 
+    def _write_report(self, summary: dict[str, Any]) -> None:
+        from trainer.driver.report import write_report  # slow to import
 
-def _imports_and_checks(cfg: Config, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
-    """The heavy imports, and every check that can be made before workers exist."""
-    from trainer.checks import check
-    from trainer.store.initial import initial_weights
+        write_report(summary, self.experiment, self.directory, self.notify)
 
-    model = check(cfg)
-    if cfg.init_from and not checkpoints.initial(say):
-        checkpoints.keep_initial(initial_weights(Path(cfg.init_from), model))
+    def _call_logger(self, logger: Sink, call: Callable[[], None]) -> None:
+        """Call a logger; if it fails, report that and do without it from then on."""
+        try:
+            call()
+        except Exception as error:
+            self.loggers.remove(logger)
+            self.directory.log(traceback.format_exc())
+            self.notify(
+                f"{type(logger).__name__} failed and records nothing from here on: "
+                f"{first_line(error)} (more in log.txt)"
+            )

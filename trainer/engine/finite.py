@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from trainer.data.dataset import sample_name
+from trainer.data.datasets import sample_name
 from trainer.data.split import Split
 from trainer.engine.world import World
 from trainer.errors import RunError

@@ -1,10 +1,12 @@
-"""What a phase is: what happens to a model before, during and after a stretch of training.
+"""What a phase is: it changes how a model is represented, trains it, and changes it back.
 
-Phases know nothing of one another. They find plain weights and leave plain weights; what one did to
-them shows in their values (pruned is zero) and, where it quantized them, in the grids beside them.
+Phases do not know one another. Each finds plain weights and leaves plain weights. What a phase did
+is visible in their values (a pruned weight is zero) and, after quantization, in the quantizers
+stored beside them.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,92 +16,158 @@ from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.messages import RoundRecord
 
-Measure = Callable[[nn.Module], Metrics]
-"""Metrics of a model on validation data, the same on all ranks."""
+Evaluate = Callable[[nn.Module], Metrics]
+"""Evaluates a model on the validation split; returns the same metrics on every rank."""
 
 
+@dataclass
 class Phase:
-    """The base of all phases. Overwrite what you need; alone, it just trains.
+    """Base class of all phases. A subclass is a dataclass whose fields are the phase's settings.
 
-    Every rank runs the same phase on the same bits, and every rank must end each method with the
-    same bits in its model.
+    Override the methods that you need; `Phase` itself trains the model as it is. Every rank runs
+    the same phase on the same weights, and every method must leave the same weights on all ranks.
+
+    Args:
+        fit: How the phase trains. With `epochs: 0` it trains nothing.
+        epochs: Shorthand for `fit.epochs`.
+        lr: Shorthand for `fit.lr`.
     """
 
-    kind: ClassVar[str]  # what summary.json calls it
-    makes: ClassVar[frozenset[str]] = frozenset()  # what later phases must keep, such as "zeros"
-    fit: FitConfig  # how it trains; epochs 0: not at all
+    kind: ClassVar[str]  # name of this kind of phase in summary.json
+    makes: ClassVar[frozenset[str]] = frozenset()  # properties it gives the weights, as "zeros"
+
+    _: KW_ONLY
+    fit: FitConfig = field(default_factory=FitConfig)
+    epochs: InitVar[int | None] = None
+    lr: InitVar[float | None] = None
+
+    def __post_init__(self, epochs: int | None, lr: float | None) -> None:
+        if epochs is not None:
+            self.fit = replace(self.fit, epochs=epochs)
+        if lr is not None:
+            self.fit = replace(self.fit, lr=lr)
+        self.check_settings()
 
     @property
     def keeps(self) -> frozenset[str]:
-        """What its training does not destroy, such as "zeros"."""
+        """Properties of the weights that training in this phase preserves, such as "zeros"."""
         return frozenset()
 
     @property
     def destroys(self) -> frozenset[str]:
-        """What it destroys even where it trains nothing, such as "sharing"."""
+        """Properties of the weights that this phase destroys even if it trains nothing."""
         return frozenset()
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse settings that do not fit `model`. Called before anything starts.
+    @property
+    def needs_dense_model(self) -> bool:
+        """Whether the phase needs the experiment's dense model, to learn from it or to compare.
+
+        The dense model is what the last phase before the first compressing one left, or the
+        initial weights.
+        """
+        return bool(self.fit.distill.weight)
+
+    def check_settings(self) -> None:
+        """Raise ConfigError for values that are not allowed. Called when the phase is made."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ConfigError for settings that do not fit `model`. Called before training starts.
 
         Args:
-            model: perhaps on the meta device: shapes and names without values.
-
-        Raises:
-            ConfigError: names the setting, its value and what would be right.
+            model: The model with its initial weights; it may be on the meta device, where tensors
+                have shapes but no values. Must not be changed.
         """
 
     def enter(self, model: nn.Module, world: World) -> None:
         """Prepare the model for training, in place. The optimizer is made afterwards.
 
-        Must not depend on chance, so that a resumed run that enters again gets the same model.
+        A resumed phase calls this again and must get the same structure: do not use random numbers.
         """
 
     def after_step(self, model: nn.Module, world: World, step: int, total: int) -> None:
-        """Called after each optimizer step: `step` of `total` are done (the first is 1).
+        """Called after each optimizer step.
 
-        May change values in place, but not replace parameters: the optimizer knows those.
+        May change parameters in place, but not replace them, since the optimizer refers to them.
+
+        Args:
+            step: Number of steps done; 1 after the first.
+            total: Number of steps of the fit.
         """
 
     def leave(self, model: nn.Module) -> None:
-        """Turn everything that `enter` installed back into plain weights, under their old names.
+        """Turn everything that `enter` installed back into plain weights under their old names.
 
-        A phase that changes layers for good leaves names from which
-        `trainer.compress.rewrite.apply_structure` finds the change, as quantize does.
+        A phase that changes the structure permanently records the change (see `StructuralPhase`).
         """
 
-    @property
-    def most_rounds(self) -> int:
-        """How often at most it plans, enters, trains and leaves. Most phases do it once."""
-        return 1
+
+# Reading `phase.epochs` returns the value in `fit`, which also makes `dataclasses.replace` work.
+setattr(Phase, "epochs", property(lambda phase: phase.fit.epochs))  # noqa: B010 - for mypy
+setattr(Phase, "lr", property(lambda phase: phase.fit.lr))  # noqa: B010
+
+
+@dataclass
+class RoundPhase(Phase):
+    """A phase of several rounds: each plans, enters, trains and leaves, until one is the last."""
 
     @property
-    def wants_dense(self) -> bool:
-        """Whether it needs the experiment's dense model: to learn from it, or to compare with it.
+    def max_rounds(self) -> int:
+        """The number of rounds at most."""
+        raise NotImplementedError
 
-        That is what the last phase before the first compressing one left, or the initial weights.
-        """
-        return bool(self.fit.distill.weight)
-
-    def plan(
-        self, model: nn.Module, world: World, measure: Measure, dense: nn.Module | None
+    def plan_round(
+        self, model: nn.Module, world: World, evaluate: Evaluate, dense: nn.Module | None
     ) -> None:
-        """Called before each `enter`, but where a round is resumed. May measure models.
+        """Called before each `enter`, except when a round is resumed. May evaluate models.
 
         Args:
-            dense: the dense model, where `wants_dense`; None where `model` still is it.
+            evaluate: Evaluates a model on the validation split. A collective call.
+            dense: The dense model, or None if `model` still is the dense model.
         """
+        raise NotImplementedError
 
-    def judge(self, model: nn.Module, world: World, metrics: Metrics) -> RoundRecord | None:
-        """Called after each `leave`: what the round came to, and whether it was the last one.
+    def end_round(self, model: nn.Module, world: World, metrics: Metrics) -> RoundRecord:
+        """Called after each `leave`: decide whether to keep the round, and whether to stop.
 
-        May put the model back to an earlier state. None: there are no rounds, this was all.
+        May restore the weights of an earlier round.
+
+        Args:
+            metrics: Of `model` on the validation split.
         """
-        return None
+        raise NotImplementedError
 
     def state(self) -> Mapping[str, Any]:
-        """What a checkpoint must keep beside the model: plain values and tensors."""
+        """Everything a checkpoint must store besides the model: plain values and tensors."""
         return {}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, in the round in which it was taken; `enter` comes next."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, in the round in which it was taken. `enter` is called next."""
+
+
+@dataclass
+class StructuralPhase(Phase):
+    """A phase that changes the structure of the model permanently, such as removing filters.
+
+    The change is made in two steps: `plan_change` decides, from the trained weights, and
+    `apply_change` makes the change. What was decided is stored with the weights in checkpoints and
+    model files, and `apply_change` is called again on a freshly built model before such weights are
+    loaded into it.
+    """
+
+    def plan_change(self, model: nn.Module, world: World) -> dict[str, Any]:
+        """Decide on the change without making it. Called once, before `enter`.
+
+        Returns:
+            What `apply_change` needs: plain values that JSON can hold. Every rank must return the
+            same.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def apply_change(model: nn.Module, change: dict[str, Any]) -> None:
+        """Change the structure of `model` in place. Its weights may be trained or fresh.
+
+        Args:
+            change: What `plan_change` returned.
+        """
+        raise NotImplementedError

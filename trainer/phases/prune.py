@@ -1,86 +1,90 @@
-"""Pruning by magnitude: at once, or along a ramp during training."""
+"""Pruning by magnitude, at once or along a ramp during training."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from trainer.compress.install import fold, install
-from trainer.compress.masks import largest
+from trainer.compress.masks import cubic_sparsity, kept_counts, largest
 from trainer.compress.parametrize import Masked, compression
-from trainer.compress.select import ParameterRef, select_weights, weights
-from trainer.config import FitConfig, check_choice, check_min
-from trainer.engine.evaluate import Metrics
+from trainer.compress.select import ParameterRef, match_patterns, select_weights, weights
+from trainer.config import check_choice
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.messages import RoundRecord
-from trainer.phases.auto import Search
-from trainer.phases.base import Measure, Phase
+from trainer.phases.base import Phase
 from trainer.phases.retrain import preserve
-from trainer.phases.targets import Given, Targets
+
+AUTO = "auto"
 
 
 @dataclass
 class Prune(Phase):
     """Set the weights of smallest magnitude to zero.
 
-    `oneshot` prunes at the start; a fit after it trains the survivors alone, as retrain does.
-    `cubic` raises the sparsity while it trains, from the present one to the final one between
-    `begin` and `end` of the fit (trainer.compress.masks.cubic_sparsity). On the way all weights
-    learn, and one that grew returns with the next mask; after `end` the masks rest, so that the
-    survivors settle.
+    With `schedule="oneshot"` the weights are pruned at the start, and the fit trains the survivors
+    alone, as `Retrain` does. With `schedule="cubic"` the sparsity rises during training, from the
+    present one to the final one between `begin` and `end` of the fit
+    (trainer.compress.masks.cubic_sparsity). Until then all weights are trained, and a pruned weight
+    that grows returns with the next mask; after `end` the masks are fixed.
 
     The number of weights kept is exact: round((1 - sparsity) * weights), at least one, per layer or
-    over all layers as `scope` says; a matrix of an LSTM or GRU with all its gates is one layer.
-    Layers named by `overrides` stand alone in both scopes. Pruning never lowers the sparsity, and
-    the weights that it exempts keep the zeros that they have.
+    over all layers. A matrix of an LSTM or GRU with all its gates is one layer. Pruning never
+    lowers the sparsity, and exempt weights keep the zeros that they have. Han et al., NIPS 2015,
+    arXiv:1506.02626.
 
-    With `sparsity: auto` it prunes and trains in rounds, as far as the accuracy on validation data
-    stays within `max_drop` of the dense model's (trainer.phases.auto); it ends in the last state
-    that did. Each round keeps most of the layers whose loss rises most when they are pruned alone.
-    As it goes to the edge on validation data, other data may fall beyond it: where the test set
-    must stay within limits.max_accuracy_drop, give it a smaller max_drop.
+    Args:
+        sparsity: Fraction of the weights that become zero, in [0, 1). "auto" is a shorthand for
+            `AutoPrune`, which takes fit, max_drop, rounds, min_density, include and exempt.
+        scope: "layer": each layer reaches the sparsity. "global": one threshold for all layers.
+        min_density: Smallest fraction of its weights that any layer keeps, in [0, 1].
+        overrides: Sparsity by name pattern. These layers are pruned on their own in both scopes.
+        schedule: "oneshot" or "cubic".
+        begin: Start of the cubic ramp, as a fraction of the steps.
+        end: End of the cubic ramp, as a fraction of the steps.
+        interval: Number of steps between two masks of the cubic ramp.
+        include: Name patterns of the weights to prune.
+        exempt: Name patterns of weights that are not pruned after all.
+        max_drop: See `AutoPrune`.
+        rounds: See `AutoPrune`.
     """
 
     kind: ClassVar[str] = "prune"
     makes: ClassVar[frozenset[str]] = frozenset({"zeros"})
 
-    fit: FitConfig
-    sparsity: int | float | str  # fraction of the weights that end as zero, in [0, 1) | auto
-    scope: str = "layer"  # layer: every layer reaches the sparsity | global: all of them together
-    min_density: float = 0.01  # smallest fraction that any layer keeps, in [0, 1]
-    overrides: dict[str, float] = field(default_factory=dict)  # sparsity by name pattern
-    schedule: str = "oneshot"  # oneshot | cubic
-    begin: float = 0.0  # cubic: start of the ramp, a fraction of the fit's steps
-    end: float = 0.75  # cubic: end of the ramp, likewise
-    interval: int = 10  # cubic: steps between two masks
-    include: list[str] = field(
-        default_factory=lambda: ["*"]
-    )  # name patterns of the weights to prune
-    exempt: list[str] = field(default_factory=list)  # name patterns of those not to prune after all
-    max_drop: float | None = None  # auto: of the dense model's validation accuracy, a fraction
-    rounds: int = 15  # auto: at most so many times pruned and trained
-    _present: dict[str, int] = field(init=False, repr=False, default_factory=dict)
+    sparsity: int | float | str = 0.9
+    scope: str = "layer"
+    min_density: float = 0.01
+    overrides: dict[str, float] = field(default_factory=dict)
+    schedule: str = "oneshot"
+    begin: float = 0.0
+    end: float = 0.75
+    interval: int = 10
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exempt: list[str] = field(default_factory=list)
+    max_drop: float | None = None
+    rounds: int = 15
+
+    def __post_init__(self, epochs: int | None, lr: float | None) -> None:
+        super().__post_init__(epochs, lr)
+        self._present: dict[str, int] = {}  # weights that were not zero at the start, by layer
 
     @property
     def keeps(self) -> frozenset[str]:
         return frozenset({"zeros"})
 
-    def __post_init__(self) -> None:
+    def check_settings(self) -> None:
         check_choice("scope", self.scope, ("layer", "global"))
         check_choice("schedule", self.schedule, ("oneshot", "cubic"))
-        if not 0 <= self.min_density <= 1:
-            raise ConfigError(f"min_density={self.min_density}: it must be between 0 and 1")
-        asked = {}
-        if isinstance(self.sparsity, str):
-            self._check_auto(self.sparsity)
-        else:
-            asked["sparsity"] = float(self.sparsity)
-        asked |= {f"overrides.{pattern}": value for pattern, value in self.overrides.items()}
-        for key, value in asked.items():
+        check_min_density(self.min_density)
+        sparsities = {f"overrides.{pattern}": value for pattern, value in self.overrides.items()}
+        if not isinstance(self.sparsity, str):
+            sparsities["sparsity"] = float(self.sparsity)
+        elif self.sparsity != AUTO:
+            raise ConfigError(f"sparsity={self.sparsity}: it must be a number in [0, 1), or auto")
+        for key, value in sparsities.items():
             if not 0 <= value < 1:
                 raise ConfigError(f"{key}={value}: it must be at least 0 and below 1")
             if 1 - value < self.min_density - 1e-9:
@@ -96,113 +100,119 @@ class Prune(Phase):
         if self.schedule == "cubic" and self.fit.epochs == 0:
             raise ConfigError("schedule=cubic with fit.epochs=0: set epochs, or schedule=oneshot")
 
-    def check(self, model: nn.Module) -> None:
-        self._chosen(model)
-
-    @property
-    def most_rounds(self) -> int:
-        return self._targets.most_rounds
-
-    @property
-    def wants_dense(self) -> bool:
-        return super().wants_dense or self.sparsity == "auto"
-
-    def plan(
-        self, model: nn.Module, world: World, measure: Measure, dense: nn.Module | None
-    ) -> None:
-        self._targets.plan(model, self._chosen(model), measure, dense)
-
-    def judge(self, model: nn.Module, world: World, metrics: Metrics) -> RoundRecord | None:
-        return self._targets.judge(model, metrics)
-
-    def state(self) -> Mapping[str, Any]:
-        return self._targets.state()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self._targets.load(state)
+    def check_model(self, model: nn.Module) -> None:
+        sizes = {
+            name: places[0].value.numel()
+            for name, places in select_weights(model, self.include, self.exempt).items()
+        }
+        _, pool, keep = self._targets(sizes, sizes, 1.0)
+        if sum(min_kept(sizes[name], self.min_density) for name in pool) > keep:
+            raise ConfigError(
+                f"sparsity={self.sparsity} keeps {keep} of these weights, fewer than "
+                f"min_density={self.min_density} of each layer, at least one, needs: lower one"
+            )
 
     def enter(self, model: nn.Module, world: World) -> None:
-        self._targets.begin(model)
-        values = {name: places[0].value.detach() for name, places in self._chosen(model).items()}
+        chosen = select_weights(model, self.include, self.exempt)
+        values = {name: places[0].value.detach() for name, places in chosen.items()}
         if self.schedule == "cubic":
             survivors = {name: weight != 0 for name, weight in values.items()}
-            _decide(survivors, world)
+            world.broadcast(survivors.values())
             self._present = {name: int(mask.sum()) for name, mask in survivors.items()}
             install(model, {name: Masked(values[name], mask) for name, mask in survivors.items()})
         else:
             self._present = {name: weight.numel() for name, weight in values.items()}
-            masks = self._masks(values, 1.0)
-            _decide(masks, world)
-            for name, mask in masks.items():
-                values[name].masked_fill_(~mask, 0)
+            prune_weights(values, self._masks(values, 1.0), world)
         if self.fit.epochs:
-            preserve(model, world)  # what is not masked keeps the zeros that it has
+            preserve(model, world)  # weights that are not masked keep the zeros they have
 
     def after_step(self, model: nn.Module, world: World, step: int, total: int) -> None:
         if self.schedule == "oneshot":
             return
         last = max(1, math.ceil(self.end * total - 1e-9))
         if step == last or (self.begin * total <= step < last and step % self.interval == 0):
-            masks = self._masks(_learnt(model), 1.0 if step == last else step / total)
-            _decide(masks, world)
+            masks = self._masks(_trained(model), 1.0 if step == last else step / total)
+            world.broadcast(masks.values())
             _set_masks(model, masks)
 
     def leave(self, model: nn.Module) -> None:
         masked = _masked(model)
         if masked:
-            masks = self._masks(_learnt(model), 1.0)
+            masks = self._masks(_trained(model), 1.0)
             if _total(masks) < _total({name: found.mask for name, found in masked.items()}):
-                _set_masks(model, masks)  # training was cut short
+                _set_masks(model, masks)  # max_steps ended the training before the ramp did
         fold(model)
 
-    def _chosen(self, model: nn.Module) -> dict[str, list[ParameterRef]]:
-        """The weights to prune. Raises ConfigError where the settings do not fit them."""
-        chosen = select_weights(model, self.include, self.exempt)
-        self._targets.check({name: found[0].value.numel() for name, found in chosen.items()})
-        return chosen
-
-    @cached_property
-    def _targets(self) -> Targets:
-        if isinstance(self.sparsity, str):
-            assert self.max_drop is not None  # _check_auto
-            return Search(self.max_drop, self.rounds, self.min_density)
-        ramp = (self.begin, self.end) if self.schedule == "cubic" else None
-        return Given(self.sparsity, self.scope, self.min_density, self.overrides, ramp)
-
-    def _check_auto(self, sparsity: str) -> None:
-        if sparsity != "auto":
-            raise ConfigError(f"sparsity={sparsity}: it must be a number in [0, 1), or auto")
-        if self.max_drop is None:
-            raise ConfigError(
-                "sparsity=auto with max_drop=null: say how far the accuracy may fall, such as "
-                "limits.max_accuracy_drop=0.002, which max_drop follows"
-            )
-        check_min("max_drop", self.max_drop, 0)
-        check_min("rounds", self.rounds, 1)
-        if self.fit.epochs == 0:
-            raise ConfigError("sparsity=auto with fit.epochs=0: each round trains; set epochs")
-        if (self.schedule, self.scope, self.overrides) != ("oneshot", "layer", {}):
-            raise ConfigError(
-                f"sparsity=auto with schedule={self.schedule}, scope={self.scope}, overrides="
-                f"{self.overrides}: each round prunes at its start, each layer by its sensitivity; "
-                "set schedule=oneshot, scope=layer and no overrides"
-            )
-
     def _masks(self, latent: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
-        """The masks that the magnitudes ask for at `progress` of the fit."""
-        counts = self._targets.keep(latent, self._present, progress)
+        """The masks at `progress` of the fit, in [0, 1], by magnitude."""
+        sizes = {name: weight.numel() for name, weight in latent.items()}
+        counts, pool, keep = self._targets(sizes, self._present, progress)
+        if pool:
+            # A layer that was sparser before cannot keep as much as min_density asks for.
+            floors = [min(min_kept(sizes[n], self.min_density), self._present[n]) for n in pool]
+            counts |= zip(pool, kept_counts([latent[n] for n in pool], keep, floors), strict=True)
         return {name: largest(weight, counts[name]) for name, weight in latent.items()}
+
+    def _targets(
+        self, sizes: Mapping[str, int], present: Mapping[str, int], progress: float
+    ) -> tuple[dict[str, int], list[str], int]:
+        """How many weights are kept at `progress`.
+
+        Args:
+            sizes: Number of weights of each layer.
+            present: Number of weights of each layer that were not zero when the phase began.
+
+        Returns:
+            Weights kept by each layer that is pruned on its own; the names of the layers that share
+            one threshold; the number of weights that these keep together.
+        """
+        assert not isinstance(self.sparsity, str)  # expand() has replaced sparsity=auto
+        alone = match_patterns(self.overrides, sizes)
+        if self.scope == "layer":
+            alone = dict.fromkeys(sizes, float(self.sparsity)) | alone
+        pool = [name for name in sizes if name not in alone]
+        counts = {n: self._kept(sizes[n], present[n], s, progress) for n, s in alone.items()}
+        if not pool:
+            return counts, pool, 0
+        size, there = sum(sizes[n] for n in pool), sum(present[n] for n in pool)
+        return counts, pool, self._kept(size, there, float(self.sparsity), progress)
+
+    def _kept(self, size: int, present: int, sparsity: float, progress: float) -> int:
+        """How many of `size` weights are kept at `progress`."""
+        if self.schedule == "cubic":
+            initial = 1 - present / size
+            final = max(initial, sparsity)
+            sparsity = cubic_sparsity(progress, initial, final, self.begin, self.end)
+        return max(1, round((1 - sparsity) * size))
+
+
+def check_min_density(min_density: float) -> None:
+    """Raise ConfigError for a density outside [0, 1]."""
+    if not 0 <= min_density <= 1:
+        raise ConfigError(f"min_density={min_density}: it must be between 0 and 1")
+
+
+def min_kept(size: int, min_density: float) -> int:
+    """How many of its `size` weights a layer keeps at least."""
+    return max(1, int(min_density * size))
+
+
+def prune_weights(values: Mapping[str, Tensor], masks: Mapping[str, Tensor], world: World) -> None:
+    """Set the weights outside the masks to zero, in place. Rank 0's masks are used on all ranks."""
+    world.broadcast(masks.values())
+    for name, mask in masks.items():
+        values[name].masked_fill_(~mask, 0)
 
 
 def _masked(model: nn.Module) -> dict[str, Masked]:
-    """The weights that are masked, by name."""
+    """The masks that are installed, by the name of the weight."""
     found = {name: compression(*places[0]) for name, places in weights(model).items()}
     return {name: masked for name, masked in found.items() if isinstance(masked, Masked)}
 
 
-def _learnt(model: nn.Module) -> dict[str, Tensor]:
-    """The learnt tensors behind the masked weights, by name."""
-    places = weights(model)
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors behind the masked weights, by the name of the weight."""
+    places: dict[str, list[ParameterRef]] = weights(model)
     return {name: places[name][0].trainable.detach() for name in _masked(model)}
 
 
@@ -213,8 +223,3 @@ def _set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def _total(masks: Mapping[str, Tensor]) -> int:
     return sum(int(mask.sum()) for mask in masks.values())
-
-
-def _decide(masks: Mapping[str, Tensor], world: World) -> None:
-    """Rank 0 decides: all ranks compute masks from the same bits, and then take rank 0's."""
-    world.broadcast(masks.values())

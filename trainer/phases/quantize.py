@@ -1,4 +1,4 @@
-"""Quantization-aware training: the model learns to live with few bits."""
+"""Quantization-aware training: weights and layer inputs are rounded while the model trains."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,33 +37,46 @@ from trainer.phases.retrain import surviving
 
 @dataclass
 class Quantize(Phase):
-    """Round weights and the inputs of layers to a grid of few integers, and train with that.
+    """Round weights and layer inputs to a grid of few integers, and train with the rounding.
 
-    Batch norm is folded first, where that changes nothing (trainer.compress.rewrite.foldable), and
-    an LSTM is made of Linear layers (its weights have names such as "lstm.layers.0.ih.weight" then,
-    for patterns too). The scale of a weight is that of least squared error at the start, and stays.
-    The range of an input is a moving average of the smallest and largest finite number of each
-    step, over all ranks; the first step, in which there is none yet, rounds weights alone.
+    Batch norm is folded first where that changes nothing (trainer.compress.rewrite.foldable). An
+    LSTM is rebuilt from Linear layers, so that its weights get names such as
+    "lstm.layers.0.ih.weight", which patterns must use. The scale of a weight is the one of least
+    squared error at the start and stays fixed. The range of an input is a moving average of the
+    smallest and largest finite value of each step over all ranks; the first step, before there is a
+    range, rounds weights only. Jacob et al., CVPR 2018, arXiv:1712.05877.
 
-    What leaves are plain weights on their grid, and quantizers that hold scales and ranges
-    (trainer.compress.quantize). The inputs of a layer that the model never calls, and those that
-    were never other than zero, are not quantized.
+    The phase leaves plain weights that lie on their grid, and quantizers that hold scales and
+    ranges (trainer.compress.quantize). Inputs of a layer that the model never calls, and inputs
+    that were always zero, are not quantized.
+
+    Args:
+        bits: Bits of a weight, 2 to 8.
+        overrides: Bits by name pattern.
+        activations: Bits of a layer's input, 2 to 8; None: only weights are quantized.
+        outputs: Name patterns of layers whose output is quantized as well.
+        per_channel: Whether each output channel has its own scale, or one per weight.
+        momentum: Weight of a step in the moving average of the ranges, in (0, 1].
+        fold: Whether batch norm is folded into the layer before it.
+        keep: Properties of the weights that are preserved: "zeros", "sharing".
+        include: Name patterns of the weights to quantize.
+        exempt: Name patterns of weights that are not quantized after all.
     """
 
     kind: ClassVar[str] = "quantize"
     makes: ClassVar[frozenset[str]] = frozenset({"quantization"})
 
-    fit: FitConfig
-    bits: int = 8  # of a weight, 2 to 8
-    overrides: dict[str, int] = field(default_factory=dict)  # bits by name pattern
-    activations: int | None = 8  # bits of a layer's input, 2 to 8; null: only weights are quantized
-    outputs: list[str] = field(default_factory=list)  # patterns of layers whose output is, too
-    per_channel: bool = True  # a scale for each output channel, or one for each weight
-    momentum: float = 0.05  # of a step in the moving average of the ranges, in (0, 1]
-    fold: bool = True  # whether batch norm is folded into the layer before it
-    keep: list[str] = field(default_factory=lambda: ["zeros"])  # what stays: zeros, sharing
-    include: list[str] = field(default_factory=lambda: ["*"])  # name patterns of the weights
-    exempt: list[str] = field(default_factory=list)  # name patterns of those to leave after all
+    bits: int = 8
+    overrides: dict[str, int] = field(default_factory=dict)
+    activations: int | None = 8
+    outputs: list[str] = field(default_factory=list)
+    per_channel: bool = True
+    momentum: float = 0.05
+    fold: bool = True
+    keep: list[str] = field(default_factory=lambda: ["zeros"])
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exempt: list[str] = field(default_factory=list)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=1), kw_only=True)
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -73,10 +86,10 @@ class Quantize(Phase):
     def destroys(self) -> frozenset[str]:
         return frozenset({"sharing", "quantization"}) - self.keeps
 
-    def __post_init__(self) -> None:
-        asked: dict[str, int | None] = {"bits": self.bits, "activations": self.activations}
-        asked |= {f"overrides.{pattern}": bits for pattern, bits in self.overrides.items()}
-        for key, bits in asked.items():
+    def check_settings(self) -> None:
+        widths: dict[str, int | None] = {"bits": self.bits, "activations": self.activations}
+        widths |= {f"overrides.{pattern}": bits for pattern, bits in self.overrides.items()}
+        for key, bits in widths.items():
             if bits is not None and bits not in BITS:
                 raise ConfigError(f"{key}={bits}: it must be 2 to 8 bits")
         for what in self.keep:
@@ -90,17 +103,17 @@ class Quantize(Phase):
             )
         if self.activations is not None and self.fit.epochs == 0:
             raise ConfigError(
-                f"activations={self.activations} with fit.epochs=0: the ranges are learnt in "
+                f"activations={self.activations} with fit.epochs=0: the ranges are learned in "
                 "training; set epochs, or activations=null"
             )
         if self.outputs and self.activations is None:
             raise ConfigError(f"outputs={self.outputs} with activations=null: set activations=8")
 
-    def check(self, model: nn.Module) -> None:
+    def check_model(self, model: nn.Module) -> None:
         if self.fold and "sharing" in self.keep and foldable(model):
             raise ConfigError(
-                "fold=true with keep=[sharing]: batch norm would give each channel of a shared "
-                "weight values of its own; set fold=false"
+                "fold=true with keep=[sharing]: folding batch norm gives each channel of a shared "
+                "weight its own values; set fold=false"
             )
         self._rewrite(skeleton(model))
 
@@ -121,10 +134,10 @@ class Quantize(Phase):
         if not found:
             return
         mine = torch.stack([quantizer.seen for quantizer in found])
-        table = mine.new_zeros(world.size, *mine.shape)  # a row for each rank
+        table = mine.new_zeros(world.size, *mine.shape)  # one row per rank
         table[world.rank] = mine
         world.all_reduce(table)
-        low = reduce(torch.fmin, table[..., 0])  # NaN where no rank saw anything
+        low = reduce(torch.fmin, table[..., 0])  # NaN if no rank has observed a value
         high = reduce(torch.fmax, table[..., 1])
         for quantizer, seen in zip(found, torch.stack((low, high), 1), strict=True):
             quantizer.update_range(seen, self.momentum)
@@ -135,7 +148,7 @@ class Quantize(Phase):
         round_to_half(model)
 
     def _rewrite(self, model: nn.Module) -> dict[str, WeightQuantizer]:
-        """Change the structure, and say what quantizes each weight. Raises ConfigError."""
+        """Change the structure; return the quantizer of each weight. Raises ConfigError."""
         if self.fold:
             fold_batch_norms(model)
         unroll_lstms(model)

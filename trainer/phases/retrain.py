@@ -1,4 +1,4 @@
-"""Training of what pruning and sharing left, and of nothing else."""
+"""Training of the weights that pruning and sharing left, and of nothing else."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -17,26 +17,29 @@ from trainer.phases.base import Phase
 
 @dataclass
 class Retrain(Phase):
-    """Train the survivors of pruning, biases and norms; every zero stays zero.
+    """Train the surviving weights, biases and norms; every zero stays zero.
 
-    The learnable parameter of a weight that has zeros is the vector of its other values, so that
-    optimizer state, gradients, all-reduce and checkpoints shrink with the density. Weights without
-    zeros stay dense. With `keep: [zeros, sharing]` a weight that has few distinct values keeps them
-    few: its codebook is what is learnt.
+    The trainable parameter of a weight that has zeros is the vector of its other values, so that
+    optimizer state, gradients, all-reduce and checkpoints shrink with the density. A weight
+    without zeros is trained as it is.
+
+    Args:
+        keep: Properties that are preserved: "zeros", and "sharing" (a weight with few distinct
+            values is trained as its codebook, so that it keeps few).
     """
 
     kind: ClassVar[str] = "retrain"
 
-    fit: FitConfig
-    keep: list[str] = field(default_factory=lambda: ["zeros"])  # what stays: zeros, sharing
-
-    def __post_init__(self) -> None:
-        for what in self.keep:
-            check_choice("keep", what, ("zeros", "sharing"))
+    keep: list[str] = field(default_factory=lambda: ["zeros"])
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=1), kw_only=True)
 
     @property
     def keeps(self) -> frozenset[str]:
         return frozenset(self.keep)
+
+    def check_settings(self) -> None:
+        for what in self.keep:
+            check_choice("keep", what, ("zeros", "sharing"))
 
     def enter(self, model: nn.Module, world: World) -> None:
         preserve(model, world, self.keeps)
@@ -46,19 +49,22 @@ class Retrain(Phase):
 
 
 def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({"zeros"})) -> None:
-    """Let every plain parameter be learnt as what earlier phases left of it: see `surviving`."""
+    """Train each plain parameter only as far as earlier phases left it: see `surviving`."""
     install(model, surviving(model, world, keep))
 
 
 def surviving(model: nn.Module, world: World, keep: Collection[str]) -> dict[str, Compression]:
-    """By name, what each plain parameter is to be learnt as; one that stays dense is left out.
+    """How each plain parameter is trained if `keep` is preserved; dense ones are left out.
 
-    Rank 0 says which survive and which are equal, so that the vectors of all ranks have one length.
+    Rank 0's weights decide, so that the trainable vectors have the same length on all ranks.
 
     Args:
-        keep: "zeros": a weight with zeros is learnt as the vector of its survivors; "sharing": one
-            with few distinct values is learnt as its codebook, which keeps its zeros as well, and
-            so is a bias or norm.
+        keep: "zeros": a weight with zeros is trained as the vector of its survivors; "sharing": a
+            weight with few distinct values is trained as its codebook, which preserves its zeros
+            as well, and so is a bias or norm.
+
+    Returns:
+        Compressions by the name of the parameter.
     """
     made: dict[str, Compression] = {}
     vector = vectors(model)

@@ -1,4 +1,4 @@
-"""Weight sharing: the weights of a layer take few values, and then those are trained."""
+"""Weight sharing: the weights of a layer take few values, and then those values are trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from trainer.compress.codebooks import INITS, MAX_CLUSTERS, Codebook, cluster
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Shared
 from trainer.compress.select import match_patterns, parameters, select_weights, vectors
-from trainer.config import FitConfig, check_choice, check_min
+from trainer.config import check_choice, check_min
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
@@ -20,26 +20,36 @@ from trainer.phases.retrain import preserve
 
 @dataclass
 class Share(Phase):
-    """Cluster the non-zero weights of each layer, give each the value of its cluster, and train
-    those values: a codebook of a few numbers is all that a layer learns and sends.
+    """Cluster the non-zero weights of each layer and train one value per cluster.
 
-    Zeros stay zero. Biases and norms are shared where `biases` says so; what is not shared trains
-    along as it does in retrain, and without a fit only the clustering happens. A matrix of an LSTM
-    or GRU with all its gates is one layer.
+    Each layer then learns and sends a codebook of a few numbers. Zeros stay zero. Parameters that
+    are not shared are trained as in `Retrain`. With `epochs=0` the weights are only clustered. A
+    matrix of an LSTM or GRU with all its gates is one layer. Han, Mao & Dally, Deep Compression,
+    ICLR 2016, arXiv:1510.00149.
+
+    Args:
+        bits: Bits of an index: at most 2^bits values per layer, 1 to 16.
+        overrides: Bits by name pattern.
+        clusters: Number of values by name pattern, 1 to 65535; takes precedence over bits.
+        biases: Bits of an index into a bias or norm; None: they are not shared.
+        init: Where k-means starts: linear, density, random or exact.
+        rate: Price of a bit of the index, in variances of the weights. A positive price makes some
+            clusters frequent, and the coded file smaller.
+        include: Name patterns of the weights to share.
+        exempt: Name patterns of weights that are not shared after all.
     """
 
     kind: ClassVar[str] = "share"
     makes: ClassVar[frozenset[str]] = frozenset({"sharing"})
 
-    fit: FitConfig
-    bits: int = 5  # of an index: 2^bits clusters per layer at most, 1 to 16
-    overrides: dict[str, int] = field(default_factory=dict)  # bits by name pattern
-    clusters: dict[str, int] = field(default_factory=dict)  # number by name pattern, before bits
-    biases: int | None = None  # bits of an index into a bias or norm; null: they are not shared
-    init: str = "linear"  # where k-means begins: linear | density | random | exact
-    rate: float = 0.0  # price of a bit in variances of the weights; makes some clusters frequent
-    include: list[str] = field(default_factory=lambda: ["*"])  # name patterns of weights to share
-    exempt: list[str] = field(default_factory=list)  # name patterns of those not to share after all
+    bits: int = 5
+    overrides: dict[str, int] = field(default_factory=dict)
+    clusters: dict[str, int] = field(default_factory=dict)
+    biases: int | None = None
+    init: str = "linear"
+    rate: float = 0.0
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exempt: list[str] = field(default_factory=list)
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -47,11 +57,11 @@ class Share(Phase):
 
     @property
     def destroys(self) -> frozenset[str]:
-        return frozenset({"quantization"})  # a mean of weights is on no grid
+        return frozenset({"quantization"})  # a mean of weights is not on their grid
 
-    def __post_init__(self) -> None:
-        asked = {"bits": self.bits, "biases": self.biases} | _dotted("overrides", self.overrides)
-        for key, bits in asked.items():
+    def check_settings(self) -> None:
+        widths = {"bits": self.bits, "biases": self.biases} | _dotted("overrides", self.overrides)
+        for key, bits in widths.items():
             if bits is not None and not 1 <= bits <= 16:
                 raise ConfigError(f"{key}={bits}: it must be 1 to 16 bits")
         for key, number in _dotted("clusters", self.clusters).items():
@@ -60,39 +70,47 @@ class Share(Phase):
         check_choice("init", self.init, tuple(INITS))
         check_min("rate", self.rate, 0)
 
-    def check(self, model: nn.Module) -> None:
-        self._numbers(model)
+    def check_model(self, model: nn.Module) -> None:
+        self._cluster_counts(model)
 
     def enter(self, model: nn.Module, world: World) -> None:
         places = parameters(model)
         shared = {}
-        for name, number in self._numbers(model).items():
+        for name, number in self._cluster_counts(model).items():
             weight = places[name][0].value.detach()
             book = cluster(weight, number, self.init, self.rate)
-            shared[name] = Shared(weight, _decide(book, number, world))
+            shared[name] = Shared(weight, _from_rank_0(book, number, world))
         install(model, shared)
         preserve(model, world, self.keeps)
 
     def leave(self, model: nn.Module) -> None:
         fold(model)
 
-    def _numbers(self, model: nn.Module) -> dict[str, int]:
+    def _cluster_counts(self, model: nn.Module) -> dict[str, int]:
         """Clusters of each tensor. Raises ConfigError for a pattern that matches no weight."""
         names = select_weights(model, self.include, self.exempt)
         bits = dict.fromkeys(names, self.bits) | match_patterns(self.overrides, names)
         numbers = {name: min(1 << b, MAX_CLUSTERS) for name, b in bits.items()}
         numbers |= match_patterns(self.clusters, names)
         if self.biases is not None:
-            # In a shorter one the codebook would take more than it saves.
-            most = min(1 << self.biases, MAX_CLUSTERS)
-            long = (n for n, found in vectors(model).items() if found[0].value.numel() > 2 * most)
-            numbers |= dict.fromkeys(long, most)
+            # In a shorter vector the codebook would take more bytes than it saves.
+            largest = min(1 << self.biases, MAX_CLUSTERS)
+            long = (
+                name
+                for name, found in vectors(model).items()
+                if found[0].value.numel() > 2 * largest
+            )
+            numbers |= dict.fromkeys(long, largest)
         return numbers
 
 
-def _decide(book: Codebook, most: int, world: World) -> Codebook:
-    """Rank 0 decides: all ranks cluster the same bits, and then take rank 0's codebook."""
-    values = book.values.new_full([most], torch.nan)
+def _from_rank_0(book: Codebook, size: int, world: World) -> Codebook:
+    """Rank 0's codebook on all ranks: they cluster the same weights, but rank 0 decides.
+
+    Args:
+        size: Number of values that a codebook has at most.
+    """
+    values = book.values.new_full([size], torch.nan)
     values[: len(book.values)] = book.values
     world.broadcast([values, book.codes])
     return Codebook(values[values.isfinite()], book.codes)

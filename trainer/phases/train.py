@@ -1,6 +1,6 @@
 """Ordinary training of all parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from trainer.config import FitConfig
@@ -9,8 +9,8 @@ from trainer.phases.base import Phase
 
 @dataclass
 class Train(Phase):
-    """Train all parameters, as they are."""
+    """Train all parameters as they are."""
 
     kind: ClassVar[str] = "train"
 
-    fit: FitConfig
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=1), kw_only=True)

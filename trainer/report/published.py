@@ -31,7 +31,7 @@ class _Net:
         }
 
 
-_MNIST = "trainer.data.mnist.mnist"
+_MNIST = "trainer.data.mnist"
 _NETS = {
     "LeNet300": _Net(10, _MNIST, 0.0164, 32, 40, 0.0158),
     "LeNet5": _Net(10, _MNIST, 0.0080, 33, 39, 0.0074),

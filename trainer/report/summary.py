@@ -1,85 +1,121 @@
-"""summary.json: the run in a few numbers, gathered from its messages."""
+"""summary.json: the run in a few numbers, collected from its messages."""
 
 import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from trainer.messages import Converted, Measured, Message, PhaseEnded, PhaseRecord, RunStarted
+from trainer.config import Config
+from trainer.messages import (
+    Evaluated,
+    Exported,
+    Message,
+    PhaseEnded,
+    PhaseRecord,
+    Resumed,
+    RunStarted,
+    WorkersLost,
+    WorkersStarted,
+)
 from trainer.store.directory import as_json
 from trainer.version import __version__
 
 
-class Summary:
-    """What is known of a run so far; complete enough to be written at any moment."""
+class SummarySink:
+    """Collects what is known of a run; `as_dict` is complete at any moment."""
 
     def __init__(
-        self, name: str, seed: int, precision: str, before: Mapping[str, Any] | None = None
+        self,
+        config: Config,
+        command: str | None = None,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
-        """Args: before: the summary that an earlier command of the run left, if any."""
+        """
+        Args:
+            command: The command line that started the run; None: it was started from Python.
+            before: The summary that an earlier command of the same run left, if any.
+        """
         self._started = time.monotonic()
         self._before = before or {}
-        self._earlier: Mapping[str, Any] | None = None  # `so_far` of the commands before this one
-        self._facts: dict[str, Any] = {"name": name, "seed": seed, "precision": precision}
-        self.restarts = 0  # of this command
-        self.nodes: list[str] = []  # host name of each rank
+        self._earlier: Mapping[str, Any] | None = None  # time and restarts of earlier commands
+        self._facts: dict[str, Any] = {
+            "name": config.name,
+            "seed": config.seed,
+            "precision": config.precision,
+            "command": self._before.get("command", command),
+            "date": self._before.get("date", time.strftime("%Y-%m-%d %H:%M:%S")),
+        }
+        self._nodes: list[str] = []
+        self._restarts = 0  # of this command
         self.phases: list[PhaseRecord] = []
-        self.tested: dict[str, Measured] = {}  # by name of the model
-        self.converted: dict[str, dict[str, Any]] = {}  # likewise, the facts of its ONNX file
-        self.result: dict[str, Any] = {}  # what the test set said
+        self.evaluated: dict[str, Evaluated] = {}  # by name of the model
+        self._exported: dict[str, dict[str, Any]] = {}  # by name of the model
+        self.result: dict[str, Any] = {}  # entries that depend on the test set
 
-    def restore(self, records: Iterable[Mapping[str, Any]], so_far: Mapping[str, Any]) -> None:
-        """Take over the records of phases that ended earlier.
-
-        Args:
-            so_far: as the checkpoint holds it. The first time it is of the commands before this
-                one, whose time and restarts count too, as do those after that checkpoint; later
-                it is this one's own.
-        """
-        self.phases = [PhaseRecord(**record) for record in records]
-        if self._earlier is None:
-            both = (so_far, self._before)
-            self._earlier = {
-                key: max(one.get(key, 0) for one in both) for key in ("seconds", "restarts")
-            }
-
-    def so_far(self) -> dict[str, Any]:
-        """Time and restarts of all commands of the run: what a checkpoint keeps of them."""
+    def progress(self) -> dict[str, Any]:
+        """Time and restarts over all commands of the run, as stored in checkpoints."""
         earlier = self._before if self._earlier is None else self._earlier
         seconds = earlier.get("seconds", 0.0) + time.monotonic() - self._started
-        restarts = earlier.get("restarts", 0) + self.restarts
+        restarts = earlier.get("restarts", 0) + self._restarts
         return {"restarts": restarts, "seconds": round(seconds, 3)}
 
     def on(self, message: Message) -> None:
-        """Take in one message of the run."""
+        """Take one message of the run."""
         match message:
+            case WorkersStarted():
+                self._nodes = message.nodes
+            case WorkersLost():
+                self._restarts += 1
+            case Resumed():
+                self._restore(message)
             case RunStarted():
-                self._facts |= {"device": message.device, "workers": message.workers}
+                self._facts |= {
+                    "device": message.device,
+                    "workers": message.workers,
+                    "samples": {
+                        "train": message.train,
+                        "validation": message.validation,
+                        "test": message.test,
+                    },
+                }
             case PhaseEnded():
                 self.phases.append(message.record)
-            case Measured():
-                self.tested[message.name] = message
-            case Converted():
+            case Evaluated():
+                self.evaluated[message.name] = message
+            case Exported():
                 facts = as_json(message)
                 del facts["content"]
-                self.converted[message.name] = facts
+                self._exported[message.name] = facts
+
+    def close(self) -> None:
+        """Nothing is open: the driver writes what `as_dict` returns."""
+
+    def _restore(self, message: Resumed) -> None:
+        self.phases = [PhaseRecord(**record) for record in message.records]
+        if self._earlier is None:
+            # The progress stored in the checkpoint is that of earlier commands. Their last summary
+            # may have counted more, after that checkpoint. Later it is this command's own.
+            both = (message.progress, self._before)
+            self._earlier = {
+                key: max(one.get(key, 0) for one in both) for key in ("seconds", "restarts")
+            }
 
     def as_dict(self, status: str, error: str | None = None) -> dict[str, Any]:
         """The content of summary.json.
 
         Args:
-            status: done, failed, interrupted or limits.
-            error: one line, where the run did not end well.
+            status: One of done, failed, interrupted or limits.
+            error: One line, if the run did not succeed.
         """
         return {
             **self._facts,
             "status": status,
             "error": error,
             "workers": self._facts.get("workers"),
-            "nodes": self.nodes,
-            **self.so_far(),
+            "nodes": self._nodes,
+            **self.progress(),
             "versions": {
                 "trainer": __version__,
                 "python": platform.python_version(),
@@ -92,7 +128,7 @@ class Summary:
             "baseline_loss": None,
             "phases": [as_json(p) for p in self.phases],
             **self.result,
-            **({"onnx": [*self.converted.values()]} if self.converted else {}),
+            **({"onnx": [*self._exported.values()]} if self._exported else {}),
         }
 
     def _speed(self) -> float | None:

@@ -20,11 +20,14 @@ from rich.progress import (
 from trainer.messages import (
     EpochEnded,
     Message,
+    Notice,
     PhaseEnded,
     PhaseStarted,
     Progress,
+    Resumed,
     RoundEnded,
     RunStarted,
+    WorkersLost,
 )
 
 PLAIN_WIDTH = 120  # columns where the output is no terminal
@@ -87,8 +90,11 @@ class Console:
         """Print one line above the live bar."""
         self.terminal.print(line, markup=False, soft_wrap=True)
 
-    def on(self, message: Message) -> str | None:
-        """Show one message; returns the line that was printed, if any."""
+    def close(self) -> None:
+        """The live bar ends with the context manager: nothing to do."""
+
+    def on(self, message: Message) -> None:
+        """Show one message."""
         line = describe(message)
         match message:
             case PhaseStarted():
@@ -105,7 +111,6 @@ class Console:
                 self._remove_bar()
         if line:
             self.say(line)
-        return line
 
     def _remove_bar(self) -> None:
         if self._bar is not None:
@@ -116,6 +121,18 @@ class Console:
 def describe(message: Message) -> str | None:
     """One line for what is worth keeping in a log; None for mere progress."""
     match message:
+        case Notice():
+            return message.text
+        case WorkersLost():
+            return (
+                f"{message.reason}; restarting from the last checkpoint (restart {message.restart})"
+            )
+        case Resumed() if not message.is_beginning:
+            if message.phase == len(message.names):
+                return "resuming after the last phase"
+            name = message.names[message.phase]
+            after = f"after step {message.step:,} of" if message.step else "with"
+            return f"resuming {after} {name}"
         case RunStarted():
             workers = f"{message.workers} worker" + "s" * (message.workers > 1)
             return (
@@ -137,7 +154,7 @@ def describe(message: Message) -> str | None:
             )
         case RoundEnded():
             judged = message.record
-            back = "trained on" if judged.goes_on else "back to the last good state"
+            back = "trained on" if judged.extended else "back to the last good state"
             verdict = "kept" if judged.accepted else f"too low, {back}"
             return (
                 f"{message.phase} round {judged.round}: sparsity {judged.sparsity:.2%}, "

@@ -1,32 +1,34 @@
-"""Files that appear whole or not at all: written aside, then renamed."""
+"""Files that appear complete or not at all: written under another name, then renamed."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-ASIDE = ".part"  # what the name of a file ends with until it is whole
+PART = ".part"  # suffix of a file that is not complete yet
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = False) -> None:
-    """Put what `write` writes in the place of `path`.
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = False) -> None:
+    """Replace the file `path` by what `write` writes, in one step.
 
     Args:
-        durable: return only when file and name are on the disk, and outlive a loss of power.
+        path: The file; its folder exists.
+        write: Writes the content to the open file that it is given.
+        durable: Whether to return only when the file survives a loss of power.
 
     Raises:
-        OSError: it cannot be written; what was at `path` before is still there, and nothing else.
+        OSError: It cannot be written. The file at `path` is unchanged.
     """
-    aside = path.with_name(path.name + ASIDE)
+    part = path.with_name(path.name + PART)
     try:
-        with aside.open("wb") as file:
+        with part.open("wb") as file:
             write(file)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(part, path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     if durable:
         _sync_folder(path.parent)

@@ -76,11 +76,11 @@ def check_state(model: nn.Module) -> None:
             )
 
 
-def metadata(content: bytes | memoryview) -> dict[str, str]:
-    """The metadata that `to_bytes` was given, with entries that were added since."""
+def from_bytes(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, from its content."""
     header, _ = split(content)
-    entries: dict[str, str] = header["__metadata__"]
-    return entries
+    metadata: dict[str, str] = header.get("__metadata__", {})
+    return safetensors.torch.load(content), metadata
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
@@ -92,8 +92,8 @@ def pack(state: Mapping[str, Any]) -> bytes:
 
 def unpack(content: bytes) -> dict[str, Any]:
     """The state that `pack` was given; tuples come back as lists."""
-    tensors = safetensors.torch.load(content)
-    state: dict[str, Any] = _fill(json.loads(metadata(content)[STATE]), tensors)
+    tensors, metadata = from_bytes(content)
+    state: dict[str, Any] = _fill(json.loads(metadata[STATE]), tensors)
     return state
 
 

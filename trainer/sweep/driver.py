@@ -87,7 +87,7 @@ class _Sweep:
         """Search, and leave the results. Returns as `run_sweep`."""
         self.locks.enter_context(self.directory.locked(self.board.say))
         try:
-            with self.signals.holding(self.board.restore, self._interrupt):
+            with self.signals.deferring(self.board.restore, self._interrupt):
                 try:
                     self._check_folder()
                     self._open()

@@ -78,14 +78,14 @@ def watched(cfg: SweepConfig, value: float, weights_left: float) -> float:
     """The one number that the pruner compares.
 
     With several objectives the metric alone would stop every small net, so a size that is to be
-    minimised counts as well: a tenth of it is worth `sweep.exchange` in the metric.
+    minimised counts as well: a tenth of it is worth `sweep.size_weight` in the metric.
 
     Args:
         value: `sweep.metric` on the validation data.
         weights_left: number of parameters that are not zero at present.
     """
     sizes = [name for name, d in cfg.objectives.items() if name in SIZES and d == "minimize"]
-    if len(cfg.objectives) == 1 or not sizes or not cfg.exchange:
+    if len(cfg.objectives) == 1 or not sizes or not cfg.size_weight:
         return value
-    price = cfg.exchange * math.log10(max(weights_left, 1.0))
+    price = cfg.size_weight * math.log10(max(weights_left, 1.0))
     return value - price if better(cfg) == "maximize" else value + price

@@ -3,18 +3,17 @@
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import Config, to_dataclass
+from trainer.config import Config
 from trainer.errors import ConfigError, first_line
 from trainer.sweep.analysis import check_analysis
 from trainer.sweep.measures import check_measures
-from trainer.sweep.prefix import check_prefix
+from trainer.sweep.shared_phases import check_shared_phases
 from trainer.sweep.space import GRID_LIMIT, Drawn, flatten, parse_space
 
 FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
@@ -34,44 +33,51 @@ class Plan:
         ConfigError: a key that is not there, or a text that is no range; see `check` for the rest.
     """
 
-    def __init__(self, cfg: Config, base: DictConfig) -> None:
+    def __init__(
+        self, cfg: Config, base: DictConfig, objects: Mapping[str, Any] | None = None
+    ) -> None:
         self.cfg = cfg
         self._base = base
+        self._objects = dict(objects or {})
         self._literal = "${" not in OmegaConf.to_yaml(base)  # also in what is searched
         settings = _container(base, resolve=True)
         self._plain = {**settings, "sweep": {"name": cfg.sweep.name}}
         defaults = dict(_leaves(settings))
         self.space = parse_space(cfg.sweep, defaults)
-        self.during = flatten(cfg.sweep.during, "sweep.during")
+        self._overrides = flatten(cfg.sweep.trial_overrides, "sweep.trial_overrides")
         for where, keys in (
             ("params", {p.key for p in self.space.parameters}),
-            ("during", set(self.during)),
+            ("trial_overrides", set(self._overrides)),
         ):
             for key in sorted(keys):
                 _check_key(f"sweep.{where}.{key}", key, settings)
         check_measures(cfg.sweep)
-        check_prefix(cfg)
+        check_shared_phases(cfg)
         check_analysis(cfg.sweep, self.space)
         if cfg.sweep.sampler == "grid":
             self.space.grid(GRID_LIMIT)
 
-    def trial(self, drawn: Drawn) -> Config:
-        """The configuration of a trial. Raises ConfigError."""
-        return to_dataclass(Config, self._settings({**self.during, **self.space.settings(drawn)}))
+    def trial(self, drawn: Drawn) -> Any:
+        """The `Experiment` of a trial. Raises ConfigError."""
+        from trainer.experiment import Experiment  # imports torch, which slows down the start
+
+        settings = self._settings({**self._overrides, **self.space.settings(drawn)})
+        return Experiment.from_config(settings, self._objects)
 
     def winner(self, drawn: Drawn) -> dict[str, Any]:
-        """The plain configuration of the trial run in full: without `sweep.during`."""
+        """The plain configuration of the trial run in full: without `sweep.trial_overrides`."""
         return self._settings(self.space.settings(drawn))
 
     def overrides(self, drawn: Drawn) -> list[str]:
         """What turns the experiment into that trial, for the command line."""
-        settings = {**self.during, **self.space.settings(drawn)}
+        settings = {**self._overrides, **self.space.settings(drawn)}
         return [_override(key, value) for key, value in settings.items()]
 
     def check(self) -> int:
-        """Hold the ends of all ranges against model, phases and the weights to begin with.
+        """Validate the ends of all ranges against model, phases and initial weights.
 
-        With `sweep.refit`, also as the winner would be run: `sweep.during` may hide mistakes.
+        With `sweep.refit` they are also validated without `sweep.trial_overrides`, which may hide
+        mistakes.
 
         Returns:
             The most epochs that a trial takes.
@@ -79,37 +85,36 @@ class Plan:
         Raises:
             ConfigError: names the parameter and the value.
         """
-        from trainer.checks import check
-        from trainer.phases import build_phases
-        from trainer.store.initial import initial_weights
+        from trainer.experiment import Experiment
+        from trainer.phases import RoundPhase
 
         epochs = 0
         compared = set()  # files may be large
         for name, drawn in self.space.ends():
             try:
-                cfg = self.trial(drawn)
-                model = check(cfg)
+                experiment = self.trial(drawn)
+                model, cfg = experiment.check_model(), experiment.config
                 if cfg.init_from and (pair := (cfg.init_from, str(cfg.model))) not in compared:
-                    initial_weights(Path(cfg.init_from), model)
+                    experiment.initial_weights(model)
                     compared.add(pair)
             except ConfigError as error:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
-            if self.cfg.sweep.refit and self.during:
+            if self.cfg.sweep.refit and self._overrides:
                 try:
-                    check(to_dataclass(Config, self.winner(drawn)))
+                    Experiment.from_config(self.winner(drawn), self._objects).check_model()
                 except ConfigError as error:
                     raise ConfigError(
-                        f"sweep.refit=true: without sweep.during, and with {name}={drawn[name]}, "
-                        f"{error}"
+                        "sweep.refit=true: without sweep.trial_overrides, and with "
+                        f"{name}={drawn[name]}, {error}"
                     ) from error
-            for phase, built in build_phases(cfg.phases).items():
-                if built.most_rounds > 1:
+            for phase, built in experiment.phases.items():
+                if isinstance(built, RoundPhase) and built.max_rounds > 1:
                     raise ConfigError(
                         f"phases.{phase}: it goes on for as many rounds as it finds out "
                         "(sparsity=auto), and a sweep must know how long a trial trains; give it "
                         "a number, or search one"
                     )
-            epochs = max(epochs, sum(phase["fit"]["epochs"] for phase in cfg.phases.values()))
+            epochs = max(epochs, sum(phase.fit.epochs for phase in experiment.phases.values()))
         return epochs
 
     def identity(self) -> dict[str, Any]:

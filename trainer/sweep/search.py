@@ -8,14 +8,13 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from trainer.config import Config
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.store.directory import RunDirectory
 from trainer.sweep.budget import Budget
 from trainer.sweep.measures import measure, not_finite, parse_constraints, violations
 from trainer.sweep.plan import Plan
 from trainer.sweep.pool import Pool
-from trainer.sweep.prefix import Prefixes
+from trainer.sweep.shared_phases import SharedPhases
 from trainer.sweep.show import LiveTable
 from trainer.sweep.slots import Ended, GivenBack, Said, Slot
 from trainer.sweep.study import Ledger, watched_values
@@ -41,7 +40,7 @@ class Search:
         self._ledger, self._pool, self._board = ledger, pool, board
         self._budget, self._directory = budget, directory
         self._bounds = parse_constraints(self._cfg)
-        self._prefixes = Prefixes(self._cfg.prefix, directory.path)
+        self._prefixes = SharedPhases(self._cfg.shared_phases, directory.path)
         self._trials: dict[int, Trial] = {}  # that were taken up and have not ended
         self._reported: dict[int, set[int]] = {}  # epochs, by trial
         self._waiting: list[int] = []  # of the trials, those that no slot runs
@@ -140,7 +139,7 @@ class Search:
         Raises `error` where, for all that is known, no trial can begin.
         """
         wrong = isinstance(error, ConfigError)
-        if wrong and not self._anything_began() and not _is_wrong(trial.cfg):
+        if wrong and not self._anything_began() and not _is_wrong(trial.experiment):
             if trial.drawn not in self._refused:
                 self._refused.append(trial.drawn)
             if len(self._refused) > 1 or not (self._pool.busy or self._more()):
@@ -191,7 +190,7 @@ class Search:
             except Exception as error:  # its weights to begin with, its checkpoints
                 self._fail(trial, error)
                 continue
-            self._pool.take().run(number, trial.cfg, start)
+            self._pool.take().run(number, trial.experiment, start)
 
     def _next(self) -> int | None:
         """A trial to run now: one that waits, or a new one; None where there is none."""
@@ -232,13 +231,13 @@ class Search:
         """
         drawn = self._ledger.take_up(number)
         try:
-            cfg = self._plan.trial(drawn)
+            experiment = self._plan.trial(drawn)
         except ConfigError as error:
             self._ledger.fail(number, str(error))
             self._board.ended(self._ledger.trial(number))
             return False
         path = self._directory.path
-        self._trials[number] = Trial(number, drawn, cfg, self._cfg, path, self._prefixes)
+        self._trials[number] = Trial(number, drawn, experiment, self._cfg, path, self._prefixes)
         self._reported[number] = set(reported)
         return True
 
@@ -262,12 +261,10 @@ class Search:
             self._board.show(self._trials, self._ledger, self._budget.left())
 
 
-def _is_wrong(cfg: Config) -> bool:
-    """Whether the settings of a trial do not go together: values between the ends of ranges."""
-    from trainer.checks import check  # slow to import
-
+def _is_wrong(experiment: Any) -> bool:
+    """Whether the settings of a trial do not fit together: values between the ends of ranges."""
     try:
-        check(cfg)
+        experiment.check_model()
     except ConfigError:
         return True
     return False

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.cluster import Fleet, WorkerGroup
-from trainer.config import Config
 
 PAUSE_S = 5.0  # before a group that found no room is tried again
 
@@ -67,19 +66,19 @@ class Slot:
         self._fleet = fleet
         self._events = events
         self._recycle_after = recycle_after
-        self._jobs: queue.SimpleQueue[tuple[Config, Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._starting: WorkerGroup | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name="slot")
         self._thread.start()
 
-    def run(self, number: int, cfg: Config, start: Any) -> None:
+    def run(self, number: int, experiment: Any, start: Any) -> None:
         """Run a trial; only after Ready."""
         assert self.group is not None
         # In the thread that calls `stop_trial`, so that no request is lost.
         self.group.stop_requested.clear()
         self.trial = number
-        self._jobs.put((cfg, start))
+        self._jobs.put((experiment, start))
 
     def stop_trial(self) -> None:
         """Let the trial end at its next step, with a checkpoint."""
@@ -98,7 +97,7 @@ class Slot:
         self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        from trainer.worker.run import experiment
+        from trainer.worker.run import run_phases
 
         done = 0
         while not self._closed.is_set():
@@ -117,7 +116,7 @@ class Slot:
                 self._events.put(GivenBack(self))
                 continue
             try:
-                for message in self.group.run(experiment, *job):
+                for message in self.group.run(run_phases, *job):
                     self._events.put(Said(self, message))
             except Exception as raised:  # whatever it is, the sweep goes on
                 error = raised

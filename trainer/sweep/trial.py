@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, SweepConfig
+from trainer.config import SweepConfig
 from trainer.errors import RunError
 from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
 from trainer.store.checkpoints import Checkpoints
 from trainer.store.directory import as_json
 from trainer.sweep.measures import needs_artifact, watched
-from trainer.sweep.prefix import Prefixes
+from trainer.sweep.shared_phases import SharedPhases
 
 
 class Trial:
@@ -23,24 +23,24 @@ class Trial:
         self,
         number: int,
         drawn: dict[str, Any],
-        cfg: Config,
+        experiment: Any,  # an Experiment, whose import would slow down the start
         sweep: SweepConfig,
         folder: Path,
-        prefixes: Prefixes,
+        prefixes: SharedPhases,
     ):
         self.number = number
         self.drawn = drawn
-        self.cfg = cfg
+        self.experiment = experiment
         self.epoch = 0  # of all phases together
         self.value: float | None = None  # the metric at that epoch
         self.pruned = False
         self.stopped = False
         self.error: Exception | None = None  # that its messages met here; the attempt has failed
         self.records: list[dict[str, Any]] = []
-        self.prefix = prefixes.key(cfg)  # what it shares with others
+        self.prefix = prefixes.key(experiment.config)  # what it shares with others
         self._prefixes = prefixes
         self._sweep = sweep
-        self._names = list(cfg.phases)
+        self._names = list(experiment.phases)
         self._folder = folder_of(folder, number)
         self._checkpoints: Checkpoints | None = None
         self._parameters = 0
@@ -52,26 +52,27 @@ class Trial:
             ConfigError: init_from holds no weights.
             RunError, OSError: a checkpoint that is needed is gone.
         """
-        from trainer.store.initial import initial_weights
         from trainer.worker.run import start_at
 
         self._folder.mkdir(parents=True, exist_ok=True)
         if self.prefix:
             self._prefixes.take(self.prefix, self._folder / "checkpoints")
-        self._checkpoints = Checkpoints(self._folder, self.cfg.checkpoint.keep)
-        if self.cfg.init_from and not self._checkpoints.initial(say):
-            self._checkpoints.keep_initial(initial_weights(Path(self.cfg.init_from), None))
+        self._checkpoints = Checkpoints(self._folder, self.experiment.config.checkpoint.keep)
+        if self.experiment.has_initial_weights and not self._checkpoints.load_initial(say):
+            self._checkpoints.save_initial(self.experiment.initial_weights(None))
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
         if point.weights and point.phase == len(self._names) and needs_artifact(self._sweep):
             self.records[-1]["bytes"] = self._artifact_bytes(point.weights)
         self.stopped, self.error = False, None
-        return start_at(self.cfg, point, partial(self._checkpoints.ended, self._names))
+        return start_at(
+            self.experiment, point, partial(self._checkpoints.weights_after, self._names)
+        )
 
     @property
     def epochs(self) -> int:
         """Epochs that it takes in all."""
-        return sum(int(phase["fit"]["epochs"]) for phase in self.cfg.phases.values())
+        return sum(phase.fit.epochs for phase in self.experiment.phases.values())
 
     def on(self, message: Message) -> tuple[int, float] | None:
         """Take in a message. Returns epoch and watched value where there is something to report."""
@@ -83,7 +84,7 @@ class Trial:
                 self.stopped = True
             case Checkpoint() if not self.pruned:
                 name = self._names[message.phase]
-                self._checkpoints.within_phase(message.phase, name, message.step, message.content)
+                self._checkpoints.save_within(message.phase, name, message.step, message.content)
             case PhaseEnded():
                 record = as_json(message.record)
                 last = message.index == len(self._names) - 1
@@ -92,13 +93,13 @@ class Trial:
                 self.records.append(record)
                 shared = self.prefix and record["name"] == self._prefixes.last
                 if not last or shared:  # after the last one nothing goes on
-                    self._checkpoints.phase_ended(message.index, record, message.weights)
+                    self._checkpoints.save_phase_end(message.index, record, message.weights)
                 if self.prefix and shared:
                     self._checkpoints.wait()
                     self._prefixes.give(self.prefix, self._checkpoints.folder)
             case EpochEnded():
                 before = self._names[: self._names.index(message.phase)]
-                done = sum(int(self.cfg.phases[name]["fit"]["epochs"]) for name in before)
+                done = sum(self.experiment.phases[name].fit.epochs for name in before)
                 self.epoch = done + message.epoch
                 self.value = message.accuracy if self._sweep.metric == "accuracy" else message.loss
                 left = self._parameters * (1 - message.sparsity)
@@ -106,13 +107,7 @@ class Trial:
         return None
 
     def _artifact_bytes(self, weights: bytes) -> int:
-        import safetensors.torch
-
-        from trainer import artifact
-
-        made = self.cfg.artifact
-        state = dict(sorted(safetensors.torch.load(weights).items()))
-        return len(artifact.encode(state, made.numbers, made.coder))
+        return len(self.experiment.encode_artifact(weights))
 
     def pause(self) -> None:
         """The attempt is over; what is written stays.

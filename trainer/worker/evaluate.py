@@ -1,44 +1,46 @@
-"""The test set, touched once: the body that workers execute when all phases are done."""
+"""Evaluation on the test set, once, when all phases are done."""
 
 import math
 import sys
 from collections.abc import Iterator, Mapping
 
-import safetensors.torch
-
 from trainer import artifact
-from trainer.compress.rewrite import restore
-from trainer.config import Config
 from trainer.engine.evaluate import evaluate
 from trainer.engine.world import World
 from trainer.errors import RunError
-from trainer.messages import Measured, Message, RunStopped
-from trainer.parts import build_data, build_model, build_runtime
+from trainer.experiment import Experiment
+from trainer.messages import Evaluated, Message, RunStopped
+from trainer.phases.structure import from_metadata
+from trainer.store.serialization import from_bytes
 from trainer.worker.run import should_stop
 
-DECODED = "artifact"  # the model whose weights are a compressed file
+DECODED = "artifact"
+"""Name of the model whose weights are decoded from the compressed file."""
 
 
-def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[Message]:
-    """Evaluate models on the test set. Each is built anew and shares nothing with a trained one.
+def evaluate_models(
+    world: World, experiment: Experiment, models: Mapping[str, bytes]
+) -> Iterator[Message]:
+    """Evaluate models on the test set. Each is built afresh and shares nothing with a trained one.
 
     Args:
-        models: by name, the content of a safetensors file; `DECODED` that of a compressed model.
+        models: By name, the content of a safetensors file; `DECODED`: of a compressed model.
     """
-    world.heartbeat.begin("in the measurement", len(cfg.phases))
+    world.heartbeat.begin("in the evaluation on the test set", len(experiment.phases))
     with world.heartbeat.busy():
-        test = build_data(cfg).test
-    runtime = build_runtime(world, cfg)
+        test = experiment.build_data().test
+    runtime = experiment.build_runtime(world)
     for name, content in models.items():
         if should_stop(world):
             yield RunStopped()
             return
         with world.heartbeat.busy():
-            if name == DECODED:
-                weights = artifact.loads(content, max_bytes=sys.maxsize)  # our own file
+            if name == DECODED:  # written by this run, so its size needs no limit
+                weights = artifact.loads(content, max_bytes=sys.maxsize)
+                metadata = artifact.read_about(content)
             else:
-                weights = safetensors.torch.load(content)
-            model = restore(build_model(cfg), weights)
+                weights, metadata = from_bytes(content)
+            model = experiment.load_model(weights, from_metadata(metadata))
         metrics = evaluate(runtime.place(model), test, runtime, "test")
         if not math.isfinite(metrics.loss):
             raise RunError(
@@ -47,4 +49,4 @@ def measure(world: World, cfg: Config, models: Mapping[str, bytes]) -> Iterator[
             )
         entries = model.state_dict()
         parameters = tuple(key for key, _ in model.named_parameters() if key in entries)
-        yield Measured(name, metrics.accuracy, metrics.loss, parameters)
+        yield Evaluated(name, metrics.accuracy, metrics.loss, parameters)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import FitConfig
-from trainer.data.dataset import DatasetSplit, generators_left_alone
+from trainer.data.datasets import DatasetSplit, generators_left_alone
 from trainer.data.split import Split, Splits, TensorSplit
 from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
 from trainer.errors import ConfigError, first_line
 
 
-def check_match(
+def check_compatible(
     model: nn.Module, data: Splits, runtime: Runtime, fits: Sequence[FitConfig] = ()
 ) -> None:
     """Refuse a model that cannot take the samples, or has no output for a label.

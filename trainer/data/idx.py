@@ -91,7 +91,7 @@ def chosen(indices: Tensor, count: int | None, key: str) -> Tensor:
 
 
 def mnist(
-    seed: int,
+    seed: int = 0,
     root: str | None = None,
     validation: int = 5000,
     train: int | None = None,

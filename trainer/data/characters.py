@@ -52,14 +52,14 @@ def windows(ids: Tensor, context: int, part: str) -> TensorSplit:
     return TensorSplit(ids[:used].view(n, context), ids[1 : used + 1].view(n, context))
 
 
-def text(seed: int, context: int = 64, vocabulary: int = 96, path: str | None = None) -> Splits:
+def text(context: int = 64, vocabulary: int = 96, path: str | None = None) -> Splits:
     """Windows of characters: inputs int64 [n, context], targets the same one character later.
 
     Ids are below `vocabulary`, whatever the text: 0 stands for rare characters and the others for
     the vocabulary - 1 most frequent ones of the training part; the model's vocabulary must be the
     same number. `path` is a UTF-8 text file of your own. The first 90% of the text are for
-    training, the next 5% for validation, the last 5% for testing. Nothing here is random: `seed`
-    has no effect. Raises ValueError for a text that is missing, too short or no UTF-8.
+    training, the next 5% for validation, the last 5% for testing. Raises ValueError for a text that
+    is missing, too short or not UTF-8.
     """
     if context < 1:
         raise ValueError(f"data.context={context}: it must be at least 1 character")

@@ -1,10 +1,10 @@
 """First phases that trials share: kept, taken, and mended."""
 
-from trainer.sweep.prefix import Prefixes
+from trainer.sweep.shared_phases import SharedPhases
 
 
 def test_what_a_trial_had_to_make_anew_takes_the_place_of_what_was_damaged(tmp_path):
-    shared = Prefixes("train", tmp_path)
+    shared = SharedPhases("train", tmp_path)
     for content in ("damaged", "whole"):
         made = tmp_path / content / "checkpoints"
         made.mkdir(parents=True)

@@ -193,31 +193,40 @@ def sample_name(split: Split, index: int) -> str:
     return name
 
 
-def held_out(dataset: Dataset[Any], share: float, n_parts: int) -> list[Dataset[Any]]:
-    """`n_parts` disjoint parts of round(share x n) samples each, then the rest.
+def held_out_size(samples: int, share: float, n_parts: int) -> int:
+    """Samples in each of `n_parts` held-out parts: round(share x samples).
 
-    Which samples is a fixed permutation's choice, the same in every run. Raises ValueError if a
-    part or the rest would be empty.
+    Raises:
+        ValueError: A part, or what remains for training, would be empty.
+    """
+    size = round(share * samples)
+    if size < 1 or n_parts * size >= samples:
+        raise ValueError(
+            f"data.hold_out={share}: {n_parts} times {size} of {samples} training samples cannot "
+            "be held out; change the fraction or give data.validation and data.test"
+        )
+    return size
+
+
+def held_out(dataset: Dataset[Any], share: float, n_parts: int) -> list[Dataset[Any]]:
+    """`n_parts` disjoint held-out parts, then the rest, chosen by a fixed permutation.
+
+    Raises ValueError as `held_out_size`.
     """
     n = len(dataset)  # type: ignore[arg-type]
-    size = round(share * n)
-    if size < 1 or n_parts * size >= n:
-        raise ValueError(
-            f"data.hold_out={share}: {n_parts} times {size} of {n} training samples cannot be held "
-            "out; change the fraction or give data.validation and data.test"
-        )
+    size = held_out_size(n, share, n_parts)
     order = permutation(n, SPLIT_SEED, 0)
     edges = [i * size for i in range(1, n_parts + 1)]
     return [Subset(dataset, part.tolist()) for part in order.tensor_split(edges)]
 
 
 def dataset(
-    seed: int,
     train: Dataset[Any],
     validation: Dataset[Any] | None = None,
     test: Dataset[Any] | None = None,
     hold_out: float = 0.1,
     loader_workers: int = 0,
+    seed: int = 0,
 ) -> Splits:
     """Splits of Datasets whose items are (input, integer target) pairs.
 

@@ -27,7 +27,7 @@ _PARTS = (
 )
 
 
-class Prefixes:
+class SharedPhases:
     """The folder prefixes/ of a sweep: ends of phases, by a digest of what they came from."""
 
     def __init__(self, last: str | None, folder: Path) -> None:
@@ -69,11 +69,11 @@ class Prefixes:
             _link(self._folder / key, checkpoints)
 
 
-def check_prefix(cfg: Config) -> None:
-    """Raises ConfigError where sweep.prefix names no phase."""
-    if cfg.sweep.prefix is not None and cfg.sweep.prefix not in cfg.phases:
+def check_shared_phases(cfg: Config) -> None:
+    """Raises ConfigError where sweep.shared_phases names no phase."""
+    if cfg.sweep.shared_phases is not None and cfg.sweep.shared_phases not in cfg.phases:
         raise ConfigError(
-            f"sweep.prefix={cfg.sweep.prefix}: there is no such phase; there are "
+            f"sweep.shared_phases={cfg.sweep.shared_phases}: there is no such phase; there are "
             f"{', '.join(cfg.phases)}"
         )
 

@@ -1,0 +1,117 @@
+"""Composition of a configuration with Hydra, from the shipped files, the user's, and overrides."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.config.overrides import as_hydra, drop_nested
+from trainer.config.renamed import rename_keys, rename_override
+from trainer.errors import ConfigError, first_line
+
+_PRIMARY = "trainer_config"  # name of conf/config.yaml for Hydra, which no user's file has
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed configuration."""
+
+    tree: DictConfig  # interpolations are not resolved
+    folder: Path  # the wanted run directory
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain values, interpolations resolved.
+
+        Raises:
+            ConfigError: A value is missing, or an interpolation cannot be resolved.
+        """
+        try:
+            plain = OmegaConf.to_container(self.tree, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(one_line(error)) from error
+        assert isinstance(plain, dict)
+        return {str(key): value for key, value in plain.items()}
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> Composed:
+    """Compose a configuration.
+
+    Args:
+        overrides: Hydra overrides, such as "+experiment=smoke" and "seed=1".
+        config_dir: A folder with further configuration files. Its files take precedence over
+            shipped files of the same name.
+
+    Raises:
+        ConfigError: Hydra or OmegaConf refuse something.
+    """
+    overrides = [rename_override(override) for override in overrides]
+    folders = [conf_dir()]
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
+        folders.insert(0, Path(config_dir).resolve())
+    arguments = [as_hydra(override) for override in overrides]
+    if folders[1:]:
+        rest = json.dumps([str(folder) for folder in folders[1:]], ensure_ascii=False)
+        arguments.append(f"hydra.searchpath={rest}")
+    try:
+        primary = OmegaConf.load(conf_dir() / "config.yaml")
+        ConfigStore.instance().store(_PRIMARY, primary)
+        with initialize_config_dir(str(folders[0]), job_name="trainer", version_base="1.3"):
+            composed = compose(_PRIMARY, arguments, return_hydra_config=True)
+            HydraConfig.instance().set_config(composed)
+            moved = any(override.startswith("hydra.run.dir=") for override in overrides)
+            kind = "sweep" if composed.sweep.get("params") and not moved else "run"
+            run_dir = Path(composed.hydra[kind].dir)
+            OmegaConf.set_struct(composed, False)
+            del composed["hydra"]
+            drop_nested(overrides, composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"a configuration file cannot be read: {one_line(error)}") from error
+    tree = OmegaConf.create(rename_keys(_container(composed)))
+    assert isinstance(tree, DictConfig)
+    _check_sweep(overrides, tree)
+    return Composed(tree, run_dir)
+
+
+def one_line(error: Exception) -> str:
+    """The message of a Hydra error and of its cause, on one line."""
+    text = str(error).partition("Config search path")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if error.__cause__ and first_line(error.__cause__) not in text:
+        lines.append(first_line(error.__cause__))
+    return " ".join(lines)
+
+
+def _container(tree: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _check_sweep(overrides: Sequence[str], tree: DictConfig) -> None:
+    """Refuse settings of a sweep on the command line if there is nothing to search."""
+    mine = [override for override in overrides if override.lstrip("+").startswith("sweep.")]
+    if mine and not tree.sweep.get("params") and "~sweep.params" not in overrides:
+        raise ConfigError(
+            f"{mine[0]}: sweep.params is empty, so there is nothing to search; give a range, such "
+            "as 'sweep.params.optimizer.lr=tag(log, interval(1e-3,1e-1))', or leave sweep out"
+        )

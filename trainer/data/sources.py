@@ -1,0 +1,109 @@
+"""Data that is passed as Python objects: splits, Datasets, or tensors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from trainer.data.datasets import SPLIT_SEED, DatasetSplit, dataset, held_out_size
+from trainer.data.order import permutation
+from trainer.data.split import Split, Splits, TensorSplit
+
+_PARTS = ("train", "validation", "test")
+_ACCEPTED = (
+    "pass Splits, a Dataset, a pair (inputs, targets) of tensors, or three of these as "
+    "(train, validation, test) or as a mapping with these keys"
+)
+
+
+def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
+    """Make `Splits` of the data that users pass to the library.
+
+    Args:
+        data: One of
+
+            - `Splits`, which are returned as they are;
+            - a map-style Dataset of (input, target) pairs, or a pair (inputs, targets) of tensors
+              or NumPy arrays: a fixed permutation holds out parts for validation and test;
+            - three of these, as a sequence (train, validation, test) or a mapping with these keys,
+              of which validation and test may be missing or None: they are held out from train.
+        seed: Seeds the random numbers of augmentation in Datasets.
+        hold_out: Fraction of train that is held out for each part that is not given.
+
+    Raises:
+        ValueError: The data has none of these forms, or is too small to hold out parts.
+    """
+    if isinstance(data, Splits):
+        return data
+    parts = _parts(data)
+    missing = [name for name in _PARTS[1:] if parts.get(name) is None]
+    train = parts["train"]
+    if _is_pair(train) and missing:
+        inputs, targets = map(_tensor, train)
+        size = held_out_size(len(inputs), hold_out, len(missing))
+        order = permutation(len(inputs), SPLIT_SEED, 0)
+        *held, rest = order.tensor_split([size * (i + 1) for i in range(len(missing))])
+        parts |= {
+            name: (inputs[indices], targets[indices])
+            for name, indices in zip([*missing, "train"], [*held, rest], strict=True)
+        }
+    elif missing:
+        made = dataset(train, parts.get("validation"), parts.get("test"), hold_out, seed=seed)
+        return made
+    return Splits(**{name: _split(name, parts[name], seed) for name in _PARTS})
+
+
+def _parts(data: Any) -> dict[str, Any]:
+    """The data by part; validation and test may be missing."""
+    if isinstance(data, Mapping):
+        unknown = [str(key) for key in data if key not in _PARTS]
+        if unknown or data.get("train") is None:
+            problem = f"unknown keys {', '.join(unknown)}" if unknown else "there is no train"
+            raise ValueError(f"data: {problem}; {_ACCEPTED}")
+        return dict(data)
+    if _is_pair(data) or _is_dataset(data):
+        return {"train": data}
+    if isinstance(data, Sequence) and len(data) == 3:
+        return dict(zip(_PARTS, data, strict=True))
+    raise ValueError(f"data is a {type(data).__name__}: {_ACCEPTED}")
+
+
+def _split(name: str, part: Any, seed: int) -> Split:
+    if _is_pair(part):
+        inputs, targets = map(_tensor, part)
+        return TensorSplit(inputs, targets)
+    if isinstance(part, TensorDataset) and len(part.tensors) == 2:
+        return TensorSplit(*part.tensors)
+    if hasattr(part, "batches"):
+        split: Split = part
+        return split
+    if _is_dataset(part):
+        return DatasetSplit(part, seed)
+    raise ValueError(f"data: {name} is a {type(part).__name__}; {_ACCEPTED}")
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether `data` is (inputs, targets)."""
+    arrays = Tensor | np.ndarray
+    return (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(isinstance(x, arrays) for x in data)
+    )
+
+
+def _is_dataset(data: Any) -> bool:
+    named = isinstance(data, Dataset) and not isinstance(data, torch.utils.data.IterableDataset)
+    return named or (
+        hasattr(data, "__getitem__")
+        and hasattr(data, "__len__")
+        and not _is_pair(data)
+        and not isinstance(data, Sequence | Mapping | Tensor | np.ndarray)
+    )
+
+
+def _tensor(data: Any) -> Tensor:
+    return torch.from_numpy(data) if isinstance(data, np.ndarray) else data

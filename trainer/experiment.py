@@ -1,0 +1,571 @@
+"""One experiment, built and validated once, from a configuration or from Python objects.
+
+The driver, the workers, sweeps and reports all receive an `Experiment`. Only this module turns
+settings into objects; nothing above it reads plain settings.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_method
+from torch import Tensor, nn
+
+from trainer import artifact as artifacts
+from trainer.compress.rewrite import restore
+from trainer.compress.state import model_state
+from trainer.config import (
+    AllReduceConfig,
+    ArtifactConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    ExportConfig,
+    LimitsConfig,
+    to_dataclass,
+)
+from trainer.config.instantiate import OBJECT, Factory, locate
+from trainer.config.renamed import rename_keys
+from trainer.data.datasets import generators_left_alone, seed_generators
+from trainer.data.hashing import mix
+from trainer.data.sources import as_splits
+from trainer.data.split import Splits
+from trainer.engine.optim import OptimizerSpec, parse_optimizer
+from trainer.engine.runtime import Runtime
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.phases import AutoPrune, Phase, StructuralPhase
+from trainer.phases.auto_prune import expand
+from trainer.phases.structure import (
+    StructureChange,
+    apply_changes,
+    class_path,
+    from_metadata,
+    to_metadata,
+)
+from trainer.store.initial import initial_weights as read_initial
+from trainer.store.serialization import check_state, from_bytes, to_bytes
+
+DEFAULT_OPTIMIZER = {
+    "_target_": "torch.optim.SGD",
+    "lr": 0.02,
+    "momentum": 0.9,
+    "weight_decay": 0.0005,
+    "nesterov": True,
+}
+"""The optimizer of experiments that name none; the same as conf/optimizer/sgd.yaml."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of phases after which the weights have the same properties."""
+
+    properties: frozenset[str]  # such as {"zeros", "sharing"}; empty: dense
+    phase: int  # index of its last phase; -1: no phase, the initial weights
+
+
+class Experiment:
+    """A model, data, and the phases that train and compress the model.
+
+        experiment = Experiment(
+            model=LeNet5(),
+            data=trainer.data.mnist(),
+            phases=[Train(epochs=2), Prune(sparsity=0.9), Retrain(epochs=1)],
+            workers=2,
+        )
+        result = trainer.run(experiment)
+
+    Args:
+        model: An `nn.Module`, whose weights are the initial weights; a callable that returns one,
+            such as a class or `functools.partial(ConvNet, depth=3)`, called under the seed; or a
+            mapping with a `_target_`.
+        data: Splits, Datasets or tensors (see `trainer.data.as_splits`); a callable that returns
+            `Splits`; or a mapping with a `_target_`.
+        phases: Phases in order, as a sequence or as a mapping by name.
+        optimizer: A class or `functools.partial` of one, such as
+            `partial(torch.optim.AdamW, lr=1e-3)`, or a mapping with a `_target_`. By default SGD
+            with a learning rate of 0.02, momentum 0.9, Nesterov, and weight decay 0.0005.
+        lr: Peak learning rate of phases that set none; overrides that of `optimizer`.
+        name: Title, and default folder under outputs/.
+        seed: Seeds initial weights, order of the samples, augmentation and dropout.
+        batch_size: Samples per optimizer step, over all workers.
+        precision: "fp32", "bf16" or "fp16".
+        channels_last: Memory format of convolutional models.
+        init_from: File with initial weights: .safetensors, .pt or .dcz.
+        workers: Number of data-parallel workers; shorthand for `cluster`.
+        cluster, allreduce, checkpoint, export, limits: Settings of these sections, as a dataclass
+            of `trainer.config` or a mapping.
+        artifact: Whether to write model.dcz, or the settings of that section.
+        logger: Sinks by name: mappings with a `_target_`, or objects that follow
+            `trainer.report.Sink`.
+
+    Raises:
+        ConfigError: A setting is unknown or not allowed, or the phases do not fit together.
+
+    Attributes:
+        config: All settings, typed.
+        model: Factory of the model.
+        data: Factory of the data.
+        optimizer: The optimizer class and its settings.
+        phases: The phases by name, in order.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module | Callable[..., nn.Module] | Mapping[str, Any],
+        data: Any,
+        phases: Sequence[Phase] | Mapping[str, Phase],
+        optimizer: Callable[..., torch.optim.Optimizer] | Mapping[str, Any] | None = None,
+        lr: float | None = None,
+        name: str = "experiment",
+        seed: int = 0,
+        batch_size: int = 64,
+        precision: str = "fp32",
+        channels_last: bool = False,
+        init_from: str | None = None,
+        workers: int | None = None,
+        cluster: ClusterConfig | Mapping[str, Any] | None = None,
+        allreduce: AllReduceConfig | Mapping[str, Any] | None = None,
+        checkpoint: CheckpointConfig | Mapping[str, Any] | None = None,
+        artifact: bool | ArtifactConfig | Mapping[str, Any] = False,
+        export: ExportConfig | Mapping[str, Any] | None = None,
+        limits: LimitsConfig | Mapping[str, Any] | None = None,
+        logger: Mapping[str, Any] | None = None,
+    ) -> None:
+        objects: dict[str, Any] = {}
+        chosen = _describe("optimizer", optimizer or DEFAULT_OPTIMIZER, objects)
+        if OBJECT in chosen:
+            raise ConfigError("optimizer: pass its class, not an object: it is made for each phase")
+        sections = {
+            "cluster": {**_plain(cluster), **({} if workers is None else {"workers": workers})},
+            "allreduce": _plain(allreduce),
+            "checkpoint": _plain(checkpoint),
+            "artifact": {"make": artifact} if isinstance(artifact, bool) else _plain(artifact),
+            "export": _plain(export),
+            "limits": _plain(limits),
+        }
+        settings = {
+            "name": name,
+            "model": _describe("model", model, objects),
+            "data": {**_describe("data", data, objects), "batch_size": batch_size},
+            "optimizer": chosen if lr is None else {**chosen, "lr": lr},
+            "phases": {
+                key: _describe_phase(key, phase, objects) for key, phase in _by_name(phases).items()
+            },
+            "logger": {
+                key: _describe(f"logger.{key}", sink, objects)
+                for key, sink in (logger or {}).items()
+            },
+            "init_from": None if init_from is None else str(init_from),
+            "seed": seed,
+            "precision": precision,
+            "channels_last": channels_last,
+            **sections,
+        }
+        self._build(to_dataclass(Config, settings), objects)
+
+    @classmethod
+    def from_config(
+        cls, config: Config | Mapping[str, Any], objects: Mapping[str, Any] | None = None
+    ) -> "Experiment":
+        """Build an experiment from its settings.
+
+        Args:
+            config: Typed, or plain as in config.yaml.
+            objects: Python objects that the settings refer to by `_object_`, and classes by dotted
+                path that cannot be imported.
+
+        Raises:
+            ConfigError: As the constructor.
+        """
+        experiment = cls.__new__(cls)
+        if not isinstance(config, Config):
+            config = to_dataclass(Config, rename_keys(config))
+        experiment._build(config, dict(objects or {}))
+        return experiment
+
+    def _build(self, config: Config, objects: dict[str, Any]) -> None:
+        self.config = config
+        self.objects = objects
+        self.model: Factory[nn.Module] = Factory("model", config.model, nn.Module, objects)
+        settings = {key: value for key, value in config.data.items() if key != "batch_size"}
+        self.data: Factory[Splits] = Factory("data", settings, Splits, objects)
+        self.optimizer: OptimizerSpec = parse_optimizer(config.optimizer, objects)
+        self.phases: dict[str, Phase] = _build_phases(config.phases, objects)
+        self.loggers: dict[str, Factory[Any]] = {
+            name: Factory(f"logger.{name}", settings, object, objects)
+            for name, settings in config.logger.items()
+        }
+        check_order(self.phases)
+        self._check_distillation()
+        self.check_limits(config.limits)
+        self._check_max_drops()
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as plain values: the content of config.yaml."""
+        return dataclasses.asdict(self.config)
+
+    def with_cluster(self, cluster: ClusterConfig) -> "Experiment":
+        """The same experiment on other workers."""
+        config = dataclasses.replace(self.config, cluster=cluster)
+        return Experiment.from_config(config, self.objects)
+
+    @property
+    def name(self) -> str:
+        """Title of the experiment."""
+        return self.config.name
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that the phases lead through; the first one is the dense model."""
+        found = [Stage(frozenset(), -1)]
+        for index, phase in enumerate(self.phases.values()):
+            stage = Stage(found[-1].properties | phase.makes, index)
+            if stage.properties == found[-1].properties:
+                found[-1] = stage
+            else:
+                found.append(stage)
+        return found
+
+    @property
+    def has_initial_weights(self) -> bool:
+        """Whether the initial weights are given: by `init_from`, or by a model object."""
+        return self.config.init_from is not None or self.model.is_object
+
+    @property
+    def has_dense_model(self) -> bool:
+        """Whether there is a dense model to compare with: a trained one, or given weights."""
+        return self.stages[0].phase >= 0 or self.has_initial_weights
+
+    def dense_phase_needed(self, start: int) -> int | None:
+        """The phase whose weights, the dense model's, phases from index `start` on need.
+
+        Returns:
+            Index of the phase; -1 for the initial weights. None if no phase needs the dense model,
+            or if the run starts from it anyway.
+        """
+        dense = self.stages[0].phase
+        if dense >= start - 1:
+            return None
+        remaining = list(self.phases.values())[start:]
+        return dense if any(phase.needs_dense_model for phase in remaining) else None
+
+    def build_model(self) -> nn.Module:
+        """Build the model with its initial weights, drawn from torch's global random state."""
+        return self.model.build()
+
+    def build_data(self) -> Splits:
+        """Build the three splits. They are the same whenever and wherever they are built.
+
+        Code that draws from the global random generators of the CPU, such as `random_split`,
+        draws by the experiment's seed.
+
+        Raises:
+            ConfigError: The settings or the data are wrong, or a split is empty.
+        """
+        seed = self.config.seed
+        with generators_left_alone():
+            seed_generators(mix(seed))
+            if self.data.is_object:
+                try:
+                    splits = as_splits(self.objects[self.data.settings[OBJECT]], seed)
+                except ValueError as error:
+                    raise ConfigError(str(error)) from error
+            else:
+                splits = self.data.build(seed=seed)
+        for name in ("train", "validation", "test"):
+            if len(getattr(splits, name)) == 0:
+                raise ConfigError(f"data: the {name} split is empty; give it at least one sample")
+        return splits
+
+    def build_runtime(self, world: World) -> Runtime:
+        """What all phases share on a worker."""
+        return Runtime(
+            world=world,
+            precision=self.config.precision,
+            allreduce=self.config.allreduce,
+            optimizer=self.optimizer,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            channels_last=self.config.channels_last,
+        )
+
+    def build_loggers(self, folder: Path, name: str, group: str | None = None) -> list[Any]:
+        """Make the sinks that `logger` names; they follow `trainer.report.sinks.Sink`.
+
+        Args:
+            folder: The run directory.
+            name: Title of the run.
+            group: Name of the sweep that the run is a trial of.
+        """
+        context = {"folder": folder, "name": name, "settings": self.settings(), "group": group}
+        return [factory.build(**context) for factory in self.loggers.values()]
+
+    def initial_weights(self, model: nn.Module | None) -> bytes:
+        """The initial weights that were given, as the content of a safetensors file.
+
+        Args:
+            model: A model whose names and shapes the weights must have; None: they are not checked.
+
+        Raises:
+            ConfigError: The file of `init_from` cannot be read, or is of another model.
+        """
+        if self.config.init_from is not None:
+            return read_initial(Path(self.config.init_from), model)
+        return to_bytes(model_state(self.build_model()))
+
+    def encode_artifact(self, weights: bytes, about: Mapping[str, Any] | None = None) -> bytes:
+        """The compressed file of a model.
+
+        Args:
+            weights: Content of a safetensors file.
+            about: Plain values to store beside name, seed and model.
+        """
+        tensors, metadata = from_bytes(weights)
+        config = self.config
+        return artifacts.encode(
+            dict(sorted(tensors.items())),
+            config.artifact.dtype,
+            config.artifact.coder,
+            {
+                "name": config.name,
+                "seed": config.seed,
+                "model": config.model,
+                **(about or {}),
+                **to_metadata(from_metadata(metadata)),
+            },
+        )
+
+    def load_model(
+        self, weights: Mapping[str, Tensor], changes: Sequence[StructureChange] = ()
+    ) -> nn.Module:
+        """Build a fresh model and give it the structure and weights of a trained one.
+
+        Args:
+            weights: A state_dict, perhaps of a quantized model.
+            changes: Structural changes made before the weights were stored.
+        """
+        model = self.build_model()
+        self.apply_changes(model, changes)
+        return restore(model, weights)
+
+    def apply_changes(self, model: nn.Module, changes: Sequence[StructureChange]) -> None:
+        """Make the structural changes of this experiment's phases on a fresh model, in place."""
+        kinds = {
+            class_path(type(phase)): type(phase)
+            for phase in self.phases.values()
+            if isinstance(phase, StructuralPhase)
+        }
+        apply_changes(model, changes, kinds)
+
+    def check_model(self) -> nn.Module | None:
+        """Validate phases and artifact against the model.
+
+        Returns:
+            The model on the meta device; None if it cannot be built there. The workers, which build
+            the real model, then validate the phases before they train.
+
+        Raises:
+            ConfigError: The model cannot be built, or a setting of a phase does not fit it.
+        """
+        try:
+            with torch.device("meta"):
+                model = self.build_model()
+        except ConfigError as error:
+            instantiation = error.__cause__
+            if instantiation is None or isinstance(instantiation.__cause__, ValueError):
+                raise
+            return None
+        check_state(model)
+        self.check_phases(model)
+        if self.config.artifact.make:
+            try:
+                artifacts.check(model_state(model))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"artifact.make=true: {error}; set artifact.make=false"
+                ) from error
+        return model
+
+    def check_phases(self, model: nn.Module) -> None:
+        """Raise ConfigError for a setting of a phase that does not fit `model`."""
+        for name, phase in self.phases.items():
+            try:
+                phase.check_model(model)
+            except ConfigError as error:
+                raise ConfigError(f"phases.{name}: {error}") from error
+
+    def check_limits(self, limits: LimitsConfig) -> None:
+        """Raise ConfigError for a limit that cannot be applied."""
+        if limits.max_accuracy_drop is not None and not self.has_dense_model:
+            raise ConfigError(
+                f"limits.max_accuracy_drop={limits.max_accuracy_drop:g}: there is no dense model "
+                "to compare with; put a train phase first, or set init_from"
+            )
+
+    def _check_distillation(self) -> None:
+        """Refuse distillation in a phase before which there is no dense model to learn from."""
+        dense = self.stages[0].phase
+        for index, (name, phase) in enumerate(self.phases.items()):
+            weight = phase.fit.distill.weight
+            if weight and (index <= dense or (dense < 0 and not self.has_initial_weights)):
+                raise ConfigError(
+                    f"phases.{name}.fit.distill.weight={weight}: there is no dense model to learn "
+                    "from before this phase; the teacher is what the last phase before the first "
+                    "compressing one left, or init_from"
+                )
+
+    def _check_max_drops(self) -> None:
+        """Refuse a search that may lose more accuracy than the result is allowed to."""
+        limit = self.config.limits.max_accuracy_drop
+        for name, phase in self.phases.items():
+            drop = phase.max_drop if isinstance(phase, AutoPrune) else None
+            if limit is not None and drop is not None and drop > limit:
+                raise ConfigError(
+                    f"phases.{name}.max_drop={drop:g}: the search may lose more than "
+                    f"limits.max_accuracy_drop={limit:g} allows; lower it, a little below the limit"
+                )
+
+
+def check_order(phases: Mapping[str, Phase]) -> None:
+    """Refuse an order in which a phase destroys what an earlier one made.
+
+    Raises:
+        ConfigError: Names both phases and what to do.
+    """
+    made: dict[str, str] = {}
+    for name, phase in phases.items():
+        for what, maker in made.items():
+            problem = f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}"
+            if what in phase.destroys:
+                raise ConfigError(
+                    f"{problem}, even without training: move it before {maker!r}, or keep the "
+                    f"{what} if it has a setting for that, such as keep=[zeros,sharing]"
+                )
+            if phase.fit.epochs > 0 and what not in phase.keeps:
+                raise ConfigError(f"{problem}: use retrain instead, or move it before {maker!r}")
+        made.update(dict.fromkeys(phase.makes, name))
+
+
+def _build_phases(
+    settings: Mapping[str, Mapping[str, Any]], objects: Mapping[str, Any]
+) -> dict[str, Phase]:
+    if not settings:
+        raise ConfigError("phases: there are none; an experiment needs at least one, such as train")
+    return {name: _build_phase(name, chosen, objects) for name, chosen in settings.items()}
+
+
+def _build_phase(name: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Phase:
+    key = f"phases.{name}"
+    if OBJECT in settings:
+        return Factory(key, settings, Phase, objects).build()
+    fit = settings.get("fit", {})
+    if not isinstance(fit, Mapping):
+        raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
+    kind = locate(key, settings, objects)
+    if not (isinstance(kind, type) and issubclass(kind, Phase) and dataclasses.is_dataclass(kind)):
+        raise ConfigError(
+            f"{key}._target_={settings['_target_']}: a phase is a dataclass that derives from Phase"
+        )
+    own = {field: value for field, value in settings.items() if field != "_target_"}
+    phase: Phase = to_dataclass(kind, own, key)
+    try:
+        return expand(phase)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error}") from error
+
+
+def _by_name(phases: Sequence[Phase] | Mapping[str, Phase]) -> dict[str, Phase]:
+    """Phases by name; in a sequence they are named after their kind: train, prune, prune_2."""
+    if isinstance(phases, Mapping):
+        return dict(phases)
+    named: dict[str, Phase] = {}
+    for phase in phases:
+        kind = getattr(phase, "kind", type(phase).__name__.lower())
+        number = 1
+        while (name := kind if number == 1 else f"{kind}_{number}") in named:
+            number += 1
+        named[name] = phase
+    return named
+
+
+def _describe(key: str, value: Any, objects: dict[str, Any]) -> dict[str, Any]:
+    """Settings that describe what was passed for `key`.
+
+    Callables are described by their dotted path and arguments; one that other processes cannot
+    import is added to `objects` by that path. Anything else is added as it is.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:
+        return dict(value)
+    function, arguments = value, {}
+    if isinstance(value, functools.partial) and not value.args:
+        function, arguments = value.func, value.keywords
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    named = callable(function) and module and name and not isinstance(function, nn.Module)
+    if named and _is_plain(arguments):
+        path = f"{module}.{name}"
+        if not _can_import(path, function):
+            objects[path] = function
+        return {"_target_": path, **arguments}
+    objects[key] = value
+    return {OBJECT: key}
+
+
+def _describe_phase(name: str, phase: Phase, objects: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a phase that was passed as an object."""
+    if not isinstance(phase, Phase):
+        raise ConfigError(
+            f"phases: {name} is a {type(phase).__name__}; pass objects of subclasses of Phase, "
+            "such as Train(epochs=2)"
+        )
+    values = {
+        field.name: getattr(phase, field.name) for field in dataclasses.fields(phase) if field.init
+    }
+    settings = {
+        key: dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+        for key, value in values.items()
+    }
+    if not _is_plain(settings):
+        objects[f"phases.{name}"] = phase
+        return {OBJECT: f"phases.{name}"}
+    path = class_path(type(phase))
+    if not _can_import(path, type(phase)):
+        objects[path] = type(phase)
+    return {"_target_": path, **settings}
+
+
+def _can_import(path: str, wanted: Any) -> bool:
+    """Whether other processes get `wanted` by importing `path`."""
+    if path.startswith("__main__.") or "<locals>" in path:
+        return False
+    try:
+        return get_method(path) is wanted
+    except Exception:  # whatever importing raises
+        return False
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a configuration file can hold a value."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return True
+        case Mapping():
+            return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+        case list() | tuple():
+            return all(_is_plain(item) for item in value)
+    return False
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """A section that was passed as a dataclass, a mapping, or not at all."""
+    if section is None:
+        return {}
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        return dataclasses.asdict(section)
+    return dict(section)

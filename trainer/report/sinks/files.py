@@ -1,0 +1,48 @@
+"""The run's own files that grow with its messages: log.txt and metrics.jsonl."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.messages import EpochEnded, Message, Resumed, WorkersLost
+from trainer.report.terminal import describe
+from trainer.store.directory import RunDirectory, as_json
+
+
+class LogSink:
+    """Writes log.txt: what the terminal shows, and tracebacks."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+
+    def on(self, message: Message) -> None:
+        """Log the line that describes the message, if there is one."""
+        if isinstance(message, WorkersLost):
+            self._directory.log(message.detail)
+        if line := describe(message):
+            self._directory.log(line)
+
+    def close(self) -> None:
+        """Every line is written at once: nothing to do."""
+
+
+class MetricsSink:
+    """Writes metrics.jsonl: a line per epoch."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+
+    def on(self, message: Message) -> None:
+        """Append an epoch; when the run resumes, delete the epochs after the point."""
+        match message:
+            case EpochEnded():
+                self._directory.append_metrics(as_json(message))
+            case Resumed(phase=phase, step=step, names=names):
+                index = {name: number for number, name in enumerate(names)}
+
+                def is_before(entry: Mapping[str, Any]) -> bool:
+                    return (index[entry["phase"]], entry["step"]) <= (phase, step)
+
+                self._directory.truncate_metrics(is_before)
+
+    def close(self) -> None:
+        """Every line is written at once: nothing to do."""

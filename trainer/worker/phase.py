@@ -1,0 +1,271 @@
+"""One phase of a run: entered, trained, left; most phases once, some in several rounds."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.compress.counts import counts
+from trainer.compress.state import load_state, model_state
+from trainer.config import CheckpointConfig
+from trainer.data.split import Splits
+from trainer.engine.cost import macs
+from trainer.engine.evaluate import Metrics, evaluate
+from trainer.engine.loop import StepResult, fit, steps_in
+from trainer.engine.objective import Distilled, Objective, supervised
+from trainer.engine.runtime import Runtime
+from trainer.errors import Diverged
+from trainer.messages import (
+    Checkpoint,
+    Message,
+    PhaseEnded,
+    PhaseRecord,
+    PhaseStarted,
+    RoundEnded,
+    RoundRecord,
+    RunStopped,
+)
+from trainer.phases import Phase, RoundPhase, StructuralPhase
+from trainer.phases.structure import StructureChange, class_path, to_metadata
+from trainer.store.serialization import pack, to_bytes
+from trainer.worker.clock import PhaseClock
+
+LOSS_SCALE = "loss_scale"
+"""Key of the loss scale, with which the next phase starts, in the metadata of the weights."""
+
+CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 may request of all ranks after a step
+
+
+@dataclass
+class PhaseRun:
+    """Runs one phase on this worker."""
+
+    index: int
+    name: str
+    phase: Phase
+    model: nn.Module
+    dense: nn.Module | None  # the dense model, if the phase needs one
+    data: Splits
+    runtime: Runtime
+    epochs_before: int  # epochs of earlier phases
+    checkpoint: CheckpointConfig
+    changes: list[StructureChange]  # structural changes so far; a structural phase adds its own
+    stopped: bool = False  # the run was asked to stop within this phase
+    trainable: int = 0  # trainable values in the last round
+    last: StepResult | None = None  # last step of the last round
+
+    def messages(self, resumed: Mapping[str, Any] | None) -> Iterator[Message]:
+        """Run the phase and yield its reports.
+
+        Args:
+            resumed: State of a checkpoint within this phase to resume from; None: start the phase.
+        """
+        world, phase, model = self.runtime.world, self.phase, self.model
+        clock = PhaseClock(world, time.monotonic())
+        rounds: list[RoundRecord] = []
+        if resumed is not None:
+            clock.load(resumed["clock"])
+            rounds = [RoundRecord(**record) for record in resumed["rounds"]]
+            if isinstance(phase, RoundPhase):
+                phase.load_state(resumed["phase"])
+        if isinstance(phase, StructuralPhase):
+            self._change_structure(phase, resumed)
+        while True:
+            yield from self._round(clock, rounds, resumed)
+            if self.stopped:
+                return
+            after = counts(model)
+            metrics = self._evaluate(model)  # of the plain weights
+            if self.last:
+                shown = self._over_rounds(self.last, len(rounds))
+                yield clock.epoch(self.name, shown, metrics, after.sparsity)
+            if not isinstance(phase, RoundPhase):
+                break
+            rounds.append(phase.end_round(model, world, metrics))
+            yield RoundEnded(self.name, rounds[-1])
+            if rounds[-1].stopped:
+                after, metrics = counts(model), self._evaluate(model)
+                break
+            resumed = None
+        self._check_finite(metrics)
+        record = PhaseRecord(
+            name=self.name,
+            kind=phase.kind,
+            seconds=clock.seconds(),
+            steps=self._steps_per_round() * max(1, len(rounds)),
+            train_loss=clock.train_loss,
+            accuracy=metrics.accuracy,
+            loss=metrics.loss,
+            parameters=after.parameters,
+            learnable=self.trainable,
+            nonzero=after.nonzero,
+            sparsity=after.sparsity,
+            sent_bytes_per_step=self.last.sent_bytes if self.last else 0,
+            images_per_second=clock.overall(),
+            macs=self._macs(),
+            rounds=rounds,
+        )
+        with world.heartbeat.busy():
+            metadata = to_metadata(self.changes)
+            if scale := self.runtime.mixed_precision.state():
+                metadata[LOSS_SCALE] = json.dumps(scale)
+            weights = to_bytes(model_state(model), metadata) if world.rank == 0 else b""
+            yield PhaseEnded(index=self.index, record=record, weights=weights)
+
+    def _change_structure(self, phase: StructuralPhase, resumed: Mapping[str, Any] | None) -> None:
+        """Plan the phase's permanent change, or take it from the checkpoint, and make it."""
+        if resumed is not None:
+            change = dict(resumed["change"])
+        else:
+            change = phase.plan_change(self.model, self.runtime.world)
+        phase.apply_change(self.model, change)
+        self.changes.append(StructureChange(class_path(type(phase)), change))
+
+    def _round(
+        self, clock: PhaseClock, rounds: list[RoundRecord], resumed: Mapping[str, Any] | None
+    ) -> Iterator[Message]:
+        """Plan, enter, train, leave."""
+        model, phase, fit_config = self.model, self.phase, self.phase.fit
+        world, number = self.runtime.world, len(rounds)
+        step_before = resumed["fit"]["step"] if resumed else 0
+        world.heartbeat.begin(f"in phase {self.name}", self.index, step_before)
+        with world.heartbeat.busy():
+            if resumed is None and isinstance(phase, RoundPhase):
+                phase.plan_round(model, world, self._evaluate, self.dense)
+            phase.enter(model, world)
+            if resumed is not None:
+                load_state(model, resumed["model"])
+        entered = counts(model)
+        self.trainable = entered.learnable
+        if resumed is not None or not rounds:
+            yield PhaseStarted(
+                index=self.index,
+                name=self.name,
+                kind=phase.kind,
+                epochs=fit_config.epochs * self._max_rounds,
+                steps=self._steps_per_round() * self._max_rounds,
+                learnable=entered.learnable,
+                sparsity=entered.sparsity,
+            )
+        self.last = None
+        try:
+            for step in fit(
+                model,
+                self.data.train,
+                fit_config,
+                self.runtime,
+                self.epochs_before + number * fit_config.epochs,
+                resumed and resumed["fit"],
+                lambda: self._request(clock),
+                self._objective(),
+            ):
+                self.last = step
+                phase.after_step(model, world, step.step, step.total)
+                clock.count(step)
+                if clock.progress_due():
+                    shown = self._over_rounds(step, number)
+                    yield clock.progress(self.name, fit_config.epochs * self._max_rounds, shown)
+                if step.step == step.total:
+                    continue
+                if step.epoch_ends:
+                    clock.end_epoch()
+                    metrics = self._evaluate(model)
+                    shown = self._over_rounds(step, number)
+                    yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
+                every = self.checkpoint.every_steps
+                if step.requested != CONTINUE or (every and step.step % every == 0):
+                    with world.heartbeat.busy():
+                        yield self._checkpoint(step, clock, rounds)
+                    clock.kept = time.monotonic()
+                if step.requested == STOP:
+                    self.stopped = True
+                    yield RunStopped()
+                    return
+        except Diverged as error:
+            raise Diverged(f"phase {self.name}: {error}") from error
+        if self.last:
+            clock.end_epoch()
+        with world.heartbeat.busy():
+            phase.leave(model)
+
+    @property
+    def _max_rounds(self) -> int:
+        return self.phase.max_rounds if isinstance(self.phase, RoundPhase) else 1
+
+    def _check_finite(self, metrics: Metrics) -> None:
+        """Refuse a model that the last update broke: the loop checks losses before updates."""
+        if math.isfinite(metrics.loss):
+            return
+        message = f"phase {self.name}: the validation loss is {metrics.loss} at its end"
+        if self.last:
+            message += f", after step {self.last.step} at a learning rate of {self.last.lr:g}"
+        raise Diverged(f"{message}: lower optimizer.lr, warm up, or clip")
+
+    def _evaluate(self, model: nn.Module) -> Metrics:
+        return evaluate(model, self.data.validation, self.runtime)
+
+    def _steps_per_round(self) -> int:
+        return steps_in(len(self.data.train), self.runtime.batch_size, self.phase.fit)[1]
+
+    def _over_rounds(self, step: StepResult, number: int) -> StepResult:
+        """A step counted from the beginning of the phase, over all its rounds.
+
+        Args:
+            number: Of the round; 0 is the first.
+        """
+        if self._max_rounds == 1:
+            return step
+        return dataclasses.replace(
+            step,
+            step=number * step.total + step.step,
+            total=self._max_rounds * step.total,
+            epoch=number * self.phase.fit.epochs + step.epoch,
+        )
+
+    def _objective(self) -> Objective:
+        distill = self.phase.fit.distill
+        if not distill.weight:
+            return supervised
+        assert self.dense is not None  # Experiment has checked that there is one
+        return Distilled(self.dense, distill.weight, distill.temperature)
+
+    def _request(self, clock: PhaseClock) -> int:
+        """What this rank requests after the step. Only rank 0 hears the driver."""
+        world, every = self.runtime.world, self.checkpoint.every_seconds
+        if world.rank != 0:
+            return CONTINUE
+        if world.stop.is_set():
+            return STOP
+        return SAVE if every and time.monotonic() - clock.kept >= every else CONTINUE
+
+    def _macs(self) -> int:
+        order = iter([torch.zeros(1, dtype=torch.long)])
+        inputs, _ = self.runtime.place_batch(*next(self.data.validation.batches(order, None)))
+        with self.runtime.mixed_precision.autocast():
+            return macs(self.model, inputs)
+
+    def _checkpoint(
+        self, step: StepResult, clock: PhaseClock, rounds: list[RoundRecord]
+    ) -> Checkpoint:
+        """Everything that is needed to resume after `step`. A collective call."""
+        shown, clock_state = self._over_rounds(step, len(rounds)).step, clock.state()
+        content = b""
+        if self.runtime.world.rank == 0:
+            phase = self.phase
+            state = {
+                "model": model_state(self.model),
+                "clock": clock_state,
+                "fit": step.state(),
+                "phase": phase.state() if isinstance(phase, RoundPhase) else {},
+                "rounds": [dataclasses.asdict(record) for record in rounds],
+            }
+            if isinstance(phase, StructuralPhase):
+                state["change"] = self.changes[-1].change
+            content = pack(state)
+        return Checkpoint(phase=self.index, step=shown, content=content)
