@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from trainer.parts import build_model
 
 from tests.test_resume import config
 from trainer.data.split import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import RunError
-from trainer.messages import Measured
+from trainer.messages import Evaluated
 from trainer.store.serialization import to_bytes
-from trainer.worker.evaluate import measure
+from trainer.worker.evaluate import evaluate_models
 
 WORLD = World.single(torch.device("cpu"))
 
@@ -29,18 +28,18 @@ def spoiled(seed: int) -> Splits:
 
 def test_an_input_that_is_not_finite_is_named() -> None:
     cfg = config(data={"_target_": f"{__name__}.spoiled", "batch_size": 16})
-    weights = to_bytes(build_model(cfg).state_dict())
+    weights = to_bytes(cfg.build_model().state_dict())
     with pytest.raises(RunError, match=r"sample 7 of the test data"):
-        list(measure(WORLD, cfg, {"model": weights}))
+        list(evaluate_models(WORLD, cfg, {"model": weights}))
 
 
 def test_weights_that_give_no_finite_loss_are_refused() -> None:
     cfg = config()
-    state = build_model(cfg).state_dict()
-    (measured,) = measure(WORLD, cfg, {"model": to_bytes(state)})
-    assert isinstance(measured, Measured)
+    state = cfg.build_model().state_dict()
+    (measured,) = evaluate_models(WORLD, cfg, {"model": to_bytes(state)})
+    assert isinstance(measured, Evaluated)
     for value in state.values():
         if value.is_floating_point():
             value.fill_(math.nan)
     with pytest.raises(RunError, match="the test loss of the model model is nan"):
-        list(measure(WORLD, cfg, {"model": to_bytes(state)}))
+        list(evaluate_models(WORLD, cfg, {"model": to_bytes(state)}))
