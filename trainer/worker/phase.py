@@ -247,8 +247,7 @@ class PhaseRun:
     def _macs(self) -> int:
         order = iter([torch.zeros(1, dtype=torch.long)])
         inputs, _ = self.runtime.place_batch(*next(self.data.validation.batches(order, None)))
-        with self.runtime.mixed_precision.autocast():
-            return macs(self.model, inputs)
+        return macs(self.model, inputs)
 
     def _checkpoint(
         self, step: StepResult, clock: PhaseClock, rounds: list[RoundRecord]
