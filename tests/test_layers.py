@@ -31,13 +31,15 @@ FLOORS = {
     "report": 5,
     "worker": 6,
     "driver": 7,
-    "sweep": 7,
+    "sweeps": 7,
+    "library": 8,
+    "testing": 8,
     "__main__": 8,
     "__init__": 9,
 }
 
 # A library that only one part may know: the others must work without it.
-ONLY_IN = {"ray": "cluster", "optuna": "sweep"}
+ONLY_IN = {"ray": "cluster", "optuna": "sweeps"}
 
 
 def imports(module: str, tree: ast.Module, is_package: bool) -> set[str]:

@@ -88,7 +88,7 @@ def _build(config: Config) -> Any:
 
 def _sweep(config: Config, composed: Composed, arguments: list[str], signals: Signals) -> None:
     """Search, and then run the best trial in full if `sweep.refit` is set."""
-    from trainer.sweep.driver import run_sweep  # imports Optuna
+    from trainer.sweeps.driver import run_sweep  # imports Optuna
 
     best = run_sweep(config, composed.tree, composed.folder, arguments, signals)
     if best is not None:

@@ -1,5 +1,8 @@
 """The errors that end a command with one line instead of a traceback."""
 
+from pathlib import Path
+from typing import Any
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not empty, or else the name of its class."""
@@ -31,7 +34,17 @@ class Diverged(RunError):
 
 
 class LimitsMissed(Exception):
-    """The run ended, but its result misses a limit of the configuration: exit code 3."""
+    """The run is complete, but its result misses a limit of the configuration: exit code 3.
+
+    Attributes:
+        folder: The run directory.
+        result: The `trainer.Result`, if the run was started from Python.
+    """
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+        self.result: Any = None
 
 
 class Interrupted(KeyboardInterrupt):

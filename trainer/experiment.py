@@ -137,6 +137,11 @@ class Experiment:
         logger: Mapping[str, Any] | None = None,
     ) -> None:
         objects: dict[str, Any] = {}
+        if not (isinstance(model, nn.Module | Mapping) or callable(model)):
+            raise ConfigError(
+                f"model is a {type(model).__name__}: pass an nn.Module, a class or function that "
+                "returns one, or a mapping with a _target_"
+            )
         chosen = _describe("optimizer", optimizer or DEFAULT_OPTIMIZER, objects)
         if OBJECT in chosen:
             raise ConfigError("optimizer: pass its class, not an object: it is made for each phase")
@@ -477,6 +482,28 @@ def _build_phase(name: str, settings: Mapping[str, Any], objects: Mapping[str, A
         return expand(phase)
     except ConfigError as error:
         raise ConfigError(f"{key}.{error}") from error
+
+
+def collect_objects(
+    *,
+    model: Any = None,
+    data: Any = None,
+    phases: Sequence[Phase] | Mapping[str, Phase] = (),
+    logger: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The objects, and the classes that cannot be imported, among arguments of `Experiment`.
+
+    They are named as the settings of an experiment with these arguments refer to them.
+    """
+    objects: dict[str, Any] = {}
+    for key, value in (("model", model), ("data", data)):
+        if value is not None:
+            _describe(key, value, objects)
+    for key, phase in _by_name(phases).items():
+        _describe_phase(key, phase, objects)
+    for key, sink in (logger or {}).items():
+        _describe(f"logger.{key}", sink, objects)
+    return objects
 
 
 def _by_name(phases: Sequence[Phase] | Mapping[str, Phase]) -> dict[str, Phase]:

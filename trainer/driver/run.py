@@ -154,7 +154,7 @@ def _show(summary: dict[str, Any], directory: RunDirectory, console: Console) ->
         console.terminal.print(rich_table(table))
     console.say(f"results in {directory.path}")
     if summary["status"] == "limits":
-        raise LimitsMissed(summary["error"])
+        raise LimitsMissed(summary["error"], directory.path)
 
 
 @contextlib.contextmanager
@@ -203,7 +203,9 @@ class _Run:
         group: WorkerGroup | None = self.borrowed
         try:
             self.notify(f"run directory: {self.directory.path}")
-            if group is None:
+            if group is not None:
+                group.stop_requested.clear()  # set if the previous run was interrupted
+            else:
                 with self.signals.deferring(self._before_exit):
                     group = open_group(self.config.cluster)
             self._start(group)

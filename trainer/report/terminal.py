@@ -70,6 +70,11 @@ class Console:
         )
         self._bar: TaskID | None = None
 
+    @classmethod
+    def quiet(cls) -> "Console":
+        """A console that prints nothing."""
+        return cls(rich.console.Console(quiet=True))
+
     def __enter__(self) -> "Console":
         self._bars.start()
         return self

@@ -107,17 +107,18 @@ class RunDirectory:
             return None
         return summary
 
-    def write_command(self, arguments: Sequence[str]) -> None:
-        """Write command.json: the arguments of the command that created the folder."""
-        self._replace("command.json", json.dumps(list(arguments)).encode())
+    def write_command(self, arguments: Sequence[str] | None) -> None:
+        """Write command.json: the arguments of the command that created the folder, if one did."""
+        content = None if arguments is None else list(arguments)
+        self._replace("command.json", json.dumps(content).encode())
 
     def has_command(self) -> bool:
         """Whether there is a command.json."""
         return (self.path / "command.json").exists()
 
-    def read_command(self) -> list[str]:
+    def read_command(self) -> list[str] | None:
         """The content of command.json."""
-        arguments: list[str] = json.loads((self.path / "command.json").read_text())
+        arguments: list[str] | None = json.loads((self.path / "command.json").read_text())
         return arguments
 
     def write_config(self, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,195 @@
+"""Slots and their workers, with groups that start as the test says."""
+
+import threading
+import time
+
+import pytest
+
+from trainer.config import Config, to_dataclass
+from trainer.errors import ConfigError, RunError
+from trainer.sweeps import pool as pools
+from trainer.sweeps import slots
+from trainer.sweeps.slots import Ended, GivenBack
+
+CFG = {
+    "name": "n",
+    "model": {},
+    "data": {"batch_size": 8},
+    "optimizer": {},
+    "phases": {},
+    "cluster": {"workers": 1, "start_timeout_s": 0.1},
+}
+
+
+class Nodes:
+    """In the place of a fleet: has room for so many groups, all of which are lost at once."""
+
+    def __init__(self, room):
+        self.room = room
+        self.lost = False
+        self.started = self.stopped = 0  # groups
+        self.opening = threading.Event()  # they start when it is set
+        self.opening.set()
+
+    def open(self): ...
+
+    def size(self):
+        return max(1, self.room)
+
+    def new_group(self):
+        return Group(self)
+
+    def close(self, groups): ...
+
+
+class Group:
+    def __init__(self, nodes):
+        self.nodes = nodes
+        self.stop_requested = threading.Event()
+        self.stopped = False
+
+    def start(self):
+        self.nodes.opening.wait()
+        if self.nodes.room == 0:
+            raise ConfigError("no room")
+        self.nodes.started += 1
+
+    def alive(self):
+        return not self.nodes.lost
+
+    def run(self, body, cfg, start):
+        if start is not None:
+            start(self)
+        yield from ()
+
+    def stop(self):
+        self.nodes.stopped += 1
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A pool on `nodes`, whose clocks run fast."""
+    nodes = Nodes(room=2)
+    monkeypatch.setattr(pools, "Fleet", lambda cfg, groups: nodes)
+    monkeypatch.setattr(pools, "COUNT_EVERY_S", 0)
+    monkeypatch.setattr(slots, "PAUSE_S", 0.005)
+    cfg = to_dataclass(Config, {**CFG, "sweep": {"recycle_after": 3}})
+    pool = pools.Pool(cfg, lambda line: None)
+    yield pool, nodes
+    pool.close()
+
+
+def until(pool, done):
+    """Go on until `done` says so. Returns the events on the way."""
+    events = []
+    deadline = time.monotonic() + 5
+    while not done(events):
+        assert time.monotonic() < deadline
+        pool.follow_cluster()
+        if event := pool.event(0.01):
+            event.slot.trial = None
+            events.append(event)
+    return events
+
+
+def test_slots_come_and_go_with_the_nodes(made):
+    pool, nodes = made
+    until(pool, lambda _: len(pool._ready) == 2)
+    nodes.room = 3
+    until(pool, lambda _: len(pool._ready) == 3)
+    for _ in range(3):
+        pool.take().run(0, None, None)
+    nodes.room, nodes.lost = 0, True
+    until(pool, lambda events: len(events) == 3 and len(pool._slots) == 1)
+    nodes.room, nodes.lost = 2, False
+    until(pool, lambda _: len(pool._ready) == 2)
+
+
+def test_a_trial_whose_workers_are_gone_before_it_began_is_given_back(made):
+    pool, nodes = made
+    until(pool, lambda _: pool.free)
+    nodes.lost = True
+    pool.take().run(0, None, None)
+    (event,) = until(pool, lambda events: events)
+    assert isinstance(event, GivenBack)
+    nodes.lost = False
+    until(pool, lambda _: len(pool._ready) == 2)
+    pool.take().run(0, None, None)
+    (event,) = until(pool, lambda events: events)
+    assert event == Ended(event.slot, None)
+
+
+def test_where_no_slot_ever_had_workers_their_error_is_raised_at_once(made):
+    pool, nodes = made
+    nodes.room = 0
+    with pytest.raises(ConfigError, match="no room"):
+        until(pool, lambda _: False)
+
+
+def test_where_all_workers_are_lost_there_is_a_wait_for_room_before_the_error(made):
+    pool, nodes = made
+    until(pool, lambda _: len(pool._ready) == 2)
+    nodes.room, nodes.lost = 0, True
+    for _ in range(2):
+        pool.take().run(0, None, None)
+    begun = time.monotonic()
+    with pytest.raises(RunError, match=r"cluster\.start_timeout_s=0\.1: no room"):
+        until(pool, lambda _: False)
+    assert time.monotonic() - begun >= 0.1
+
+
+def test_workers_stay_warm_and_are_recycled_after_some_trials_and_after_an_error(made):
+    pool, nodes = made
+    nodes.room = 1
+
+    def one_trial(start):
+        until(pool, lambda _: pool.free)
+        pool.take().run(0, None, start)
+        (event,) = until(pool, lambda events: events)
+        return event.error
+
+    started = []
+    for _ in range(7):
+        assert one_trial(lambda group: started.append(nodes.started)) is None
+    assert started == [1, 1, 1, 2, 2, 2, 3]
+
+    def fail(group):
+        raise ArithmeticError
+
+    assert isinstance(one_trial(fail), ArithmeticError)
+    assert one_trial(lambda group: started.append(nodes.started)) is None
+    assert started[-1] == 4
+
+
+def test_a_trial_that_is_asked_to_stop_at_once_hears_of_it(made):
+    """A slot's thread that is slow to begin must not take the request for an old one."""
+    pool, _ = made
+    heard = []
+    held = threading.Event()
+    until(pool, lambda _: pool.free)
+    nodes_alive, Group.alive = Group.alive, lambda group: held.wait()
+    try:
+        slot = pool.take()
+        slot.group.stop_requested.set()  # by the trial before
+        slot.run(0, None, lambda group: heard.append(group.stop_requested.is_set()))
+        assert not slot.group.stop_requested.is_set()
+        pool.stop_trials()
+        held.set()
+        until(pool, lambda events: events)
+    finally:
+        Group.alive = nodes_alive
+    assert heard == [True]
+
+
+def test_workers_that_start_while_their_slot_is_closed_end_with_it(made):
+    pool, nodes = made
+    nodes.room = 1
+    nodes.opening.clear()
+    pool.follow_cluster()
+    (slot,) = pool._slots
+    while slot._starting is None:
+        time.sleep(0.001)
+    slot.close()
+    nodes.opening.set()
+    slot.join(5)
+    assert (nodes.started, nodes.stopped) == (1, 1)

@@ -1,0 +1,220 @@
+"""From texts to a space: what is drawn, when, and what is refused."""
+
+import optuna
+import pytest
+
+from trainer.config import SweepConfig
+from trainer.errors import ConfigError
+from trainer.sweeps.ranges import parse_range
+from trainer.sweeps.space import parse_space
+
+CONVNET = {
+    "model.depth": "range(1,4)",
+    "model.kernel_size": "choice(3,5)",
+    "optimizer": {"lr": "tag(log, interval(1e-4,1e-1))"},
+}
+
+
+def space(params, defaults=None, **settings):
+    cfg = SweepConfig(params=params, objectives={"accuracy": "maximize"}, **settings)
+    return parse_space(cfg, defaults or {})
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "values"),
+    [
+        ("range(1,5)", [1, 4], [1, 2, 3, 4]),
+        ("range(5)", [0, 4], [0, 1, 2, 3, 4]),
+        ("range(1,8,3)", [1, 7], [1, 4, 7]),
+        ("range(5,1,-2)", [3, 5], [3, 5]),
+        ("range(0.1,0.5,0.1)", [0.1, 0.4], [0.1, 0.2, 0.3, 0.4]),
+        ("choice(3,5,7)", [3, 5, 7], [3, 5, 7]),
+        ("3,5", [3, 5], [3, 5]),
+        ("choice(true,false,abc,'a b')", [True, False, "abc", "a b"], [True, False, "abc", "a b"]),
+        ("interval(0,1)", [0.0, 1.0], None),
+        ("range(0,10,3)", [0, 9], [0, 3, 6, 9]),
+        ("tag(log, interval(1e-4,1e-1))", [1e-4, 1e-1], None),
+        ("tag(log, int(interval(8,10)))", [8, 10], [8, 9, 10]),
+        ("int(interval(8,10))", [8, 10], [8, 9, 10]),
+        ("choice([3,3],[5])", ["[3, 3]", "[5]"], ["[3, 3]", "[5]"]),
+    ],
+)
+def test_ranges(text, ends, values):
+    found = parse_range("key", text)
+    assert found.ends() == ends
+    assert found.all() == values
+    assert getattr(found.distribution, "log", False) == ("log" in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("range(5,5)", "empty"),
+        ("range(5,1)", "empty"),
+        ("range(1,5,0)", ""),
+        ("range(1.5,5,0)", "step"),
+        ("range(0,2,0.000001)", "more than 1,000,000 values"),
+        ("interval(3,1)", "nothing between 3.0 and 1.0"),
+        ("choice()", "empty choice"),
+        ("choice(3,3)", "twice"),
+        ("tag(log, interval(0,1))", "low"),
+        ("tag(log, choice(1,2))", "log"),
+        ("tag(log, range(1,9,2))", "log"),
+        ("tag(big, choice(1,2))", "big"),
+        ("shuffle(choice(1,2))", "shuffle"),
+        ("glob(*)", "choice(...)"),
+        ("5", "choice(...)"),
+        (5, "text such as"),
+        ("range(1", "sweep.params.key=range(1"),
+    ],
+)
+def test_what_is_no_range(text, said):
+    with pytest.raises(ConfigError) as error:
+        parse_range("key", text)
+    assert f"sweep.params.key={text}" in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_long_ranges_of_whole_numbers_reach_their_end():
+    found = parse_range("seed", "range(0,3000000000,7)")
+    assert found.ends() == [0, 2_999_999_996]
+    assert found.count() == 428_571_429
+    with pytest.raises(ConfigError, match="more than 5 combinations"):
+        space({"seed": "range(0,3000000000)"}).grid(5)
+
+
+def test_nested_and_dotted_keys_are_the_same():
+    assert [p.name for p in space(CONVNET).parameters] == [
+        "model.depth", "model.kernel_size", "optimizer.lr"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"model\.depth is there twice"):
+        space({"model.depth": "3,5", "model": {"depth": "3,5"}})
+
+
+def test_null_takes_a_parameter_away():
+    assert [p.name for p in space({**CONVNET, "model.depth": None}).parameters] == [
+        "model.kernel_size", "optimizer.lr"
+    ]  # fmt: skip
+
+
+def test_a_list_has_an_element_for_each_layer_that_there_is():
+    layers = space(CONVNET, lengths={"model.kernel_size": "model.depth"})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    depths = set()
+    for _ in range(20):
+        drawn = layers.suggest(study.ask())
+        settings = layers.settings(drawn)
+        assert len(settings["model.kernel_size"]) == settings["model.depth"]
+        assert set(settings) == {"model.depth", "model.kernel_size", "optimizer.lr"}
+        depths.add(settings["model.depth"])
+    assert depths == {1, 2, 3}
+
+
+def test_a_list_whose_length_is_not_drawn_leaves_its_key_alone():
+    deep = space(
+        {"kind": "choice(a,b)", "depth": "range(0,3)", "width": "choice(3,5)"},
+        lengths={"width": "depth"},
+        conditions={"depth": "kind == a"},
+    )
+    assert deep.settings({"kind": "b"}) == {"kind": "b"}
+    assert deep.settings({"kind": "a", "depth": 0}) == {"kind": "a", "depth": 0, "width": []}
+    drawn = {"kind": "a", "depth": 1, "width.0": 5}
+    assert deep.settings(drawn) == {"kind": "a", "depth": 1, "width": [5]}
+
+
+def test_lengths_may_be_numbers_or_keys_that_are_not_searched():
+    for length in (2, "model.depth"):
+        fixed = space({"model.width": "3,5"}, {"model.depth": 2}, lengths={"model.width": length})
+        assert fixed.settings({"model.width.0": 3, "model.width.1": 5}) == {"model.width": [3, 5]}
+        assert not fixed.conditional
+
+
+def test_a_condition_decides_whether_a_parameter_is_drawn():
+    searched = space(
+        {"b": "choice(1,2)", "a": "choice(x,[1,2])", "c": "range(3)"},
+        conditions={"b": "a == x", "c": "b >= 2 and a == x"},
+    )
+    assert [p.name for p in searched.parameters] == ["a", "b", "c"]
+    assert searched.grid(100) == [
+        {"a": "x", "b": 1},
+        {"a": "x", "b": 2, "c": 0},
+        {"a": "x", "b": 2, "c": 1},
+        {"a": "x", "b": 2, "c": 2},
+        {"a": "[1, 2]"},
+    ]
+    assert searched.settings({"a": "[1, 2]"}) == {"a": [1, 2]}
+
+
+def test_every_end_of_every_range_is_tried_where_it_can_occur():
+    layers = space(CONVNET, lengths={"model.kernel_size": "model.depth"})
+    tried = [drawn for _, drawn in layers.ends()]
+    for name, ends in {
+        "model.depth": [1, 3],
+        "model.kernel_size.0": [3, 5],
+        "model.kernel_size.2": [3, 5],
+        "optimizer.lr": [1e-4, 1e-1],
+    }.items():
+        assert {drawn[name] for drawn in tried if name in drawn} == set(ends)
+    assert all(("model.kernel_size.2" in drawn) == (drawn["model.depth"] == 3) for drawn in tried)
+
+
+@pytest.mark.parametrize(
+    ("range_", "condition"),
+    [
+        ("range(1,9)", "a == 4"),
+        ("range(1,9)", "a > 3 and a < 5"),
+        ("range(1,9,2)", "a > 3.5 and a < 5.5"),
+        ("interval(0,1)", "a > 0.4 and a < 0.6"),
+        ("range(0.1,1.0,0.1)", "a > 0.25 and a <= 0.3"),
+        ("range(1,9)", "a != 1 and a != 8"),
+        ("choice(x,y,z)", "a == y"),
+    ],
+)
+def test_ends_are_tried_also_where_a_condition_holds_only_in_the_middle(range_, condition):
+    searched = space({"a": range_, "b": "range(1,4)"}, conditions={"b": condition})
+    assert {drawn["b"] for _, drawn in searched.ends() if "b" in drawn} == {1, 3}
+
+
+def test_ends_are_tried_along_a_chain_of_conditions():
+    searched = space(
+        {"a": "range(1,9)", "b": "range(1,9)", "c": "range(1,9)"},
+        conditions={"b": "a == 3", "c": "b == 5"},
+    )
+    tried = [drawn for _, drawn in searched.ends() if "c" in drawn]
+    assert [(drawn["a"], drawn["b"], drawn["c"]) for drawn in tried] == [(3, 5, 1), (3, 5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lengths": {"model.width": "model.depth"}}, "sweep.lengths.model.width"),
+        ({"lengths": {"model.kernel_size": "optimizer.lr"}}, "whole numbers"),
+        ({"lengths": {"model.kernel_size": 0}}, "above 0"),
+        ({"lengths": {"model.kernel_size": "model.layers"}}, "above 0"),
+        ({"conditions": {"model.kernel_size": "model.size > 2"}}, "model.size is no parameter"),
+        ({"conditions": {"model.kernel_size": "often"}}, "KEY >= VALUE"),
+        ({"conditions": {"model.kernel_size": "model.depth > big"}}, "cannot be ordered"),
+        ({"conditions": {"model.width": "model.depth > 2"}}, "does not search it"),
+        (
+            {
+                "conditions": {
+                    "model.kernel_size": "model.depth > 2",
+                    "model.depth": "model.kernel_size > 3",
+                }
+            },
+            "wait for one another",
+        ),
+    ],
+)
+def test_what_is_no_space(settings, said):
+    with pytest.raises(ConfigError, match="sweep") as error:
+        space(CONVNET, **settings)
+    assert said in str(error.value)
+
+
+def test_a_grid_must_end():
+    with pytest.raises(ConfigError, match=r"optimizer\.lr.*no end"):
+        space(CONVNET).grid(100)
+    with pytest.raises(ConfigError, match="more than 5 combinations"):
+        space({"a": "range(3)", "b": "range(3)"}).grid(5)

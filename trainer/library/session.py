@@ -1,0 +1,115 @@
+"""Workers that stay warm between the runs of one Python process."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trainer.cluster import WorkerGroup, open_group
+from trainer.config import ClusterConfig, to_dataclass
+from trainer.errors import ConfigError
+from trainer.experiment import Experiment
+from trainer.library.result import Result
+from trainer.library.runs import execute
+from trainer.signals import Signals
+
+
+class Session:
+    """Starts workers once and runs any number of experiments on them.
+
+        with trainer.Session(workers=2) as session:
+            for sparsity in (0.8, 0.9, 0.95):
+                session.run(model=LeNet5, data=data, phases=[Train(), Prune(sparsity)])
+
+    The workers start with the first run, and run all later ones without starting Ray, importing
+    torch, or connecting again. A worker that was lost is replaced before the next run.
+
+    Args:
+        workers: Number of data-parallel workers.
+        cluster: Further settings of the section `cluster`, such as
+            `{"address": "10.0.0.5:6379", "device": "cuda"}`.
+        progress: Whether to print the progress of runs.
+
+    Raises:
+        ConfigError: A setting is unknown or not allowed.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        cluster: ClusterConfig | Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        if not isinstance(cluster, ClusterConfig):
+            settings = {"workers": workers, **(cluster or {})}
+            cluster = to_dataclass(ClusterConfig, settings, "cluster")
+        self.cluster = cluster
+        self._progress = progress
+        self._group: WorkerGroup | None = None
+        self._reconnect = False  # the last run failed, so that the workers must connect again
+        self._closed = False
+
+    def run(
+        self,
+        experiment: Experiment | None = None,
+        *,
+        out: str | Path | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Run an experiment on the session's workers. Arguments as of `trainer.run`."""
+        if self._closed:
+            raise RuntimeError("this session is closed: open another one")
+        if experiment is None:
+            experiment = Experiment(**settings, cluster=self.cluster)
+        elif settings:
+            raise ConfigError(
+                f"pass an experiment or its settings, not both: {', '.join(settings)}"
+            )
+        else:
+            experiment = experiment.with_cluster(self.cluster)
+        signals = Signals()
+        with signals.installed():
+            group = self._ready_group(signals)
+            self._reconnect = True
+            result = execute(experiment, out, self._progress, signals, group)
+            self._reconnect = False
+        return result
+
+    def close(self) -> None:
+        """End the workers. Calling it again does nothing."""
+        self._closed = True
+        self._drop()
+
+    def _ready_group(self, signals: Signals) -> WorkerGroup:
+        """Started workers that are all alive."""
+        with signals.deferring(lambda: None):
+            if self._group is not None and self._reconnect:
+                self._group.restart()
+            elif self._group is not None and not self._group.alive():
+                self._drop()
+            if self._group is None:
+                group = open_group(self.cluster)
+                try:
+                    group.start()
+                except BaseException:
+                    group.stop()
+                    raise
+                self._group = group
+        return self._group
+
+    def _drop(self) -> None:
+        if self._group is not None:
+            self._group.stop()
+            self._group = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

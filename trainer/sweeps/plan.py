@@ -1,0 +1,222 @@
+"""What a sweep will do, checked before anything starts; from what was drawn to a configuration."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config import Config
+from trainer.errors import ConfigError, first_line
+from trainer.sweeps.analysis import check_analysis
+from trainer.sweeps.measures import check_measures
+from trainer.sweeps.shared_phases import check_shared_phases
+from trainer.sweeps.space import GRID_LIMIT, Drawn, flatten, parse_space
+
+FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
+# May be others when the sweep goes on.
+FREE = ("trials", "seconds", "epochs", "slots", "max_retries", "recycle_after", "refit", "analysis")
+_PLAIN_KEY = re.compile(r"\w+")
+
+
+class Plan:
+    """The checked settings of a sweep.
+
+    Args:
+        cfg: typed; `sweep.params` is not empty.
+        base: the composed configuration, interpolations not resolved: they follow what is drawn.
+
+    Raises:
+        ConfigError: a key that is not there, or a text that is no range; see `check` for the rest.
+    """
+
+    def __init__(
+        self, cfg: Config, base: DictConfig, objects: Mapping[str, Any] | None = None
+    ) -> None:
+        self.cfg = cfg
+        self._base = base
+        self._objects = dict(objects or {})
+        self._literal = "${" not in OmegaConf.to_yaml(base)  # also in what is searched
+        settings = _container(base, resolve=True)
+        self._plain = {**settings, "sweep": {"name": cfg.sweep.name}}
+        defaults = dict(_leaves(settings))
+        self.space = parse_space(cfg.sweep, defaults)
+        self._overrides = flatten(cfg.sweep.trial_overrides, "sweep.trial_overrides")
+        for where, keys in (
+            ("params", {p.key for p in self.space.parameters}),
+            ("trial_overrides", set(self._overrides)),
+        ):
+            for key in sorted(keys):
+                _check_key(f"sweep.{where}.{key}", key, settings)
+        check_measures(cfg.sweep)
+        check_shared_phases(cfg)
+        check_analysis(cfg.sweep, self.space)
+        if cfg.sweep.sampler == "grid":
+            self.space.grid(GRID_LIMIT)
+
+    def trial(self, drawn: Drawn) -> Any:
+        """The `Experiment` of a trial. Raises ConfigError."""
+        from trainer.experiment import Experiment  # imports torch, which slows down the start
+
+        settings = self._settings({**self._overrides, **self.space.settings(drawn)})
+        return Experiment.from_config(settings, self._objects)
+
+    def winner(self, drawn: Drawn) -> dict[str, Any]:
+        """The plain configuration of the trial run in full: without `sweep.trial_overrides`."""
+        return self._settings(self.space.settings(drawn))
+
+    def overrides(self, drawn: Drawn) -> list[str]:
+        """What turns the experiment into that trial, for the command line."""
+        settings = {**self._overrides, **self.space.settings(drawn)}
+        return [_override(key, value) for key, value in settings.items()]
+
+    def check(self) -> int:
+        """Validate the ends of all ranges against model, phases and initial weights.
+
+        With `sweep.refit` they are also validated without `sweep.trial_overrides`, which may hide
+        mistakes.
+
+        Returns:
+            The most epochs that a trial takes.
+
+        Raises:
+            ConfigError: names the parameter and the value.
+        """
+        from trainer.experiment import Experiment
+        from trainer.phases import RoundPhase
+
+        epochs = 0
+        compared = set()  # files may be large
+        for name, drawn in self.space.ends():
+            try:
+                experiment = self.trial(drawn)
+                model, cfg = experiment.check_model(), experiment.config
+                if cfg.init_from and (pair := (cfg.init_from, str(cfg.model))) not in compared:
+                    experiment.initial_weights(model)
+                    compared.add(pair)
+            except ConfigError as error:
+                raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
+            if self.cfg.sweep.refit and self._overrides:
+                try:
+                    Experiment.from_config(self.winner(drawn), self._objects).check_model()
+                except ConfigError as error:
+                    raise ConfigError(
+                        "sweep.refit=true: without sweep.trial_overrides, and with "
+                        f"{name}={drawn[name]}, {error}"
+                    ) from error
+            for phase, built in experiment.phases.items():
+                if isinstance(built, RoundPhase) and built.max_rounds > 1:
+                    raise ConfigError(
+                        f"phases.{phase}: it goes on for as many rounds as it finds out "
+                        "(sparsity=auto), and a sweep must know how long a trial trains; give it "
+                        "a number, or search one"
+                    )
+            epochs = max(epochs, sum(phase.fit.epochs for phase in experiment.phases.values()))
+        return epochs
+
+    def identity(self) -> dict[str, Any]:
+        """All that must stay the same when the sweep goes on; of phases, their order too."""
+        settings = self.unresolved()
+        sweep = {k: v for k, v in settings["sweep"].items() if k not in (*FREE, "storage")}
+        others = ("sweep", "cluster", "checkpoint", "limits")
+        same = {k: v for k, v in settings.items() if k not in others}
+        same["phases"] = [[name, phase] for name, phase in settings["phases"].items()]
+        same["cluster.workers"] = settings["cluster"]["workers"]
+        same |= {f"sweep.{k}": v for k, v in sweep.items()}
+        same["sweep.objectives"] = [list(item) for item in self.cfg.sweep.objectives.items()]
+        return same
+
+    def free(self) -> dict[str, Any]:
+        """The settings of `sweep` that may be others when it goes on."""
+        sweep = self.unresolved()["sweep"]
+        return {key: sweep[key] for key in FREE if key in sweep}
+
+    def unresolved(self) -> dict[str, Any]:
+        """The whole configuration as plain values, interpolations as they are."""
+        return _container(self._base, resolve=False)
+
+    def _settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        if self._literal:  # a copy of plain values takes a tenth of the time
+            return _changed(self._plain, changes)
+        changed = copy.deepcopy(self._base)
+        try:
+            for key, value in changes.items():
+                OmegaConf.update(changed, key, value, merge=False)
+            changed.sweep = {"name": self.cfg.sweep.name}
+            return _container(changed, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"sweep.params: {first_line(error)}") from error
+
+
+def _container(conf: DictConfig, resolve: bool) -> dict[str, Any]:
+    """Plain values."""
+    plain = OmegaConf.to_container(conf, resolve=resolve, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of plain settings with other values at dotted keys that are there."""
+    changed = copy.deepcopy(dict(settings))
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = changed
+        for part in path:
+            section = section[part]
+        section[last] = copy.deepcopy(value)
+    return changed
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_key(said: str, key: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a key that the configuration does not have. Raises ConfigError."""
+    if key.partition(".")[0] in FIXED:
+        raise ConfigError(f"{said}: {key} is the same for all trials and cannot be searched")
+    here: Any = settings
+    for part in key.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            known = (
+                f"; known here: {', '.join(map(str, here))}" if isinstance(here, Mapping) else ""
+            )
+            raise ConfigError(f"{said}: the configuration has no {key}{known}")
+        here = here[part]
+    if isinstance(here, Mapping):
+        raise ConfigError(f"{said}: it is a section; search its keys {', '.join(map(str, here))}")
+
+
+def _override(key: str, value: Any) -> str:
+    """`key=value` in Hydra's grammar; parts that it takes for no key, as conv*, go into braces."""
+    parts = key.split(".")
+    odd = next((i for i, part in enumerate(parts) if not _PLAIN_KEY.fullmatch(part)), len(parts))
+    text = _text(value)
+    for part in reversed(parts[odd:]):
+        text = f"{{{part}: {text}}}"
+    return f"{'.'.join(parts[:odd])}={text}"
+
+
+def _text(value: Any) -> str:
+    """A value as Hydra's grammar reads it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case list():
+            return "[" + ",".join(_text(item) for item in value) + "]"
+        case dict():
+            return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+    text = str(value)
+    plain = text.replace("_", "a").replace(".", "a").isalnum() and not text[0].isdigit()
+    return text if plain else QuotedString(text, Quote.single).with_quotes()

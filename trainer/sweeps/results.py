@@ -1,0 +1,182 @@
+"""What a sweep leaves: trials.csv, summary.json, report.html, and a ranked table."""
+
+import csv
+import dataclasses
+import io
+import os
+import re
+import shlex
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.markup import escape
+from rich.table import Table
+
+from trainer.report.tables import rich_table
+from trainer.store.directory import RunDirectory
+from trainer.sweeps.analysis import ANALYSES, Answer, Row
+from trainer.sweeps.measures import MEASURES, parse_constraints
+from trainer.sweeps.plan import Plan
+from trainer.sweeps.report import write_report
+from trainer.sweeps.show import LiveTable, tally
+from trainer.sweeps.study import RESULT, Ledger, watched_values
+
+# Overrides that make no difference to a trial of its own.
+_OF_THE_SWEEP = re.compile(r"(~|\+{0,2}(?=[^=]*=))(sweep[.=]|hydra\.)")
+SHOWN = 10  # rows of the table in the terminal, and trials in summary.json
+
+
+class Results:
+    """Writes what is known, at any moment."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, directory: RunDirectory) -> None:
+        self._plan, self._ledger, self._directory = plan, ledger, directory
+        self._answer = Answer()
+        self._objectives = list(plan.cfg.sweep.objectives)
+        self._bounds = parse_constraints(plan.cfg.sweep)
+
+    def write(self, status: str, error: str | None, seconds: float, *, report: bool = True) -> None:
+        """Write all files; the summary first, since the others may fail.
+
+        Args:
+            status: done, failed or interrupted.
+            seconds: that the sweep has taken in all.
+            report: also the report, whose plots take seconds.
+        """
+        summary = self.summary(status, error, seconds)
+        self._directory.write_summary(summary)
+        self._write_csv()
+        self._answer = self._analyse()
+        summary["analysis"] = {
+            "sentences": self._answer.sentences,
+            "tables": [dataclasses.asdict(table) for table in self._answer.tables],
+        }
+        self._directory.write_summary(summary)
+        if report:
+            path = self._directory.path / "report.html"
+            study, watched = self._ledger.study, self._ledger.watched
+            write_report(path, study, watched, summary, self._answer)
+
+    def show(self, board: LiveTable) -> None:
+        """Tell what was found: the best trials, and what the analysis says."""
+        board.terminal.print(self.table())
+        for table in self._answer.tables:
+            board.terminal.print(rich_table(table))
+        for sentence in self._answer.sentences:
+            board.say(sentence)
+        if missed := self._none_feasible():
+            board.say(missed)
+
+    def _none_feasible(self) -> str | None:
+        """Where no trial keeps the constraints, the one that comes closest; else None.
+
+        Several constraints are compared by what part of its bound each misses.
+        """
+        done = self._ledger.trials(TrialState.COMPLETE)
+        if not done or self._ledger.best():
+            return None
+        bounds = {k: abs(float(b.right)) or 1.0 for k, b in self._bounds.items()}
+        closest = min(done, key=lambda t: max(t.constraints[k] / bounds[k] for k in bounds))
+        missed = " and ".join(
+            f"{name} by {closest.constraints[name]:.6g}"
+            for name in bounds
+            if closest.constraints[name] > 0
+        )
+        return (
+            f"no trial keeps sweep.constraints; the closest is trial {closest.number}, "
+            f"which misses {missed}"
+        )
+
+    def _analyse(self) -> Answer:
+        """What the completed trials say together; nothing where no analysis is asked for."""
+        wanted = self._plan.cfg.sweep.analysis
+        if wanted is None:
+            return Answer()
+        rows = [
+            Row(self._plan.space.settings(trial.params), trial.user_attrs[RESULT])
+            for trial in self._ledger.trials()
+            if trial.state == TrialState.COMPLETE
+        ]
+        return ANALYSES[wanted].answer(rows)
+
+    def summary(self, status: str, error: str | None, seconds: float) -> dict[str, Any]:
+        """The content of summary.json."""
+        cfg = self._plan.cfg
+        states = [trial.state for trial in self._ledger.trials()]
+        return {
+            "name": cfg.name,
+            "sweep": cfg.sweep.name,
+            "seed": cfg.seed,
+            "precision": cfg.precision,
+            "workers": cfg.cluster.workers,
+            "status": status,
+            "error": error,
+            "seconds": round(seconds, 3),
+            "epochs": self._ledger.epochs(),
+            "objectives": dict(cfg.sweep.objectives),
+            "trials": {
+                "complete": states.count(TrialState.COMPLETE),
+                "pruned": states.count(TrialState.PRUNED),
+                "failed": states.count(TrialState.FAIL),
+                "unfinished": states.count(TrialState.RUNNING),
+            },
+            "best": [self._entry(trial) for trial in self._ledger.best()[:SHOWN]],
+        }
+
+    def table(self) -> Table:
+        """The best trials: ranked, or the Pareto front."""
+        front = len(self._objectives) > 1
+        title = (
+            f"{'Pareto front' if front else 'best trials'}: {tally(self._ledger.trials(), None)}"
+        )
+        table = Table(title=title, title_justify="left")
+        for name in ("trial", *self._objectives):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("settings")
+        for trial in self._ledger.best()[:SHOWN]:
+            values = [f"{value:.6g}" for value in trial.values]
+            settings = " ".join(self._plan.overrides(trial.params))
+            table.add_row(str(trial.number), *values, escape(settings))
+        return table
+
+    def _entry(self, trial: FrozenTrial) -> dict[str, Any]:
+        overrides = self._plan.overrides(trial.params)
+        return {
+            "number": trial.number,
+            "values": dict(zip(self._objectives, trial.values, strict=True)),
+            "measures": trial.user_attrs[RESULT],
+            "params": trial.params,
+            "overrides": overrides,
+            "command": self._command(overrides),
+        }
+
+    def _command(self, overrides: list[str]) -> str | None:
+        """The command that runs the trial again; None if the sweep was started from Python."""
+        arguments = self._directory.read_command()
+        if arguments is None:
+            return None
+        mine = [argument for argument in arguments if not _OF_THE_SWEEP.match(argument)]
+        return shlex.join(["python", "-m", "trainer", *mine, *overrides, "~sweep.params"])
+
+    def _write_csv(self) -> None:
+        names = [parameter.name for parameter in self._plan.space.parameters]
+        measures = list(MEASURES)
+        out = io.StringIO()
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(["number", "state", "epochs", *measures, *names, "failures", "reason"])
+        for trial in self._ledger.trials():
+            measured = trial.user_attrs.get(RESULT, {})
+            rows.writerow(
+                [
+                    trial.number,
+                    "UNFINISHED" if trial.state == TrialState.RUNNING else trial.state.name,
+                    len(watched_values(trial)),
+                    *(measured.get(name, "") for name in measures),
+                    *(trial.params.get(name, "") for name in names),
+                    len(trial.user_attrs.get("failures", [])),
+                    trial.user_attrs.get("reason", ""),
+                ]
+            )
+        aside = self._directory.path / "trials.csv.part"
+        aside.write_text(out.getvalue(), encoding="utf-8")
+        os.replace(aside, self._directory.path / "trials.csv")

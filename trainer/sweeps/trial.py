@@ -1,0 +1,136 @@
+"""One trial as the driver sees it: where it goes on, what it said, what it came to."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.config import SweepConfig
+from trainer.errors import RunError
+from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
+from trainer.store.checkpoints import Checkpoints
+from trainer.store.directory import as_json
+from trainer.sweeps.measures import needs_artifact, watched
+from trainer.sweeps.shared_phases import SharedPhases
+
+
+class Trial:
+    """Takes in the messages of a trial and keeps its checkpoints in trials/NUMBER."""
+
+    def __init__(
+        self,
+        number: int,
+        drawn: dict[str, Any],
+        experiment: Any,  # an Experiment, whose import would slow down the start
+        sweep: SweepConfig,
+        folder: Path,
+        prefixes: SharedPhases,
+    ):
+        self.number = number
+        self.drawn = drawn
+        self.experiment = experiment
+        self.epoch = 0  # of all phases together
+        self.value: float | None = None  # the metric at that epoch
+        self.pruned = False
+        self.stopped = False
+        self.error: Exception | None = None  # that its messages met here; the attempt has failed
+        self.records: list[dict[str, Any]] = []
+        self.prefix = prefixes.key(experiment.config)  # what it shares with others
+        self._prefixes = prefixes
+        self._sweep = sweep
+        self._names = list(experiment.phases)
+        self._folder = folder_of(folder, number)
+        self._checkpoints: Checkpoints | None = None
+        self._parameters = 0
+
+    def start(self, say: Callable[[str], None]) -> Any:
+        """Where the next attempt begins: at the last checkpoint, if there is one.
+
+        Raises:
+            ConfigError: init_from holds no weights.
+            RunError, OSError: a checkpoint that is needed is gone.
+        """
+        from trainer.worker.run import start_at
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self.prefix:
+            self._prefixes.take(self.prefix, self._folder / "checkpoints")
+        self._checkpoints = Checkpoints(self._folder, self.experiment.config.checkpoint.keep)
+        if self.experiment.has_initial_weights and not self._checkpoints.load_initial(say):
+            self._checkpoints.save_initial(self.experiment.initial_weights(None))
+        point = self._checkpoints.latest(self._names, say)
+        self.records = [dict(record) for record in point.records]
+        if point.weights and point.phase == len(self._names) and needs_artifact(self._sweep):
+            self.records[-1]["bytes"] = self._artifact_bytes(point.weights)
+        self.stopped, self.error = False, None
+        return start_at(
+            self.experiment, point, partial(self._checkpoints.weights_after, self._names)
+        )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it takes in all."""
+        return sum(phase.fit.epochs for phase in self.experiment.phases.values())
+
+    def on(self, message: Message) -> tuple[int, float] | None:
+        """Take in a message. Returns epoch and watched value where there is something to report."""
+        assert self._checkpoints is not None
+        match message:
+            case RunStarted():
+                self._parameters = message.parameters
+            case RunStopped():
+                self.stopped = True
+            case Checkpoint() if not self.pruned:
+                name = self._names[message.phase]
+                self._checkpoints.save_within(message.phase, name, message.step, message.content)
+            case PhaseEnded():
+                record = as_json(message.record)
+                last = message.index == len(self._names) - 1
+                if last and needs_artifact(self._sweep):
+                    record["bytes"] = self._artifact_bytes(message.weights)
+                self.records.append(record)
+                shared = self.prefix and record["name"] == self._prefixes.last
+                if not last or shared:  # after the last one nothing goes on
+                    self._checkpoints.save_phase_end(message.index, record, message.weights)
+                if self.prefix and shared:
+                    self._checkpoints.wait()
+                    self._prefixes.give(self.prefix, self._checkpoints.folder)
+            case EpochEnded():
+                before = self._names[: self._names.index(message.phase)]
+                done = sum(self.experiment.phases[name].fit.epochs for name in before)
+                self.epoch = done + message.epoch
+                self.value = message.accuracy if self._sweep.metric == "accuracy" else message.loss
+                left = self._parameters * (1 - message.sparsity)
+                return self.epoch, watched(self._sweep, self.value, left)
+        return None
+
+    def _artifact_bytes(self, weights: bytes) -> int:
+        return len(self.experiment.encode_artifact(weights))
+
+    def pause(self) -> None:
+        """The attempt is over; what is written stays.
+
+        Raises:
+            RunError: the last checkpoint could not be written; there is the one before it.
+        """
+        if self._checkpoints:
+            try:
+                self._checkpoints.wait()
+            finally:
+                self._checkpoints.close()
+                self._checkpoints = None
+
+    def forget(self) -> None:
+        """The trial is over: its checkpoints go."""
+        with contextlib.suppress(RunError):  # a checkpoint that nobody needs any more
+            self.pause()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other trials are there
+            self._folder.parent.rmdir()
+
+
+def folder_of(sweep: Path, number: int) -> Path:
+    """Where a trial's checkpoints lie, in the folder of the sweep."""
+    return sweep / "trials" / f"{number:04d}"

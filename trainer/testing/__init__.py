@@ -1,0 +1,1 @@
+"""Contract suites for your own extensions: functions that check a class of yours."""
