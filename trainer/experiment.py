@@ -94,6 +94,7 @@ class Experiment:
         batch_size: Samples per optimizer step, over all workers.
         precision: "fp32", "bf16" or "fp16".
         channels_last: Memory format of convolutional models.
+        sync_batchnorm: Whether batch norm covers the samples of all workers, or each worker's own.
         init_from: File with initial weights: .safetensors, .pt or .dcz.
         workers: Number of data-parallel workers; shorthand for `cluster`.
         cluster, allreduce, checkpoint, export, limits: Settings of these sections, as a dataclass
@@ -126,6 +127,7 @@ class Experiment:
         batch_size: int = 64,
         precision: str = "fp32",
         channels_last: bool = False,
+        sync_batchnorm: bool = False,
         init_from: str | None = None,
         workers: int | None = None,
         cluster: ClusterConfig | Mapping[str, Any] | None = None,
@@ -169,6 +171,7 @@ class Experiment:
             "seed": seed,
             "precision": precision,
             "channels_last": channels_last,
+            "sync_batchnorm": sync_batchnorm,
             **sections,
         }
         self._build(to_dataclass(Config, settings), objects)
@@ -297,6 +300,7 @@ class Experiment:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             channels_last=self.config.channels_last,
+            sync_batchnorm=self.config.sync_batchnorm,
         )
 
     def build_loggers(self, folder: Path, name: str, group: str | None = None) -> list[Any]:

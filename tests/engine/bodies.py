@@ -43,7 +43,9 @@ def sentences(samples=70, length=5, vocabulary=7):
     return TensorSplit(inputs, targets), model
 
 
-def runtime(world, batch_size=16, precision="fp32", optimizer=None, **allreduce):
+def runtime(
+    world, batch_size=16, precision="fp32", optimizer=None, sync_batchnorm=False, **allreduce
+):
     return Runtime(
         world=world,
         precision=precision,
@@ -53,6 +55,7 @@ def runtime(world, batch_size=16, precision="fp32", optimizer=None, **allreduce)
         ),
         batch_size=batch_size,
         seed=5,
+        sync_batchnorm=sync_batchnorm,
     )
 
 

@@ -1,6 +1,7 @@
 """Data and model that do not fit are refused before the first step, and nothing is changed."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -117,6 +118,15 @@ def test_every_rank_refuses_what_one_of_them_would_meet():
         world = World(rank, 2, WORLD.device, WORLD.transport, None)
         with pytest.raises(ConfigError, match="as little as 1 of the 5"):
             check_compatible(model, IMAGES, runtime(world, batch_size=3), [FitConfig(epochs=1)])
+
+
+def test_synchronized_batch_norm_needs_few_samples_on_all_ranks_together():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
+    world = World(1, 2, WORLD.device, WORLD.transport, None)
+    for batch_size, refused in ((3, False), (4, True)):
+        run = runtime(world, batch_size=batch_size, sync_batchnorm=True)
+        with pytest.raises(ConfigError, match="as little as 1") if refused else nullcontext():
+            check_compatible(model, IMAGES, run, [FitConfig(epochs=1)])
 
 
 class Auxiliary(nn.Linear):

@@ -289,6 +289,7 @@ class Config:
     seed: int = 0
     precision: str = "fp32"
     channels_last: bool = False
+    sync_batchnorm: bool = False
     allreduce: AllReduceConfig = field(default_factory=AllReduceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -8,8 +8,8 @@ over workers of the gradients is the gradient of the mean over the global batch.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from trainer.config import FitConfig
 from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import Split
+from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.finite import check_inputs
-from trainer.engine.objective import Objective, count_targets, supervised
+from trainer.engine.objective import IGNORED, Objective, count_targets, supervised
 from trainer.engine.optim import load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
@@ -107,6 +108,7 @@ def fit(
         }
 
     per_sample = _targets_per_sample(split, world)
+    synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
     reducer = Reducer(parameters, world, runtime.allreduce, extras=3)
     loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
     model.train()
@@ -115,8 +117,16 @@ def fit(
             run_epoch = epochs_before + epoch
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
             batches = batches[step % per_epoch :][: total - step]
-            shares = [micro_batches(b, world.rank, world.size, cfg.accumulate) for b in batches]
-            order = chain.from_iterable(shares)
+            shares = [
+                micro_batches(b, world.rank, world.size, cfg.accumulate, runtime.sync_batchnorm)
+                for b in batches
+            ]
+            # An empty micro-batch is computed with a substitute, whose targets do not count.
+            order = [
+                m if len(m) else b[:1]
+                for b, share in zip(batches, shares, strict=True)
+                for m in share
+            ]
             loaded = world.heartbeat.busy_until_first(split.batches(order, run_epoch))
             for batch, share in zip(batches, shares, strict=True):
                 lr = peak * lr_factor(updates, total, per_epoch, cfg)
@@ -129,10 +139,14 @@ def fit(
                 ignored = 0  # of them, on this rank
                 for number, indices in enumerate(share, start=1):
                     inputs, targets = next(loaded)
+                    if not len(indices):
+                        targets = torch.full_like(targets, IGNORED)
                     counted = count_targets(targets)
                     ignored += len(indices) * per_sample - counted
                     inputs, targets = runtime.place_batch(inputs, targets)
-                    with precision.autocast():
+                    if synchronized is not None:
+                        synchronized.counts = len(indices) > 0
+                    with synchronized or nullcontext(), precision.autocast():
                         part = objective(model, inputs, targets, counted)
                     weight = counted * world.size / full
                     part = part if weight == 1 else part * weight
@@ -157,7 +171,7 @@ def fit(
                     _multiply_gradients(parameters, full / counted)
                 if not math.isfinite(mean_loss):
                     loaded.close()
-                    check_inputs(world, split, "train", share, run_epoch)
+                    check_inputs(world, split, "train", [m for m in share if len(m)], run_epoch)
                     raise Diverged(
                         f"the loss is {mean_loss} in step {step + 1} (epoch {epoch + 1}) at "
                         f"a learning rate of {lr:g}: lower optimizer.lr, warm up, or clip"
@@ -187,10 +201,27 @@ def fit(
         reducer.close()
 
 
-def micro_batches(batch: Tensor, rank: int, size: int, accumulate: int) -> list[Tensor]:
-    """This rank's share of a global batch, in at most `accumulate` non-empty micro-batches."""
-    share = shard(batch, rank, size)
-    pieces = share.tensor_split(accumulate) if accumulate > 1 else (share,)
+def micro_batches(
+    batch: Tensor, rank: int, size: int, accumulate: int, together: bool = False
+) -> list[Tensor]:
+    """Cut a global batch into the micro-batches of one rank.
+
+    Args:
+        batch: Sample indices [n].
+        rank: Which part of the batch to cut up.
+        size: Number of ranks.
+        accumulate: Maximum number of micro-batches.
+        together: Whether the n-th micro-batches of all ranks form what would be the n-th of a
+            single one, as synchronized batch norm needs it. Otherwise their sizes are more even.
+
+    Returns:
+        Non-empty index tensors; with `together` equally many on all ranks, of which some may be
+        empty.
+    """
+    if together:
+        whole = [piece for piece in batch.tensor_split(accumulate) if len(piece)]
+        return [shard(piece, rank, size) for piece in whole]
+    pieces = shard(batch, rank, size).tensor_split(accumulate)
     return [piece for piece in pieces if len(piece)]
 
 

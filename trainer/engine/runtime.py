@@ -25,6 +25,7 @@ class Runtime:
     batch_size: int  # global: over all workers
     seed: int
     channels_last: bool = False
+    sync_batchnorm: bool = False
 
     @cached_property
     def mixed_precision(self) -> Precision:

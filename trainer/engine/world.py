@@ -43,6 +43,9 @@ class World:
         self.stop = threading.Event()  # set from outside: the run should end at its next step
         self._gloo = gloo  # a ProcessGroupGloo, whose methods torch's type stubs leave out
         self._store: Store | None = None
+        self._address = ""
+        self._timeout_s = 0.0
+        self._side: Transport | None = None
 
     @classmethod
     def single(cls, device: torch.device) -> "World":
@@ -114,6 +117,7 @@ class World:
                 transport = connect_tcp(rank, size, tcp, address, timeout_s)
             world = cls(rank, size, device, transport, gloo)
             world._store = store  # rank 0's serves the others: keep it
+            world._address, world._timeout_s = address, timeout_s
             world.barrier()
         except (RuntimeError, OSError) as error:
             raise RunError(
@@ -121,6 +125,22 @@ class World:
                 f"within {timeout_s} s: {error}"
             ) from error
         return world
+
+    def side_transport(self) -> Transport:
+        """A second transport, for use at the same time as `transport`, by another thread.
+
+        It lasts as long as the world. The first call is a collective one.
+        """
+        if self._side is None:
+            if self.device.type == "cuda" or self.size == 1:
+                self._side = self.transport  # NCCL orders what one thread launches
+            else:
+                assert self._store is not None
+                store = PrefixStore("side", self._store)
+                self._side = connect_tcp(
+                    self.rank, self.size, store, self._address, self._timeout_s
+                )
+        return self._side
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -163,6 +183,8 @@ class World:
         """Leave the group at once, without waiting for the others; more than once does no harm."""
         if isinstance(self.transport, TcpTransport):
             self.transport.close()
+            if isinstance(self._side, TcpTransport):
+                self._side.close()
         elif dist.is_initialized():
             # destroy_process_group would wait for kernels, and they for ranks that are gone.
             dist.distributed_c10d._abort_process_group()

@@ -23,6 +23,7 @@ _PARTS = (
     "seed",
     "precision",
     "channels_last",
+    "sync_batchnorm",
     "allreduce",
 )
 

@@ -83,6 +83,8 @@ def _check_smallest_piece(
         samples: size of the training split.
     """
     size, batch_size = runtime.world.size, runtime.batch_size
+    # Synchronized batch norm sees the samples of all ranks.
+    parts = 1 if runtime.sync_batchnorm else size
     per_epoch, steps = steps_in(samples, batch_size, fit)
     if not steps:
         return
@@ -90,8 +92,8 @@ def _check_smallest_piece(
     pieces = [
         len(piece)
         for batch in {min(batch_size, samples), last}
-        for rank in range(size)
-        for piece in micro_batches(torch.arange(batch), rank, size, fit.accumulate)
+        for rank in range(parts)
+        for piece in micro_batches(torch.arange(batch), rank, parts, fit.accumulate)
     ]
     few = inputs.expand(min(pieces), *inputs.shape[1:]).contiguous()
     kind = type(model).__name__
