@@ -1,6 +1,8 @@
 """report.html: complete in itself, well-formed, and right for every kind of run."""
 
 import copy
+import itertools
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,7 +11,9 @@ import torch
 
 from trainer.report.distributions import Distribution, distributions
 from trainer.report.page import page
+from trainer.report.svg import text_width
 from trainer.report.tables import layers, phases, stages
+from trainer.report.theme import CHART
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 HOSTILE = '<script>"</script>&$\\frac{'
@@ -149,13 +153,21 @@ def test_every_number_of_the_tables_is_on_the_page(whole):
     for table in (phases(SUMMARY), stages(ARTIFACT), layers(ARTIFACT)):
         for row in table.rows:
             assert {cell for cell in row if cell} <= set(parsed.cells)
-    for part in ("alpha x2, beta", "1,234.5", "2.13.0", "2.60.0", "93.22%", "38.9x", "44.3 kB"):
+    for part in (
+        "3 workers on 2 machines: alpha (2), beta (1)",
+        "1,234.5",
+        "2.13.0",
+        "2.60.0",
+        "93.22%",
+        "38.9x",
+        "44.3 kB",
+    ):
         assert part in parsed.text
     assert "sparsity: 0.92" in parsed.text
     assert parsed.tags.count("svg") == 5
     assert "published: dense, 1x" in parsed.text
     assert "Hollow: published." in parsed.text
-    assert "P: pruned; S: values shared; perplexity" in parsed.text
+    assert "P: pruned; S: values shared" in parsed.text
     assert "after: 300 values" in parsed.text
 
 
@@ -207,17 +219,25 @@ def test_without_published_figures_nothing_is_said_of_them():
     parsed = Page(page({**SUMMARY, "artifact": artifact}, METRICS, CONFIG))
     assert "ublished" not in parsed.text
     assert "Han" not in parsed.text
-    assert stages(artifact).columns[-1] == "perplexity"
+    assert stages(artifact).columns[-1] == "loss"
 
 
-def test_stages_tell_perplexity_and_what_was_published():
-    table = stages(ARTIFACT)
+def test_perplexity_is_for_language_models_only():
+    images = {**SUMMARY, "artifact": ARTIFACT}
+    assert "perplexity" not in page(images, METRICS, CONFIG)
+    assert "perplexity: e to the loss" in page(
+        {**images, "sequence_targets": True}, METRICS, CONFIG
+    )
+
+
+def test_stages_show_perplexity_and_what_was_published():
+    table = stages(ARTIFACT, perplexities=True)
     assert len(set(table.columns)) == len(table.columns)
     assert table.rows[0][3:] == ("5.44%", "0.2000", "1.2214", "1x, 0.80%")
     assert [row[-1] for row in table.rows] == ["1x, 0.80%", "33x", ""]
     unknown = copy.deepcopy(ARTIFACT)
     unknown["stages"][0]["loss"], unknown["stages"][1]["loss"] = None, 1e6
-    assert [row[4:6] for row in stages(unknown).rows[:2]] == [
+    assert [row[4:6] for row in stages(unknown, perplexities=True).rows[:2]] == [
         ("–", "–"),  # noqa: RUF001
         ("1000000.0000", "inf"),
     ]
@@ -226,8 +246,8 @@ def test_stages_tell_perplexity_and_what_was_published():
 def test_the_letters_of_stages_are_explained_where_they_occur():
     artifact = copy.deepcopy(ARTIFACT)
     artifact["stages"][1]["name"] = "S+Q+H (Han's format)"
-    said = "S: values shared; Q: quantized; H: Huffman-coded; "
-    assert stages(artifact).caption.startswith(said)
+    legend = "S: values shared; Q: quantized; H: Huffman-coded\n"
+    assert stages(artifact).caption.startswith(legend)
 
 
 def test_the_rows_of_the_layers_add_up_to_the_file():
@@ -235,6 +255,72 @@ def test_the_rows_of_the_layers_add_up_to_the_file():
     column = table.columns.index("bytes")
     assert sum(int(row[column].replace(",", "")) for row in table.rows) == ARTIFACT["bytes"]
     assert table.rows[-1][0] == "names, shapes, checksums"
+
+
+def test_quantizers_count_as_bytes_of_their_layer():
+    def layer(name, size):
+        return {"name": name, "weights": 10, "nonzero": 10, "bits": 8, "bytes": size}
+
+    names = {
+        "conv.bias": 1,
+        "conv.input_quantizer.range": 2,
+        "conv.weight": 4,
+        "conv.weight_quantizer.scale": 8,
+        "add.input_quantizer.range": 16,
+        "add.input_quantizer.width": 32,
+        "output_quantizer.range": 64,
+    }
+    artifact = {**ARTIFACT, "layers": [layer(name, size) for name, size in names.items()]}
+    artifact["bytes"] = 227
+    table = layers(artifact)
+    sizes = {row[0]: int(row[table.columns.index("bytes")]) for row in table.rows}
+    assert sizes == {
+        "conv.bias": 1,
+        "conv.weight": 14,
+        "add.quantizers": 48,
+        "quantizers": 64,
+        "names, shapes, checksums": 100,
+    }
+
+
+def test_date_and_command_are_on_the_page():
+    summary = {**SUMMARY, "date": "2026-11-29 03:00", "command": "python -m trainer +experiment=x"}
+    parsed = Page(page(summary, METRICS, CONFIG))
+    assert "2026-11-29 03:00" in parsed.text
+    assert "python -m trainer +experiment=x" in parsed.text
+
+
+def test_colours_follow_the_theme_of_the_page(whole):
+    """Every colour of a chart is a variable that the page defines for light and for dark."""
+    svgs = re.findall(r"<svg.*?</svg>", whole, re.DOTALL)
+    colours = [re.sub(r"var\(--\w+,#\w+\)", "", svg) for svg in svgs]
+    assert all(not re.search("#[0-9a-f]{6}|black|white", svg) for svg in colours)
+    used = {name for svg in svgs for name in re.findall(r"var\(--(\w+),", svg)}
+    light, dark = whole.split("@media (prefers-color-scheme: dark)", 1)
+    for name in used:
+        assert f"--{name}: {CHART[name][0]};" in light
+        assert f"--{name}: {CHART[name][1]};" in dark
+    assert len({light for light, _ in CHART.values()}) == len(CHART)
+
+
+def test_names_of_phases_do_not_overlap():
+    counts = {"train": 12, "prune": 0, "prune_more": 0, "retrain": 1, "a_long_name": 1, "share": 0}
+    summary = {**SUMMARY, "phases": [record(name, count) for name, count in counts.items()]}
+    metrics = [entry for name, count in counts.items() for entry in epochs(name, count)]
+    for svg in re.findall(r"<svg.*?</svg>", page(summary, metrics, CONFIG), re.DOTALL):
+        texts = re.findall(r'text-anchor: (start|end)[^>]*x="([\d.]+)" y="([\d.]+)">(\w+)<', svg)
+        boxes = []
+        for anchor, x, y, name in [text for text in texts if text[3] in counts]:
+            width = 72 * text_width(name, 8.5)
+            left = float(x) - width * (anchor == "end")
+            boxes.append((left, left + width, float(y)))
+        assert len(boxes) == len(counts)
+        for left, right, y in boxes:
+            assert 0 <= left < right <= 317
+            assert y > 7  # below the upper edge
+        for one, other in itertools.combinations(boxes, 2):
+            beside = one[0] >= other[1] or other[0] >= one[1]
+            assert beside or abs(one[2] - other[2]) > 9
 
 
 def test_a_run_without_training_shows_what_each_phase_left():

@@ -19,8 +19,9 @@ from trainer.messages import (
     RunStarted,
 )
 from trainer.report.summary import SummarySink
-from trainer.report.tables import megabytes, phases, rich_table
+from trainer.report.tables import phases, rich_table
 from trainer.report.terminal import Console
+from trainer.report.text import megabytes
 from trainer.store.directory import RunDirectory
 
 RECORD = PhaseRecord(
@@ -92,7 +93,7 @@ def test_the_table_shows_every_phase_and_the_test_error():
         summary.on(message)
     out = Terminal(file=io.StringIO(), width=120)
     summary.result = {"accuracy": 0.96, "loss": 0.12}
-    out.print(rich_table(phases(summary.as_dict("done"))))
+    out.print(rich_table(phases(summary.as_dict("done")), 120))
     text = out.file.getvalue()
     for part in ("mine: done", "train", "97.50%", "8.0%", "4 kB", "error 4.00%"):
         assert part in text

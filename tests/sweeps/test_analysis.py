@@ -1,6 +1,7 @@
 """What grids of trials say: only what their numbers support."""
 
 import random
+import re
 
 import pytest
 
@@ -12,13 +13,18 @@ from trainer.sweeps.analysis.interference import sentences
 from trainer.sweeps.space import parse_space
 
 
+def texts(svg: str) -> set[str]:
+    """What a chart says."""
+    return set(re.findall(r">([^<>\n]+)</text>", svg))
+
+
 def trial(seed: int, prune: bool, share: bool, accuracy: float, size: float) -> Row:
     settings = {"seed": seed, "phases.prune.enabled": prune, "phases.share.enabled": share}
     return Row(settings, {"accuracy": accuracy, "bytes": size})
 
 
 def pairs(losses: list[tuple[float, float, float]], sizes: tuple[float, ...] = (8, 2, 4, 1)):
-    """A seed for each triple: points lost by prune, by share, by both."""
+    """A seed for each triple: percentage points lost by prune, by share, by both."""
     rows = []
     for seed, (prune, share, both) in enumerate(losses):
         base = 0.98 + 0.001 * seed  # its own baseline
@@ -37,18 +43,24 @@ def pairs(losses: list[tuple[float, float, float]], sizes: tuple[float, ...] = (
     [
         ([(0.1, 0.1, 0.9), (0.1, 0.2, 1.1), (0.2, 0.1, 1.2)], "they hurt one another."),
         ([(0.5, 0.5, 0.1), (0.5, 0.6, 0.2), (0.6, 0.5, 0.2)], "they help one another."),
-        ([(0.1, 0.1, 0.5), (0.3, 0.1, 0.1), (0.2, 0.2, 0.5)], "no interference beyond the spread"),
-        ([(0.1, 0.1, 0.9)], "one seed shows no spread, so nothing is claimed."),
+        ([(0.1, 0.1, 0.5), (0.3, 0.1, 0.1), (0.2, 0.2, 0.5)], "no significant interference."),
+        ([(0.1, 0.1, 0.9)], "one seed allows no conclusion."),
     ],
 )
 def test_a_sentence_claims_what_the_spread_supports(losses, said: str) -> None:
     answer = interference(pairs(losses))
     accuracy, size = answer.sentences
-    assert accuracy.startswith(f"prune and share: {said}")
+    assert accuracy.startswith(f"prune and share, accuracy: {said}")
     assert f"n = {len(losses)}" in accuracy
-    assert "8.0 times smaller, 1.00 of the product of what each does alone" in size
-    unsure = "no spread" if len(losses) == 1 else "not told from it by the spread"
+    assert "together 8.0 times smaller, 1.00 of the product of the separate ratios" in size
+    unsure = "one seed allows no conclusion" if len(losses) == 1 else "not significant"
     assert size.endswith(f"(n = {len(losses)}, {unsure}).")
+
+
+def test_a_negative_change_is_worse() -> None:
+    accuracy = interference(pairs([(0.1, 0.2, 0.5), (0.1, 0.2, 0.5)])).sentences[0]
+    assert "Together -0.50 points, alone -0.10 and -0.20 (interaction -0.20 " in accuracy
+    assert "they hurt one another" in accuracy
 
 
 def combinations(draw: random.Random, seeds: int, both: float) -> list[Row]:
@@ -70,7 +82,7 @@ def combinations(draw: random.Random, seeds: int, both: float) -> list[Row]:
 
 def claims(said: list[str]) -> int:
     accuracy = [s for s in said[::2] if "they hurt" in s or "they help" in s]
-    return len(accuracy) + sum("not told from it" not in s for s in said[1::2])
+    return len(accuracy) + sum(", significant)" in s for s in said[1::2])
 
 
 def test_noise_alone_seldom_makes_any_of_the_sentences_claim_something() -> None:
@@ -83,7 +95,7 @@ def test_noise_alone_seldom_makes_any_of_the_sentences_claim_something() -> None
 
 def test_what_stands_out_of_the_noise_is_claimed() -> None:
     said = sentences(combinations(random.Random(0), 5, 1.0))
-    assert said[0].startswith("prune and share: they hurt one another.")
+    assert said[0].startswith("prune and share, accuracy: they hurt one another.")
     assert claims(said) == 2  # as well as all three together
 
 
@@ -116,7 +128,7 @@ RATE = {"optimizer.lr": "choice(0.1,0.2)"}
     [
         ("interference", PAIR, {}, "bytes, which this sweep does not measure"),
         ("interference", RATE, {}, "enabled of two phases.*it searches optimizer.lr"),
-        ("interference", PAIR | RATE, {}, "optimizer.lr is searched besides"),
+        ("interference", PAIR | RATE, {}, "also searches optimizer.lr"),
         ("sensitivity", {"phases.prune.overrides.fc1": "choice(0,0.5)"}, {},
          "does not search phases.prune.include, phases.prune.sparsity, phases.prune.fit.epochs"),
         ("sensitivity", ELSEWHERE, {}, "does not search phases.prune.fit.epochs"),
@@ -124,7 +136,7 @@ RATE = {"optimizer.lr": "choice(0.1,0.2)"}
          "phases.prune.sparsity must have 0 among its values: the dense model"),
         ("sensitivity", LAYERS | {"phases.prune.fit.epochs": "choice(1,2)"}, {},
          "phases.prune.fit.epochs must have 0 among its values: without retraining"),
-        ("sensitivity", LAYERS | RATE, {}, "optimizer.lr is searched besides"),
+        ("sensitivity", LAYERS | RATE, {}, "also searches optimizer.lr"),
         ("sensitivity", LAYERS,
          {"conditions": {"phases.prune.fit.epochs": "phases.prune.sparsity > 0"}},
          "sweep.conditions.phases.prune.fit.epochs leaves it out"),
@@ -154,7 +166,7 @@ def test_the_table_has_every_combination_with_its_spread() -> None:
     assert table.rows[1] == (
         "prune",
         "97.85 ± 0.07",
-        "+0.20 ± 0.14",
+        "-0.20 ± 0.14",
         "2,000 ± 0",
         "4.0 ± 0.0x",
         "2",
@@ -172,12 +184,15 @@ def test_three_methods_have_three_pairs_and_a_sentence_for_all() -> None:
             measured = {"accuracy": 0.98 - 0.001 * sum(used), "bytes": 1000.0 / 2 ** sum(used)}
             rows.append(Row({"seed": seed, **settings}, measured))
     answer = interference(rows)
-    starts = [sentence.partition(":")[0] for sentence in answer.sentences[::2]]
+    starts = [sentence.partition(", accuracy:")[0] for sentence in answer.sentences[::2]]
     assert starts == [
         "prune and share", "prune and quantize", "share and quantize",
         "prune, share and quantize",
     ]  # fmt: skip
-    assert len(answer.figures) == 1
+    (draw,) = answer.figures.values()
+    svg = draw()
+    assert {"prune", "share", "quantize"} <= texts(svg)
+    assert {"-0.10", "-0.20", "250 bytes", "97.80%"} <= texts(svg)  # alone, and in pairs
 
 
 def test_missing_trials_are_not_talked_about() -> None:
@@ -210,20 +225,34 @@ def test_sensitivity_is_the_largest_sparsity_before_the_first_that_costs_too_muc
         ("fc2", "none", "none"),
         ("fc3", "50.0%", "none"),
     ]
-    (figure,) = answer.figures.values()
-    lines = {line.name: list(line.y) for line in figure.data}
-    assert lines["fc1, retrained"] == pytest.approx([99, 98, 98, 97.6])
-    assert [shape.y0 for shape in figure.layout.shapes] == pytest.approx([98])  # the dense model
+    (draw,) = answer.figures.values()
+    assert {"fc1, retrained", "fc3, only pruned", "sparsity of the layer"} <= texts(draw())
     assert sensitivity([]).tables == []
-    assert sensitivity(rows[1:4]).tables == []  # without it nothing can be judged
+    assert sensitivity(rows[1:4]).tables == []  # there is no trial of the dense model
+
+
+def test_many_layers_have_a_chart_each() -> None:
+    rows = [
+        Row(
+            {"phases.prune.include": [f"layer{n}"], "phases.prune.sparsity": sparsity,
+             "phases.prune.fit.epochs": 0},
+            {"accuracy": 0.98 - sparsity / 10},
+        )
+        for n in range(8)
+        for sparsity in (0, 0.5)
+    ]  # fmt: skip
+    figures = sensitivity(rows).figures
+    assert len(figures) == 8
+    for n, draw in enumerate(figures.values()):
+        assert f"layer{n}, only pruned" in texts(draw())
 
 
 def test_spreads() -> None:
     assert spread([1.0, 2.0, 3.0]).format(".1f") == "2.0 ± 1.0"
     assert spread([1.0]).format(".1f") == "1.0"
-    assert spread([1.0, 1.1, 1.2]).clear(0.05)
-    assert not spread([0.6, 1.0, 1.9]).clear(0.05)  # though beyond two standard errors
-    assert not spread([1.0, -1.1, 0.2]).clear(0.05)
-    assert not spread([1.0]).clear(0.05)
-    assert not spread([2e-16, 2e-16]).clear(0.05)  # rounding
-    assert spread([2.0, 2.0]).clear(0.05)
+    assert spread([1.0, 1.1, 1.2]).is_significant(0.05)
+    assert not spread([0.6, 1.0, 1.9]).is_significant(0.05)  # though beyond two standard errors
+    assert not spread([1.0, -1.1, 0.2]).is_significant(0.05)
+    assert not spread([1.0]).is_significant(0.05)
+    assert not spread([2e-16, 2e-16]).is_significant(0.05)  # rounding
+    assert spread([2.0, 2.0]).is_significant(0.05)

@@ -68,7 +68,9 @@ def test_an_analysis_that_fails_takes_no_results_along(tmp_path, monkeypatch) ->
     space = parse_space(cfg.sweep, {})
     ledger = Ledger(cfg.sweep, space, "test", 3, tmp_path, 4)
     made = SimpleNamespace(cfg=cfg, space=space)
-    results = Results(made, ledger, RunDirectory(tmp_path))  # type: ignore[arg-type]
+    directory = RunDirectory(tmp_path)
+    directory.write_command(["+experiment=test"])
+    results = Results(made, ledger, directory)  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         results.write("failed", "something else", 1.0)
     assert '"something else"' in (tmp_path / "summary.json").read_text()

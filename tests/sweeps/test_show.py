@@ -12,7 +12,9 @@ from trainer.store.directory import RunDirectory
 from trainer.sweeps import search as searches
 from trainer.sweeps import show
 from trainer.sweeps.budget import Budget
+from trainer.sweeps.labels import short_names
 from trainer.sweeps.search import Search
+from trainer.sweeps.space import parse_space
 
 CFG = SweepConfig(params={"a": "range(3)"}, objectives={"accuracy": "maximize"})
 
@@ -46,20 +48,66 @@ class Book:
 
 def test_it_shows_the_best_trial_the_counts_the_time_left_and_what_runs(tmp_path, monkeypatch):
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=120, color_system=None)
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(show, "Terminal", lambda: console)
-    board, book = show.LiveTable(CFG, RunDirectory(tmp_path)), Book()
-    trial = SimpleNamespace(value=0.5, drawn={"a": 2}, epoch=1, epochs=4)
+    board, book = show.LiveTable(CFG, RunDirectory(tmp_path), total=40), Book()
+    settings = {"optimizer.lr": 0.012345678901234567, "phases.prune.overrides.fc1": 0.9}
+    trial = SimpleNamespace(value=0.5, drawn=settings, epoch=1, epochs=4)
     with board:
         for left in (31, 30):
             board.show({9: trial}, book, left)
     said = out.getvalue()
-    assert "1 complete, 1 pruned, 0 failed, 1 running, 30 s left" in said
-    assert "best: trial 7, accuracy 0.98765" in said
+    assert "2 of 40 trials ended: 1 complete, 1 pruned, 1 running; 30 s left" in said
+    assert "best: trial 7, accuracy 98.77%" in said
     assert "settings" in said
-    assert "a=2" in said
+    assert "optimizer.lr=0.01235, prune.fc1=0.9" in said
     assert "1/4" in said
     assert book.asked == 1  # nothing has ended meanwhile
+
+
+def test_the_time_left_is_that_of_the_trials_to_come_or_of_the_budget(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    board, book = show.LiveTable(CFG, RunDirectory(tmp_path), total=12), Book()
+    assert board._progress(book, None) == "2 of 12 trials ended: 1 complete, 1 pruned, 1 running"
+    now[0] += 120
+    book.ended *= 3  # 4 trials in two minutes, 6 to come
+    assert board._progress(book, None).endswith("; about 3 min 00 s left")
+    assert board._progress(book, 200.0).endswith("; about 3 min 00 s left")
+    assert board._progress(book, 60.0).endswith("; 1 min 00 s left")
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute(tmp_path, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    board, book = show.LiveTable(CFG, RunDirectory(tmp_path), total=12), Book()
+    with board:
+        for _ in range(1000):
+            now[0] += 0.13
+            board.show({}, book, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["2 of 12 trials ended: 1 complete, 1 pruned, 1 running"] * 2
+    assert (tmp_path / "log.txt").read_text().count("2 of 12") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "total"),
+    [
+        ({"trials": 40}, 40),
+        ({"trials": None}, None),
+        ({"trials": None, "sampler": "grid"}, 3),
+        ({"trials": 2, "sampler": "grid"}, 2),
+    ],
+)
+def test_how_many_trials_there_will_be(settings, total):
+    cfg = SweepConfig(**{**vars(CFG), **settings})
+    assert show.total_trials(cfg, parse_space(cfg, {})) == total
+
+
+def test_names_are_shortened_as_long_as_they_differ():
+    keys = ["phases.prune.overrides.fc1", "phases.prune.fit.fc1", "optimizer.lr", "phases.fit"]
+    assert list(short_names(keys).values()) == [*keys[:2], "optimizer.lr", "phases.fit"]
+    assert short_names(["phases.train.fit.lr"]) == {"phases.train.fit.lr": "train.lr"}
 
 
 def test_it_is_renewed_by_the_clock_however_much_the_trials_say(tmp_path, monkeypatch):

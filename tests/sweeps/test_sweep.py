@@ -586,7 +586,7 @@ def test_trials_share_their_first_phases_and_end_in_the_same_bits(tmp_path, monk
     analysis = summary(Path("shared"))["analysis"]
     assert len(analysis["tables"][0]["rows"]) == 8
     assert len(analysis["sentences"]) == 8
-    assert "points lost" in Path("shared/report.html").read_text()
+    assert "accuracy change" in Path("shared/report.html").read_text()
 
 
 @pytest.mark.parametrize(

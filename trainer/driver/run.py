@@ -151,7 +151,7 @@ def _drive(
 def _show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
     """Show a finished run. Raises LimitsMissed."""
     for table in tables(summary):
-        console.terminal.print(rich_table(table))
+        console.terminal.print(rich_table(table, console.terminal.width))
     console.say(f"results in {directory.path}")
     if summary["status"] == "limits":
         raise LimitsMissed(summary["error"], directory.path)

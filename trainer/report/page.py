@@ -1,16 +1,23 @@
-"""report.html: a finished run on one page, complete in itself, with nothing to fetch."""
+"""report.html: a finished run on one page that needs no other file."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
-from markupsafe import Markup
 
 from trainer.report import plots
 from trainer.report.distributions import Distribution
-from trainer.report.tables import compared, hosts, layers, megabytes, number, onnx, phases, stages
+from trainer.report.html import figures, render
+from trainer.report.tables import (
+    has_perplexity,
+    has_published,
+    layers,
+    onnx,
+    phases,
+    stages,
+    workers,
+)
+from trainer.report.text import megabytes, number
 
 _DRAWN = 24  # tensors whose weights are drawn, the largest ones
 
@@ -21,40 +28,71 @@ def page(
     config: Mapping[str, Any],
     shared: Sequence[Distribution] = (),
 ) -> str:
-    """The page as HTML.
+    """Render the page.
 
     Args:
         summary: the content of summary.json of a run that ended; parts may be missing.
         metrics: the lines of metrics.jsonl.
         config: the content of config.yaml.
         shared: the weights before and after sharing.
+
+    Returns:
+        HTML text.
     """
     artifact = summary.get("artifact")
     drawn = sorted(shared, key=lambda tensor: -tensor.sizes.sum())[:_DRAWN]
-    return _template().render(
-        summary=summary,
-        artifact=artifact,
-        highlights=_highlights(summary),
-        phases=phases(summary),
-        stages=artifact and stages(artifact),
-        compared=artifact and compared(artifact),
+    return render(
+        "run.html.j2",
+        title=summary["name"],
+        status=summary["status"],
+        status_text={"limits": "limits missed"}.get(summary["status"], summary["status"]),
+        date=summary.get("date"),
+        command=summary.get("command"),
+        error=summary["error"],
+        highlights=highlights(summary),
+        curves=figures(learning_curves(summary, metrics)),
+        artifact_path=artifact and artifact["path"],
+        stages=artifact and stages(artifact, has_perplexity(summary)),
+        compression=figures(compression_chart(artifact)) if artifact else [],
         layers=artifact and layers(artifact),
         onnx=onnx(summary["onnx"]) if summary.get("onnx") else None,
-        facts=_facts(summary),
-        losses=summary["phases"] and Markup(plots.losses(summary["phases"], metrics)),
-        accuracies=summary["phases"] and Markup(plots.accuracies(summary["phases"], metrics)),
-        compression=artifact and Markup(plots.compression(artifact["stages"])),
-        weights=[
-            (tensor.name, Markup(plots.distribution(index, tensor)))
-            for index, tensor in enumerate(shared)
-            if tensor in drawn
-        ],
+        weights=figures(
+            {
+                tensor.name: plots.distribution(index, tensor)
+                for index, tensor in enumerate(shared)
+                if tensor in drawn
+            }
+        ),
         not_drawn=len(shared) - len(drawn),
+        phases=phases(summary),
+        facts=_facts(summary),
         config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
     )
 
 
-def _highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def learning_curves(
+    summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The learning curves of a run as SVG, by caption."""
+    if not summary["phases"]:
+        return {}
+    return {
+        "Accuracy on validation data after each epoch. A diamond is a phase without training.":
+            plots.accuracies(summary["phases"], metrics),
+        "Loss on training data (mean over each epoch) and on validation data (after it).":
+            plots.losses(summary["phases"], metrics),
+    }  # fmt: skip
+
+
+def compression_chart(artifact: Mapping[str, Any]) -> dict[str, str]:
+    """Accuracy against compression ratio as SVG, by caption."""
+    caption = "Test accuracy against compression."
+    if has_published(artifact):
+        caption += " Hollow: published."
+    return {caption: plots.compression(artifact["stages"])}
+
+
+def highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The result in a few figures, each with what it is."""
     artifact = summary.get("artifact")
     accuracy = artifact["accuracy"] if artifact else summary["accuracy"]
@@ -77,22 +115,13 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     speed = summary["images_per_second"]
     versions = summary.get("versions", {})
     found = [
-        ("nodes", hosts(summary)),
+        ("workers", workers(summary)),
         ("device", summary.get("device")),
-        ("workers", summary["workers"]),
         ("restarts", summary["restarts"]),
         ("seconds", f"{summary['seconds']:,.1f}"),
-        ("training samples per second", f"{speed:,.0f}" if speed else None),
+        ("training samples/s", f"{speed:,.0f}" if speed else None),
         ("precision", summary["precision"]),
         ("seed", summary["seed"]),
         *versions.items(),
     ]
     return [(name, str(value)) for name, value in found if value not in (None, "")]
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)

@@ -1,85 +1,89 @@
-"""The figures of a report as SVG text: pure functions, drawn without a display.
+"""The charts of a run as SVG: learning curves, compression, and weights before and after sharing.
 
-Figures are made as objects, not through pyplot, which keeps global state. Text stays text: it is
-small, sharp and can be searched. Everything is drawn for a white background.
+Pure functions from the records of summary.json and metrics.jsonl.
 """
 
-import io
-import logging
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trainer.report.distributions import Distribution
+from trainer.report.svg import (
+    BAND,
+    BLUE,
+    CARD,
+    GRID,
+    HEIGHT,
+    ORANGE,
+    RED,
+    SERIES,
+    SOFT,
+    WIDTH,
+    legend,
+    log_ticks,
+    new_figure,
+    shorten,
+    style,
+    text_width,
+    to_svg,
+)
 
-# Colours that people with colour-blindness can tell apart: Okabe & Ito, 2008.
-_BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7"
-_COLOURS = ("#4d4d4d", _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, "#56b4e9")
-_GREY, _BAND = "#6b7280", "#f1f4f8"
+Record = Mapping[str, Any]
 
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "trainer",  # the same figure is the same text
-    "font.size": 9,
-    "axes.edgecolor": "#9ca3af",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-}
 _MARKED = 40  # epochs up to which each gets a marker
-_LETTERS = 28  # of a phase's name
 _SPIKES = 256  # values of a codebook up to which each gets a line of its own
-
-# The first drawing on a machine builds a cache of fonts, and would say so on standard error.
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+_NAME_SIZE = 8.5  # of the names of phases, in points
 
 
-def losses(phases: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Training and validation loss over the epochs of all phases, as `accuracies`."""
-    return _over_epochs(
-        "losses",
-        "loss",
-        phases,
-        metrics,
-        [("train_loss", None, "training", _ORANGE), ("loss", "loss", "validation", _BLUE)],
-    )
+def losses(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
+    """Draw training and validation loss over the epochs of all phases; arguments as `accuracies`.
+
+    The axis is logarithmic where the losses span more than a factor of 20.
+    """
+    lines = [("train_loss", None, "training", ORANGE), ("loss", "loss", "validation", BLUE)]
+    with style():
+        figure, axes = new_figure()
+        _over_epochs(axes, phases, metrics, lines)
+        axes.set_ylabel("loss")
+        values = [entry[key] for entry in metrics for key in ("train_loss", "loss")]
+        positive = [value for value in values if value]
+        if positive and max(positive) > 20 * min(positive):
+            axes.set_yscale("log")
+            log_ticks(axes.yaxis, 10)
+        legend(figure, axes, columns=2)
+        return to_svg(figure, "losses")
 
 
-def accuracies(phases: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Validation accuracy over the epochs of all phases.
+def accuracies(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
+    """Draw validation accuracy over the epochs of all phases.
 
     Args:
-        phases: the records of summary.json; one without training is a point at its place.
+        phases: the records of summary.json; a phase without training is one point.
         metrics: the lines of metrics.jsonl.
     """
-    lines = [("accuracy", "accuracy", "validation", _BLUE)]
-    return _over_epochs("accuracies", "accuracy", phases, metrics, lines)
+    with style():
+        figure, axes = new_figure()
+        _over_epochs(axes, phases, metrics, [("accuracy", "accuracy", "validation", BLUE)])
+        axes.set_ylabel("accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        return to_svg(figure, "accuracies")
 
 
-def compression(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Test accuracy over compression ratio, the published figures as hollow marks.
+def compression(stages: Sequence[Record]) -> str:
+    """Draw test accuracy over compression ratio; published figures are hollow.
 
     Args:
-        stages: of the artefact, as in summary.json.
+        stages: of the artifact, as in summary.json.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(4.8, 3.4)
+    with style():
+        figure, axes = new_figure(WIDTH, HEIGHT + 0.19 * len(stages))
         for index, stage in enumerate(stages):
-            colour = _COLOURS[index % len(_COLOURS)]
+            colour = SERIES[index % len(SERIES)]
             axes.plot(
                 stage["ratio"],
                 stage["accuracy"],
@@ -88,152 +92,128 @@ def compression(stages: Sequence[Mapping[str, Any]]) -> str:
                 markersize=8,
                 label=f"{stage['name']}, {stage['ratio']:.1f}x",
             )
-            literature = stage["published"] or {}
-            if literature.get("error") is not None:
+            published = stage["published"] or {}
+            if published.get("error") is not None:
                 axes.plot(
-                    literature["ratio"],
-                    1 - literature["error"],
+                    published["ratio"],
+                    1 - published["error"],
                     "D",
                     color=colour,
-                    markerfacecolor="white",
-                    label=f"published: {stage['name']}, {literature['ratio']:g}x",
+                    markerfacecolor=CARD,
+                    label=f"published: {stage['name']}, {published['ratio']:g}x",
                 )
-        _logarithmic(axes)
-        axes.set_xlabel("times smaller than the dense FP32 weights")
+        axes.set_xscale("log", base=2)
+        log_ticks(axes.xaxis, 2, "x")
+        axes.set_xlabel("times smaller than the dense fp32 weights")
         axes.set_ylabel("test accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.margins(0.08, 0.15)
-        _legend(figure, axes, columns=2)
-        return _svg(figure, "compression")
+        legend(figure, axes, columns=1)
+        return to_svg(figure, "compression")
 
 
 def distribution(index: int, tensor: Distribution) -> str:
-    """The weights of a tensor before sharing, and below on the same axis the values after it.
+    """Draw the weights of a tensor before sharing and, on the same axis, the values after it.
 
     Args:
         index: a number that no other tensor of the page has.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.8, 3.2), layout="constrained")
+    with style():
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         above, below = figure.subplots(2, sharex=True)
-        above.stairs(tensor.counts, tensor.edges, fill=True, color=_BLUE)
+        above.stairs(tensor.counts, tensor.edges, fill=True, color=BLUE)
         if len(tensor.values) <= _SPIKES:
             width = 2.2 if len(tensor.values) <= 40 else 1
-            below.vlines(tensor.values, 0, tensor.sizes, color=_RED, linewidth=width)
+            below.vlines(tensor.values, 0, tensor.sizes, color=RED, linewidth=width)
         else:
             sizes, edges = np.histogram(tensor.values, tensor.edges, weights=tensor.sizes)
-            below.stairs(sizes, edges, fill=True, color=_RED)
+            below.stairs(sizes, edges, fill=True, color=RED)
         below.set_ylim(bottom=0)
         below.set_xlabel("weight")
         below.xaxis.set_major_locator(MaxNLocator(5))
         for axes, title in ((above, "before"), (below, f"after: {len(tensor.values)} values")):
-            axes.set_title(title, loc="left", fontsize=9, color=_GREY)
-            axes.set_ylabel("weights")
+            axes.set_title(title, loc="left", fontsize=9, color=SOFT)
+            axes.set_ylabel("count")
             axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        return _svg(figure, f"weights-{index}")
+        return to_svg(figure, f"weights-{index}")
 
 
 def _over_epochs(
-    name: str,
-    label: str,
-    phases: Sequence[Mapping[str, Any]],
-    metrics: Sequence[Mapping[str, Any]],
+    axes: Axes,
+    phases: Sequence[Record],
+    metrics: Sequence[Record],
     lines: Sequence[tuple[str, str | None, str, str]],
-) -> str:
-    """Curves over the epochs of all phases, one after the other.
+) -> None:
+    """Draw curves over the epochs of all phases, one phase after the other.
 
     Args:
-        lines: key in the metrics, key in the records of phases, title, colour.
+        lines: key in the metrics, key in the records of phases, label, colour.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(4.8, 3.4)
-        begin = 0
-        for index, phase in enumerate(phases):
-            epochs = [entry for entry in metrics if entry["phase"] == phase["name"]]
-            end = begin + len(epochs)
-            for key, of_phase, title, colour in lines:
-                places = list(range(begin + 1, end + 1))
-                values = [_value(entry[key]) for entry in epochs]
-                if of_phase and not epochs:
-                    places, values = [begin], [_value(phase[of_phase])]
-                    axes.plot(places, values, "D", color=colour, markersize=5)
-                if of_phase and index:  # the curve comes from where the phase before it ended
-                    places = [begin, *places]
-                    values = [_value(phases[index - 1][of_phase]), *values]
-                axes.plot(
-                    places,
-                    values,
-                    color=colour,
-                    marker="o" if len(metrics) <= _MARKED else "",
-                    markersize=3.5,
-                    label=title,
-                )
-            if index % 2:
-                axes.axvspan(begin, end, color=_BAND, zorder=-1)
-            axes.axvline(begin, color="#cbd2da", linewidth=0.8, zorder=-0.5)
-            axes.text(
-                (begin + end) / 2,
-                1.02,
-                _short(phase["name"]),
-                transform=axes.get_xaxis_transform(),
-                rotation=30 if len(phases) > 1 else 0,
-                horizontalalignment="left" if len(phases) > 1 else "center",
-                rotation_mode="anchor",
-                fontsize=8,
-                color=_GREY,
-                parse_math=False,
+    starts = []
+    begin = 0
+    for index, phase in enumerate(phases):
+        epochs = [entry for entry in metrics if entry["phase"] == phase["name"]]
+        end = begin + len(epochs)
+        for key, of_phase, label, colour in lines:
+            where = list(range(begin + 1, end + 1))
+            values = [_value(entry[key]) for entry in epochs]
+            if of_phase and not epochs:
+                where, values = [begin], [_value(phase[of_phase])]
+                axes.plot(where, values, "D", color=colour, markersize=5)
+            if of_phase and index:  # the curve starts where the phase before it ended
+                where = [begin, *where]
+                values = [_value(phases[index - 1][of_phase]), *values]
+            axes.plot(
+                where,
+                values,
+                color=colour,
+                marker="o" if len(metrics) <= _MARKED else "",
+                markersize=3.5,
+                label=label,
             )
-            begin = end
-        axes.set_xlim(-0.02 * max(1, begin), 1.04 * max(1, begin))
-        axes.set_xlabel("epoch, over all phases")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(label)
-        if label == "accuracy":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _legend(figure, axes, columns=len(lines))
-        return _svg(figure, name)
+        if index % 2:
+            axes.axvspan(begin, end, color=BAND, zorder=-1)
+        axes.axvline(begin, color=GRID, linewidth=1.2, zorder=-0.5)
+        starts.append(begin)
+        begin = end
+    epochs_in_all = max(1, begin)
+    left, right = -0.02 * epochs_in_all, 1.04 * epochs_in_all
+    axes.set_xlim(left, right)
+    _name_phases(axes, [(start - left) / (right - left) for start in starts], phases)
+    axes.set_xlabel("epoch, over all phases")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+def _name_phases(axes: Axes, starts: Sequence[float], phases: Sequence[Record]) -> None:
+    """Write the name of each phase above its start, in as many rows as keep names apart.
 
-
-def _legend(figure: Figure, axes: Axes, columns: int) -> None:
-    """A legend below the axes, each title once."""
-    handles, titles = axes.get_legend_handles_labels()
-    once = dict(zip(titles, handles, strict=True))
-    if not once:
-        return
-    legend = figure.legend(
-        list(once.values()), list(once), loc="outside lower center", ncols=columns, fontsize=8
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _logarithmic(axes: Axes) -> None:
-    """Powers of two as ticks, in plain figures."""
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
+    Args:
+        starts: where each phase starts, as a fraction of the width of the axes.
+    """
+    width = 0.8 * WIDTH  # about, of the axes
+    ends: list[float] = []  # where the last name of each row ends
+    for start, phase in zip(starts, phases, strict=True):
+        name = shorten(phase["name"])
+        needed = (text_width(name, _NAME_SIZE) + 0.08) / width
+        # A name that would leave the chart on the right ends at its phase's start instead.
+        flipped = start + needed > 1.05
+        first, last = (start - needed, start) if flipped else (start, start + needed)
+        row = next((row for row, end in enumerate(ends) if end <= first), len(ends))
+        ends[row:] = [last, *ends[row + 1 :]]
+        side = "right" if flipped else "left"
+        axes.annotate(
+            name,
+            (start, 1),
+            xycoords="axes fraction",
+            xytext=(-2 if flipped else 2, 3 + 1.2 * _NAME_SIZE * row),
+            textcoords="offset points",
+            horizontalalignment=side,
+            fontsize=_NAME_SIZE,
+            color=SOFT,
+            arrowprops={"arrowstyle": "-", "color": GRID, "shrinkA": 0, "shrinkB": 0,
+                        "relpos": (float(flipped), 0)},
+        ).set_parse_math(False)  # fmt: skip
 
 
 def _value(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an element to put into a page, its ids made unique by `name`."""
-    text = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with warnings.catch_warnings():
-        # Letters that matplotlib's own font lacks: the browser has one that does not.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        FigureCanvasSVG(figure).print_svg(text, metadata=nothing)
-    found = text.getvalue()
-    found = found[found.index("<svg") :]
-    return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", found)

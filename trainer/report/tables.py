@@ -1,39 +1,57 @@
-"""The tables of a finished run as text: the terminal and report.html show the same ones."""
+"""The tables of a finished run: the terminal, report.html and notebooks show the same ones."""
 
-import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import rich.box
 import rich.table
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.text import Text
 
-NOTHING = "–"  # noqa: RUF001 - what was not measured, or is not a number
+from trainer.report.text import megabytes, number, perplexity, plural
+
 _FRAME = "names, shapes, checksums"  # what a file holds besides its tensors
-# In the names of stages.
+# Letters in the names of stages.
 _LETTERS = {"P": "pruned", "S": "values shared", "Q": "quantized", "H": "Huffman-coded"}
+_QUANTIZER = re.compile(r"(?:(?P<module>.*)\.)?\w*_quantizer\.\w+")
+_MIN_NAME = 12  # columns of a terminal that names keep, however narrow it is
+_GAP = 2  # columns between two columns
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table. The first column holds names, the others hold numbers."""
+    """One table as text. The first column holds names."""
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     caption: str = ""
+    optional: tuple[str, ...] = ()  # columns a narrow terminal leaves out, in this order
+    prose: tuple[str, ...] = ()  # columns of text, which may wrap; the others hold numbers
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """All tables of a finished run, whose content is that of summary.json."""
+    """All tables of a finished run.
+
+    Args:
+        summary: the content of summary.json.
+    """
     artifact = summary.get("artifact")
-    found = [phases(summary), *([stages(artifact), layers(artifact)] if artifact else [])]
-    return [*found, onnx(summary["onnx"])] if summary.get("onnx") else found
+    found = [phases(summary)]
+    if artifact:
+        found += [stages(artifact, has_perplexity(summary)), layers(artifact)]
+    if summary.get("onnx"):
+        found.append(onnx(summary["onnx"]))
+    return found
 
 
 def phases(summary: Mapping[str, Any]) -> Table:
-    """The phases of a summary, a row each, and the test result; loss and accuracy on validation."""
+    """One row for each phase; loss and accuracy are of validation data."""
     rows = [
         (
             phase["name"],
@@ -52,7 +70,7 @@ def phases(summary: Mapping[str, Any]) -> Table:
     if summary["accuracy"] is not None:
         caption.insert(
             0,
-            f"test set: {summary['accuracy']:.2%} correct, error {1 - summary['accuracy']:.2%}, "
+            f"test set: accuracy {summary['accuracy']:.2%}, error {1 - summary['accuracy']:.2%}, "
             f"loss {number(summary['loss'], '.4f')}",
         )
     return Table(
@@ -62,67 +80,88 @@ def phases(summary: Mapping[str, Any]) -> Table:
             "steps",
             "loss",
             "accuracy",
-            "not zero",
+            "nonzero",
             "kept",
             "sent/step",
             "samples/s",
-            "s",
+            "seconds",
         ),
         rows,
         "\n".join(caption),
+        optional=("nonzero", "sent/step", "samples/s", "steps"),
     )
 
 
-def stages(artifact: Mapping[str, Any]) -> Table:
-    """Bytes and test errors of each stage, beside the published ones where there are any."""
+def has_perplexity(summary: Mapping[str, Any]) -> bool:
+    """Whether the run trained a language model: its targets are sequences of tokens."""
+    return bool(summary.get("sequence_targets"))
+
+
+def stages(artifact: Mapping[str, Any], perplexities: bool = False) -> Table:
+    """Size and test error of each stage, beside published figures where there are any.
+
+    Args:
+        artifact: of summary.json.
+        perplexities: add the perplexity, which only means something for a language model.
+    """
+    published = has_published(artifact)
+    columns = ["stage", "bytes", "ratio", "error", "loss"]
+    columns += ["perplexity"] * perplexities + ["published"] * published
     rows = []
     for stage in artifact["stages"]:
         loss = stage.get("loss")
-        row = (
+        row = [
             stage["name"],
             f"{stage['bytes']:,}",
             f"{stage['ratio']:.1f}x",
             f"{1 - stage['accuracy']:.2%}",
             number(loss, ".4f"),
-            number(None if loss is None else perplexity(loss), "#.5g"),
-        )
-        rows.append((*row, _published(stage)) if compared(artifact) else row)
-    columns = ("stage", "bytes", "ratio", "error", "loss", "perplexity")
+        ]
+        if perplexities:
+            row.append(number(None if loss is None else perplexity(loss), "#.5g"))
+        if published:
+            row.append(_published(stage))
+        rows.append(tuple(row))
     return Table(
         f"{artifact['path']}: test set",
-        (*columns, "published") if compared(artifact) else columns,
+        tuple(columns),
         rows,
-        "\n".join(_legend(artifact)),
+        "\n".join(_legend(artifact, perplexities)),
+        optional=("loss", "published"),
     )
 
 
-def compared(artifact: Mapping[str, Any]) -> bool:
-    """Whether there are published figures to set the stages beside."""
+def has_published(artifact: Mapping[str, Any]) -> bool:
+    """Whether there are published figures to compare the stages with."""
     return any(stage["published"] for stage in artifact["stages"])
 
 
 def _published(stage: Mapping[str, Any]) -> str:
     """The published ratio, and the published error where there is one."""
-    literature = stage["published"]
-    if not literature:
+    published = stage["published"]
+    if not published:
         return ""
-    error = literature["error"]
-    return f"{literature['ratio']:g}x" + ("" if error is None else f", {error:.2%}")
+    error = published["error"]
+    return f"{published['ratio']:g}x" + ("" if error is None else f", {error:.2%}")
 
 
-def _legend(artifact: Mapping[str, Any]) -> list[str]:
-    """What the letters in the names of stages mean, and what else the table needs to be told."""
+def _legend(artifact: Mapping[str, Any], perplexities: bool) -> list[str]:
+    """Explain the letters in the names of stages, and the columns that need it."""
     names = [stage["name"].partition(" ")[0] for stage in artifact["stages"]]
     found = {letter for name in names for letter in name.split("+")}
     used = [f"{letter}: {meaning}" for letter, meaning in _LETTERS.items() if letter in found]
-    lines = ["; ".join([*used, "perplexity: e to the loss"])]
-    if compared(artifact):
+    lines = ["; ".join([*used, *["perplexity: e to the loss"] * perplexities])]
+    if has_published(artifact):
         lines.append("published: ratio and error of Han, Mao & Dally, Deep Compression, ICLR 2016")
-    return lines
+    return [line for line in lines if line]
 
 
 def layers(artifact: Mapping[str, Any]) -> Table:
-    """What each tensor takes in the file, and in the last row all else."""
+    """What each tensor takes in the file; the last row is everything else.
+
+    The ranges and scales of quantizers count as bytes of the weight that they belong to.
+    """
+    total = artifact["bytes"]
     rows: list[tuple[str, ...]] = [
         (
             layer["name"],
@@ -131,19 +170,49 @@ def layers(artifact: Mapping[str, Any]) -> Table:
             f"{layer['nonzero'] / max(1, layer['weights']):.1%}",
             f"{layer['bits']:g}",
             f"{layer['bytes']:,}",
-            f"{layer['bytes'] / artifact['bytes']:.1%}",
+            f"{layer['bytes'] / total:.1%}",
         )
-        for layer in artifact["layers"]
+        for layer in fold_quantizers(artifact["layers"])
     ]
-    rest = artifact["bytes"] - sum(layer["bytes"] for layer in artifact["layers"])
-    nothing = [""] * 4
-    rows.append((_FRAME, *nothing, f"{rest:,}", f"{rest / artifact['bytes']:.1%}"))
-    columns = ("tensor", "values", "not zero", "kept", "bits", "bytes", "of the file")
-    return Table("", columns, rows)
+    rest = total - sum(layer["bytes"] for layer in artifact["layers"])
+    rows.append((_FRAME, "", "", "", "", f"{rest:,}", f"{rest / total:.1%}"))
+    return Table(
+        f"{artifact['path']}: layers",
+        ("tensor", "values", "nonzero", "kept", "bits", "bytes", "of the file"),
+        rows,
+        "bits: of each value kept, before entropy coding",
+        optional=("nonzero", "of the file", "kept"),
+    )
+
+
+def fold_quantizers(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add the bytes of `MODULE.*_quantizer.*` to MODULE.weight, and drop their entries.
+
+    Without such a weight, the quantizers of a module share one entry.
+    """
+    kept = {
+        layer["name"]: dict(layer) for layer in layers if not _QUANTIZER.fullmatch(layer["name"])
+    }
+    for layer in layers:
+        found = _QUANTIZER.fullmatch(layer["name"])
+        if found is None:
+            continue
+        prefix = f"{found['module']}." if found["module"] else ""
+        owner = kept.get(f"{prefix}weight")
+        if owner:
+            owner["bytes"] += layer["bytes"]
+            continue
+        name = f"{prefix}quantizers"
+        if name not in kept:
+            kept[name] = {**layer, "name": name}
+        else:
+            for key in ("weights", "nonzero", "bytes"):
+                kept[name][key] += layer[key]
+    return list(kept.values())
 
 
 def onnx(converted: Sequence[Mapping[str, Any]]) -> Table:
-    """What onnxruntime makes of the models, on validation data and one thread."""
+    """What onnxruntime makes of the models, on validation data with one thread."""
     batches = list(converted[0]["milliseconds"])
     rows = [
         (
@@ -156,61 +225,108 @@ def onnx(converted: Sequence[Mapping[str, Any]]) -> Table:
         )
         for model in converted
     ]
-    columns = ("model.onnx", "bytes", "accuracy", "in PyTorch", "largest difference")
     return Table(
-        "onnxruntime: validation data, one thread",
-        (*columns, *(f"ms, batch {batch}" for batch in batches)),
+        "model.onnx: validation data, onnxruntime with one thread",
+        (
+            "model",
+            "bytes",
+            "accuracy",
+            "PyTorch",
+            "difference",
+            *(f"ms, batch {b}" for b in batches),
+        ),
         rows,
+        "PyTorch: accuracy of the same model in PyTorch; difference: the largest one of a logit",
+        optional=("difference", "PyTorch"),
     )
 
 
 def where(summary: Mapping[str, Any]) -> str:
     """What ran where, and how long, in one line."""
-    workers = summary["workers"]
+    restarts = summary["restarts"]
     parts = [
-        f"{workers} worker{'s' * (workers != 1)} on {summary['device']}",
-        hosts(summary),
-        f"{summary['restarts']} restart{'s' * (summary['restarts'] != 1)}",
+        workers(summary),
+        str(summary.get("device") or ""),
+        f"{restarts} {plural('restart', restarts)}",
         f"{summary['seconds']:.1f} s",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def hosts(summary: Mapping[str, Any]) -> str:
-    """The nodes of a run, and how many of its workers each held: `a x2, b`."""
-    found = Counter(summary["nodes"])
-    return ", ".join(f"{node} x{n}" if n > 1 else node for node, n in found.items())
+def workers(summary: Mapping[str, Any]) -> str:
+    """How many workers ran on which machines; each machine is named once."""
+    count = summary["workers"]
+    text = f"{count} {plural('worker', count)}"
+    nodes = Counter(summary["nodes"])
+    if len(nodes) == 1:
+        return f"{text} on {'one machine' if count != 1 else 'machine'} {next(iter(nodes))}"
+    if nodes:
+        each = ", ".join(f"{node} ({n})" for node, n in nodes.items())
+        return f"{text} on {len(nodes)} machines: {each}"
+    return text
 
 
-def rich_table(table: Table) -> rich.table.Table:
-    """A table for the terminal."""
-    result = rich.table.Table(title=escape(table.title) or None, title_justify="left")
-    result.caption = escape(table.caption) or None
-    result.caption_justify = "left"
-    for index, title in enumerate(table.columns):
-        result.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
+def as_dict(table: Table) -> dict[str, Any]:
+    """A table for summary.json."""
+    return {
+        "title": table.title,
+        "columns": table.columns,
+        "rows": table.rows,
+        "caption": table.caption,
+    }
+
+
+def rich_table(table: Table, width: int) -> RenderableType:
+    """A table for a terminal, with as many columns as fit.
+
+    A table that is too wide first loses its optional columns, which the caption then names;
+    after that its names are shortened.
+
+    Args:
+        width: of the terminal, in columns.
+    """
+    shown, dropped = _fit(table, width)
+    result = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold cyan",
+    )
+    for index in shown:
+        prose = index == 0 or table.columns[index] in table.prose
+        result.add_column(
+            escape(table.columns[index]),
+            justify="left" if prose else "right",
+            no_wrap=index == 0 or not prose,
+            overflow="ellipsis" if index == 0 else "fold",
+            min_width=None if prose else cell_len(table.columns[index]),
+            style="bold" if index == 0 else "",
+        )
     for row in table.rows:
-        result.add_row(*map(escape, row))
-    return result
+        result.add_row(*(escape(row[index]) for index in shown))
+    parts: list[RenderableType] = [Text(table.title, "bold")] if table.title else []
+    caption = [line for line in table.caption.splitlines() if line]
+    if dropped:
+        caption.append(f"too narrow for: {', '.join(dropped)} (in report.html)")
+    captions = [Text(line, "dim") for line in caption]
+    return Group(*parts, result, *captions, Text(""))
 
 
-def number(value: float | None, spec: str) -> str:
-    """`value` formatted as `spec` says; summary.json has null for what is NaN or infinite."""
-    return NOTHING if value is None else format(value, spec)
-
-
-def perplexity(loss: float) -> float:
-    """e to the loss (nats); infinite where that is beyond a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
-
-
-def megabytes(count: float) -> str:
-    """A number of bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+def _fit(table: Table, width: int) -> tuple[list[int], list[str]]:
+    """The indices of the columns that fit, and the names of those left out."""
+    widths = [
+        max(cell_len(cell) for cell in (title, *(row[index] for row in table.rows)))
+        for index, title in enumerate(table.columns)
+    ]
+    for index, title in enumerate(table.columns):
+        if title in table.prose:
+            widths[index] = min(widths[index], 3 * _MIN_NAME)
+    shown, dropped = list(range(len(widths))), []
+    for name in table.optional:
+        if sum(widths[index] + _GAP for index in shown) - _GAP <= width:
+            break
+        if name in table.columns:
+            shown.remove(table.columns.index(name))
+            dropped.append(name)
+    return shown, dropped

@@ -20,7 +20,7 @@ from trainer.sweeps.plan import Plan
 from trainer.sweeps.pool import Pool
 from trainer.sweeps.results import Results
 from trainer.sweeps.search import Search
-from trainer.sweeps.show import LiveTable
+from trainer.sweeps.show import LiveTable, total_trials
 from trainer.sweeps.storage import without_password
 from trainer.sweeps.study import Ledger
 
@@ -84,7 +84,7 @@ class _Sweep:
         self.plan, self.cfg, self.sweep = plan, plan.cfg, plan.cfg.sweep
         self.directory, self.signals, self.locks = directory, signals, locks
         self.arguments = arguments
-        self.board = LiveTable(self.sweep, directory)
+        self.board = LiveTable(self.sweep, directory, total_trials(self.sweep, plan.space))
         self.pool = Pool(self.cfg, self.board.say)
         self.interrupted = False  # by the first signal
         self.saved = False  # what is known, since then

@@ -1,7 +1,6 @@
 """What a sweep leaves: trials.csv, summary.json, report.html, and a ranked table."""
 
 import csv
-import dataclasses
 import io
 import os
 import re
@@ -9,12 +8,11 @@ import shlex
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.markup import escape
-from rich.table import Table
 
-from trainer.report.tables import rich_table
+from trainer.report.tables import Table, as_dict, rich_table
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.analysis import ANALYSES, Answer, Row
+from trainer.sweeps.labels import format_measure, format_settings
 from trainer.sweeps.measures import MEASURES, parse_constraints
 from trainer.sweeps.plan import Plan
 from trainer.sweeps.report import write_report
@@ -49,7 +47,7 @@ class Results:
         self._answer = self._analyse()
         summary["analysis"] = {
             "sentences": self._answer.sentences,
-            "tables": [dataclasses.asdict(table) for table in self._answer.tables],
+            "tables": [as_dict(table) for table in self._answer.tables],
         }
         self._directory.write_summary(summary)
         if report:
@@ -59,9 +57,8 @@ class Results:
 
     def show(self, board: LiveTable) -> None:
         """Tell what was found: the best trials, and what the analysis says."""
-        board.terminal.print(self.table())
-        for table in self._answer.tables:
-            board.terminal.print(rich_table(table))
+        for table in (*self._answer.tables, self.table()):
+            board.terminal.print(rich_table(table, board.terminal.width))
         for sentence in self._answer.sentences:
             board.say(sentence)
         if missed := self._none_feasible():
@@ -102,10 +99,15 @@ class Results:
     def summary(self, status: str, error: str | None, seconds: float) -> dict[str, Any]:
         """The content of summary.json."""
         cfg = self._plan.cfg
-        states = [trial.state for trial in self._ledger.trials()]
+        arguments = self._directory.read_command()
+        trials = self._ledger.trials()
+        states = [trial.state for trial in trials]
+        starts = [trial.datetime_start for trial in trials if trial.datetime_start]
         return {
             "name": cfg.name,
             "sweep": cfg.sweep.name,
+            "date": f"{min(starts):%Y-%m-%d %H:%M:%S}" if starts else None,
+            "command": None if arguments is None else _as_command(arguments),
             "seed": cfg.seed,
             "precision": cfg.precision,
             "workers": cfg.cluster.workers,
@@ -124,20 +126,22 @@ class Results:
         }
 
     def table(self) -> Table:
-        """The best trials: ranked, or the Pareto front."""
-        front = len(self._objectives) > 1
-        title = (
-            f"{'Pareto front' if front else 'best trials'}: {tally(self._ledger.trials(), None)}"
+        """The best trials, or the Pareto front."""
+        what = "Pareto front" if len(self._objectives) > 1 else "best trials"
+        rows = [
+            (
+                str(trial.number),
+                *map(format_measure, self._objectives, trial.values),
+                format_settings(trial.params),
+            )
+            for trial in self._ledger.best()[:SHOWN]
+        ]
+        return Table(
+            f"{what}: {tally(self._ledger.trials())}",
+            ("trial", *self._objectives, "settings"),
+            rows,
+            prose=("settings",),
         )
-        table = Table(title=title, title_justify="left")
-        for name in ("trial", *self._objectives):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("settings")
-        for trial in self._ledger.best()[:SHOWN]:
-            values = [f"{value:.6g}" for value in trial.values]
-            settings = " ".join(self._plan.overrides(trial.params))
-            table.add_row(str(trial.number), *values, escape(settings))
-        return table
 
     def _entry(self, trial: FrozenTrial) -> dict[str, Any]:
         overrides = self._plan.overrides(trial.params)
@@ -156,7 +160,7 @@ class Results:
         if arguments is None:
             return None
         mine = [argument for argument in arguments if not _OF_THE_SWEEP.match(argument)]
-        return shlex.join(["python", "-m", "trainer", *mine, *overrides, "~sweep.params"])
+        return _as_command([*mine, *overrides, "~sweep.params"])
 
     def _write_csv(self) -> None:
         names = [parameter.name for parameter in self._plan.space.parameters]
@@ -180,3 +184,7 @@ class Results:
         aside = self._directory.path / "trials.csv.part"
         aside.write_text(out.getvalue(), encoding="utf-8")
         os.replace(aside, self._directory.path / "trials.csv")
+
+
+def _as_command(arguments: list[str]) -> str:
+    return shlex.join(["python", "-m", "trainer", *arguments])

@@ -1,30 +1,41 @@
-"""The sweep in the terminal: a live table, and a line for each trial that ended."""
+"""A sweep in the terminal: a live table of its trials, and a line for each trial that ended."""
 
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+import rich.box
+import rich.table
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from trainer.config import SweepConfig
 from trainer.report.terminal import Terminal
+from trainer.report.text import duration
 from trainer.store.directory import RunDirectory
+from trainer.sweeps.labels import format_measure, format_settings, format_values
+from trainer.sweeps.space import GRID_LIMIT, Space
 from trainer.sweeps.study import Ledger, watched_values
 from trainer.sweeps.trial import Trial
+
+PLAIN_EVERY_S = 60.0  # between two lines on progress where the output is no terminal
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class LiveTable:
     """Shows a sweep. A context manager: the live table ends with it. Lines go to log.txt too."""
 
-    def __init__(self, cfg: SweepConfig, directory: RunDirectory) -> None:
+    def __init__(self, cfg: SweepConfig, directory: RunDirectory, total: int | None = None) -> None:
+        """Args: total: trials that the sweep makes (`total_trials`); None: no fixed number."""
         self.terminal = Terminal()
-        self._cfg, self._directory = cfg, directory
+        self._cfg, self._directory, self._total = cfg, directory, total
         self._live = Live(console=self.terminal, transient=True, auto_refresh=False)
-        self._best: list[FrozenTrial] | None = None  # None: asked for when it is shown
+        self._best: list[FrozenTrial] | None = None  # None: looked up when it is shown
+        self._speed = _Speed()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> "LiveTable":
         if self.terminal.is_terminal:
@@ -40,11 +51,11 @@ class LiveTable:
         self.close()
 
     def close(self) -> None:
-        """Take the live table away."""
+        """Remove the live table."""
         self._live.stop()
 
     def restore(self) -> None:
-        """Give the terminal its cursor back, for a process that ends without closing this."""
+        """Show the cursor again, for a process that ends without closing this."""
         self.terminal.show_cursor()
 
     def say(self, line: str) -> None:
@@ -53,64 +64,107 @@ class LiveTable:
         self.terminal.print(line, markup=False, soft_wrap=True)
 
     def ended(self, trial: FrozenTrial) -> None:
-        """Say what became of a trial."""
+        """Print how a trial ended."""
         self._best = None
         self.say(describe(trial, list(self._cfg.objectives)))
 
     def show(self, running: Mapping[int, Trial], ledger: Ledger, left: float | None) -> None:
-        """Renew the live table, where there is one.
+        """Update the live table; without a terminal, print a line now and then.
 
         Args:
-            left: seconds; None: no limit.
+            running: the trials that have not ended, by number.
+            left: seconds of the time budget; None: no limit.
         """
         if not self._live.is_started:
+            if time.monotonic() - self._last_line >= PLAIN_EVERY_S:
+                self._last_line = time.monotonic()
+                self.say(self._progress(ledger, left))
             return
         if self._best is None:
             self._best = ledger.best()
-        title = tally(ledger.trials(), left)
+        title = self._progress(ledger, left)
         if self._best:
-            best = format_values(self._best[0], list(self._cfg.objectives))
-            title += f"\nbest: trial {self._best[0].number}, {best}"
+            values = format_values(self._cfg.objectives, self._best[0].values)
+            title += f"\nbest: trial {self._best[0].number}, {values}"
         self._live.update(Group(Text(title), self._table(running)), refresh=True)
 
-    def _table(self, running: Mapping[int, Trial]) -> Table:
-        table = Table()
-        for column in ("trial", "epoch", self._cfg.metric, "settings"):
-            table.add_column(column)
+    def _progress(self, ledger: Ledger, left: float | None) -> str:
+        """How many trials have ended, and the time left: the smaller one of budget and estimate."""
+        trials = ledger.trials()
+        ended = sum(trial.state in _ENDED for trial in trials)
+        estimate = self._speed.time_left(ended, self._total)
+        text = tally(trials, self._total)
+        if estimate is not None and (left is None or estimate < left):
+            return f"{text}; about {duration(estimate)} left"
+        return text if left is None else f"{text}; {duration(left)} left"
+
+    def _table(self, running: Mapping[int, Trial]) -> rich.table.Table:
+        """One line for each running trial; settings that do not fit are cut."""
+        table = rich.table.Table(
+            box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan"
+        )
+        for column in ("trial", "epoch", self._cfg.metric):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("settings", no_wrap=True, overflow="ellipsis")
         for number, trial in sorted(running.items()):
-            value = "" if trial.value is None else f"{trial.value:.4f}"
-            drawn = ", ".join(f"{key}={value}" for key, value in trial.drawn.items())
-            table.add_row(str(number), f"{trial.epoch}/{trial.epochs}", value, escape(drawn))
+            value = "" if trial.value is None else format_measure(self._cfg.metric, trial.value)
+            settings = escape(format_settings(trial.drawn))
+            table.add_row(str(number), f"{trial.epoch}/{trial.epochs}", value, settings)
         return table
 
 
-def tally(trials: Sequence[FrozenTrial], left: float | None) -> str:
-    """How many trials are in which state, and the time that is left."""
+class _Speed:
+    """Estimates the time left from the trials that ended since the sweep was started."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._before: int | None = None  # trials that had ended by then
+
+    def time_left(self, ended: int, total: int | None) -> float | None:
+        """Seconds until all trials have ended; None: not known (yet)."""
+        if self._before is None:
+            self._before = ended
+        if total is None or ended <= self._before:
+            return None
+        seconds_per_trial = (time.monotonic() - self._began) / (ended - self._before)
+        return max(0, total - ended) * seconds_per_trial
+
+
+def total_trials(cfg: SweepConfig, space: Space) -> int | None:
+    """How many trials a sweep makes unless another budget ends it earlier.
+
+    Returns:
+        None where neither `sweep.trials` nor a grid limits them.
+    """
+    grid = len(space.grid(GRID_LIMIT)) if cfg.sampler == "grid" else None
+    return min((count for count in (cfg.trials, grid) if count is not None), default=None)
+
+
+def tally(trials: Sequence[FrozenTrial], total: int | None = None) -> str:
+    """How many trials are in which state.
+
+    Args:
+        total: trials that the sweep makes; None: no fixed number.
+    """
     states = [trial.state for trial in trials]
-    text = (
-        f"{states.count(TrialState.COMPLETE)} complete, {states.count(TrialState.PRUNED)} pruned, "
-        f"{states.count(TrialState.FAIL)} failed, {states.count(TrialState.RUNNING)} running"
-    )
-    return text if left is None else f"{text}, {max(left, 0):.0f} s left"
-
-
-def format_values(trial: FrozenTrial, objectives: Sequence[str]) -> str:
-    """The values of a trial that was completed."""
-    values = zip(objectives, trial.values, strict=True)
-    return ", ".join(f"{name} {value:.6g}" for name, value in values)
+    counts = [
+        (states.count(TrialState.COMPLETE), "complete"),
+        (states.count(TrialState.PRUNED), "pruned"),
+        (states.count(TrialState.FAIL), "failed"),
+        (states.count(TrialState.RUNNING), "running"),
+    ]
+    text = ", ".join(f"{count} {state}" for count, state in counts if count) or "none yet"
+    ended = sum(count for count, state in counts if state != "running")
+    return text if total is None else f"{ended} of {total} trials ended: {text}"
 
 
 def describe(trial: FrozenTrial, objectives: Sequence[str]) -> str:
-    """One line on a trial that ended."""
-    drawn = ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in trial.params.items()
-    )
+    """One line about a trial that ended."""
     match trial.state:
         case TrialState.COMPLETE:
-            what = format_values(trial, objectives)
+            result = format_values(objectives, trial.values)
         case TrialState.PRUNED:
-            what = f"pruned after epoch {max(watched_values(trial))}"
+            result = f"pruned after epoch {max(watched_values(trial))}"
         case _:
-            what = f"failed: {trial.user_attrs.get('reason', '')}"
-    return f"trial {trial.number}: {what} ({drawn})"
+            result = f"failed: {trial.user_attrs.get('reason', '')}"
+    return f"trial {trial.number}: {result} ({format_settings(trial.params)})"

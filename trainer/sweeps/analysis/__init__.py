@@ -1,4 +1,4 @@
-"""What a sweep over a whole grid answers, beyond the best trial: `sweep.analysis`."""
+"""The question that a sweep over a whole grid answers, beyond its best trial: `sweep.analysis`."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from trainer.sweeps.space import Space
 class Analysis(NamedTuple):
     """One kind of question."""
 
-    check: Callable[[Space, Collection[str]], None]  # of what is searched and measured
-    answer: Callable[[Sequence[Row]], Answer]  # from the trials that were completed
+    check: Callable[[Space, Collection[str]], None]  # of the parameters and the measures
+    answer: Callable[[Sequence[Row]], Answer]  # from the completed trials
 
 
 ANALYSES = {
@@ -27,7 +27,11 @@ ANALYSES = {
 
 
 def check_analysis(cfg: SweepConfig, space: Space) -> None:
-    """Refuse a sweep that could not answer what `sweep.analysis` asks. Raises ConfigError."""
+    """Reject a sweep whose trials cannot answer `sweep.analysis`.
+
+    Raises:
+        ConfigError: names the parameter or the measure that is missing or in the way.
+    """
     if cfg.analysis is not None:
         measured = [name for name in MEASURES if name != "bytes" or needs_artifact(cfg)]
         ANALYSES[cfg.analysis].check(space, measured)

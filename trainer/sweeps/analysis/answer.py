@@ -1,19 +1,19 @@
-"""What goes into an analysis and comes out of it, and the statistics of few repeats."""
+"""The input and the output of an analysis, and the statistics of few repeats."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.report.tables import Table
 
-ROUNDING = 1e-9  # a mean this close to zero is what rounding left of zero
+ROUNDING = 1e-9  # a mean this close to zero is a rounding error
 
 
 @dataclass(frozen=True)
 class Row:
-    """A trial that was completed."""
+    """A completed trial."""
 
     settings: Mapping[str, Any]  # by dotted key
     measured: Mapping[str, float]  # trainer.sweeps.measures
@@ -21,16 +21,16 @@ class Row:
 
 @dataclass
 class Answer:
-    """Tables, figures (plotly) by title, and what they say."""
+    """Tables, charts and conclusions. Each chart is a function that draws it and returns SVG."""
 
     tables: list[Table] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Callable[[], str]] = field(default_factory=dict)  # by caption
     sentences: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean of a few repeats, and how far they lie apart."""
+    """Mean and standard deviation of a few repeats."""
 
     n: int
     mean: float
@@ -41,7 +41,7 @@ class Spread:
         """Standard error of the mean."""
         return self.deviation / math.sqrt(self.n)
 
-    def clear(self, level: float) -> bool:
+    def is_significant(self, level: float) -> bool:
         """Whether the mean differs from zero by Student's t test, two-sided, at `level`."""
         if self.n < 2 or abs(self.mean) < ROUNDING:
             return False
@@ -49,7 +49,12 @@ class Spread:
         return p_value(t, self.n - 1) < level
 
     def format(self, spec: str, scale: float = 1.0) -> str:
-        """Mean and standard deviation, as `spec` formats numbers."""
+        """Mean and standard deviation as text.
+
+        Args:
+            spec: of the numbers, as in the built-in format.
+            scale: factor for both, such as 100 for percent.
+        """
         mean = format(scale * self.mean, spec)
         if self.n < 2:
             return mean
@@ -57,13 +62,13 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value."""
+    """The spread of at least one value."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return Spread(len(values), statistics.fmean(values), deviation)
 
 
 def p_value(t: float, freedom: int) -> float:
-    """How often Student's t is at least as far from zero as `t` where nothing but chance decides.
+    """The probability that chance alone brings Student's t as far from zero as `t`, two-sided.
 
     Abramowitz & Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4.
 

@@ -1,30 +1,36 @@
-"""Do methods that are used together interfere with one another?
+"""Do compression methods interfere with one another when they are combined?
 
-Every combination of phases, some of them left out (`phases.NAME.enabled`), repeated with several
-seeds. Each seed is a pair with its own baseline: drops of accuracy are taken within a seed.
+The sweep runs every combination of phases (`phases.NAME.enabled`) with several seeds. Each seed has
+its own baseline, the combination without any of the methods: changes are taken within a seed.
+A change of accuracy is in percentage points, and negative means worse.
 """
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 
 from trainer.errors import ConfigError
 from trainer.report.tables import Table
 from trainer.sweeps.analysis.answer import Answer, Row, Spread, spread
-from trainer.sweeps.analysis.searched import check_searched
+from trainer.sweeps.analysis.parameters import check_parameters
 from trainer.sweeps.space import Space
 
-LEVEL = 0.05  # how often chance alone may make any sentence of an answer claim something
+LEVEL = 0.05  # probability that chance alone makes any sentence of an answer claim something
 
 _PHASES, _ENABLED = "phases.", ".enabled"
 
 Combination = frozenset[str]
 Trials = Mapping[int, Mapping[Combination, Row]]
-"""Trials by seed, and by the methods that they used."""
+"""Trials by seed, and by the methods that they use."""
 
 
 def check(space: Space, measured: Collection[str]) -> None:
-    """Refuse a sweep that cannot say anything of methods. Raises ConfigError."""
+    """Reject a sweep that says nothing about methods.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
     keys = [parameter.key for parameter in space.parameters]
     methods = _methods(keys)
     if len(methods) < 2:
@@ -32,7 +38,7 @@ def check(space: Space, measured: Collection[str]) -> None:
             "sweep.analysis=interference: sweep.params must search phases.NAME.enabled of two "
             f"phases or more, each choice(true,false); it searches {', '.join(keys)}"
         )
-    check_searched("interference", space, [f"{_PHASES}{m}{_ENABLED}" for m in methods])
+    check_parameters("interference", space, [f"{_PHASES}{m}{_ENABLED}" for m in methods])
     if "bytes" not in measured:
         raise ConfigError(
             "sweep.analysis=interference: it compares bytes, which this sweep does not measure; "
@@ -41,96 +47,102 @@ def check(space: Space, measured: Collection[str]) -> None:
 
 
 def interference(rows: Sequence[Row]) -> Answer:
-    """A line for each combination, and sentences for each pair of methods and for all together."""
+    """A row for each combination, and conclusions for each pair of methods and for all together."""
     methods = _methods(key for row in rows for key in row.settings)
-    table = _by_seed(rows, methods)
+    trials = _by_seed(rows, methods)
     every = [frozenset(c) for n in range(len(methods) + 1) for c in combinations(methods, n)]
-    return Answer(
-        [_table(every, methods, table)],
-        {"accuracy and bytes of each pair of methods": _matrix(methods, table)},
-        sentences(rows),
+    caption = (
+        "Change of accuracy in percentage points (negative: worse), accuracy on validation data, "
+        "and bytes. Diagonal: one method alone. Elsewhere: two methods together"
     )
+    answer = Answer([_table(every, methods, trials)], sentences=sentences(rows))
+    answer.figures[caption] = partial(_matrix, methods, trials)
+    return answer
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """Two for each pair of methods, and for all together where there are more: accuracy, bytes.
+    """Two conclusions for each pair of methods, and for all methods where there are more than two.
 
-    The interaction of methods is what they lose together, less what each loses alone; of bytes,
-    the ratio of what they save together to the product of what each saves. A sentence claims one
-    where its mean over the seeds differs from none by Student's t test. As each sentence is one
-    more chance to be wrong, each test is held to `LEVEL` divided by their number (Bonferroni).
-    Nothing is said where trials are missing.
+    The first one is about accuracy: the interaction is the change by all methods together, minus
+    the sum of the changes by each alone. The second one is about bytes: the compression ratio
+    together, divided by the product of the ratios of each alone.
+
+    A sentence claims an interaction only if its mean over the seeds is significant by Student's
+    t test. Each sentence is one more chance to be wrong, so each test uses `LEVEL` divided by
+    their number (Bonferroni). Groups with missing trials are left out.
     """
     methods = _methods(key for row in rows for key in row.settings)
-    table = _by_seed(rows, methods)
+    trials = _by_seed(rows, methods)
     groups: list[tuple[str, ...]] = [*combinations(methods, 2)]
     if len(methods) > 2:
         groups.append(tuple(methods))
-    whole = {group: _whole(group, table) for group in groups}
-    said = [group for group in groups if whole[group]]
-    level = LEVEL / max(1, 2 * len(said))
-    return [sentence for group in said for sentence in _sentences(group, whole[group], level)]
+    complete = {group: _complete(group, trials) for group in groups}
+    used = [group for group in groups if complete[group]]
+    level = LEVEL / max(1, 2 * len(used))
+    return [text for group in used for text in _sentences(group, complete[group], level)]
 
 
 def _methods(keys: Iterable[str]) -> list[str]:
-    """The phases that are left out in some trials, in their order."""
+    """The phases that some trials leave out, in their order."""
     found = dict.fromkeys(k for k in keys if k.startswith(_PHASES) and k.endswith(_ENABLED))
     return [key.removeprefix(_PHASES).removesuffix(_ENABLED) for key in found]
 
 
 def _by_seed(rows: Sequence[Row], methods: Sequence[str]) -> Trials:
-    table: dict[int, dict[Combination, Row]] = {}
+    trials: dict[int, dict[Combination, Row]] = {}
     for row in rows:
         used = frozenset(m for m in methods if row.settings[f"{_PHASES}{m}{_ENABLED}"])
-        table.setdefault(int(row.settings.get("seed", 0)), {})[used] = row
-    return table
+        trials.setdefault(int(row.settings.get("seed", 0)), {})[used] = row
+    return trials
 
 
-def _drops(used: Combination, table: Trials) -> list[float]:
-    """Accuracy lost against the seed's own baseline, in points, of each seed that has both."""
+def _changes(used: Combination, trials: Trials) -> list[float]:
+    """Change of accuracy from the seed's baseline, in points, for each seed that has both."""
     return [
-        100 * (trials[frozenset()].measured["accuracy"] - trials[used].measured["accuracy"])
-        for trials in table.values()
-        if used in trials and frozenset() in trials
+        100 * (of_seed[used].measured["accuracy"] - of_seed[frozenset()].measured["accuracy"])
+        for of_seed in trials.values()
+        if used in of_seed and frozenset() in of_seed
     ]
 
 
-def _measured(used: Combination, table: Trials, measure: str) -> list[float]:
-    return [trials[used].measured[measure] for trials in table.values() if used in trials]
+def _measured(used: Combination, trials: Trials, measure: str) -> list[float]:
+    return [of_seed[used].measured[measure] for of_seed in trials.values() if used in of_seed]
 
 
-def _ratios(used: Combination, table: Trials) -> list[float]:
-    """How many times smaller than the seed's own baseline."""
+def _ratios(used: Combination, trials: Trials) -> list[float]:
+    """How many times smaller the file is than the baseline's, for each seed that has both."""
     return [
-        trials[frozenset()].measured["bytes"] / trials[used].measured["bytes"]
-        for trials in table.values()
-        if used in trials and frozenset() in trials
+        of_seed[frozenset()].measured["bytes"] / of_seed[used].measured["bytes"]
+        for of_seed in trials.values()
+        if used in of_seed and frozenset() in of_seed
     ]
 
 
-def _table(every: Sequence[Combination], methods: Sequence[str], table: Trials) -> Table:
-    lines = []
+def _table(every: Sequence[Combination], methods: Sequence[str], trials: Trials) -> Table:
+    rows = []
     for used in every:
-        accuracies = _measured(used, table, "accuracy")
+        accuracies = _measured(used, trials, "accuracy")
         if not accuracies:
             continue
-        drops, ratios = _drops(used, table), _ratios(used, table)
-        lines.append(
+        changes, ratios = _changes(used, trials), _ratios(used, trials)
+        rows.append(
             (
                 _name(used, methods),
                 spread(accuracies).format(".2f", 100),
-                spread(drops).format("+.2f") if used and drops else "",
-                spread(_measured(used, table, "bytes")).format(",.0f"),
+                spread(changes).format("+.2f") if used and changes else "",
+                spread(_measured(used, trials, "bytes")).format(",.0f"),
                 f"{spread(ratios).format('.1f')}x" if used and ratios else "",
                 str(len(accuracies)),
             )
         )
     return Table(
-        "every combination",
-        ("methods", "accuracy %", "points lost", "bytes", "smaller", "n"),
-        lines,
-        "means and standard deviations over seeds; validation data; bytes of model.dcz; below, "
-        f"interactions that Student's t test supports at {LEVEL:.0%} over all sentences together",
+        "Every combination of methods",
+        ("methods", "accuracy %", "accuracy change", "bytes", "smaller", "n"),
+        rows,
+        "mean ± standard deviation over n seeds; accuracy on validation data; accuracy change: "
+        "percentage points from the same seed without any method, negative is worse; bytes of "
+        "model.dcz",
+        optional=("n", "smaller"),
     )
 
 
@@ -138,80 +150,58 @@ def _name(used: Combination, methods: Sequence[str]) -> str:
     return " + ".join(m for m in methods if m in used) or "none"
 
 
-def _whole(methods: tuple[str, ...], table: Trials) -> Trials:
+def _complete(methods: tuple[str, ...], trials: Trials) -> Trials:
     """The seeds that have the baseline, each of the methods alone, and all of them together."""
     needed = {frozenset(), frozenset(methods), *(frozenset({method}) for method in methods)}
-    return {seed: trials for seed, trials in table.items() if needed <= trials.keys()}
+    return {seed: of_seed for seed, of_seed in trials.items() if needed <= of_seed.keys()}
 
 
-def _sentences(methods: tuple[str, ...], whole: Trials, level: float) -> list[str]:
-    """What the numbers say of some methods used together: of accuracy, and of bytes."""
+def _sentences(methods: tuple[str, ...], complete: Trials, level: float) -> list[str]:
+    """The conclusions about some methods used together: accuracy, then bytes."""
     alone = [frozenset({method}) for method in methods]
     together = frozenset(methods)
-    parts = [_drops(used, whole) for used in alone]
-    both = _drops(together, whole)
+    parts = [_changes(used, complete) for used in alone]
+    both = _changes(together, complete)
     interaction = spread([b - sum(p) for b, *p in zip(both, *parts, strict=True)])
-    sizes = [_ratios(used, whole) for used in alone]
+    ratios = [_ratios(used, complete) for used in alone]
+    both_ratios = _ratios(together, complete)
     factor = spread(
-        [math.log(b / math.prod(p)) for b, *p in zip(_ratios(together, whole), *sizes, strict=True)]
+        [math.log(b / math.prod(p)) for b, *p in zip(both_ratios, *ratios, strict=True)]
     )
     names = f"{', '.join(methods[:-1])} and {methods[-1]}"
     apart = " and ".join(f"{spread(p).mean:+.2f}" for p in parts)
     return [
-        f"{names}: {_verdict(interaction, level)} Together they lose {spread(both).mean:+.2f} "
-        f"points of accuracy, alone {apart} (interaction {interaction.format('+.2f')}, "
-        f"n = {interaction.n}).",
-        f"{names}: the file is {spread(_ratios(together, whole)).mean:.1f} times smaller, "
-        f"{math.exp(factor.mean):.2f} of the product of what each does alone "
-        f"(n = {factor.n}{_sure(factor, level)}).",
+        f"{names}, accuracy: {_verdict(interaction, level)} Together {spread(both).mean:+.2f} "
+        f"points, alone {apart} (interaction {interaction.format('+.2f')}, n = {interaction.n}).",
+        f"{names}, bytes: together {spread(both_ratios).mean:.1f} times smaller, "
+        f"{math.exp(factor.mean):.2f} of the product of the separate ratios "
+        f"(n = {factor.n}, {_significance(factor, level)}).",
     ]
 
 
 def _verdict(interaction: Spread, level: float) -> str:
     if interaction.n < 2:
-        return "one seed shows no spread, so nothing is claimed."
-    if not interaction.clear(level):
-        return "no interference beyond the spread over seeds."
-    return "they hurt one another." if interaction.mean > 0 else "they help one another."
+        return "one seed allows no conclusion."
+    if not interaction.is_significant(level):
+        return "no significant interference."
+    return "they hurt one another." if interaction.mean < 0 else "they help one another."
 
 
-def _sure(factor: Spread, level: float) -> str:
+def _significance(factor: Spread, level: float) -> str:
     if factor.n < 2:
-        return ", no spread"
-    return "" if factor.clear(level) else ", not told from it by the spread"
+        return "one seed allows no conclusion"
+    return "significant" if factor.is_significant(level) else "not significant"
 
 
-def _matrix(methods: Sequence[str], table: Trials) -> object:
-    """Each method alone on the diagonal, pairs beside it."""
-    from plotly import graph_objects
+def _matrix(methods: Sequence[str], trials: Trials) -> str:
+    """Draw a cell for each method alone (on the diagonal) and for each pair."""
+    from trainer.sweeps.analysis.plots import Cell, matrix  # matplotlib is slow to import
 
-    losses: list[list[float | None]] = []
-    texts: list[list[str]] = []
-    for row in methods:
-        losses.append([])
-        texts.append([])
-        for column in methods:
-            used = frozenset({row, column})
-            drops, sizes = _drops(used, table), _measured(used, table, "bytes")
-            losses[-1].append(spread(drops).mean if drops else None)
-            accuracies = _measured(used, table, "accuracy")
-            text = ""
-            if sizes:
-                accuracy = spread(accuracies).format(".2f", 100)
-                text = f"{accuracy} %<br>{spread(sizes).format(',.0f')} bytes"
-            texts[-1].append(text)
-    names = list(methods)
-    figure = graph_objects.Figure(
-        graph_objects.Heatmap(
-            z=losses,
-            x=names,
-            y=names,
-            text=texts,
-            texttemplate="%{text}",
-            colorscale="Oranges",
-            colorbar={"title": "points lost"},
-        )
-    )
-    figure.update_layout(title="accuracy (validation) and bytes; the diagonal: one method alone")
-    figure.update_yaxes(autorange="reversed")
-    return figure
+    cells = {}
+    for row, first in enumerate(methods):
+        for column, second in enumerate(methods):
+            used = frozenset({first, second})
+            if changes := _changes(used, trials):
+                means = [spread(_measured(used, trials, m)).mean for m in ("accuracy", "bytes")]
+                cells[row, column] = Cell(spread(changes).mean, *means)
+    return matrix(methods, cells)

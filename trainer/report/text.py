@@ -1,0 +1,49 @@
+"""Numbers as text for people."""
+
+import math
+
+NOTHING = "–"  # noqa: RUF001 - not measured, or not a number
+
+
+def number(value: float | None, spec: str) -> str:
+    """Format a number; summary.json holds null for what is NaN or infinite."""
+    return NOTHING if value is None else format(value, spec)
+
+
+def plural(noun: str, count: int) -> str:
+    """A noun in the singular or the plural."""
+    return noun if count == 1 else f"{noun}s"
+
+
+def significant(value: object, digits: int = 4) -> str:
+    """A value of a setting for people: floats with a few significant digits."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of a loss in nats; infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def megabytes(count: float) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
