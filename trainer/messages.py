@@ -16,6 +16,8 @@ class RunStarted:
     train: int  # training samples
     validation: int
     test: int
+    phase_steps: tuple[int, ...] = ()  # steps that each phase of the run takes at most
+    sequence_targets: bool = False  # a sample's targets are a sequence, as of a language model
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,13 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Status:
+    """What the run is doing now, in a few words; valid until the next status or phase."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class WorkersStarted:
     """All workers are up; sent again after workers were replaced."""
 
@@ -216,6 +225,7 @@ class RunEnded:
 
 Message = (
     Notice
+    | Status
     | WorkersStarted
     | WorkersLost
     | Resumed

@@ -20,8 +20,6 @@ from trainer.messages import (
 )
 from trainer.report.summary import SummarySink
 from trainer.report.tables import phases, rich_table
-from trainer.report.terminal import Console
-from trainer.report.text import megabytes
 from trainer.store.directory import RunDirectory
 
 RECORD = PhaseRecord(
@@ -53,40 +51,6 @@ MESSAGES = [
 ]
 
 
-def shown(is_terminal):
-    out = io.StringIO()
-    with Console(Terminal(file=out, force_terminal=is_terminal, width=120)) as console:
-        for message in MESSAGES:
-            console.on(message)
-    return out.getvalue()
-
-
-def test_plain_output_has_a_line_for_what_matters_and_none_for_progress():
-    lines = shown(is_terminal=False).splitlines()
-    assert len(lines) == 5
-    assert "2 workers on cpu, 1,000 parameters, 640 training" in lines[0]
-    assert "2 epochs, 20 steps" in lines[1]
-    assert "epoch 1: train loss 0.3000" in lines[2]
-    assert "3 steps skipped" in lines[2]
-    assert "skipped" not in lines[3]
-    assert "80 of 1,000 parameters are not zero" in lines[4]
-    assert "\x1b" not in shown(is_terminal=False)
-
-
-def test_a_terminal_gets_a_live_bar_too():
-    assert "\x1b" in shown(is_terminal=True)
-
-
-def test_a_phase_that_begins_again_has_one_bar():
-    out = Terminal(file=io.StringIO(), force_terminal=True, width=120)
-    with Console(out) as console:
-        for message in [*MESSAGES[:3], *MESSAGES[:3]]:  # a worker was lost on the way
-            console.on(message)
-        assert len(console._bars.tasks) == 1
-        console.on(MESSAGES[5])
-        assert len(console._bars.tasks) == 0
-
-
 def test_the_table_shows_every_phase_and_the_test_error():
     summary = SummarySink(CONFIG)
     for message in MESSAGES:
@@ -97,13 +61,6 @@ def test_the_table_shows_every_phase_and_the_test_error():
     text = out.file.getvalue()
     for part in ("mine: done", "train", "97.50%", "8.0%", "4 kB", "error 4.00%"):
         assert part in text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1720000, "1.72 MB"), (2.5e10, "25 GB")]
-)
-def test_bytes_for_people(count, text):
-    assert megabytes(count) == text
 
 
 def test_a_taken_name_gets_a_suffix_and_discard_removes_what_was_made(tmp_path):

@@ -68,7 +68,7 @@ def test_the_summary_is_complete_at_any_moment() -> None:
     assert summary.evaluated["dense"].accuracy == 0.96
     summary.result = {"accuracy": 0.96, "loss": 0.12}
     done = summary.as_dict("done")
-    assert set(early) | {"device", "samples"} == set(done)
+    assert set(early) | {"device", "samples", "sequence_targets"} == set(done)
     facts = {"name": "mine", "seed": 3, "precision": "bf16", "workers": 2, "restarts": 0}
     assert {key: done[key] for key in facts} == facts
     assert (done["accuracy"], done["loss"]) == (0.96, 0.12)

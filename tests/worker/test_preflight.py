@@ -36,7 +36,8 @@ def net(classes=3, features=64):
 def test_what_fits_passes_and_nothing_changes(precision):
     model = net().train()
     state, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    check_compatible(model, IMAGES, runtime(WORLD, precision=precision))
+    target = check_compatible(model, IMAGES, runtime(WORLD, precision=precision))
+    assert target == ()  # one class
     assert model.training
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert torch.equal(chance, torch.get_rng_state())
@@ -46,7 +47,7 @@ def test_language_models_fit_by_their_vocabulary():
     ids = torch.randint(0, 12, (4, 7), generator=torch.Generator().manual_seed(0))
     ids[3, 6] = 11
     data = splits(ids, ids)
-    check_compatible(LSTMLanguageModel(12, 4, 4), data, runtime(WORLD))
+    assert check_compatible(LSTMLanguageModel(12, 4, 4), data, runtime(WORLD)) == (7,)
     with pytest.raises(ConfigError, match="label 11, but LSTMLanguageModel has 11 outputs"):
         check_compatible(LSTMLanguageModel(11, 4, 4), data, runtime(WORLD))
 

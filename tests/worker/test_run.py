@@ -65,6 +65,15 @@ def test_every_micro_batch_and_every_batch_of_an_evaluation_is_a_beat():
     assert world.heartbeat.beats == STEPS * (2 + 1) + evaluations * batches
 
 
+def test_the_start_announces_the_steps_of_every_phase():
+    phases = {**TRAIN, "prune": {"_target_": "trainer.phases.Prune", "fit": {"epochs": 0}}}
+    messages = run_phases(World.single(torch.device("cpu")), config(phases=phases), Start(0))
+    started = next(messages)
+    assert isinstance(started, RunStarted)
+    assert started.phase_steps == (STEPS, 0)
+    assert not started.sequence_targets  # one class for each image
+
+
 def test_weights_that_the_last_update_spoiled_are_not_accepted():
     """The loss before the update was finite, and no step follows."""
     phases = {"train": {**TRAIN["train"], "fit": {"epochs": 1, "max_steps": 1}}}

@@ -36,13 +36,15 @@ from trainer.messages import (
     Resumed,
     RunEnded,
     RunStopped,
+    Status,
     WorkersLost,
     WorkersStarted,
 )
 from trainer.report.sinks import LogSink, MetricsSink, Sink
 from trainer.report.summary import SummarySink
-from trainer.report.tables import rich_table, tables
+from trainer.report.tables import tables
 from trainer.report.terminal import Console
+from trainer.report.text import plural
 from trainer.signals import Signals
 from trainer.store.checkpoints import Checkpoints, ResumePoint
 from trainer.store.directory import RunDirectory, as_json
@@ -151,7 +153,7 @@ def _drive(
 def _show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
     """Show a finished run. Raises LimitsMissed."""
     for table in tables(summary):
-        console.terminal.print(rich_table(table, console.terminal.width))
+        console.show(table)
     console.say(f"results in {directory.path}")
     if summary["status"] == "limits":
         raise LimitsMissed(summary["error"], directory.path)
@@ -208,10 +210,12 @@ class _Run:
             else:
                 with self.signals.deferring(self._before_exit):
                     group = open_group(self.config.cluster)
+            self.on(Status(self._starting(group)))
             self._start(group)
             self._work(group)
             summary = apply_limits(self.summary.as_dict("done"), self.config.limits)
             self.directory.write_summary(summary)
+            self.on(Status("writing report.html"))
             self._write_report(summary)
             self.on(RunEnded(summary))
             return summary
@@ -233,7 +237,9 @@ class _Run:
             with self.signals.deferring(self.console.restore):
                 self.checkpoints.close()
                 if group and group is not self.borrowed:
+                    self.console.status("stopping the workers")
                     group.stop()
+                    self.console.status(None)
 
     def _start(self, group: WorkerGroup) -> None:
         """Start the workers; meanwhile build the experiment, check it, and open the sinks."""
@@ -281,7 +287,9 @@ class _Run:
 
         point = self._rewind()
         if self.config.export.onnx and not (point.phase or point.step):
+            self.on(Status("trying to export the fresh model to ONNX"))
             self._follow(group, try_export)
+        self.on(Status("building model and data on the workers"))
         saved = partial(self.checkpoints.weights_after, self.names)
         self._follow(group, run_phases, start_at(self.experiment, point, saved))
         self.checkpoints.wait()
@@ -295,14 +303,29 @@ class _Run:
         saved = partial(self.checkpoints.weights_after, self.names)
         # First, since encoding takes longer and could be interrupted.
         self.directory.write_model(saved(len(self.names) - 1))
+        self.on(Status(self._finishing()))
         models = FinalModels(self.experiment, saved, self.summary.phases[-1])
         if models.artifact:
             self.directory.write_artifact(models.artifact)
             models.artifact = self.directory.read_artifact()  # evaluate what is on the disk
+        self.on(Status("evaluating on the test set"))
         self._follow(group, evaluate_models, models.models())
         self.summary.result = models.facts(self.summary.evaluated)
         if self.config.export.onnx:
+            self.on(Status("writing and measuring model.onnx"))
             self._follow(group, export_models, models.final, models.dense)
+
+    def _starting(self, group: WorkerGroup) -> str:
+        """What the run does first, as a status."""
+        cluster = self.config.cluster
+        workers = f"{cluster.workers} {plural('worker', cluster.workers)}"
+        if group is self.borrowed:
+            return "building the experiment"
+        return f"starting {'Ray and ' if cluster.backend == 'ray' else ''}{workers}"
+
+    def _finishing(self) -> str:
+        """What the run does after the last phase, as a status."""
+        return "encoding model.dcz" if self.config.artifact.make else "reading the final weights"
 
     def _follow(self, group: WorkerGroup, function: WorkerFunction, *args: Any) -> None:
         """Run a function on the workers and take all its messages."""

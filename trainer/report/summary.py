@@ -74,6 +74,7 @@ class SummarySink:
                 self._facts |= {
                     "device": message.device,
                     "workers": message.workers,
+                    "sequence_targets": message.sequence_targets,
                     "samples": {
                         "train": message.train,
                         "validation": message.validation,

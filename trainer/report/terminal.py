@@ -2,20 +2,19 @@
 
 import os
 import sys
+import textwrap
+import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TextIO
 
 import rich.console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bars,
-)
+import rich.table
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.text import Text
 
 from trainer.messages import (
     EpochEnded,
@@ -26,15 +25,21 @@ from trainer.messages import (
     Progress,
     Resumed,
     RoundEnded,
+    RunEnded,
     RunStarted,
+    Status,
     WorkersLost,
 )
+from trainer.report.pace import Pace
+from trainer.report.tables import Table, rich_table
+from trainer.report.text import duration, plural
 
 PLAIN_WIDTH = 120  # columns where the output is no terminal
+_ELAPSED_AFTER_S = 3.0  # a status that takes longer shows its time
 
 
 class Terminal(rich.console.Console):
-    """Standard output. Falls silent when whoever read along has gone, as `head` does."""
+    """Standard output. It becomes silent when the reader of a pipe is gone, as `head` is."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False)
@@ -47,28 +52,39 @@ class Terminal(rich.console.Console):
 
 
 def silence(stream: TextIO) -> None:
-    """Let all that is still written to a broken pipe vanish, what Python flushes last included."""
+    """Discard all further output to a broken pipe, including what Python flushes at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
+@dataclass
+class _Bar:
+    """The progress of the present phase."""
+
+    title: str
+    steps: int
+    step: int = 0
+    numbers: str = ""
+
+
 class Console:
-    """Shows the messages of a run. A context manager: the live bar ends with it."""
+    """Shows the messages of a run. A context manager: the live display ends with it."""
 
     def __init__(self, terminal: rich.console.Console | None = None) -> None:
         self.terminal = terminal or Terminal()
-        self._bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+        # The usual spinner consists of letters that only Unicode has.
+        name = "dots" if self.terminal.encoding.startswith("utf") else "line"
+        self._spinner = Spinner(name, style="cyan")
+        self._status: tuple[str, float] | None = None  # text, and when it was set
+        self._bar: _Bar | None = None
+        self._pace = Pace()
+        self._live = Live(
             console=self.terminal,
+            get_renderable=self._render,
+            refresh_per_second=8,
             transient=True,
-            disable=not self.terminal.is_terminal,
         )
-        self._bar: TaskID | None = None
 
     @classmethod
     def quiet(cls) -> "Console":
@@ -76,7 +92,8 @@ class Console:
         return cls(rich.console.Console(quiet=True))
 
     def __enter__(self) -> "Console":
-        self._bars.start()
+        if self.terminal.is_terminal and not self.terminal.quiet:
+            self._live.start()
         return self
 
     def __exit__(
@@ -85,46 +102,118 @@ class Console:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bars.stop()
+        self._live.stop()
+
+    def close(self) -> None:
+        """The live display ends with the context manager: nothing to do."""
 
     def restore(self) -> None:
-        """Give the terminal its cursor back, for a process that ends without closing this."""
+        """Show the cursor again, for a process that ends without closing this."""
         self.terminal.show_cursor()
 
     def say(self, line: str) -> None:
-        """Print one line above the live bar."""
+        """Print one line above the live display."""
         self.terminal.print(line, markup=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """The live bar ends with the context manager: nothing to do."""
+    def show(self, table: Table) -> None:
+        """Print a table."""
+        self.terminal.print(rich_table(table, self.terminal.width))
+
+    def status(self, text: str | None) -> None:
+        """Show what the run is doing where there are no steps to count; None: nothing any more.
+
+        A terminal shows it beside a spinner until the next status or the next phase; otherwise it
+        is printed as a line.
+        """
+        self._status = None if text is None else (text, time.monotonic())
+        self._refresh()
+        if text is not None and not self._live.is_started:
+            self.say(text)
 
     def on(self, message: Message) -> None:
         """Show one message."""
-        line = describe(message)
         match message:
+            case Status():
+                self.status(message.text)
+            case RunStarted():
+                self._pace.plan(message.phase_steps)
+                self.status(None)
             case PhaseStarted():
-                self._remove_bar()  # of a phase that is done again after a restart
-                if message.steps:
-                    self._bar = self._bars.add_task(message.name, total=message.steps, numbers="")
+                self.status(None)
+                self._pace.start_phase(message.index, message.steps)
+                title = phase_title(message, self._pace.phases)
+                self._bar = _Bar(title, message.steps) if message.steps else None
             case Progress() if self._bar is not None:
-                numbers = (
-                    f"epoch {message.epoch}/{message.epochs}  loss {message.loss:.4f}  "
+                self._pace.step(message.step)
+                self._bar.step = message.step
+                self._bar.numbers = (
+                    f"epoch {message.epoch} of {message.epochs}, loss {message.loss:.4f}, "
                     f"{message.images_per_second:,.0f} samples/s"
                 )
-                self._bars.update(self._bar, completed=message.step, numbers=numbers)
-            case PhaseEnded():
-                self._remove_bar()
-        if line:
-            self.say(line)
+            case PhaseEnded() | RunEnded():
+                self._bar = None
+                self.status(None)
+        line = describe(message)
+        if line is None:
+            return
+        if self.terminal.is_terminal and not isinstance(message, Notice):  # which may hold paths
+            self._refresh()
+            line = textwrap.fill(line, self.terminal.width, subsequent_indent="  ")
+        self.say(line)
 
-    def _remove_bar(self) -> None:
-        if self._bar is not None:
-            self._bars.remove_task(self._bar)
-            self._bar = None
+    def _refresh(self) -> None:
+        """Draw the live display now: its thread may wait for its turn while modules are loaded."""
+        if self._live.is_started:
+            self._live.refresh()
+
+    def _render(self) -> RenderableType:
+        """The live display: progress of the phase, and status. Called by its thread."""
+        bar, status = self._bar, self._status
+        parts: list[RenderableType] = []
+        if bar is not None:
+            parts += [_bar_line(bar), Text(self._second_line(bar), no_wrap=True)]
+        if status is not None:
+            text, since = status
+            seconds = time.monotonic() - since
+            elapsed = f" ({duration(seconds)})" if seconds >= _ELAPSED_AFTER_S else ""
+            self._spinner.update(text=Text(f"{text}{elapsed}", no_wrap=True))
+            parts.append(self._spinner)
+        return Group(*parts)
+
+    def _second_line(self, bar: _Bar) -> str:
+        """Loss, speed, and the time left of the phase and of all phases."""
+        phase, run = self._pace.phase_left(), self._pace.run_left()
+        text = bar.numbers
+        if phase is not None:
+            text += f", {duration(phase)} left"
+            if run is not None and run > phase:
+                text += f" ({duration(run)} for all phases)"
+        return text
+
+
+def _bar_line(bar: _Bar) -> RenderableType:
+    line = rich.table.Table.grid(padding=(0, 1), expand=True)
+    line.add_column(no_wrap=True)
+    line.add_column(ratio=1)
+    line.add_column(no_wrap=True)
+    gauge = ProgressBar(total=bar.steps, completed=bar.step)
+    line.add_row(Text(bar.title, "bold"), gauge, f"{bar.step:,}/{bar.steps:,} steps")
+    return line
+
+
+def phase_title(message: PhaseStarted, phases: int) -> str:
+    """The name of a phase and its place among the phases of the run.
+
+    Args:
+        phases: number of phases; 0: not known.
+    """
+    if phases > 1:
+        return f"phase {message.index + 1} of {phases}: {message.name}"
+    return message.name
 
 
 def describe(message: Message) -> str | None:
-    """One line for what is worth keeping in a log; None for mere progress."""
+    """One line about a message that is worth keeping in a log; None for mere progress."""
     match message:
         case Notice():
             return message.text
@@ -139,37 +228,45 @@ def describe(message: Message) -> str | None:
             after = f"after step {message.step:,} of" if message.step else "with"
             return f"resuming {after} {name}"
         case RunStarted():
-            workers = f"{message.workers} worker" + "s" * (message.workers > 1)
             return (
-                f"{workers} on {message.device}, {message.parameters:,} parameters, "
-                f"{message.train:,} training, {message.validation:,} validation, "
-                f"{message.test:,} test samples"
+                f"{_count(message.workers, 'worker')} on {message.device}; "
+                f"{message.parameters:,} parameters; samples: {message.train:,} training, "
+                f"{message.validation:,} validation, {message.test:,} test"
             )
         case PhaseStarted():
-            todo = "no training"
+            kind = "" if message.kind == message.name else f" ({message.kind})"
+            training = "no training"
             if message.steps:
-                todo = f"{message.epochs} epochs, {message.steps:,} steps"
-            return f"{message.name} ({message.kind}): {todo}, {message.learnable:,} to learn"
+                epochs, steps = _count(message.epochs, "epoch"), _count(message.steps, "step")
+                training = f"{epochs}, {steps}, {message.learnable:,} trainable values"
+            return f"{message.name}{kind}: {training}"
         case EpochEnded():
-            return (
-                f"{message.phase} epoch {message.epoch}: train loss {message.train_loss:.4f}, "
-                f"validation loss {message.loss:.4f}, accuracy {message.accuracy:.2%}, "
-                f"sparsity {message.sparsity:.1%}, {message.images_per_second:,.0f} samples/s"
-                + (f", {message.skipped} steps skipped" if message.skipped else "")
-            )
+            parts = [
+                f"{message.phase} epoch {message.epoch}: loss {message.train_loss:.4f} "
+                f"(validation {message.loss:.4f})",
+                f"accuracy {message.accuracy:.2%}",
+                *([f"sparsity {message.sparsity:.1%}"] if message.sparsity else []),
+                f"{message.images_per_second:,.0f} samples/s",
+                *([f"{_count(message.skipped, 'step')} skipped"] if message.skipped else []),
+            ]
+            return ", ".join(parts)
         case RoundEnded():
-            judged = message.record
-            back = "trained on" if judged.extended else "back to the last good state"
-            verdict = "kept" if judged.accepted else f"too low, {back}"
+            record = message.record
+            otherwise = "extended" if record.extended else "reverted to the last accepted weights"
             return (
-                f"{message.phase} round {judged.round}: sparsity {judged.sparsity:.2%}, "
-                f"accuracy {judged.accuracy:.2%}: {verdict}"
-                + (f"; stopped: {judged.stopped}" if judged.stopped else "")
+                f"{message.phase} round {record.round}: sparsity {record.sparsity:.2%}, "
+                f"accuracy {record.accuracy:.2%}: "
+                + ("accepted" if record.accepted else f"accuracy too low, {otherwise}")
+                + (f"; last round: {record.stopped}" if record.stopped else "")
             )
         case PhaseEnded():
-            record = message.record
-            return (
-                f"{record.name} done in {record.seconds:.1f} s: accuracy {record.accuracy:.2%}, "
-                f"{record.nonzero:,} of {record.parameters:,} parameters are not zero"
-            )
+            done = message.record
+            kept = f"{done.nonzero:,} of {done.parameters:,} parameters are nonzero"
+            if done.nonzero == done.parameters:
+                kept = f"{done.parameters:,} parameters"
+            return f"{done.name} done in {done.seconds:.1f} s: accuracy {done.accuracy:.2%}, {kept}"
     return None
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {plural(noun, count)}"

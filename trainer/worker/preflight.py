@@ -15,7 +15,7 @@ from trainer.errors import ConfigError, first_line
 
 def check_compatible(
     model: nn.Module, data: Splits, runtime: Runtime, fits: Sequence[FitConfig] = ()
-) -> None:
+) -> torch.Size:
     """Refuse a model that cannot take the samples, or has no output for a label.
 
     The model and the random state stay as they are. The labels of a split in memory are all
@@ -23,6 +23,9 @@ def check_compatible(
 
     Args:
         fits: the training to come. All ranks come to the same verdict on it.
+
+    Returns:
+        The shape of the target of one training sample; empty: one class.
 
     Raises:
         ConfigError: names the split, the shapes or the label, and the model.
@@ -37,15 +40,19 @@ def check_compatible(
                 name: _check_split(name, split, model, runtime)
                 for name, split in vars(data).items()
             }
+            inputs, targets = firsts["train"]
             model.train()
             for fit in fits:
-                _check_smallest_piece(firsts["train"], len(data.train), model, runtime, fit)
+                _check_smallest_piece(inputs, len(data.train), model, runtime, fit)
     finally:
         model.train(training)
+    return targets.shape[1:]
 
 
-def _check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) -> Tensor:
-    """Returns the inputs of its first sample."""
+def _check_split(
+    name: str, split: Split, model: nn.Module, runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """Returns the inputs and the targets of its first sample."""
     inputs, targets = _first(split)
     kind = type(model).__name__
     sample = f"{str(inputs.dtype).removeprefix('torch.')} {[*inputs.shape[1:]]}"
@@ -70,7 +77,7 @@ def _check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) ->
             f"data and model: {name} holds the label {int(wrong[0])}, but {kind} has {classes} "
             f"outputs, for labels 0 to {classes - 1}"
         )
-    return inputs
+    return inputs, targets
 
 
 def _check_smallest_piece(

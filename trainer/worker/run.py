@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.compress.counts import counts
 from trainer.compress.rewrite import restore
+from trainer.engine.loop import steps_in
 from trainer.engine.world import World
 from trainer.errors import RunError
 from trainer.experiment import Experiment
@@ -68,7 +69,7 @@ def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[M
         check_state(model)
         experiment.check_phases(model)
         remaining = list(phases.values())[start.phase :]
-        check_compatible(model, data, runtime, [phase.fit for phase in remaining])
+        target = check_compatible(model, data, runtime, [phase.fit for phase in remaining])
         dense = None
         if start.dense is not None:
             _restore(dense := copy.deepcopy(model), experiment, start.dense)
@@ -86,6 +87,10 @@ def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[M
         train=len(data.train),
         validation=len(data.validation),
         test=len(data.test),
+        phase_steps=tuple(
+            planned_steps(phase, len(data.train), runtime.batch_size) for phase in phases.values()
+        ),
+        sequence_targets=len(target) == 1,
     )
     epochs_before = 0
     last_dense = experiment.stages[0].phase
@@ -119,6 +124,12 @@ def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[M
 def total_epochs(phase: Phase) -> int:
     """The number of epochs that a phase takes at most."""
     return phase.fit.epochs * (phase.max_rounds if isinstance(phase, RoundPhase) else 1)
+
+
+def planned_steps(phase: Phase, samples: int, batch_size: int) -> int:
+    """The number of steps that a phase takes at most."""
+    _, steps = steps_in(samples, batch_size, phase.fit)
+    return steps * (phase.max_rounds if isinstance(phase, RoundPhase) else 1)
 
 
 def should_stop(world: World) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.messages import EpochEnded, Message, Resumed, WorkersLost
+from trainer.messages import EpochEnded, Message, Resumed, Status, WorkersLost
 from trainer.report.terminal import describe
 from trainer.store.directory import RunDirectory, as_json
 
@@ -18,7 +18,7 @@ class LogSink:
         """Log the line that describes the message, if there is one."""
         if isinstance(message, WorkersLost):
             self._directory.log(message.detail)
-        if line := describe(message):
+        if line := message.text if isinstance(message, Status) else describe(message):
             self._directory.log(line)
 
     def close(self) -> None:
