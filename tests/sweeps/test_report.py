@@ -1,5 +1,6 @@
 """report.html of a sweep: charts that show what their captions say, in a small file."""
 
+import json
 import random
 import re
 from types import SimpleNamespace
@@ -10,10 +11,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 
 from trainer.report.tables import Table
+from trainer.store.directory import RunDirectory
 from trainer.sweeps import plots
 from trainer.sweeps.analysis import Answer
+from trainer.sweeps.notebook import sweep_html
 from trainer.sweeps.page import best_table, charts, page
 from trainer.sweeps.plots import Objective
+from trainer.sweeps.storage import open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -106,7 +110,7 @@ def test_importances_are_of_what_makes_trials_good(directions):
 )
 def test_the_sections_follow_from_the_objectives(directions, sections):
     study = make_study(directions, 24)
-    found = charts(study, study)
+    found = charts(study)
     common = {"History", "Importance of parameters", "Parallel coordinates"}
     titles = {title for title in found if not title.startswith("Objectives against")}
     assert titles == common | sections
@@ -116,10 +120,10 @@ def test_the_sections_follow_from_the_objectives(directions, sections):
 
 def test_a_sweep_of_three_thousand_trials_makes_a_small_page():
     study = make_study(["maximize"], 3000)
-    text = page(study, study, summary(), Answer())
+    text = page(study, summary(), Answer())
     assert len(text) < 400_000
     assert re.search(r"4\d\d of 2000 trials", text)
-    assert "500 of 3000 trials" in text  # of those that pruners compared
+    assert "500 of 2850 trials" in text  # of those that reported a value
 
 
 def test_thinning_out_keeps_the_best_trials():
@@ -136,8 +140,8 @@ def test_thinning_out_keeps_the_best_trials():
 
 def test_too_few_trials_make_no_charts():
     study = make_study(["maximize"], 1)
-    assert charts(study, study) == {}
-    assert "History" not in page(study, study, summary(best=[]), Answer())
+    assert charts(study) == {}
+    assert "History" not in page(study, summary(best=[]), Answer())
 
 
 def test_choices_are_told_apart_by_their_type():
@@ -157,7 +161,7 @@ def test_a_logarithmic_parameter_is_spread_over_its_axis():
 
 def test_the_page_shows_the_command_and_a_few_digits_of_each_setting():
     study = make_study(["maximize"], 12)
-    text = page(study, study, summary(), Answer())
+    text = page(study, summary(), Answer())
     assert "2026-11-29 03:00:00" in text
     assert "<code>python -m trainer +experiment=mine</code>" in text
     table = best_table(summary())
@@ -173,7 +177,7 @@ def test_the_table_of_an_analysis_comes_before_its_sentences():
         {"the chart": lambda: "<svg/>"},
         ["A conclusion."],
     )
-    text = page(study, study, summary(), drawn)
+    text = page(study, summary(), drawn)
     places = [text.index(part) for part in ("Every combination", "A conclusion.", "the chart")]
     assert places == sorted(places)
 
@@ -190,6 +194,23 @@ def test_names_of_parameters_are_text():
                 values=[value],
             )
         )
-    text = page(study, study, summary(name=name), Answer())
+    text = page(study, summary(name=name), Answer())
     assert "<script" not in text
     assert not re.search(r"https?://(?!www\.w3\.org)", text)  # nothing is fetched
+
+
+def test_a_sweep_in_a_notebook_shows_its_best_trials_analysis_and_charts(tmp_path):
+    storage = open_storage(None, tmp_path)
+    study = optuna.create_study(directions=["maximize"], storage=storage, study_name="mine/first")
+    study.set_metric_names(["accuracy"])
+    study.add_trials(make_study(["maximize"], 12).trials)
+    storage.remove_session()
+    table = {"title": "Every combination", "columns": ["a"], "rows": [["x1"]], "caption": "so"}
+    found = summary(analysis={"tables": [table], "sentences": ["A conclusion."]})
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    RunDirectory(tmp_path).write_config({"sweep": {"storage": None}})
+    text = sweep_html(tmp_path)
+    for part in ("Every combination", "x1", "A conclusion.", "98.77%", "prune.fc1", "best so far"):
+        assert part in text
+    assert "<html" not in text
+    assert text.count("<svg") == len([svg for svgs in charts(study).values() for svg in svgs])

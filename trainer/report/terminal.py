@@ -4,6 +4,7 @@ import os
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TextIO
@@ -30,6 +31,7 @@ from trainer.messages import (
     Status,
     WorkersLost,
 )
+from trainer.report.notebook import NotebookLive, in_notebook
 from trainer.report.pace import Pace
 from trainer.report.tables import Table, rich_table
 from trainer.report.text import duration, plural
@@ -42,7 +44,7 @@ class Terminal(rich.console.Console):
     """Standard output. It becomes silent when the reader of a pipe is gone, as `head` is."""
 
     def __init__(self) -> None:
-        super().__init__(highlight=False)
+        super().__init__(highlight=False, force_jupyter=False)
         if not self.is_terminal:
             self.width = PLAIN_WIDTH
 
@@ -56,6 +58,29 @@ def silence(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def live_display(
+    terminal: rich.console.Console, get_renderable: Callable[[], RenderableType] | None = None
+) -> Live | NotebookLive | None:
+    """A live display, which disappears when it stops; None where the output is plain text.
+
+    Args:
+        get_renderable: returns what to show, several times a second; None: `update` changes it.
+    """
+    if terminal.quiet:
+        return None
+    if in_notebook():
+        return NotebookLive(get_renderable)
+    if not terminal.is_terminal:
+        return None
+    return Live(
+        console=terminal,
+        get_renderable=get_renderable,
+        auto_refresh=get_renderable is not None,
+        refresh_per_second=8,
+        transient=True,
+    )
 
 
 @dataclass
@@ -79,12 +104,7 @@ class Console:
         self._status: tuple[str, float] | None = None  # text, and when it was set
         self._bar: _Bar | None = None
         self._pace = Pace()
-        self._live = Live(
-            console=self.terminal,
-            get_renderable=self._render,
-            refresh_per_second=8,
-            transient=True,
-        )
+        self._live = live_display(self.terminal, self._render)
 
     @classmethod
     def quiet(cls) -> "Console":
@@ -92,7 +112,7 @@ class Console:
         return cls(rich.console.Console(quiet=True))
 
     def __enter__(self) -> "Console":
-        if self.terminal.is_terminal and not self.terminal.quiet:
+        if self._live:
             self._live.start()
         return self
 
@@ -102,7 +122,8 @@ class Console:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._live.stop()
+        if self._live:
+            self._live.stop()
 
     def close(self) -> None:
         """The live display ends with the context manager: nothing to do."""
@@ -116,7 +137,9 @@ class Console:
         self.terminal.print(line, markup=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        """Print a table."""
+        """Print a table. A notebook shows those of a result as HTML (`notebook.run_html`)."""
+        if isinstance(self._live, NotebookLive):
+            return
         self.terminal.print(rich_table(table, self.terminal.width))
 
     def status(self, text: str | None) -> None:
@@ -127,7 +150,7 @@ class Console:
         """
         self._status = None if text is None else (text, time.monotonic())
         self._refresh()
-        if text is not None and not self._live.is_started:
+        if text is not None and not self._live:
             self.say(text)
 
     def on(self, message: Message) -> None:
@@ -150,6 +173,8 @@ class Console:
                     f"epoch {message.epoch} of {message.epochs}, loss {message.loss:.4f}, "
                     f"{message.images_per_second:,.0f} samples/s"
                 )
+                if isinstance(self._live, NotebookLive):  # no thread refreshes it
+                    self._live.refresh_sometimes()
             case PhaseEnded() | RunEnded():
                 self._bar = None
                 self.status(None)
@@ -163,7 +188,7 @@ class Console:
 
     def _refresh(self) -> None:
         """Draw the live display now: its thread may wait for its turn while modules are loaded."""
-        if self._live.is_started:
+        if self._live and self._live.is_started:
             self._live.refresh()
 
     def _render(self) -> RenderableType:

@@ -15,13 +15,12 @@ from trainer.sweeps import plots
 from trainer.sweeps.analysis import Answer
 from trainer.sweeps.labels import format_measure, short_names
 from trainer.sweeps.plots import Objective
+from trainer.sweeps.study import watched_values
 
 ENOUGH = 2  # completed trials before there is anything to draw
 
 
-def page(
-    study: optuna.Study, watched: optuna.Study, summary: Mapping[str, Any], answer: Answer
-) -> str:
+def page(study: optuna.Study, summary: Mapping[str, Any], answer: Answer) -> str:
     """Render the page; arguments as `trainer.sweeps.report.write_report`.
 
     Returns:
@@ -41,7 +40,7 @@ def page(
         tables=answer.tables,
         answers=figures({caption: draw() for caption, draw in answer.figures.items()}),
         sentences=answer.sentences,
-        sections=[(title, figures(svgs)) for title, svgs in charts(study, watched).items()],
+        sections=[(title, figures(svgs)) for title, svgs in charts(study).items()],
     )
 
 
@@ -76,7 +75,7 @@ def best_table(summary: Mapping[str, Any]) -> Table:
     return Table(title, ("trial", *objectives, *(short[name] for name in names)), rows)
 
 
-def charts(study: optuna.Study, watched: optuna.Study) -> dict[str, dict[str, str]]:
+def charts(study: optuna.Study) -> dict[str, dict[str, str]]:
     """All charts of a study as SVG: by section, and by caption."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(trials) < ENOUGH:
@@ -105,11 +104,12 @@ def charts(study: optuna.Study, watched: optuna.Study) -> dict[str, dict[str, st
                 plots.importances(importances, labels)
         }  # fmt: skip
     found |= _by_parameter(trials, front, objectives, names, labels)
-    stopped = watched.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    if any(trial.intermediate_values for trial in stopped):
-        shown = plots.thin_out(stopped, [])
-        label = objectives[0].name if watched is study else "watched value"
-        caption = "Validation result after each epoch" + _of(shown, stopped)
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    reported = [trial for trial in ended if watched_values(trial)]
+    if reported:
+        shown = plots.thin_out(reported, [])
+        label = objectives[0].name if len(objectives) == 1 else "compared value"
+        caption = "What early stopping compares after each epoch" + _of(shown, reported)
         found["Early stopping"] = {caption: plots.intermediate(shown, label)}
     return found
 

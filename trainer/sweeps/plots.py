@@ -39,6 +39,7 @@ from trainer.report.svg import (
 )
 from trainer.report.text import significant
 from trainer.sweeps.labels import format_measure
+from trainer.sweeps.study import watched_values
 
 MAX_TRIALS = 500  # drawn in a chart: the best, and others evenly spaced over the sweep
 MAX_SLICES = 8  # parameters drawn against an objective, the most important ones
@@ -256,7 +257,7 @@ def parallel(
 
 
 def intermediate(trials: Sequence[FrozenTrial], label: str) -> str:
-    """Draw the values that trials reported after each epoch, those of pruned trials apart."""
+    """Draw the values that pruners compare, by epoch: those of pruned trials and of the others."""
     with style():
         figure, axes = new_figure()
         for state, colour, title in (
@@ -264,10 +265,12 @@ def intermediate(trials: Sequence[FrozenTrial], label: str) -> str:
             (TrialState.COMPLETE, BLUE, "complete"),
         ):
             for trial in trials:
-                if trial.state != state or not trial.intermediate_values:
+                values = watched_values(trial)
+                if trial.state != state or not values:
                     continue
-                steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
-                axes.plot(steps, values, color=colour, alpha=0.5, linewidth=0.9, label=title)
+                steps = sorted(values)
+                heights = [values[step] for step in steps]
+                axes.plot(steps, heights, color=colour, alpha=0.5, linewidth=0.9, label=title)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -13,20 +13,19 @@ from trainer.sweeps.analysis import Answer
 def write_report(
     path: Path,
     study: optuna.Study,
-    watched: optuna.Study,
     summary: Mapping[str, Any],
     answer: Answer,
 ) -> None:
     """Write the best trials, the analysis and the charts of a sweep to `path`.
 
     Args:
-        watched: the study that holds the values which pruners compare.
+        study: its trials.
         summary: the content of summary.json.
         answer: the analysis of the sweep.
     """
     from trainer.sweeps.page import page  # matplotlib is slow to import
 
-    text = page(study, watched, summary, answer)
+    text = page(study, summary, answer)
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode())

@@ -52,8 +52,7 @@ class Results:
         self._directory.write_summary(summary)
         if report:
             path = self._directory.path / "report.html"
-            study, watched = self._ledger.study, self._ledger.watched
-            write_report(path, study, watched, summary, self._answer)
+            write_report(path, self._ledger.study, summary, self._answer)
 
     def show(self, board: LiveTable) -> None:
         """Tell what was found: the best trials, and what the analysis says."""

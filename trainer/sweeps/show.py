@@ -8,12 +8,11 @@ import rich.box
 import rich.table
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Group
-from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
 from trainer.config import SweepConfig
-from trainer.report.terminal import Terminal
+from trainer.report.terminal import Terminal, live_display
 from trainer.report.text import duration
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.labels import format_measure, format_settings, format_values
@@ -32,13 +31,13 @@ class LiveTable:
         """Args: total: trials that the sweep makes (`total_trials`); None: no fixed number."""
         self.terminal = Terminal()
         self._cfg, self._directory, self._total = cfg, directory, total
-        self._live = Live(console=self.terminal, transient=True, auto_refresh=False)
+        self._live = live_display(self.terminal)
         self._best: list[FrozenTrial] | None = None  # None: looked up when it is shown
         self._speed = _Speed()
         self._last_line = time.monotonic()
 
     def __enter__(self) -> "LiveTable":
-        if self.terminal.is_terminal:
+        if self._live:
             self._live.start()
         return self
 
@@ -52,7 +51,8 @@ class LiveTable:
 
     def close(self) -> None:
         """Remove the live table."""
-        self._live.stop()
+        if self._live:
+            self._live.stop()
 
     def restore(self) -> None:
         """Show the cursor again, for a process that ends without closing this."""
@@ -75,7 +75,7 @@ class LiveTable:
             running: the trials that have not ended, by number.
             left: seconds of the time budget; None: no limit.
         """
-        if not self._live.is_started:
+        if not self._live:
             if time.monotonic() - self._last_line >= PLAIN_EVERY_S:
                 self._last_line = time.monotonic()
                 self.say(self._progress(ledger, left))

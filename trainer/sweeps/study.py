@@ -109,11 +109,6 @@ class Ledger:
         if self.new and all(self._mine(trial) for trial in self.trials()):
             self._storage.delete_study(self._study_id)
 
-    @property
-    def watched(self) -> optuna.Study:
-        """A study whose intermediate values are the watched ones."""
-        return self._proxy.study if self._proxy else self.study
-
     def close(self) -> None:
         """Let the storage go."""
         self._storage.remove_session()
