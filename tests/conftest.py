@@ -39,7 +39,7 @@ def elsewhere(tmp_path, monkeypatch):
 def shared_ray():
     """One private Ray with two CPUs for all tests that need one; starting it takes seconds."""
     cfg = ClusterConfig(workers=2)
-    prepare_environment(cfg)
+    prepare_environment()
     from trainer.cluster.connection import RayConnection
 
     connection = RayConnection(cfg)

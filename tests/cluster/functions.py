@@ -1,8 +1,13 @@
-"""Bodies that the worker groups of the tests execute."""
+"""Worker functions that the tests execute on worker groups."""
 
+import gc
+import importlib
 import os
 import signal
+import threading
 import time
+import typing
+import weakref
 
 import torch
 
@@ -44,15 +49,15 @@ def wrong_config(world):
 
 
 def until_stopped(world, limit_s):
-    """Go on, all ranks alike, until rank 0 is asked to stop; whether it was."""
+    """Run, on all ranks alike, until rank 0 is requested to stop; yield whether it was."""
     deadline = time.time() + limit_s
-    asked = torch.zeros(1)
+    requested = torch.zeros(1)
     yield "started"
-    while not asked.any() and time.time() < deadline:
+    while not requested.any() and time.time() < deadline:
         time.sleep(0.01)
-        asked = torch.tensor([float(world.rank == 0 and world.stop.is_set())])
-        world.all_reduce(asked)
-    yield bool(asked.any())
+        requested = torch.tensor([float(world.rank == 0 and world.stop.is_set())])
+        world.all_reduce(requested)
+    yield bool(requested.any())
 
 
 class Unpicklable(Exception):
@@ -95,3 +100,49 @@ def stands_still(world):
         time.sleep(60)
     world.barrier()
     yield "done"
+
+
+class Cyclic:
+    """Refers to itself, so that only the garbage collector frees it."""
+
+    alive: typing.ClassVar = weakref.WeakSet()
+
+    def __init__(self):
+        self.itself = self
+        self.alive.add(self)
+
+
+def leaves_a_cycle(world):
+    gc.disable()
+    Cyclic()
+    yield len(Cyclic.alive)
+
+
+def living_cycles(world):
+    gc.enable()
+    yield len(Cyclic.alive)
+
+
+def endless(world):
+    """Yields for as long as the iterator is open and rank 0 has not been requested to stop."""
+    stop = torch.zeros(1)
+    while not stop.any():
+        yield "running"
+        time.sleep(0.01)
+        stop = torch.tensor([float(world.rank == 0 and world.stop.is_set())])
+        world.all_reduce(stop)
+
+
+class Unloadable:
+    """Its pickle imports a module that does not exist."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("no_such_module",)
+
+
+def receives(world, value):
+    yield "received"
+
+
+def sends_a_lock(world):
+    yield threading.Lock()

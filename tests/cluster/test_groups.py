@@ -1,13 +1,15 @@
-"""One contract for all worker groups: the Ray actors, and this process alone."""
+"""One contract for all worker groups: Ray actors, and the current process."""
 
+import threading
 import time
 
 import pytest
+import torch
 
 from tests.cluster import functions
 from trainer.cluster import WorkerFailed, open_group
 from trainer.config import ClusterConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 
 KINDS = [
     pytest.param(ClusterConfig(workers=1, backend="inline"), id="inline"),
@@ -27,15 +29,15 @@ def started(request):
 
 @pytest.fixture(scope="module", params=KINDS)
 def group(request):
-    """One group for all functions that end well."""
+    """One group for all functions that succeed."""
     opened = started(request)
     yield opened
     opened.stop()
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def doomed(request):
-    """Another one for functions that fail, after which it is restarted."""
+def restarted(request):
+    """Another one for functions that fail, after which the test restarts it."""
     opened = started(request)
     yield opened
     opened.stop()
@@ -49,7 +51,7 @@ def own(request):
     opened.stop()
 
 
-def test_rank_0_is_heard_and_all_ranks_run(group):
+def test_every_rank_runs_and_the_messages_of_rank_0_arrive(group):
     everyone = sum(range(group.size))
     assert list(group.run(functions.ranks, 3)) == [(i, 0, group.size, everyone) for i in range(3)]
 
@@ -64,12 +66,12 @@ def test_every_rank_has_a_node(group):
     assert all(group.nodes)
 
 
-def test_messages_arrive_while_the_body_runs(group):
+def test_messages_arrive_while_the_function_runs(group):
     stream = group.run(functions.slow)
     next(stream)
-    heard_first = time.time()
-    made_second = next(stream)
-    assert heard_first < made_second
+    received_first = time.time()
+    sent_second = next(stream)
+    assert received_first < sent_second
     assert list(stream) == []
 
 
@@ -82,38 +84,64 @@ def test_a_request_to_stop_ends_one_run_and_not_the_next(group):
     assert list(group.run(functions.until_stopped, 0)) == ["started", False]
 
 
-def test_a_request_to_stop_that_came_first_is_heard(group):
+def test_a_request_to_stop_may_precede_the_run(group):
     group.stop_requested.set()
     assert list(group.run(functions.until_stopped, 60)) == ["started", True]
     group.stop_requested.clear()
 
 
+def test_functions_and_classes_of_a_notebook_reach_the_workers(group):
+    notebook = {"__name__": "__main__"}
+    exec(
+        "class Base:\n    bits = 5\n"
+        "class Model(Base): pass\n"
+        "def function(world, model, kind):\n    yield model.bits, isinstance(model, kind)\n",
+        notebook,
+    )
+    model, kind = notebook["Model"](), notebook["Base"]
+    assert list(group.run(notebook["function"], model, kind)) == [(5, True)]
+
+
+def test_the_memory_of_a_function_is_released(group):
+    assert list(group.run(functions.leaves_a_cycle)) == [1]  # the collector does not run by itself
+    assert list(group.run(functions.living_cycles)) == [0]
+
+
+def test_a_group_is_usable_after_its_iterator_was_closed_early(restarted):
+    (before,) = restarted.run(functions.environment)
+    stream = restarted.run(functions.endless)
+    assert next(stream) == "running"
+    stream.close()
+    restarted.restart()
+    assert list(restarted.run(functions.environment)) == [before]
+
+
 @pytest.mark.parametrize(
-    ("body", "reason", "detail"),
+    ("function", "reason", "detail"),
     [
         (functions.raises_on_last, "KeyError: 'lost key'", 'raise KeyError("lost key")'),
         (functions.raises_unpicklable, "Unpicklable: odd", "raise Unpicklable(1, 2)"),
     ],
 )
-def test_a_failure_comes_with_its_rank_node_and_whole_traceback(doomed, body, reason, detail):
-    (before,) = doomed.run(functions.environment)
-    stream = doomed.run(body)
+def test_a_failure_comes_with_its_rank_node_and_whole_traceback(
+    restarted, function, reason, detail
+):
+    (before,) = restarted.run(functions.environment)
+    stream = restarted.run(function)
     assert next(stream) == "before"
     with pytest.raises(WorkerFailed) as error:
         list(stream)
     assert reason in str(error.value)
     assert detail in error.value.detail
-    assert error.value.node == doomed.nodes[error.value.rank]
-    if body is functions.raises_on_last:
-        assert error.value.rank == doomed.size - 1
-    doomed.restart()
-    assert len(list(doomed.run(functions.ranks, 2))) == 2
-    assert list(doomed.run(functions.environment)) == [
-        before
-    ]  # nobody was lost: the process is warm
+    assert error.value.node == restarted.nodes[error.value.rank]
+    if function is functions.raises_on_last:
+        assert error.value.rank == restarted.size - 1
+    restarted.restart()
+    assert len(list(restarted.run(functions.ranks, 2))) == 2
+    assert list(restarted.run(functions.environment)) == [before]  # the same warm process
 
 
-def test_a_wrong_configuration_stays_one(own):
+def test_a_wrong_configuration_raises_config_error(own):
     with pytest.raises(ConfigError, match=r"data\.root=/nowhere: there is no such folder"):
         list(own.run(functions.wrong_config))
     own.stop()  # may be called twice: the fixture does it again
@@ -121,10 +149,47 @@ def test_a_wrong_configuration_stays_one(own):
         list(own.run(functions.ranks, 1))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_inline_group_leaves_torch_as_it_was_in_any_thread(threads):
+    """In a notebook the user's own code runs in the same process."""
+    group = open_group(ClusterConfig(workers=1, backend="inline", threads=threads))
+    group.start()
+    found = []
+
+    def run():
+        torch.set_num_threads(2)
+        found.extend(group.run(functions.environment))
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert (found[0][0], found[1]) == (threads, 2)
+    stream = group.run(functions.endless)
+    next(stream)
+    stream.close()
+    assert torch.get_num_threads() == 1  # set by conftest.py
+
+
 @pytest.mark.integration
 @pytest.mark.usefixtures("shared_ray")
 class TestRay:
-    def test_a_killed_worker_is_told_at_once(self):
+    def test_what_cannot_be_sent_fails_at_once_with_a_reason(self):
+        group = open_group(ClusterConfig(workers=2, cpus_per_worker=0.25))
+        group.start()
+        try:
+            with pytest.raises(ConfigError, match=r"a lock cannot be sent.*cannot pickle"):
+                list(group.run(functions.receives, threading.Lock()))
+            assert list(group.run(functions.receives, 1)) == ["received"]
+            with pytest.raises(RunError, match=r"'no_such_module'; cluster\.working_dir"):
+                list(group.run(functions.receives, functions.Unloadable()))
+            group.restart()
+            with pytest.raises(RunError, match="a message cannot be sent: cannot pickle"):
+                list(group.run(functions.sends_a_lock))
+        finally:
+            group.stop()
+
+    def test_a_killed_worker_is_reported_at_once(self):
         group = open_group(ClusterConfig(workers=2, cpus_per_worker=0.25))
         group.start()
         try:
@@ -135,8 +200,8 @@ class TestRay:
         finally:
             group.stop()
 
-    def test_long_work_is_no_hang_and_a_standstill_is_one(self):
-        """One rank says that it takes long, the other one shows that it does something."""
+    def test_a_busy_worker_does_not_hang_and_one_without_progress_does(self):
+        """Rank 0 is busy while rank 1 makes progress; then rank 1 does nothing."""
         group = open_group(ClusterConfig(workers=2, cpus_per_worker=0.25, hang_timeout_s=2))
         group.start()
         try:
@@ -156,7 +221,7 @@ class TestRay:
         finally:
             group.stop()
 
-    def test_more_workers_than_room_says_what_is_missing(self):
+    def test_too_many_workers_report_the_missing_resources(self):
         group = open_group(ClusterConfig(workers=64, start_timeout_s=0.5))
         try:
             with pytest.raises(ConfigError, match=r"cluster\.workers=64.*64 CPU needed, .* free"):

@@ -7,18 +7,22 @@ folder are removed when the connection closes or this process dies (trainer.clus
 
 import logging
 import math
+import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray._private.utils as ray_utils
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
 from trainer.cluster import reaper
@@ -34,6 +38,8 @@ RAY_PATH_LENGTH = 85  # length of /trainer-xxxxxxxx/session_DATE_TIME_PID/socket
 class RayConnection:
     """One connection to Ray, from `open` to `close`."""
 
+    _private_ray: "RayConnection | None" = None  # whose private Ray this process is connected to
+
     def __init__(self, cfg: ClusterConfig, groups: int = 1) -> None:
         """
         Args:
@@ -45,11 +51,12 @@ class RayConnection:
         self._owner = False  # whether this object opened the connection
         self._folder: str | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
+        self._outer_environment: dict[str, str | None] = {}
 
     @property
     def private(self) -> bool:
-        """Whether this connection starts a Ray of its own."""
-        return cluster_address(self._cfg) is None
+        """Whether all workers of the open connection run on this machine, in a private Ray."""
+        return RayConnection._private_ray is not None
 
     @property
     def ends_ray(self) -> bool:
@@ -60,25 +67,28 @@ class RayConnection:
         """Connect, starting a private Ray if needed. An existing connection is used as it is.
 
         Raises:
+            ConfigError: this process is already connected to another cluster.
             RunError: no Ray answers at the address.
         """
         if ray.is_initialized():
+            self._check_same_cluster()
             return
         self._owner = True
         with _keep_sigterm_handler():
-            if self.private:
+            if cluster_address(self._cfg) is None:
                 self._start()
             else:
                 self._connect()
 
     def close(self) -> None:
-        """Disconnect; end a private Ray and remove its folder."""
+        """Disconnect; end a private Ray and remove its folder. May be called twice."""
         if self._owner:
             ray.shutdown()
             self._owner = False
         if self._reaper:
             self._reaper.communicate()  # closes the pipe and waits until everything is removed
-            self._folder = self._reaper = None
+            self._folder = self._reaper = RayConnection._private_ray = None
+            _set_environment(self._outer_environment)
 
     def _start(self) -> None:
         needed = math.ceil(self._groups * self._cfg.workers * self._cfg.cpus_per_worker)
@@ -87,6 +97,15 @@ class RayConnection:
             [sys.executable, "-P", reaper.__file__, self._folder],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a signal to our process group must not end it first
+        )
+        RayConnection._private_ray = self
+        self._outer_environment = _set_environment(
+            {
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind loopback only, on Linux too
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                "RAY_worker_niceness": str(self._cfg.nice),
+            }
         )
         ray.init(
             address="local",
@@ -117,6 +136,15 @@ class RayConnection:
                 f"{first_line(error)}"
             ) from error
 
+    def _check_same_cluster(self) -> None:
+        """Raise ConfigError if `cluster.address` names another cluster than the connected one."""
+        wanted, present = self._cfg.address, ray.get_runtime_context().gcs_address
+        if wanted and wanted != "auto" and _resolve(wanted) != _resolve(present):
+            raise ConfigError(
+                f"cluster.address={wanted}: this process is connected to the Ray cluster at "
+                f"{present}; call ray.shutdown() first, or leave cluster.address out to use it"
+            )
+
     def _runtime_env(self) -> dict[str, Any]:
         """The runtime environment, equal for all workers of the job so that they stay warm."""
         env: dict[str, Any] = {}
@@ -125,6 +153,26 @@ class RayConnection:
         if self._cfg.py_modules:
             env["py_modules"] = list(self._cfg.py_modules)
         return env
+
+
+def _set_environment(values: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set environment variables of Ray (None: remove), also if Ray has already read them.
+
+    Returns:
+        The values before, to restore them by another call.
+    """
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(  # type: ignore[attr-defined]
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not ray_constants.IS_WINDOWS_OR_OSX
+    )
+    Config.initialize("")  # first: a thread of Ray may reload the token meanwhile
+    AuthenticationTokenLoader.instance().reset_cache()
+    return before
 
 
 @contextmanager
@@ -143,6 +191,15 @@ def _keep_sigterm_handler() -> Iterator[None]:
         handler = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGTERM, handler)
+
+
+def _resolve(address: str) -> tuple[str, str]:
+    """Host, as a numeric address if it can be resolved, and port of `host:port`."""
+    host, _, port = address.rpartition(":")
+    try:
+        return socket.gethostbyname(host.strip("[]")), port
+    except OSError:
+        return host, port
 
 
 def _probe(address: str | None) -> None:

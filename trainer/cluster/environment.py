@@ -1,23 +1,32 @@
-"""Environment variables that must be set before Ray is imported, which reads them only then."""
+"""What this process may use: its CPUs, and the Ray cluster that its environment names."""
 
 import os
-import secrets
-import sys
+from pathlib import Path
 
 from trainer.config import ClusterConfig
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "QUOTA PERIOD" in us, or "max PERIOD"
 
-def prepare_environment(cfg: ClusterConfig) -> None:
-    """Set Ray's environment variables; a private Ray gets a token known to its processes only."""
+
+def prepare_environment() -> None:
+    """Set the environment variables that Ray reads when it is imported. Call it before that."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # merging similar lines would lose some
-    if cluster_address(cfg) is None and "ray" not in sys.modules:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # bind loopback only, on Linux too
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        os.environ["RAY_worker_niceness"] = str(cfg.nice)  # noqa: SIM112 - Ray's spelling
 
 
 def cluster_address(cfg: ClusterConfig) -> str | None:
     """The address of the cluster to join; None: start a private one."""
     return cfg.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def available_cpus(quota: Path = CPU_QUOTA) -> int:
+    """The number of CPUs that this process may use, by its affinity and its container's quota."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    try:
+        allowed, period = quota.read_text().split()
+        return max(1, min(count, int(allowed) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return count

@@ -1,17 +1,13 @@
 """Several worker groups side by side, over one connection to Ray."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from trainer.cluster.environment import prepare_environment
+from trainer.cluster.environment import available_cpus, prepare_environment
 from trainer.cluster.group import WorkerGroup
 from trainer.cluster.open import open_group
 from trainer.config import ClusterConfig
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "QUOTA PERIOD" in us, or "max PERIOD"
 
 
 class Fleet:
@@ -35,7 +31,7 @@ class Fleet:
         """Connect to the cluster, or start a private Ray. Raises as `WorkerGroup.start`."""
         if self._inline:
             return
-        prepare_environment(self._cfg)
+        prepare_environment()
         from trainer.cluster.connection import RayConnection
 
         groups = self._limit or self._capacity({"CPU": available_cpus()})
@@ -74,16 +70,3 @@ class Fleet:
         if cfg.device != "cpu" and by_gpu >= 1:
             groups = min(groups, by_gpu)
         return max(1, math.floor(groups))
-
-
-def available_cpus(quota: Path = CPU_QUOTA) -> int:
-    """The number of CPUs that this process may use, by its affinity and its container's quota."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    try:
-        allowed, period = quota.read_text().split()
-        return max(1, min(count, int(allowed) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max"
-        return count

@@ -86,17 +86,24 @@ class WorkerGroup(Protocol):
     def run(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
         """Execute `function(world, *args)` on every worker and yield what rank 0 yields, at once.
 
-        The group can run again after a function that ended, also on request. After a function that
-        failed, call `restart` or `stop` first; after closing the iterator early, `stop`.
+        The group can run again after a function that ended, also on request. After one that failed,
+        or whose iterator was closed early, call `restart` first. The memory that the function used
+        is released when it ends.
+
+        Args:
+            function: see `WorkerFunction`.
+            args: its arguments after `world`. Their classes may be defined in `__main__` or in a
+                notebook; modules of the user must be importable by the workers.
 
         Raises:
-            ConfigError: a worker raised it; the message is the worker's.
+            ConfigError: an argument cannot be sent to the workers, or a worker raised it; then the
+                message is the worker's.
             RunError: a worker raised it; running again would fail in the same way.
             WorkerFailed: a worker raised another exception, died or hung.
         """
 
     def restart(self) -> None:
-        """After WorkerFailed: replace lost workers, keep the others, and connect all of them anew.
+        """Make the group usable after `run` failed: replace lost workers, keep the others.
 
         Raises as `start`; InsufficientResources if a lost node was not replaced in time.
         """

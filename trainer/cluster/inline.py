@@ -1,6 +1,6 @@
 """A group of one worker: the current process, without Ray, so that debuggers and Ctrl-C work."""
 
-import os
+import contextlib
 import socket
 import threading
 import traceback
@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 
+from trainer.cluster.environment import available_cpus
 from trainer.cluster.group import WorkerFailed, WorkerFunction
+from trainer.cluster.memory import memory_released
 from trainer.config import ClusterConfig
 from trainer.engine.world import World, same_bits_on_cuda
 from trainer.errors import ConfigError, RunError
 
 
 class InlineGroup:
-    """See `WorkerGroup`. Requires `cluster.workers=1`."""
+    """See `WorkerGroup`. Requires `cluster.workers=1`. Runs in the thread that calls `run`.
+
+    torch's global settings are changed during `run` only.
+    """
 
     size = 1
 
@@ -24,35 +29,33 @@ class InlineGroup:
         self.nodes = [socket.gethostname()]
         self.stop_requested = threading.Event()
         self._cfg = cfg
-        self._world: World | None = None
+        self._device: torch.device | None = None
 
     def start(self) -> None:
-        """Choose the device and the number of threads."""
+        """Choose the device."""
         has_cuda = torch.cuda.is_available()
         if self._cfg.device == "cuda" and not has_cuda:
             raise ConfigError(
                 "cluster.device=cuda: torch sees no CUDA device; set cluster.device=cpu"
             )
-        device = "cuda" if has_cuda and self._cfg.device != "cpu" else "cpu"
-        if device == "cuda":
-            same_bits_on_cuda()
-        torch.set_num_threads(self._cfg.threads or os.cpu_count() or 1)
-        self._world = World.single(torch.device(device))
-        self._world.stop = self.stop_requested
+        self._device = torch.device("cuda" if has_cuda and self._cfg.device != "cpu" else "cpu")
 
     def run(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
-        """Execute the function in this process."""
-        if self._world is None:
+        """Execute the function in this thread."""
+        if self._device is None:
             raise RuntimeError("start() the group before run()")
-        try:
-            yield from function(self._world, *args)
-        except (ConfigError, RunError):
-            raise
-        except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {error}"
-            position = self._world.heartbeat.position
-            detail = traceback.format_exc()
-            raise WorkerFailed(0, self.nodes[0], reason, detail, position) from error
+        world = World.single(self._device)
+        world.stop = self.stop_requested
+        with self._torch_settings(self._device), memory_released(self._device):
+            try:
+                yield from function(world, *args)
+            except (ConfigError, RunError):
+                raise
+            except (Exception, SystemExit) as error:
+                reason = f"{type(error).__name__}: {error}"
+                detail = traceback.format_exc()
+                position = world.heartbeat.position
+                raise WorkerFailed(0, self.nodes[0], reason, detail, position) from error
 
     def restart(self) -> None:
         """Nothing to do: this process is alive."""
@@ -62,5 +65,23 @@ class InlineGroup:
         return True
 
     def stop(self) -> None:
-        """Forget the world; no process was started."""
-        self._world = None
+        """Refuse further runs; no process was started."""
+        self._device = None
+
+    @contextlib.contextmanager
+    def _torch_settings(self, device: torch.device) -> Iterator[None]:
+        """The number of threads and, on CUDA, deterministic algorithms; restored at the end."""
+        threads = torch.get_num_threads()
+        deterministic = torch.get_deterministic_debug_mode()
+        fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        benchmark = torch.backends.cudnn.benchmark
+        torch.set_num_threads(self._cfg.threads or available_cpus())
+        if device.type == "cuda":
+            same_bits_on_cuda()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_deterministic_debug_mode(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+            torch.backends.cudnn.benchmark = benchmark

@@ -11,7 +11,7 @@ def open_group(cfg: ClusterConfig) -> WorkerGroup:
         from trainer.cluster.inline import InlineGroup
 
         return InlineGroup(cfg)
-    prepare_environment(cfg)
+    prepare_environment()
     from trainer.cluster.ray_group import RayGroup
 
     return RayGroup(cfg)

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import (
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -27,7 +33,7 @@ from trainer.cluster.group import (
 from trainer.cluster.heartbeat import POLL_INTERVAL_S, HeartbeatMonitor, HeartbeatStatus
 from trainer.cluster.placement import Placement
 from trainer.config import ClusterConfig
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError, RunError, first_line
 
 ROOT_CAUSE_WAIT_S = 1.0  # how long to wait for the root cause after a rank lost a peer
 IDLE_WAIT_S = 5.0  # how long a worker may take to return from a failed function
@@ -111,17 +117,25 @@ class RayGroup:
         if not self._ranks:
             raise RuntimeError("start() the group before run()")
         self._runs += 1
-        shared = [ray.put(arg) for arg in args]
+        shared = [_put(value) for value in (function, *args)]
         streams = {
-            rank.actor.run.options(num_returns="streaming").remote(self._runs, function, *shared): i
-            for i, rank in enumerate(self._ranks)
+            rank.actor.run.options(num_returns="streaming").remote(self._runs, *shared): number
+            for number, rank in enumerate(self._ranks)
         }
+        try:
+            yield from self._messages(streams)
+        finally:
+            if streams:  # the run failed, or the caller closed the iterator
+                self._request_stop()
+
+    def _messages(self, streams: dict[Any, int]) -> Iterator[Any]:
+        """Yield the messages of all `streams`, which map to ranks, and remove those that end."""
         monitor = HeartbeatMonitor([rank.actor for rank in self._ranks], self._cfg.hang_timeout_s)
         stop_sent = False
         while streams:
             if self.stop_requested.is_set() and not stop_sent:
                 stop_sent = True
-                self._ranks[0].actor.request_stop.remote(self._runs)
+                self._request_stop()
             for stream in _ready(streams, POLL_INTERVAL_S):
                 message = _receive(stream)
                 if message is _END:
@@ -135,6 +149,11 @@ class RayGroup:
             if (hung := monitor.poll()) is not None:
                 self._kill(self._ranks[hung])
                 raise self._hung(hung, monitor.last_status(hung))
+
+    def _request_stop(self) -> None:
+        """End the current function at its next step; rank 0 passes the request on to the others."""
+        with contextlib.suppress(RayError):  # the connection may be gone
+            self._ranks[0].actor.request_stop.remote(self._runs)
 
     def stop(self) -> None:
         """Kill the actors, the only reliable way to end a stuck collective; free the resources.
@@ -280,6 +299,20 @@ def _startup_errors() -> Iterator[None]:
         raise RunError(f"the workers did not start: {last}", str(error)) from error
 
 
+def _put(value: Any) -> Any:
+    """Store a value for the workers. Raises ConfigError if it cannot be pickled."""
+    try:
+        return ray.put(value)
+    except RayError:
+        raise
+    except Exception as error:
+        cause = first_line(error.__cause__ or error)
+        raise ConfigError(
+            f"a {type(value).__name__} cannot be sent to the workers: {cause}; "
+            "make it picklable, or set cluster.backend=inline"
+        ) from error
+
+
 def _died(answer: Any) -> bool:
     """Whether an actor died before it could answer."""
     try:
@@ -303,5 +336,21 @@ def _receive(stream: Any) -> Any:
         return _END
     except RayActorError as error:
         return Failure("the process died", str(error))
+    except RayTaskError as error:
+        return _transfer_failure(error)
     except RayError as error:
         return Failure(type(error).__name__, str(error))
+
+
+def _transfer_failure(error: RayTaskError) -> Failure:
+    """The failure of a worker to load an argument or to send a message.
+
+    Exceptions of the function itself arrive as messages, so nothing else raises RayTaskError.
+    """
+    if not isinstance(error.cause, RaySystemError):
+        return Failure(f"a message cannot be sent: {error.cause}", str(error), is_permanent=True)
+    cause = first_line(error.cause).removeprefix("System error: ")
+    reason = f"an argument cannot be loaded: {cause}"
+    if "No module named" in cause:
+        reason += "; cluster.working_dir or cluster.py_modules sends your code to the workers"
+    return Failure(reason, str(error), is_permanent=True)

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 
 from trainer.cluster.group import Failure, WorkerFunction
 from trainer.cluster.heartbeat import HeartbeatStatus
+from trainer.cluster.memory import memory_released
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
 
@@ -83,21 +84,22 @@ class Worker:
         if self._stopped_run == number:  # the request arrived before the run
             world.stop.set()
         torch.set_num_threads(self._threads)  # applies only to the thread that calls it
-        try:
-            for message in function(world, *args):
-                if self._rank == 0:
-                    yield message
-        except (Exception, SystemExit) as error:
-            world.close()  # so that the other ranks do not wait for this one
-            known = isinstance(error, ConfigError | RunError)
-            yield Failure(
-                reason=str(error) if known else f"{type(error).__name__}: {error}",
-                detail=traceback.format_exc(),
-                is_config_error=isinstance(error, ConfigError),
-                is_permanent=isinstance(error, RunError),
-                is_peer_loss=isinstance(error, ConnectionError | TimeoutError),
-                position=world.heartbeat.position,
-            )
+        with memory_released(world.device):
+            try:
+                for message in function(world, *args):
+                    if self._rank == 0:
+                        yield message
+            except (Exception, SystemExit) as error:
+                world.close()  # so that the other ranks do not wait for this one
+                known = isinstance(error, ConfigError | RunError)
+                yield Failure(
+                    reason=str(error) if known else f"{type(error).__name__}: {error}",
+                    detail=traceback.format_exc(),
+                    is_config_error=isinstance(error, ConfigError),
+                    is_permanent=isinstance(error, RunError),
+                    is_peer_loss=isinstance(error, ConnectionError | TimeoutError),
+                    position=world.heartbeat.position,
+                )
 
     @ray.method(concurrency_group=CONTROL)
     def heartbeat(self) -> HeartbeatStatus | None:

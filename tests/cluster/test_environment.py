@@ -1,10 +1,10 @@
-"""How many groups a machine holds."""
+"""The CPUs that this process may use."""
 
 import os
 
 import pytest
 
-from trainer.cluster.fleet import available_cpus
+from trainer.cluster.environment import available_cpus
 
 
 @pytest.mark.parametrize(
