@@ -1,6 +1,7 @@
 """The live table: what it says, and when."""
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,7 @@ def test_it_shows_the_best_trial_the_counts_the_time_left_and_what_runs(tmp_path
     monkeypatch.setattr(show, "Terminal", lambda: console)
     board, book = show.LiveTable(CFG, RunDirectory(tmp_path), total=40), Book()
     settings = {"optimizer.lr": 0.012345678901234567, "phases.prune.overrides.fc1": 0.9}
+    settings |= {f"model.width.{n}": 2**n for n in range(8)}
     trial = SimpleNamespace(value=0.5, drawn=settings, epoch=1, epochs=4)
     with board:
         for left in (31, 30):
@@ -61,7 +63,9 @@ def test_it_shows_the_best_trial_the_counts_the_time_left_and_what_runs(tmp_path
     assert "best: trial 7, accuracy 98.77%" in said
     assert "settings" in said
     assert "optimizer.lr=0.01235, prune.fc1=0.9" in said
-    assert "1/4" in said
+    (row,) = {line for line in said.splitlines() if "0.01235" in line}
+    assert re.match(r" *9 +1/4 +50.00% +optimizer.lr=0.01235, .*…$", row)  # settings are cut
+    assert len(row) <= 80
     assert book.asked == 1  # nothing has ended meanwhile
 
 

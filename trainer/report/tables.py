@@ -310,7 +310,7 @@ def rich_table(table: Table, width: int) -> RenderableType:
     if dropped:
         caption.append(f"too narrow for: {', '.join(dropped)} (in report.html)")
     captions = [Text(line, "dim") for line in caption]
-    return Group(*parts, result, *captions, Text(""))
+    return Group(Text(""), *parts, result, *captions)
 
 
 def _fit(table: Table, width: int) -> tuple[list[int], list[str]]:

@@ -38,6 +38,7 @@ from trainer.report.text import duration, plural
 
 PLAIN_WIDTH = 120  # columns where the output is no terminal
 _ELAPSED_AFTER_S = 3.0  # a status that takes longer shows its time
+_STYLES = {RunStarted: "cyan", PhaseStarted: "bold", PhaseEnded: "green", WorkersLost: "yellow"}
 
 
 class Terminal(rich.console.Console):
@@ -58,6 +59,13 @@ def silence(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def wrap(terminal: rich.console.Console, line: str) -> str:
+    """Break a line between words to fit a terminal. Files and pipes get it whole."""
+    if not terminal.is_terminal:
+        return line
+    return textwrap.fill(line, terminal.width, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def live_display(
@@ -132,9 +140,13 @@ class Console:
         """Show the cursor again, for a process that ends without closing this."""
         self.terminal.show_cursor()
 
-    def say(self, line: str) -> None:
-        """Print one line above the live display."""
-        self.terminal.print(line, markup=False, soft_wrap=True)
+    def say(self, line: str, style: str | None = None) -> None:
+        """Print one line above the live display.
+
+        Args:
+            style: colour and weight, as rich names them.
+        """
+        self.terminal.print(line, markup=False, soft_wrap=True, style=style)
 
     def show(self, table: Table) -> None:
         """Print a table. A notebook shows those of a result as HTML (`notebook.run_html`)."""
@@ -181,10 +193,10 @@ class Console:
         line = describe(message)
         if line is None:
             return
-        if self.terminal.is_terminal and not isinstance(message, Notice):  # which may hold paths
-            self._refresh()
-            line = textwrap.fill(line, self.terminal.width, subsequent_indent="  ")
-        self.say(line)
+        self._refresh()
+        # A notice may hold a path or a command, to be copied.
+        shown = line if isinstance(message, Notice) else wrap(self.terminal, line)
+        self.say(shown, _STYLES.get(type(message)))
 
     def _refresh(self) -> None:
         """Draw the live display now: its thread may wait for its turn while modules are loaded."""

@@ -59,9 +59,9 @@ class Results:
         for table in (*self._answer.tables, self.table()):
             board.terminal.print(rich_table(table, board.terminal.width))
         for sentence in self._answer.sentences:
-            board.say(sentence)
+            board.say(sentence, wrapped=True)
         if missed := self._none_feasible():
-            board.say(missed)
+            board.say(missed, wrapped=True)
 
     def _none_feasible(self) -> str | None:
         """Where no trial keeps the constraints, the one that comes closest; else None.

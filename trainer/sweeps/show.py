@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from trainer.config import SweepConfig
-from trainer.report.terminal import Terminal, live_display
+from trainer.report.terminal import Terminal, live_display, wrap
 from trainer.report.text import duration
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.labels import format_measure, format_settings, format_values
@@ -58,15 +58,20 @@ class LiveTable:
         """Show the cursor again, for a process that ends without closing this."""
         self.terminal.show_cursor()
 
-    def say(self, line: str) -> None:
-        """Print one line above the live table, and log it."""
+    def say(self, line: str, *, wrapped: bool = False) -> None:
+        """Print one line above the live table, and log it.
+
+        Args:
+            wrapped: break it between words in a terminal; not for paths and commands.
+        """
         self._directory.log(line)  # first: a line that was seen is in the log
-        self.terminal.print(line, markup=False, soft_wrap=True)
+        shown = wrap(self.terminal, line) if wrapped else line
+        self.terminal.print(shown, markup=False, soft_wrap=True)
 
     def ended(self, trial: FrozenTrial) -> None:
         """Print how a trial ended."""
         self._best = None
-        self.say(describe(trial, list(self._cfg.objectives)))
+        self.say(describe(trial, list(self._cfg.objectives)), wrapped=True)
 
     def show(self, running: Mapping[int, Trial], ledger: Ledger, left: float | None) -> None:
         """Update the live table; without a terminal, print a line now and then.
@@ -101,11 +106,15 @@ class LiveTable:
     def _table(self, running: Mapping[int, Trial]) -> rich.table.Table:
         """One line for each running trial; settings that do not fit are cut."""
         table = rich.table.Table(
-            box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan"
+            box=rich.box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            header_style="bold cyan",
+            expand=True,
         )
         for column in ("trial", "epoch", self._cfg.metric):
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("settings", no_wrap=True, overflow="ellipsis")
+        table.add_column("settings", no_wrap=True, overflow="ellipsis", ratio=1)
         for number, trial in sorted(running.items()):
             value = "" if trial.value is None else format_measure(self._cfg.metric, trial.value)
             settings = escape(format_settings(trial.drawn))
