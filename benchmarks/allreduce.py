@@ -6,13 +6,13 @@ that of the slowest rank, and the table shows medians of the repeats.
 
 import datetime
 import platform
+import socket
 import statistics
 import sys
 import time
 
 import torch
 from torch import multiprocessing
-from torch.distributed import TCPStore
 
 from trainer.engine.ring import WIRE_TYPES, AllReduce, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
@@ -24,8 +24,7 @@ SECONDS = 8.0  # per row: more repeats where one takes less
 
 def worker(rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port)
-    world = World.connect(rank, size, "127.0.0.1", port, torch.device("cpu"), 60.0, store)
+    world = World.connect(rank, size, "127.0.0.1", port, torch.device("cpu"), 60.0)
     for name, payload in SIZES.items():
         for wire in ("fp32", "bf16"):
             ring = RingAllReduce(world.transport, WIRE_TYPES[wire], SEGMENT_BYTES)
@@ -69,8 +68,9 @@ def main() -> None:
         flush=True,
     )
     for size in (2, 4):
-        store = World.listen("127.0.0.1", 60.0)
-        multiprocessing.spawn(worker, (size, store.port), nprocs=size)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        multiprocessing.spawn(worker, (size, port), nprocs=size)
 
 
 if __name__ == "__main__":

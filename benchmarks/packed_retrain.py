@@ -67,13 +67,13 @@ def join(rank: int, size: int, ports: "multiprocessing.SimpleQueue[int]") -> Wor
     device = torch.device("cpu")
     if size == 1:
         return World.single(device)
-    store = None
+    server = None
     if rank == 0:
-        store = World.listen("127.0.0.1", 120.0)
+        server = World.listen("127.0.0.1")
         for _ in range(size - 1):
-            ports.put(store.port)
-    port = store.port if store else ports.get()
-    return World.connect(rank, size, "127.0.0.1", port, device, 120.0, store)
+            ports.put(server.port)
+    port = server.port if server else ports.get()
+    return World.connect(rank, size, "127.0.0.1", port, device, 120.0, server)
 
 
 def worker(rank: int, ports: "multiprocessing.SimpleQueue[int]", args: argparse.Namespace) -> None:

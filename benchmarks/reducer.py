@@ -7,6 +7,7 @@ slower rank's times. MIB: sizes of `allreduce.bucket_mb` to compare (default: th
 
 import datetime
 import platform
+import socket
 import statistics
 import sys
 import time
@@ -80,10 +81,9 @@ class Contestant:
 def worker(rank: int, ports: list[int], bucket_mb: list[float]) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
-    store = TCPStore("127.0.0.1", ports[0])
+    store = TCPStore("127.0.0.1", ports[0], is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, timeout=limit, world_size=RANKS, rank=rank)
-    store = TCPStore("127.0.0.1", ports[1])
-    world = World.connect(rank, RANKS, "127.0.0.1", ports[1], torch.device("cpu"), 60.0, store)
+    world = World.connect(rank, RANKS, "127.0.0.1", ports[1], torch.device("cpu"), 60.0)
     for name, (build, shape, samples) in NETS.items():
         configs: dict[str, AllReduceConfig | None] = {"DDP": None}
         for size in bucket_mb:
@@ -139,8 +139,10 @@ def main() -> None:
         "| net | averaged by | ms | of DDP | n |\n| --- | --- | --- | --- | --- |",
         flush=True,
     )
-    stores = [World.listen("127.0.0.1", 60.0) for _ in range(2)]
-    ports = [store.port for store in stores]
+    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = [listener.getsockname()[1] for listener in free]
+    for listener in free:
+        listener.close()
     multiprocessing.spawn(worker, (ports, bucket_mb), nprocs=RANKS)
 
 

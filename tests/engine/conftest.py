@@ -35,11 +35,11 @@ def run_threads(size: int, body: Callable[[int], Any]) -> list[Any]:
 
 def run_ranks(size: int, body: Callable[[World], Any], timeout_s: float = 20.0) -> list[Any]:
     """`body(world)` on each rank of a new group. A rank that fails closes its world."""
-    store = World.listen("127.0.0.1", timeout_s)
+    server = World.listen("127.0.0.1")
 
     def join(rank: int) -> Any:
         world = World.connect(
-            rank, size, "127.0.0.1", store.port, CPU, timeout_s, store if rank == 0 else None
+            rank, size, "127.0.0.1", server.port, CPU, timeout_s, server if rank == 0 else None
         )
         try:
             return body(world)

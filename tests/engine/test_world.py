@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.engine.rendezvous import RendezvousStore
 from trainer.engine.transport import connect_tcp
-from trainer.engine.world import TCPStore, World
+from trainer.engine.world import World
 from trainer.errors import RunError
 
 CPU = torch.device("cpu")
@@ -107,15 +108,15 @@ def test_connect_can_open_the_port_itself(threads: Ranks) -> None:
 
 
 def test_the_meeting_point_is_open_on_its_host_only() -> None:
-    store = World.listen("127.0.0.1", 5.0)
+    server = World.listen("127.0.0.1")
     with pytest.raises(OSError, match=r"refused|assign|timed out"):
-        socket.create_connection(("127.0.0.2", store.port), 1.0).close()
+        socket.create_connection(("127.0.0.2", server.port), 1.0).close()
 
 
 def test_a_missing_rank_ends_in_one_line() -> None:
-    store = World.listen("127.0.0.1", 0.3)
+    server = World.listen("127.0.0.1")
     with pytest.raises(RunError, match=r"rank 0 could not join the group of 2 at 127\.0\.0\.1"):
-        World.connect(0, 2, "127.0.0.1", store.port, CPU, 0.3, store)
+        World.connect(0, 2, "127.0.0.1", server.port, CPU, 0.3, server)
 
 
 def test_nobody_at_the_meeting_point_ends_in_one_line() -> None:
@@ -190,10 +191,10 @@ def test_exchanges_hold_more_than_the_sockets_and_keep_their_order(ranks: Ranks)
 
 
 def test_strangers_are_turned_away(threads: Ranks) -> None:
-    store = World.listen("127.0.0.1", 5.0)
+    server = World.listen("127.0.0.1")
 
     def body(rank: int) -> None:
-        mine = TCPStore("127.0.0.1", store.port, is_master=False)
+        mine = RendezvousStore("127.0.0.1", server.port, 5.0)
         if rank == 2:
             host, port = mine.get("address0").decode().split()
             with socket.create_connection((host, int(port))) as stranger:
@@ -219,12 +220,12 @@ def _die_after_joining(port: int) -> None:
 
 @pytest.mark.integration
 def test_a_killed_process_is_noticed_at_once() -> None:
-    store = World.listen("127.0.0.1", 60.0)
+    server = World.listen("127.0.0.1")
     peer = multiprocessing.get_context("spawn").Process(
-        target=_die_after_joining, args=(store.port,)
+        target=_die_after_joining, args=(server.port,)
     )
     peer.start()
-    world = World.connect(0, 2, "127.0.0.1", store.port, CPU, 60.0, store)
+    world = World.connect(0, 2, "127.0.0.1", server.port, CPU, 60.0, server)
     peer.join()
     with pytest.raises(ConnectionError):
         world.transport.exchange(torch.ones(3), 1, torch.ones(3), 1).wait()

@@ -10,11 +10,11 @@ from typing import Any
 
 import ray
 import torch
-from torch.distributed import TCPStore
 
 from trainer.cluster.group import Failure, WorkerFunction
 from trainer.cluster.heartbeat import HeartbeatStatus
 from trainer.cluster.memory import memory_released
+from trainer.engine.rendezvous import RendezvousServer
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
 
@@ -32,7 +32,7 @@ class Worker:
         sys.path.extend(path for path in paths if path not in sys.path)
         with contextlib.suppress(PermissionError):  # a cluster may start its workers with more
             os.setpriority(os.PRIO_PROCESS, 0, nice)
-        self._store: TCPStore | None = None
+        self._server: RendezvousServer | None = None
         self._world: World | None = None
         self._run = 0  # number of the current run
         self._stopped_run = 0  # number of the last run that was requested to stop
@@ -45,19 +45,20 @@ class Worker:
         """Whether torch can use a GPU in this process."""
         return torch.cuda.is_available()
 
-    def listen(self, host: str | None, timeout_s: float) -> tuple[str, int]:
-        """On rank 0: open the rendezvous store of a new group.
+    def listen(self, host: str | None) -> tuple[str, int]:
+        """On rank 0: open the rendezvous of a new group.
 
         Args:
             host: the address to listen on; None: the address of this node.
-            timeout_s: limit of each request to the store, in seconds.
 
         Returns:
-            Host and port of the store.
+            Host and port of the rendezvous.
         """
+        if self._server is not None:
+            self._server.close()  # of a group that was never connected
         host = host or ray.util.get_node_ip_address()
-        self._store = World.listen(host, timeout_s)
-        return host, self._store.port
+        self._server = World.listen(host)
+        return host, self._server.port
 
     def connect(self, host: str, port: int, device: str, timeout_s: float) -> None:
         """Join the other ranks in a new group."""
@@ -66,7 +67,7 @@ class Worker:
         # Ray shows a worker its own GPUs only, counted from 0.
         place = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
         self._world = World.connect(
-            self._rank, self._size, host, port, place, timeout_s, self._store
+            self._rank, self._size, host, port, place, timeout_s, self._server
         )
 
     def run(self, number: int, function: WorkerFunction, *args: Any) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from trainer.engine.heartbeat import Heartbeat
+from trainer.engine.rendezvous import RendezvousServer, RendezvousStore
 from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
 from trainer.errors import RunError
 
@@ -42,7 +43,8 @@ class World:
         self.heartbeat = Heartbeat()
         self.stop = threading.Event()  # set from outside: the run should end at its next step
         self._gloo = gloo  # a ProcessGroupGloo, whose methods torch's type stubs leave out
-        self._store: Store | None = None
+        self._store: RendezvousStore | None = None
+        self._server: RendezvousServer | None = None  # on rank 0
         self._address = ""
         self._timeout_s = 0.0
         self._side: Transport | None = None
@@ -53,24 +55,19 @@ class World:
         return cls(0, 1, device, TcpTransport(0, {}, 0.0), None)
 
     @staticmethod
-    def listen(host: str, timeout_s: float) -> TCPStore:
-        """Open the meeting point of a new group; for the process that will be rank 0.
+    def listen(host: str) -> RendezvousServer:
+        """Open the rendezvous of a new group, in the process that will be rank 0.
 
-        `host` is an address of this machine that the other ranks can reach; only there it listens.
-        The system picks the port, so nobody can take it in between: tell `.port` to all ranks, and
-        give the store itself to rank 0's `connect`. Raises OSError if `host` is not ours.
+        Args:
+            host: An address of this machine that all ranks can reach; only there it listens.
+
+        Returns:
+            The server. All ranks need its `port`; rank 0 passes the server itself to `connect`.
+
+        Raises:
+            OSError: `host` is not an address of this machine.
         """
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, 0), family=family)
-        port = listener.getsockname()[1]
-        return TCPStore(
-            host,
-            port,
-            is_master=True,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        return RendezvousServer(host)
 
     @classmethod
     def connect(
@@ -81,31 +78,29 @@ class World:
         port: int,
         device: torch.device,
         timeout_s: float,
-        store: TCPStore | None = None,
+        server: RendezvousServer | None = None,
     ) -> "World":
         """Join the group that meets at `host`:`port`; returns when all `size` ranks are there.
 
-        `store` is what `listen` returned, on rank 0; without it rank 0 opens `port` itself. All
+        `server` is what `listen` returned, on rank 0; without it rank 0 opens `port` itself. All
         traffic is bound to the network interface that leads to `host`, which is the loopback for
         127.0.0.1. `timeout_s` (seconds) limits this call and each later wait. On CUDA this sets the
         process's current device, and torch's default process group is NCCL's. Raises RunError.
         """
         limit = timedelta(seconds=timeout_s)
         try:
-            if store is None:
-                store = TCPStore(
-                    host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False
-                )
+            if rank == 0 and server is None:
+                server = RendezvousServer(host, port)
+            store = RendezvousStore(host, port, timeout_s)
             address = _own_address(host, port)
             gloo = _gloo(rank, size, PrefixStore("gloo", store), address, limit)
             transport: Transport
             if device.type == "cuda":
                 same_bits_on_cuda()
                 torch.cuda.set_device(device)
-                nccl = PrefixStore("nccl", store)
                 dist.init_process_group(
                     "nccl",
-                    store=nccl,
+                    store=_nccl_store(rank, host, store, limit),
                     rank=rank,
                     world_size=size,
                     timeout=limit,
@@ -116,10 +111,12 @@ class World:
                 tcp = PrefixStore("tcp", store)
                 transport = connect_tcp(rank, size, tcp, address, timeout_s)
             world = cls(rank, size, device, transport, gloo)
-            world._store = store  # rank 0's serves the others: keep it
+            world._store, world._server = store, server
             world._address, world._timeout_s = address, timeout_s
             world.barrier()
         except (RuntimeError, OSError) as error:
+            if server is not None:
+                server.close()
             raise RunError(
                 f"rank {rank} could not join the group of {size} at {host}:{port} "
                 f"within {timeout_s} s: {error}"
@@ -188,7 +185,10 @@ class World:
         elif dist.is_initialized():
             # destroy_process_group would wait for kernels, and they for ranks that are gone.
             dist.distributed_c10d._abort_process_group()
-        self._gloo = self._store = None
+        for end in (self._store, self._server):
+            if end is not None:
+                end.close()
+        self._gloo = self._store = self._server = None
 
     @contextlib.contextmanager
     def _named_errors(self, what: str) -> Iterator[None]:
@@ -220,6 +220,25 @@ def _gloo(rank: int, size: int, store: Store, address: str, limit: timedelta) ->
     options._timeout = limit
     options._devices = [group.create_device(hostname=address)]
     return group(store, rank, size, options)
+
+
+def _nccl_store(rank: int, host: str, store: RendezvousStore, limit: timedelta) -> TCPStore:
+    """NCCL's own store, since its watchdog needs more than a `RendezvousStore` offers."""
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family)  # on this address only
+        port = listener.getsockname()[1]
+        nccl = TCPStore(
+            host,
+            port,
+            is_master=True,
+            timeout=limit,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        store.set("nccl", str(port))
+        return nccl
+    return TCPStore(host, int(store.get("nccl")), is_master=False, timeout=limit)
 
 
 def _own_address(host: str, port: int) -> str:
