@@ -1,7 +1,11 @@
 """The terminal: fed with messages, no training needed."""
 
+import errno
 import io
+import os
 import re
+import sys
+import types
 
 import pytest
 from rich.console import Console as Terminal
@@ -162,6 +166,41 @@ def test_a_terminal_without_unicode_gets_another_spinner():
         for message in MESSAGES:
             console.on(message)
     raw.flush()
+
+
+def test_letters_that_the_output_lacks_are_replaced(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console = Console()
+    console.show(Table("a – b", ("x", "y"), [("1 ± 2", "3")]))  # noqa: RUF001
+    sys.stdout.flush()
+    assert b"1 ? 2" in raw.getvalue()
+
+
+@pytest.mark.parametrize("method", ["write", "flush"])
+def test_a_full_disk_behind_the_output_ends_no_run(method, monkeypatch, tmp_path):
+    full = (tmp_path / "out").open("w")
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stream = types.SimpleNamespace(
+        write=full.write, flush=full.flush, fileno=full.fileno, isatty=full.isatty, encoding="utf-8"
+    )
+    setattr(stream, method, fail)
+    monkeypatch.setattr("sys.stdout", stream)
+    with Console() as console:
+        for message in MESSAGES:
+            console.on(message)
+    os.write(full.fileno(), b"to nowhere")
+    assert (tmp_path / "out").read_text() == ""
+
+
+def test_a_process_without_standard_output_can_run(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with Console() as console:
+        for message in MESSAGES:
+            console.on(message)
 
 
 def test_lines_break_between_words_and_paths_stay_whole():

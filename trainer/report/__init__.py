@@ -1,1 +1,1 @@
-"""What a person sees of a run, and what it leaves on disk."""
+"""What people see of a run: the terminal, notebooks, report.html, and sinks for other tools."""

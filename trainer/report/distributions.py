@@ -1,4 +1,4 @@
-"""The weights of a model before and after sharing, as counts: what the figure of a report shows."""
+"""Histograms of the weights before and after sharing, for the charts of report.html."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,20 +17,23 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """One shared tensor; zeros are left out, before and after."""
+    """The weights of one shared tensor. Zeros are left out, before and after sharing."""
 
     name: str
-    edges: Floats  # [bins + 1], of the values before
-    counts: Ints  # [bins], weights before in each bin
-    values: Floats  # [k], the codebook after, ascending
-    sizes: Ints  # [k], weights that have each value
+    edges: Floats  # [bins + 1], of the histogram before sharing
+    counts: Ints  # [bins], weights in each bin before sharing
+    values: Floats  # [k], the codebook, ascending
+    sizes: Ints  # [k], weights with each value of the codebook
 
 
 def distributions(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[Distribution]:
-    """What sharing made of each tensor that has a codebook after it, by name.
+    """Compute the distribution of each tensor that has a codebook after sharing.
 
     Args:
-        before, after: weights by name, of the same model.
+        before, after: the weights of the same model by name, before and after sharing.
+
+    Returns:
+        One distribution for each such tensor, sorted by name.
     """
     found = []
     for name, shared in sorted(after.items()):

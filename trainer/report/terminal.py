@@ -1,5 +1,6 @@
 """Live progress in the terminal; plain lines where the output is a file or a pipe."""
 
+import io
 import os
 import sys
 import textwrap
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TextIO
+from typing import IO, Any, TextIO, cast
 
 import rich.console
 import rich.table
@@ -41,11 +42,45 @@ _ELAPSED_AFTER_S = 3.0  # a status that takes longer shows its time
 _STYLES = {RunStarted: "cyan", PhaseStarted: "bold", PhaseEnded: "green", WorkersLost: "yellow"}
 
 
+class _Output:
+    """Standard output. On an error, such as a full disk, it becomes silent: the run continues.
+
+    A broken pipe is left to rich, which does the same.
+    """
+
+    def write(self, text: str) -> int:
+        """Write a text. Returns its length."""
+        try:
+            return sys.stdout.write(text)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            silence(sys.stdout)
+            return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            silence(sys.stdout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
 class Terminal(rich.console.Console):
     """Standard output. It becomes silent when the reader of a pipe is gone, as `head` is."""
 
     def __init__(self) -> None:
-        super().__init__(highlight=False, force_jupyter=False)
+        stdout = sys.stdout
+        if isinstance(stdout, io.TextIOWrapper) and not stdout.encoding.lower().startswith("utf"):
+            stdout.reconfigure(errors="replace")  # such as ASCII, which has no "±"
+        # Without a standard output rich has a file that discards everything.
+        output = None if stdout is None else cast("IO[str]", _Output())
+        super().__init__(file=output, highlight=False, force_jupyter=False)
         if not self.is_terminal:
             self.width = PLAIN_WIDTH
 
