@@ -26,6 +26,7 @@ FLOORS = {
     "export": 3,
     "cluster": 4,
     "phases": 4,
+    "hardware": 4,
     "store": 4,
     "experiment": 5,
     "report": 5,

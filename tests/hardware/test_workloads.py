@@ -1,0 +1,194 @@
+"""The products of a model, and what its weights take in each stage."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from tests.hardware.tpu.models import quantized
+from trainer import artifact
+from trainer.compress.codebooks import cluster
+from trainer.engine.cost import macs
+from trainer.errors import ConfigError
+from trainer.hardware import (
+    STAGES,
+    artifact_workloads,
+    stored_weights,
+    uncounted_macs,
+    workloads,
+)
+from trainer.hardware.figures import Figure
+from trainer.models import LeNet5, LeNet300, LSTMLanguageModel
+
+
+def names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def test_lenet5_layer_by_layer() -> None:
+    found = {x.weight: x for x in workloads(LeNet5(), torch.rand(3, 1, 28, 28))}
+    sizes = {name: (x.rows, x.inputs, x.outputs) for name, x in found.items()}
+    assert sizes == {
+        "conv1.weight": (24 * 24, 25, 20),
+        "conv2.weight": (8 * 8, 500, 50),
+        "fc1.weight": (1, 800, 500),
+        "fc2.weight": (1, 500, 10),
+    }
+    assert found["conv2.weight"].input_values == 20 * 12 * 12
+    assert found["conv2.weight"].output_values == 50 * 8 * 8
+    assert sum(x.dense_macs for x in found.values()) == 2_293_000
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_products_of_a_recurrent_layer(batch_first: bool) -> None:
+    lstm = nn.GRU(3, 5, num_layers=2, batch_first=batch_first)
+    samples = torch.ones(4, 7, 3) if batch_first else torch.ones(7, 4, 3)
+    found = workloads(nn.ModuleDict({"rnn": lstm})["rnn"], samples)
+    assert [(x.weight, x.rows, x.inputs, x.outputs) for x in found] == [
+        ("weight_ih_l0", 7, 3, 15),
+        ("weight_hh_l0", 7, 5, 15),
+        ("weight_ih_l1", 7, 5, 15),
+        ("weight_hh_l1", 7, 5, 15),
+    ]
+    assert found[0].activation_density == Figure(1.0, "measured")
+    assert found[1].activation_density == Figure(1.0, "assumed")
+
+
+def test_counts_are_those_of_the_engine() -> None:
+    for model, sample in (
+        (LeNet5(), torch.rand(1, 1, 28, 28)),
+        (LSTMLanguageModel(vocabulary=9, embedding=4, hidden=6), torch.randint(0, 9, (1, 5))),
+    ):
+        for parameter in model.parameters():
+            parameter.data[torch.rand(parameter.shape) < 0.5] = 0
+        found = workloads(model, sample)
+        assert sum(x.macs for x in found) == macs(model, sample)
+        assert uncounted_macs(model, sample, found) == 0
+
+
+def test_products_outside_of_layers_are_counted_separately() -> None:
+    """Attention: its projections of the input, the products of activations, and its own output."""
+    model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+    sample = torch.rand(1, 5, 8)
+    found = workloads(model, sample)
+    assert {x.weight for x in found} == {"linear1.weight", "linear2.weight"}
+    projections = 5 * 8 * (24 + 8)
+    assert uncounted_macs(model, sample, found) == projections + 2 * 5 * 5 * 8
+
+
+def test_an_lstm_of_linears_counts_each_step() -> None:
+    samples = torch.randint(0, 9, (2, 5))
+    model = LSTMLanguageModel(vocabulary=9, embedding=4, hidden=6)
+    before = sum(x.dense_macs for x in workloads(model, samples))
+    found = workloads(quantized(model, samples), samples)
+    assert sum(x.dense_macs for x in found) == before
+    assert {x.weight: x.rows for x in found}["lstm.layers.0.hh.weight"] == 5
+
+
+def test_densities_of_activations_are_measured() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.copy_(torch.tensor([1.0, -1.0, -1.0, -1.0]))
+    model.train()
+    found = workloads(model, torch.ones(3, 4))
+    assert [x.activation_density.value for x in found] == [1.0, 0.25]
+    assert model.training
+
+
+def test_groups_are_products_of_their_own() -> None:
+    found = workloads(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), torch.rand(2, 4, 5, 5))[0]
+    assert (found.groups, found.inputs, found.outputs, found.weights) == (2, 18, 3, 108)
+
+
+def test_packed_sequences_are_refused() -> None:
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(3, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(pack_padded_sequence(x, [2, 2]))[0].data
+
+    with pytest.raises(ConfigError, match="rnn: workloads are counted on padded tensors"):
+        workloads(Packing(), torch.rand(2, 2, 3))
+
+
+def compressed() -> LeNet300:
+    """A tenth of the weights, in 15 clusters."""
+    torch.manual_seed(0)
+    model = LeNet300()
+    with torch.no_grad():
+        for layer in (model.fc1, model.fc2, model.fc3):
+            weight = layer.weight
+            weight[torch.rand(weight.shape) < 0.9] = 0
+            book = cluster(weight, 15)
+            weight.copy_(torch.cat((torch.zeros(1), book.values))[book.codes.long()])
+    return model
+
+
+def test_stages_of_a_compressed_model() -> None:
+    model = compressed()
+    state = model.state_dict()
+    file = artifact.encode(state)
+    found = {x.stage: x for x in stored_weights(state, names(model), file)}
+    assert list(found) == ["dense", "pruned", "shared", "coded"]
+    assert found["dense"].size == 4 * 266_610
+    nonzero = int(state["fc1.weight"].count_nonzero())
+    # A filler for each 32 zeros in a row: few at this density.
+    assert nonzero * (5 + 32) / 8 <= found["pruned"].layers["fc1.weight"] < 1.1 * nonzero * 37 / 8
+    codes = found["pruned"].layers["fc1.weight"] * (5 + 4) / (5 + 32)
+    assert found["shared"].layers["fc1.weight"] == pytest.approx(codes + 4 * 15)
+    sizes = [x.size for x in found.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert found["coded"].size < len(file)  # there is a frame, too
+    assert {x.number for x in found.values()} == {"fp32"}
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10))
+
+
+def test_stages_of_a_quantized_model() -> None:
+    model = quantized(small(), torch.rand(3, 40))
+    state = model.state_dict()
+    found = stored_weights(state, names(model), artifact.encode(state))
+    assert [x.stage for x in found] == ["dense", "quantized", "coded"]
+    assert found[1].layers["0.weight"] == 30 * 40 + 4 * 30
+    assert [x.number for x in found] == ["fp32", "int8", "int8"]
+    assert set(STAGES) > {x.stage for x in found}
+
+
+def test_integers_that_share_values_keep_their_codes() -> None:
+    model = small()
+    with torch.no_grad():
+        model[0].weight.copy_(cluster_values(model[0].weight))
+    model = quantized(model, torch.rand(3, 40), per_channel=False, keep=["zeros", "sharing"])
+    found = stored_weights(model.state_dict(), names(model))
+    assert [x.stage for x in found] == ["dense", "shared", "quantized"]
+    assert found[1].layers["0.weight"] == 30 * 40 * 4 / 8 + 4 * 16
+    assert found[2].layers["0.weight"] == 30 * 40 * 4 / 8 + 4
+
+
+def cluster_values(weight: torch.Tensor) -> torch.Tensor:
+    """Sixteen values in place of all."""
+    book = cluster(weight, 16)
+    return book.values[book.codes.long() - 1]
+
+
+def test_a_dense_model_has_one_stage() -> None:
+    model = LeNet300()
+    assert [x.stage for x in stored_weights(model.state_dict(), names(model))] == ["dense"]
+
+
+def test_workloads_of_a_file(tmp_path) -> None:
+    model = compressed()
+    path = tmp_path / "model.dcz"
+    path.write_bytes(artifact.encode(model.state_dict(), dtype="fp32"))
+    samples = torch.rand(4, 1, 28, 28)
+    found = artifact_workloads(path, LeNet300(), samples)
+    assert found == workloads(model, samples)
+    assert math.isclose(found[0].nonzero / found[0].weights, 0.1, abs_tol=0.01)

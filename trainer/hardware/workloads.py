@@ -1,0 +1,208 @@
+"""The matrix products of a model's forward pass: sizes, densities and activations of each."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from trainer import artifact
+from trainer.compress.rewrite import restore
+from trainer.engine.cost import macs
+from trainer.errors import ConfigError
+from trainer.hardware.figures import Figure
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The products with one weight, for one sample.
+
+    A convolution is the product of its patches (im2col), a row for each position of the result.
+    """
+
+    weight: str
+    """Name of the parameter, such as "fc1.weight" or "lstm.weight_hh_l0"."""
+    kind: str
+    """linear, convolution, or recurrent."""
+    rows: int
+    """Rows of the product: positions, or time steps."""
+    inputs: int
+    """Length of the inner dimension."""
+    outputs: int
+    """Columns of the product, of each group."""
+    groups: int
+    """Independent products: groups of a convolution."""
+    nonzero: int
+    """Weights that are not zero."""
+    input_values: int
+    """Activations that are read, each once."""
+    output_values: int
+    """Activations that are written."""
+    activation_density: Figure
+    """Fraction of the activations that are not zero."""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.inputs * self.outputs * self.groups
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates with all weights."""
+        return self.rows * self.weights
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates with weights that are not zero."""
+        return self.rows * self.nonzero
+
+
+@torch.no_grad()
+def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
+    """Run a model and list the products of its linear, convolutional and recurrent layers.
+
+    Other products, such as those of attention, are not listed; see `uncounted_macs`.
+
+    Args:
+        model: With plain weights; it comes back in the mode that it was in.
+        samples: Inputs [N, ...] on the model's device; densities are averages over them.
+
+    Raises:
+        ConfigError: A recurrent layer gets a packed sequence.
+    """
+    found: dict[str, Workload] = {}
+    names = {module: name for name, module in model.named_modules()}
+    count = len(samples)
+
+    def record(
+        module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        source = args[0] if args else next(iter(named.values()))
+        for new in _products(names[module], module, source, output, count):
+            old = found.get(new.weight)
+            found[new.weight] = new if old is None else _together(old, new)
+
+    kinds = (nn.Linear, nn.RNNBase, *_CONVOLUTIONS)
+    hooks = [
+        module.register_forward_hook(record, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, kinds)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        model(samples)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return list(found.values())
+
+
+def uncounted_macs(model: nn.Module, sample: Tensor, found: Sequence[Workload]) -> int:
+    """Multiply-accumulates for a sample that belong to no workload.
+
+    These are products that no linear, convolutional or recurrent layer computes, such as those of
+    attention: the costs of the workloads do not contain them.
+
+    Args:
+        model: The model that the workloads were listed of.
+        sample: Inputs [1, ...].
+        found: Its workloads.
+    """
+    return macs(model, sample) - sum(x.macs for x in found)
+
+
+def artifact_workloads(
+    path: str | os.PathLike[str], model: nn.Module, samples: Tensor
+) -> list[Workload]:
+    """As `workloads`, with the weights of a .dcz file.
+
+    Args:
+        path: Of the file.
+        model: A fresh model of the same class and settings; it takes the weights of the file.
+        samples: Inputs [N, ...].
+
+    Raises:
+        trainer.artifact.ArtifactError: The file is damaged.
+        RuntimeError: The file is that of another model.
+    """
+    return workloads(restore(model, artifact.load(path)), samples)
+
+
+def _products(
+    name: str, module: nn.Module, source: Any, output: Any, samples: int
+) -> Sequence[Workload]:
+    if isinstance(module, nn.RNNBase):
+        return _recurrent(name, module, source)
+    layer = cast(nn.Linear, module)  # or a convolution
+    weight = layer.weight
+    groups = getattr(module, "groups", 1)
+    outputs = len(weight)
+    return [
+        Workload(
+            weight=f"{name}.weight".removeprefix("."),
+            kind="linear" if isinstance(module, nn.Linear) else "convolution",
+            rows=output.numel() // outputs // samples,
+            inputs=weight[0].numel(),
+            outputs=outputs // groups,
+            groups=groups,
+            nonzero=int(weight.count_nonzero()),
+            input_values=source.numel() // samples,
+            output_values=output.numel() // samples,
+            activation_density=_density(source),
+        )
+    ]
+
+
+def _recurrent(name: str, module: nn.RNNBase, source: Any) -> list[Workload]:
+    """The products with the inputs and with the previous results, of each layer and direction."""
+    if isinstance(source, PackedSequence):
+        raise ConfigError(f"{name}: workloads are counted on padded tensors, not packed sequences")
+    steps = source.shape[1 if module.batch_first and source.dim() == 3 else 0]
+    found = []
+    for parameter, weight in module.named_parameters():
+        if not parameter.startswith("weight"):
+            continue
+        first = parameter.startswith("weight_ih_l0")
+        outputs, inputs = weight.shape
+        found.append(
+            Workload(
+                weight=f"{name}.{parameter}".removeprefix("."),
+                kind="recurrent",
+                rows=steps,
+                inputs=inputs,
+                outputs=outputs,
+                groups=1,
+                nonzero=int(weight.count_nonzero()),
+                input_values=steps * inputs,
+                output_values=steps * outputs,
+                activation_density=_density(source) if first else Figure(1.0, "assumed"),
+            )
+        )
+    return found
+
+
+def _density(source: Tensor) -> Figure:
+    return Figure(int(source.count_nonzero()) / max(1, source.numel()), "measured")
+
+
+def _together(first: Workload, second: Workload) -> Workload:
+    """Two calls of one layer."""
+    inputs = first.input_values + second.input_values
+    density = (
+        first.activation_density.value * first.input_values
+        + second.activation_density.value * second.input_values
+    ) / max(1, inputs)
+    return replace(
+        first,
+        rows=first.rows + second.rows,
+        input_values=inputs,
+        output_values=first.output_values + second.output_values,
+        activation_density=Figure(density, first.activation_density.evidence),
+    )
