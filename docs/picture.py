@@ -19,7 +19,7 @@ import trainer
 from trainer.driver import drive
 from trainer.messages import EpochEnded, Message, Notice, Status
 from trainer.report.plots import compression
-from trainer.report.tables import Table
+from trainer.report.table import Table
 from trainer.report.terminal import Console
 from trainer.report.theme import CHART
 from trainer.signals import Signals

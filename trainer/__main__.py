@@ -28,7 +28,7 @@ from trainer.config.instantiate import OBJECT
 from trainer.config.renamed import rename_keys
 from trainer.driver import drive, resume
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError
-from trainer.report.terminal import silence
+from trainer.report.output import silence
 from trainer.signals import Signals
 from trainer.store.directory import RunDirectory
 

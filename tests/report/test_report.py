@@ -19,7 +19,8 @@ from trainer.messages import (
     RunStarted,
 )
 from trainer.report.summary import SummarySink
-from trainer.report.tables import phases, rich_table
+from trainer.report.table import rich_table
+from trainer.report.tables import phases
 from trainer.store.directory import RunDirectory
 
 RECORD = PhaseRecord(

@@ -22,9 +22,10 @@ from trainer.messages import (
     RunStarted,
     Status,
 )
+from trainer.report.lines import describe
 from trainer.report.pace import Pace
-from trainer.report.tables import Table, rich_table
-from trainer.report.terminal import Console, describe
+from trainer.report.table import Table, rich_table
+from trainer.report.terminal import Console
 from trainer.report.text import duration, megabytes, significant
 
 RECORD = PhaseRecord(

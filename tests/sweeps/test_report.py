@@ -10,12 +10,13 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from trainer.report.tables import Table
+from trainer.report.table import Table
 from trainer.store.directory import RunDirectory
 from trainer.sweeps import plots
 from trainer.sweeps.analysis import Answer
 from trainer.sweeps.notebook import sweep_html
 from trainer.sweeps.page import best_table, charts, page
+from trainer.sweeps.parameter_plots import Scale
 from trainer.sweeps.plots import Objective
 from trainer.sweeps.storage import open_storage
 
@@ -146,14 +147,14 @@ def test_too_few_trials_make_no_charts():
 
 def test_choices_are_told_apart_by_their_type():
     """Optuna's choices True and 1 are equal in Python."""
-    scale = plots._Scale(SPACE["phases.prune.enabled"])
+    scale = Scale(SPACE["phases.prune.enabled"])
     assert [scale.number(value) for value in (True, False, 1, "[fc1, fc2]")] == [0, 1, 2, 3]
     assert (scale.fraction(True), scale.fraction("[fc1, fc2]")) == (0, 1)
     assert (scale.label(0), scale.label(1)) == ("True", "[fc1, fc2]")
 
 
 def test_a_logarithmic_parameter_is_spread_over_its_axis():
-    scale = plots._Scale(SPACE["optimizer.lr"])
+    scale = Scale(SPACE["optimizer.lr"])
     assert scale.fraction(1e-4) == pytest.approx(0)
     assert scale.fraction(10**-2.5) == pytest.approx(0.5)
     assert (scale.label(0), scale.label(1)) == ("0.0001", "0.1")

@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 
 from trainer.report.html import figures, render
-from trainer.report.tables import Table
+from trainer.report.table import Table
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.page import best_table, charts, highlights
 from trainer.sweeps.storage import open_storage

@@ -9,9 +9,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.report.html import figures, render
-from trainer.report.tables import Table
+from trainer.report.table import Table
 from trainer.report.text import significant
-from trainer.sweeps import plots
+from trainer.sweeps import parameter_plots, plots
 from trainer.sweeps.analysis import Answer
 from trainer.sweeps.labels import format_measure, short_names
 from trainer.sweeps.plots import Objective
@@ -134,10 +134,12 @@ def _by_parameter(
         shown = plots.thin_out(trials, best)
         for index, name in enumerate(names[: plots.MAX_SLICES]):
             caption = f"{objective.name} against {labels[name]}"
-            slices[caption] = plots.slices(shown, best, objective, name, labels[name], index)
+            slices[caption] = parameter_plots.slices(
+                shown, best, objective, name, labels[name], index
+            )
         if len(everywhere) > 1:
             caption = f"All parameters and {objective.name}" + _of(shown, trials)
-            parallel[caption] = plots.parallel(
+            parallel[caption] = parameter_plots.parallel(
                 shown, objective, everywhere[: plots.MAX_AXES], labels
             )
     orange = "Pareto front" if front else "best 10%"

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer.report.tables import Table, as_dict, rich_table
+from trainer.report.table import Table, as_dict, rich_table
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.analysis import ANALYSES, Answer, Row
 from trainer.sweeps.labels import format_measure, format_settings

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from trainer.config import SweepConfig
-from trainer.report.terminal import Terminal, live_display, wrap
+from trainer.report.output import Terminal, live_display, wrap
 from trainer.report.text import duration
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.labels import format_measure, format_settings, format_values

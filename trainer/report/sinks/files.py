@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.messages import EpochEnded, Message, Resumed, Status, WorkersLost
-from trainer.report.terminal import describe
+from trainer.report.lines import describe
 from trainer.store.directory import RunDirectory, as_json
 
 

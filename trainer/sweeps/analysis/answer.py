@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.report.tables import Table
+from trainer.report.table import Table
 
 ROUNDING = 1e-9  # a mean this close to zero is a rounding error
 

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import combinations
 
 from trainer.errors import ConfigError
-from trainer.report.tables import Table
+from trainer.report.table import Table
 from trainer.sweeps.analysis.answer import Answer, Row, Spread, spread
 from trainer.sweeps.analysis.parameters import check_parameters
 from trainer.sweeps.space import Space

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 from trainer.errors import ConfigError
-from trainer.report.tables import Table
+from trainer.report.table import Table
 from trainer.sweeps.analysis.answer import Answer, Row
 from trainer.sweeps.analysis.parameters import check_parameters
 from trainer.sweeps.space import Space
