@@ -5,23 +5,23 @@ from dataclasses import replace
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.hardware import EIE, HOROWITZ, LECTURE, TABLES, EnergyTable
+from trainer.hardware import EIE_TABLE_I, HOROWITZ, LECTURE, TABLES, EnergyTable
 
 
 def test_published_energies() -> None:
     assert HOROWITZ.mac("fp32") == pytest.approx(3.7 + 0.9)
     assert HOROWITZ.mac("fp16") == pytest.approx(1.1 + 0.9)
     assert HOROWITZ.mac("int8") == pytest.approx(0.2 + 0.1)
-    assert EIE.off_chip(4) == 640
-    assert EIE.off_chip(1) / EIE.on_chip(1) == 128
+    assert EIE_TABLE_I.off_chip(4) == 640
+    assert EIE_TABLE_I.off_chip(1) / EIE_TABLE_I.on_chip(1) == 128
     assert LECTURE.off_chip(4) / LECTURE.multiply["int8"] == pytest.approx(4000)
-    assert TABLES == {"horowitz": HOROWITZ, "eie": EIE, "lecture": LECTURE}
+    assert TABLES == {"horowitz": HOROWITZ, "eie": EIE_TABLE_I, "lecture": LECTURE}
 
 
 def test_what_a_source_does_not_give_is_marked() -> None:
     assert HOROWITZ.assumed == {"off_chip_word"}
-    assert EIE.assumes_mac("int8")
-    assert not EIE.assumes_mac("fp32")
+    assert EIE_TABLE_I.assumes_mac("int8")
+    assert not EIE_TABLE_I.assumes_mac("fp32")
     assert LECTURE.assumes_mac("fp32")
     assert not HOROWITZ.assumes_mac("int8")
 

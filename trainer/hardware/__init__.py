@@ -9,7 +9,7 @@
 says what is modelled and what is assumed.
 """
 
-from trainer.hardware.energy import EIE, HOROWITZ, LECTURE, TABLES, EnergyTable
+from trainer.hardware.energy import EIE_TABLE_I, HOROWITZ, LECTURE, TABLES, EnergyTable
 from trainer.hardware.figures import Evidence, Figure
 from trainer.hardware.ledger import (
     StageCost,
@@ -27,7 +27,7 @@ from trainer.hardware.workloads import (
 )
 
 __all__ = [
-    "EIE",
+    "EIE_TABLE_I",
     "HOROWITZ",
     "LECTURE",
     "STAGES",

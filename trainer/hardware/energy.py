@@ -84,7 +84,7 @@ HOROWITZ = EnergyTable(
     assumed=frozenset({"off_chip_word"}),
 )
 
-EIE = EnergyTable(
+EIE_TABLE_I = EnergyTable(
     name="EIE table I",
     source="Han et al., EIE, ISCA 2016, arXiv:1602.01528, table I: 45 nm, on-chip memory of 32 KB; "
     "8-bit and 16-bit arithmetic is taken from Horowitz",
@@ -105,6 +105,6 @@ LECTURE = replace(
 )
 
 TABLES: Mapping[str, EnergyTable] = MappingProxyType(
-    {"horowitz": HOROWITZ, "eie": EIE, "lecture": LECTURE}
+    {"horowitz": HOROWITZ, "eie": EIE_TABLE_I, "lecture": LECTURE}
 )
 """The named tables."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.hardware.tpu.models import quantized
+from trainer import artifact
+from trainer.compress.rewrite import restore
 from trainer.errors import ConfigError, RunError
 from trainer.hardware.tpu import (
     TPU_V1,
@@ -230,3 +232,17 @@ def test_infinite_results_are_refused() -> None:
         model.fc3.bias.fill_(torch.inf)
     with pytest.raises(ConfigError, match="infinite or NaN"):
         lower(model, samples)
+
+
+@pytest.mark.parametrize("name", ["projected shortcut", "language model"])
+def test_a_model_from_its_compressed_file(name: str) -> None:
+    """The file holds integers and scales: the program computes the same."""
+    torch.manual_seed(0)
+    build, draw, _ = MODELS[name]
+    samples = draw()
+    state = artifact.loads(artifact.encode(quantized(build(), samples).state_dict()))
+    model = restore(build(), state).eval()
+    network = lower(model, samples)
+    integers = network.quantize(samples)
+    found = execute_integers(compile_network(network), integers)
+    assert np.array_equal(found, reference(network, integers))
