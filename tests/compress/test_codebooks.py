@@ -240,3 +240,85 @@ def test_what_repeats_by_chance_is_not_few(number: int) -> None:
 
 def test_nan_is_no_value() -> None:
     assert codebook_of(torch.tensor([1.0, 1.0, 1.0, torch.nan, 2.0, 2.0])) is None
+
+
+def with_outliers() -> Tensor:
+    """Weights of which the largest is more than 100 standard deviations from zero."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.02 * torch.randn(300, 200, generator=generator)
+    weights[0, :3] = torch.tensor([9.0, -7.0, 4.0])
+    assert weights.abs().max() / weights.std() > 100
+    return weights
+
+
+@pytest.mark.parametrize("init", ["linear", "random"])
+@pytest.mark.parametrize("k", [8, 16, 63, 256])
+def test_outliers_leave_no_cluster_without_weights(init: str, k: int) -> None:
+    weights = with_outliers()
+    book = cluster(weights, k, init)
+    assert len(book.values) == k
+    assert book.codes.unique().tolist() == list(range(1, k + 1))
+    # Random may have left no cluster empty, and found a slightly different optimum.
+    assert error(weights, book) <= 1.0001 * error(weights, cluster(weights, k, "density"))
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_gap_around_zero_leaves_no_cluster_without_weights(init: str) -> None:
+    """The smallest weights are pruned, so values between -t and t would serve no weight."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(200_000, generator=generator)
+    pruned = weights * (weights.abs() > 1.65)
+    book = cluster(pruned, 16, init)
+    assert len(book.values) == 16
+    if init == "linear":
+        best = error(pruned, cluster(pruned, 16, "density"))
+        assert error(pruned, book) <= (1 + 1e-9) * best
+
+
+@given(
+    st.lists(st.integers(-1000, 1000).filter(bool), min_size=2, max_size=60),
+    st.integers(1, 20),
+    st.sampled_from(sorted(INITS)),
+)
+def test_every_cluster_has_weights(values: list[int], k: int, init: str) -> None:
+    weights = torch.tensor(values, dtype=torch.float64)
+    book = cluster(weights, k, init)
+    assert len(book.values) == min(k, len(set(values)))
+    assert book.codes.unique().tolist() == list(range(1, len(book.values) + 1))
+
+
+def test_clusters_that_all_have_weights_are_left_as_they_are(monkeypatch) -> None:
+    def split(*args: object) -> None:
+        raise AssertionError("a cluster was moved")
+
+    monkeypatch.setattr(codebooks, "_split", split)
+    torch.manual_seed(0)
+    weights = torch.randn(20_000)
+    for rate in (0.0, 0.05):
+        for k in (2, 16, 32):
+            cluster(weights, k, "linear", rate)
+    with pytest.raises(AssertionError, match="was moved"):
+        cluster(with_outliers(), 16)
+
+
+def test_with_a_price_of_bits_clusters_are_moved_only_at_the_start() -> None:
+    weights = with_outliers()
+    rate = 0.02
+    book = cluster(weights, 16, "linear", rate)
+    assert 8 <= len(book.values) <= 16  # a rare cluster may still vanish
+    best = cluster(weights, 16, "density", rate)
+    costs = []
+    for found in (book, best):
+        p = found.codes.flatten().bincount()[1:].double() / weights.numel()
+        bits = float(-(p[p > 0] * p[p > 0].log2()).sum())
+        costs.append(error(weights, found) / weights.numel() / float(weights.var()) + rate * bits)
+    assert costs[0] <= 1.01 * costs[1]
+
+
+def test_cells_of_one_value_are_not_split() -> None:
+    ordered = np.array([1.0, 1.0, 1.0, 2.0, 2.0])
+    edges = np.array([0, 5])
+    assert codebooks._split(ordered, edges, 1).tolist() == [0, 3, 5]
+    assert codebooks._split(ordered, edges, 4).tolist() == [0, 3, 5]  # there is no other cut
+    near = np.array([1.0, np.nextafter(1.0, 2)])  # their mean rounds to one of them
+    assert codebooks._split(near, np.array([0, 2]), 1).tolist() == [0, 1, 2]

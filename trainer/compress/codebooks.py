@@ -4,6 +4,7 @@ Sorted values make k-means cheap: every cluster is an interval, its sum a differ
 sums, so that an iteration costs k binary searches however many values there are.
 """
 
+import heapq
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -85,7 +86,9 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
     Args:
         weights: of any shape and floating type, finite; what is zero stays zero and has no say.
         k: number of clusters, 1 to 65535. Fewer distinct values than that are taken as they are.
-        init: where Lloyd's algorithm begins: linear, density, random or exact.
+        init: where Lloyd's algorithm begins: linear, density, random or exact. Where that leaves
+            clusters without values, they are moved to where the error is largest, and the result
+            is compared with that of density: the better of both is taken.
         rate: what a bit of the index costs, in variances of the values. Above 0 the assignment
             minimises error + rate * bits, with -log2 of a cluster's frequency as its bits
             (entropy-constrained vector quantization: Chou, Lookabaugh & Gray, 1989), so that few
@@ -109,7 +112,7 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
     centroids = _distinct(ordered, k)
     borders = (centroids[1:] + centroids[:-1]) / 2
     if len(centroids) > k:
-        centroids, borders = _lloyd(ordered, INITS[init](ordered, k), rate * float(ordered.var()))
+        centroids, borders = _best(ordered, k, init, rate * float(ordered.var()))
     values = torch.from_numpy(centroids).to(weights.device, weights.dtype)
     codes[there] = 1 + torch.bucketize(
         survivors.double(), torch.from_numpy(borders).to(weights.device), out_int32=True
@@ -168,31 +171,96 @@ def _distinct(ordered: Floats, k: int) -> Floats:
     return ordered[np.concatenate(([0], changes))] if len(ordered) else ordered
 
 
-def _lloyd(ordered: Floats, centroids: Floats, price: float) -> tuple[Floats, Floats]:
+def _best(ordered: Floats, k: int, init: str, price: float) -> tuple[Floats, Floats]:
+    """The centroids that Lloyd's algorithm finds from `init`, and the borders between their cells.
+
+    If it had to move clusters without values, also the search from density is made: `init` did not
+    suit the values, and a local optimum much worse than necessary is likely.
+    """
+    centroids, borders, moved = _lloyd(ordered, INITS[init](ordered, k), price)
+    if moved and init != "density":
+        other = _lloyd(ordered, density(ordered, k), price)[:2]
+        if _cost(ordered, *other, price) < _cost(ordered, centroids, borders, price):
+            return other
+    return centroids, borders
+
+
+def _cost(ordered: Floats, centroids: Floats, borders: Floats, price: float) -> float:
+    """Squared error plus the price of all indices, by the frequencies of the clusters."""
+    sizes = np.diff(np.searchsorted(ordered, borders, "right"), prepend=0, append=len(ordered))
+    error = float(((ordered - np.repeat(centroids, sizes)) ** 2).sum())
+    used = sizes[sizes > 0]
+    return error - price * float((used * np.log2(used / len(ordered))).sum())
+
+
+def _lloyd(ordered: Floats, centroids: Floats, price: float) -> tuple[Floats, Floats, bool]:
     """Move centroids to the means of their cells until nothing changes.
 
+    A centroid whose cell has no values is moved into the cell of the largest squared error. With a
+    price, that happens before the first step only: later, a rare cluster may vanish because its
+    index is expensive.
+
     Args:
+        ordered: sorted values [n].
+        centroids: ascending [k].
         price: of a bit, in squared units of the values.
 
     Returns:
-        The centroids and the borders between their cells, both ascending.
+        The centroids and the borders between their cells, both ascending, and whether a centroid
+        was moved.
     """
+    moved = False
     sums = _prefix(ordered)
     still = 1e-9 * max(abs(ordered[0]), abs(ordered[-1]))
     offsets = np.zeros(len(centroids))
-    for _ in range(_ITERATIONS):
+    for iteration in range(_ITERATIONS):
         used, borders = _cells(centroids, offsets)
         ends = np.concatenate(([0], np.searchsorted(ordered, borders, "right"), [len(ordered)]))
         there = np.diff(ends) > 0
         edges = np.concatenate((ends[:-1][there], [len(ordered)]))
+        unused = len(centroids) - int(there.sum())
+        reseed = unused > 0 and (iteration == 0 or not price)
+        if reseed:
+            edges, moved = _split(ordered, edges, unused), True
         sizes = np.diff(edges)
         means = np.diff(sums[edges]) / sizes
         before = centroids[used][there]
         centroids, offsets = means, -price * np.log2(sizes / len(ordered))
-        if len(means) == len(used) and np.abs(means - before).max() <= still:
+        if not reseed and len(means) == len(used) and np.abs(means - before).max() <= still:
             break
     used, borders = _cells(centroids, offsets)
-    return centroids[used], borders
+    return centroids[used], borders, moved
+
+
+def _split(ordered: Floats, edges: Ints, number: int) -> Ints:
+    """Cut cells until there are `number` more: each time the one of the largest squared error.
+
+    Args:
+        ordered: sorted values [n].
+        edges: where the cells begin, and n: [cells + 1].
+
+    Returns:
+        The new edges; fewer than asked for where every cell holds one value.
+    """
+    starts, sizes = edges[:-1], np.diff(edges)
+    means = np.add.reduceat(ordered, starts) / sizes
+    errors = np.add.reduceat((ordered - np.repeat(means, sizes)) ** 2, starts)
+    heap = list(zip((-errors).tolist(), starts.tolist(), edges[1:].tolist(), strict=True))
+    heapq.heapify(heap)
+    cuts: list[int] = []
+    while heap and len(cuts) < number:
+        _, start, end = heapq.heappop(heap)
+        cell = ordered[start:end]
+        if cell[0] == cell[-1]:
+            continue
+        # The mean lies between both ends, but may round to the last value.
+        last = int(np.searchsorted(cell, cell[-1]))
+        cut = start + min(int(np.searchsorted(cell, cell.mean(), "right")), last)
+        cuts.append(cut)
+        for half in ((start, cut), (cut, end)):
+            values = ordered[slice(*half)]
+            heapq.heappush(heap, (-float(((values - values.mean()) ** 2).sum()), *half))
+    return np.sort(np.concatenate((edges, np.array(cuts, np.int64))))
 
 
 def _cells(centroids: Floats, offsets: Floats) -> tuple[Ints, Floats]:
