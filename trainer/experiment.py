@@ -29,7 +29,7 @@ from trainer.config import (
 )
 from trainer.config.instantiate import OBJECT, Factory, locate
 from trainer.config.renamed import rename_keys
-from trainer.data.datasets import generators_left_alone, seed_generators
+from trainer.data.datasets import preserved_generators, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
@@ -276,7 +276,7 @@ class Experiment:
             ConfigError: The settings or the data are wrong, or a split is empty.
         """
         seed = self.config.seed
-        with generators_left_alone():
+        with preserved_generators():
             seed_generators(mix(seed))
             if self.data.is_object:
                 try:

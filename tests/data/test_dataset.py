@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from trainer.data.datasets import DatasetSplit, dataset
 
@@ -39,6 +39,12 @@ class Listed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.items[index]
+
+
+class Image:
+    """In the place of PIL's."""
+
+    __module__ = "PIL.Image"
 
 
 def read(split: Any, order: list[list[int]], epoch: int | None = 0) -> list[torch.Tensor]:
@@ -81,9 +87,9 @@ def test_loader_processes_give_the_same_batches_pass_after_pass() -> None:
     alone, helped = DatasetSplit(Noisy(), seed=3), DatasetSplit(Noisy(), seed=3, loader_workers=2)
     order = [[4, 9, 2], [], [7], [1, 0, 3], [5, 6]]
     empty_safe = [torch.tensor(i, dtype=torch.int64) for i in order]
-    for a, b in zip(alone.first(), helped.first(), strict=True):
-        assert torch.equal(a, b)
-    assert helped.loader._iterator is None  # none of the processes that stay was started for it
+    for a, b in zip(alone.probe(empty_safe), helped.probe(empty_safe), strict=True):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(a, b, strict=True))
+    assert helped._loader._iterator is None  # the processes of `batches` have not been started
     early = helped.batches(empty_safe, 0)
     next(early)
     early.close()  # what max_steps does in the middle of an epoch
@@ -99,7 +105,10 @@ def test_loader_processes_give_the_same_batches_pass_after_pass() -> None:
 @pytest.mark.integration
 def test_an_error_in_a_loader_process_reaches_the_caller() -> None:
     items = [(torch.zeros(2), 0), (torch.zeros(3), 0)]
-    with pytest.raises(ValueError, match="samples 0 and 1: their inputs have shapes"):
+    with pytest.raises(
+        ValueError,
+        match=r"^sample 1: its inputs have the shape \[3\]",
+    ):
         read(DatasetSplit(Listed(items), seed=0, loader_workers=1), [[0, 1]])
 
 
@@ -113,8 +122,15 @@ def test_an_error_in_a_loader_process_reaches_the_caller() -> None:
         ((torch.zeros(2), 0.5), "sample 1: its target must be an integer class, not float"),
         ((torch.zeros(2), torch.tensor(0.5)), "its target must be an integer class"),
         ((torch.zeros(2), None), "its target must be an integer class, not NoneType"),
-        ((torch.zeros(3), 0), r"samples 0 and 1: their inputs have shapes \(2,\) and \(3,\)"),
-        ((torch.zeros(2), torch.zeros(4).long()), "samples 0 and 1: their targets have shapes"),
+        ((np.zeros(2, dtype=np.longdouble), 0), "not an array of float128; convert it"),
+        ((np.array(["a", "b"]), 0), "not an array of <U1"),
+        ((torch.zeros(2), np.array("a")), "an integer class, not an array of <U1"),
+        ((Image(), 0), r"not Image; give the data set a transform .*ToTensor\(\)"),
+        (
+            (torch.zeros(3), 0),
+            r"inputs have the shape \[3\], those of sample 0 \[2\]; make",
+        ),
+        ((torch.zeros(2), torch.zeros(4).long()), "sample 1: its targets have the shape"),
     ],
 )
 def test_names_the_sample_that_does_not_fit(item: Any, message: str) -> None:
@@ -131,6 +147,62 @@ def test_arrays_and_any_integer_target_will_do(target: Any) -> None:
     ((inputs, targets),) = split.batches([torch.tensor([0])], None)
     assert torch.equal(inputs, torch.ones(1, 3))
     assert torch.equal(targets, torch.tensor([2]))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=">f4").reshape(2, 3),
+        np.arange(6, dtype=">f8").reshape(2, 3),
+        np.arange(5, -1, -1, dtype=np.float32).reshape(2, 3)[::-1, ::-1],
+        np.broadcast_to(np.arange(3, dtype=np.float32), (2, 3)),  # read-only
+    ],
+    ids=["big-endian float32", "big-endian float64", "mirrored", "read-only"],
+)
+def test_arrays_that_torch_cannot_share_are_copied(
+    array: np.ndarray[Any, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    split = DatasetSplit(Listed([(array, np.array(3, dtype=">i8"))]), seed=0)
+    ((inputs, targets),) = split.batches([torch.tensor([0])], None)
+    assert inputs[0].tolist() == array.tolist()
+    assert inputs.dtype == (torch.float64 if array.itemsize == 8 else torch.float32)
+    assert targets.tolist() == [3]
+    assert not recwarn.list
+
+
+def test_an_error_of_the_data_set_says_at_which_sample() -> None:
+    split = DatasetSplit(Listed([(torch.zeros(2), 0)]), seed=0)
+    with pytest.raises(IndexError) as raised:
+        read(split, [[0, 7]])
+    assert raised.value.__notes__ == ["while sample 7 was read"]
+
+
+def test_a_held_out_sample_is_named_by_both_its_numbers() -> None:
+    assert DatasetSplit(Noisy(), seed=0).sample_name(2) == "sample 2"
+    held_out = DatasetSplit(Subset(Noisy(), [5, 9, 12]), seed=0)
+    assert held_out.sample_name(2).startswith("sample 2 (number 12 of the data set")
+
+
+@pytest.mark.parametrize(
+    ("name", "listed", "expected"),
+    [
+        ("targets", [3, 1, 2], [3, 1, 2]),
+        ("labels", np.array([3, 1, 2]), [3, 1, 2]),
+        ("targets", torch.tensor([3, 1, 2]), [3, 1, 2]),
+        ("targets", [3, 1], None),  # not of all samples
+        ("targets", [0.5, 1.0, 2.0], None),
+        ("targets", ["a", "b", "c"], None),
+        ("targets", [[1, 2], [3], []], None),
+        ("targets", lambda: None, None),
+    ],
+)
+def test_targets_that_a_data_set_lists(name: str, listed: Any, expected: list[int] | None) -> None:
+    data = Listed([0, 0, 0])
+    setattr(data, name, listed)
+    found = DatasetSplit(data, seed=0).listed_targets()
+    assert (None if found is None else found.tolist()) == expected
+    part = DatasetSplit(Subset(data, [2, 0]), seed=0).listed_targets()
+    assert (None if part is None else part.tolist()) == (expected and [expected[2], expected[0]])
 
 
 def test_a_split_is_read_by_one_pass_at_a_time() -> None:
@@ -174,9 +246,9 @@ class Stream(IterableDataset[int]):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": Stream()}, "data.train: Stream is no map-style data set"),
-        ({"train": None}, "data.train: NoneType is no map-style data set"),
-        ({"train": Noisy(), "test": 3}, "data.test: int is no map-style data set"),
+        ({"train": Stream()}, "data.train: Stream is not a map-style data set"),
+        ({"train": None}, "data.train: NoneType is not a map-style data set"),
+        ({"train": Noisy(), "test": 3}, "data.test: int is not a map-style data set"),
         ({"train": Noisy(), "hold_out": 0.5}, "data.hold_out=0.5: 2 times 10 of 20"),
         ({"train": Noisy(), "hold_out": 0.0}, "data.hold_out=0.0: 2 times 0 of 20"),
         ({"train": Noisy(), "loader_workers": -1}, "data.loader_workers=-1"),

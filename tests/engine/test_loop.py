@@ -218,9 +218,9 @@ def test_an_input_that_is_not_finite_is_named_on_all_ranks(ranks, size, value):
         run = bodies.runtime(world)
         model = nn.Linear(6, 3)  # a tanh would make infinity finite
         world.broadcast(model.parameters())
-        with pytest.raises(RunError, match=r"sample 57 of the train data .* NaN or infinite"):
+        with pytest.raises(RunError, match=r"the input of train sample 57 is NaN or infinite"):
             list(fit(model, split, FitConfig(epochs=1), run))
-        with pytest.raises(RunError, match=r"sample 57 of the test data .* NaN or infinite"):
+        with pytest.raises(RunError, match=r"the input of test sample 57 is NaN or infinite"):
             evaluate(model, split, run, "test")
 
     ranks(size, body)
@@ -231,7 +231,7 @@ def test_a_held_out_sample_is_named_by_its_number_in_the_data_set():
     split.inputs[57] = float("nan")
     pairs = list(zip(split.inputs, split.targets, strict=True))
     held_out = DatasetSplit(Subset(pairs, [3, 57, 4]), seed=0)
-    with pytest.raises(RunError, match=r"sample 1 \(number 57 of the data set\) of the validation"):
+    with pytest.raises(RunError, match=r"validation sample 1 \(number 57 of the data set"):
         evaluate(model, held_out, bodies.runtime(ALONE))
 
 

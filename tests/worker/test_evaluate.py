@@ -29,7 +29,7 @@ def spoiled(seed: int) -> Splits:
 def test_an_input_that_is_not_finite_is_named() -> None:
     cfg = config(data={"_target_": f"{__name__}.spoiled", "batch_size": 16})
     weights = to_bytes(cfg.build_model().state_dict())
-    with pytest.raises(RunError, match=r"sample 7 of the test data"):
+    with pytest.raises(RunError, match=r"input of test sample 7 is NaN"):
         list(evaluate_models(WORLD, cfg, {"model": weights}))
 
 

@@ -6,12 +6,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from tests.engine.bodies import runtime
 from trainer.config import FitConfig
+from trainer.data.checked import CheckedSplit
+from trainer.data.datasets import DatasetSplit
 from trainer.data.split import Splits, TensorSplit
 from trainer.engine.world import World
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 from trainer.models import LSTMLanguageModel
 from trainer.worker.preflight import check_compatible
 
@@ -36,8 +39,12 @@ def net(classes=3, features=64):
 def test_what_fits_passes_and_nothing_changes(precision):
     model = net().train()
     state, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    target = check_compatible(model, IMAGES, runtime(WORLD, precision=precision))
+    checked, target = check_compatible(model, IMAGES, runtime(WORLD, precision=precision))
     assert target == ()  # one class
+    assert isinstance(checked.train, CheckedSplit)
+    assert (checked.train.split, checked.train.name, checked.train.classes) == (
+        IMAGES.train, "train", 3,
+    )  # fmt: skip
     assert model.training
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert torch.equal(chance, torch.get_rng_state())
@@ -47,8 +54,10 @@ def test_language_models_fit_by_their_vocabulary():
     ids = torch.randint(0, 12, (4, 7), generator=torch.Generator().manual_seed(0))
     ids[3, 6] = 11
     data = splits(ids, ids)
-    assert check_compatible(LSTMLanguageModel(12, 4, 4), data, runtime(WORLD)) == (7,)
-    with pytest.raises(ConfigError, match="label 11, but LSTMLanguageModel has 11 outputs"):
+    ids[2, 3:] = -100  # ignored
+    _, target = check_compatible(LSTMLanguageModel(12, 4, 4), data, runtime(WORLD))
+    assert target == (7,)
+    with pytest.raises(ConfigError, match=r"train sample 3: its target is 11, .* has 11 outputs"):
         check_compatible(LSTMLanguageModel(11, 4, 4), data, runtime(WORLD))
 
 
@@ -56,8 +65,8 @@ def test_language_models_fit_by_their_vocabulary():
     ("model", "data", "said"),
     [
         (net(features=63), IMAGES, r"Sequential cannot take a train sample \(float32 \[1, 8, 8\]"),
-        (net(classes=2), IMAGES, "train holds the label 2.*2 outputs, for labels 0 to 1"),
-        (nn.Flatten(0), IMAGES, r"for targets \[1\] of train Flatten gives \[64\]"),
+        (net(classes=2), IMAGES, r"train sample 2: its target is 2, .*2 outputs, for .* 0 to 1"),
+        (nn.Flatten(0), IMAGES, r"for targets \[1\] of train Flatten returns \[64\]"),
         (
             net(),
             splits(
@@ -65,7 +74,7 @@ def test_language_models_fit_by_their_vocabulary():
                 IMAGES.train.targets,
                 test=TensorSplit(IMAGES.train.inputs, torch.tensor([0, 0, -1, 0, 0])),
             ),
-            "test holds the label -1",
+            "test sample 2: its target is -1",
         ),
         (
             net(),
@@ -139,6 +148,121 @@ class Auxiliary(nn.Linear):
 
 
 def test_other_outputs_in_training_are_refused():
-    with pytest.raises(ConfigError, match="Auxiliary gives tuple in training mode"):
+    with pytest.raises(ConfigError, match="Auxiliary returns tuple in training mode"):
         check_compatible(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
     check_compatible(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=0)])
+
+
+class Images(Dataset):
+    """Images like IMAGES; some have another label, or cannot be read."""
+
+    def __init__(self, samples=100, labels=None, broken=None):
+        self.samples, self.labels, self.broken = samples, labels or {}, broken
+        self.read = []
+
+    def __len__(self):
+        return self.samples
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index == self.broken:
+            raise KeyError("no such image")
+        return torch.randn(1, 8, 8), self.labels.get(index, index % 3)
+
+
+def check_images(train, rank=0, size=1):
+    world = World(rank, size, WORLD.device, WORLD.transport, None)
+    data = Splits(DatasetSplit(train, seed=0), IMAGES.validation, IMAGES.test)
+    return check_compatible(net(), data, runtime(world))
+
+
+def test_a_target_in_the_middle_of_a_data_set_is_found_beforehand():
+    train = Images(labels={57: 10})
+    with pytest.raises(ConfigError, match=r"data: train sample 57: its target is 10, .* 3 outputs"):
+        check_images(train)
+
+
+def test_the_ranks_share_the_search():
+    read = []
+    for rank in range(2):
+        check_images(train := Images(), rank, size=2)
+        read.append(set(train.read) - {0})
+    assert read[0] | read[1] == set(range(1, 100))
+    assert not read[0] & read[1]
+
+
+def test_the_search_takes_no_longer_than_allowed(monkeypatch):
+    monkeypatch.setattr("trainer.worker.preflight.SCAN_SECONDS", 0.0)
+    data, _ = check_images(train := Images(labels={57: 10}))
+    assert len(train.read) < 40
+    with pytest.raises(RunError, match="train sample 57: its target is 10"):
+        list(data.train.batches(torch.arange(100).split(16), 0))
+
+
+def test_listed_targets_say_where_to_look_first(monkeypatch):
+    monkeypatch.setattr("trainer.worker.preflight.SCAN_SECONDS", 0.0)
+    train = Images(labels={57: 10})
+    train.targets = [10 if index == 57 else 0 for index in range(100)]
+    with pytest.raises(ConfigError, match="train sample 57: its target is 10"):
+        check_images(train)
+    train.labels = {}  # as a transform would do: what counts is the target that is read
+    check_images(train)
+
+
+@pytest.mark.parametrize("broken", [0, 20])
+def test_a_sample_that_cannot_be_read_ends_the_run_at_once(broken):
+    with pytest.raises(
+        RunError, match=rf"the train data cannot be read: KeyError: .*while sample {broken} was"
+    ):
+        check_images(Images(broken=broken))
+
+
+def test_images_that_are_no_tensors_are_a_wrong_configuration():
+    pairs = [("image.png", 0)]
+    with pytest.raises(ConfigError, match="data: train sample 0: its input must be a tensor"):
+        check_images(pairs)
+
+
+def test_a_split_whose_targets_are_all_ignored_is_refused():
+    data = splits(
+        IMAGES.train.inputs,
+        IMAGES.train.targets,
+        validation=TensorSplit(IMAGES.train.inputs, torch.full((5,), -100)),
+    )
+    with pytest.raises(ConfigError, match="every target of validation is -100"):
+        check_compatible(net(), data, runtime(WORLD))
+
+
+def test_what_cannot_be_trained_is_refused_if_it_is_to_be_trained():
+    frozen = net().requires_grad_(False)
+    half = nn.Sequential(nn.Flatten(), nn.Linear(64, 3).half())
+    for model, precision, problem in (
+        (frozen, "fp32", "nothing to train, because no parameter of Sequential"),
+        (half, "fp16", "precision=fp16: parameters of Sequential are float16"),
+    ):
+        run = runtime(WORLD, precision=precision)
+        check_compatible(model, IMAGES, run, [FitConfig(epochs=0)])
+        with pytest.raises(ConfigError, match=problem):
+            check_compatible(model, IMAGES, run, [FitConfig(epochs=1)])
+
+
+class TwoInputs(nn.Module):
+    def forward(self, left, right):
+        return left + right
+
+
+class Wrong(nn.Module):
+    def forward(self, x):
+        return x.view(7, 7)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (TwoInputs(), "cannot take a train sample .*: TypeError: .* argument: 'right'"),
+        (Wrong(), r"RuntimeError: shape .* is invalid .* \(test_preflight.py, line \d+\)"),
+    ],
+)
+def test_an_error_of_the_model_names_its_line(model, reason):
+    with pytest.raises(ConfigError, match=reason):
+        check_compatible(model, IMAGES, runtime(WORLD))

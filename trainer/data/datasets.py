@@ -1,41 +1,46 @@
-"""Any map-style torch Dataset of (input, target) pairs, read by DataLoader worker processes.
+"""Map-style torch Datasets of (input, target) pairs, read here or by DataLoader processes.
 
-A sample's random numbers (torch's, numpy's, Python's) are seeded with (seed, epoch, index) around
-`__getitem__`, so augmentation is the same for any number of trainers and loader workers.
+The random numbers of a sample (torch's, NumPy's and Python's) are seeded with (seed, epoch, index)
+around `__getitem__`, so that augmentation is the same for any number of workers and loader
+processes.
 """
 
 import contextlib
-import multiprocessing
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from trainer.data.hashing import mix
+from trainer.data.loaders import fork_server
 from trainer.data.order import permutation
-from trainer.data.split import Split, Splits
+from trainer.data.split import SampleError, Split, Splits
 
-SPLIT_SEED = 0  # of the permutation that holds samples out: never the run's seed
-EVALUATION = -1  # stands for the epoch when there is none
+SPLIT_SEED = 0
+"""Of the permutation that chooses held-out samples. The seed of the run would move them."""
+
+EVALUATION = -1
+"""Takes the place of the epoch when a sample is seeded for evaluation."""
 
 Request = tuple[int, list[int]]  # epoch, sample indices
+Batch = tuple[Tensor, Tensor]  # inputs, targets
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the three CPU generators that augmentations draw from; `seed` is in [0, 2^64)."""
+    """Seed the CPU generators of torch, NumPy and Python with a number in [0, 2^64)."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
 
 
 @contextlib.contextmanager
-def generators_left_alone() -> Iterator[None]:
-    """Whatever is drawn or seeded within, those three generators go on as if it had not been."""
+def preserved_generators() -> Iterator[None]:
+    """Restore the state of those three generators at the end of the block."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
@@ -45,80 +50,56 @@ def generators_left_alone() -> Iterator[None]:
         np.random.set_state(states[2])
 
 
-def kind(value: Any) -> str:
-    """What a value is, for an error message."""
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+def to_tensor(array: NDArray[Any]) -> Tensor:
+    """An array as a tensor: copied where torch cannot share its byte order, strides or memory.
 
-
-def checked(item: Any, index: int) -> tuple[Tensor, int | Tensor]:
-    """The item as an (input tensor, integer target) pair. Raises ValueError if it is none."""
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise ValueError(f"sample {index}: it must be a pair (input, target), not {kind(item)}")
-    value, target = item
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if isinstance(target, np.ndarray | np.generic):
-        target = torch.as_tensor(target)
-    if not isinstance(value, Tensor) or not (
-        value.is_floating_point() or value.dtype in (torch.int32, torch.int64)
-    ):
-        raise ValueError(
-            f"sample {index}: its input must be a tensor or array of floats (or of int32/int64 "
-            f"tokens), not {kind(value)}; convert it in the data set"
-        )
-    if isinstance(target, Tensor):
-        whole = not (target.is_floating_point() or target.is_complex())
-    else:
-        whole = isinstance(target, int)
-    if not whole:
-        raise ValueError(f"sample {index}: its target must be an integer class, not {kind(target)}")
-    return value, target
-
-
-def stacked(tensors: Sequence[Tensor], indices: Sequence[int], what: str) -> Tensor:
-    """The tensors as one with a new first dimension. Raises ValueError if their shapes differ."""
-    for index, tensor in zip(indices, tensors, strict=True):
-        if tensor.shape != tensors[0].shape:
-            raise ValueError(
-                f"samples {indices[0]} and {index}: their {what} have shapes "
-                f"{tuple(tensors[0].shape)} and {tuple(tensor.shape)}; make them equal"
-            )
-    return torch.stack(list(tensors))
-
-
-def fork_server() -> BaseContext:
-    """Where loader processes come from: a process with threads, such as Ray's, must not be forked.
-
-    The server has torch imported, so that a loader process starts in a tenth of a second.
+    Raises:
+        TypeError: torch has no such type of numbers.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    return context
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return torch.from_numpy(array)
 
 
-class SeededBatches(Dataset[tuple[Tensor, Tensor]]):
-    """`[epoch, indices]` -> one batch of a data set, each sample under its own seed."""
+class SeededBatches(Dataset[Batch | SampleError]):
+    """`[epoch, indices]` -> one batch of a Dataset, each sample under its own seed.
+
+    An unusable sample is returned as a `SampleError` instead of raised: a loader process would
+    bury its message in a traceback.
+    """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, request: Request) -> Batch | SampleError:
         epoch, wanted = request
-        # An empty batch still has the shape of a sample, so one is fetched to learn it.
+        # An empty batch has the shape of a sample too, so one is read to find it out.
         indices = wanted or [0]
         pairs = []
-        with generators_left_alone():
-            for index in indices:
-                seed_generators(mix(self.seed, epoch, index))
-                pairs.append(checked(self.dataset[index], index))
-        inputs = stacked([value for value, _ in pairs], indices, "inputs")
-        targets = stacked([torch.as_tensor(target) for _, target in pairs], indices, "targets")
+        try:
+            with preserved_generators():
+                for index in indices:
+                    seed_generators(mix(self.seed, epoch, index))
+                    pairs.append(_check_item(self._read(index), index))
+            inputs = _stack([value for value, _ in pairs], indices, "inputs")
+            targets = _stack([torch.as_tensor(target) for _, target in pairs], indices, "targets")
+        except SampleError as error:
+            return error
         return inputs[: len(wanted)], targets[: len(wanted)].long()
+
+    def _read(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            error.add_note(f"while sample {index} was read")
+            raise
 
 
 class Requests:
-    """What a loader is asked for at present: it keeps its workers while this changes."""
+    """The requests of the current pass. A loader keeps it, and its processes, for all passes."""
 
     def __init__(self) -> None:
         self.order: Iterable[Tensor] = ()
@@ -129,68 +110,168 @@ class Requests:
 
 
 class DatasetSplit:
-    """A map-style Dataset as a `Split`, fetched here or by `loader_workers` processes.
+    """A map-style Dataset as a `Split`.
 
-    The processes start with the first batch and stay until the split goes away.
+    Args:
+        dataset: Has `__len__` and `__getitem__`, which returns an (input, integer target) pair.
+        seed: Seeds the random numbers of each sample.
+        loader_workers: Processes that read samples; 0: this one does. They start with the first
+            batch, and end with this object.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int, loader_workers: int = 0) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.requests = Requests()
-        self.reading = False
-        self.loader = self._loader(self.requests, loader_workers, stay=True)
+        self._requests = Requests()
+        self._reading = False
+        self._loader = self._make_loader(self._requests, loader_workers, persistent=True)
 
-    def _loader(
-        self, requests: Iterable[Request], workers: int, stay: bool
-    ) -> "DataLoader[tuple[Tensor, Tensor]]":
+    def _make_loader(
+        self, requests: Iterable[Request], workers: int, persistent: bool
+    ) -> "DataLoader[Batch | SampleError]":
         return DataLoader(
             SeededBatches(self.dataset, self.seed),
-            # With batch_size None a "sample index" of the loader is a whole request of ours.
+            # With batch_size None, what the loader calls a sample index is a whole request.
             batch_size=None,
             sampler=requests,
             num_workers=workers,
-            persistent_workers=stay and workers > 0,
+            persistent_workers=persistent and workers > 0,
             multiprocessing_context=fork_server() if workers else None,
-            # Its own generator: a loader draws a number per pass, from the global one by default.
+            # By default a loader draws a number from the global generator in each pass.
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-    def first(self) -> tuple[Tensor, Tensor]:
-        """The first sample, as a batch of evaluation; its process ends with that.
-
-        Not read here where there are loader processes: a data set that opens its files with the
-        first sample could not be pickled for them any more.
-        """
-        workers = min(1, self.loader.num_workers)
-        loader = self._loader([(EVALUATION, [0])], workers, stay=False)
-        batches: list[tuple[Tensor, Tensor]] = list(loader)
-        return batches[0]
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def batches(
-        self, order: Iterable[Tensor], epoch: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Split.batches`. One pass at a time: a second one at once is a RuntimeError."""
-        if self.reading:
+    def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[Batch]:
+        """As `Split.batches`. Raises RuntimeError if a pass is started while another one runs."""
+        if self._reading:
             raise RuntimeError("this split is being read already: finish or close that pass first")
-        self.reading = True
-        self.requests.order = order
-        self.requests.epoch = EVALUATION if epoch is None else epoch
+        self._reading = True
+        self._requests.order = order
+        self._requests.epoch = EVALUATION if epoch is None else epoch
         try:
-            yield from self.loader
+            yield from _usable(self._loader)
         finally:
-            self.reading = False
+            self._reading = False
+
+    def probe(self, order: Iterable[Tensor]) -> Iterator[Batch]:
+        """Batches of evaluation, read by a process of their own where there are loader processes.
+
+        A Dataset that opens its files with the first sample could not be sent to loader processes
+        after it was read here.
+        """
+        requests = ((EVALUATION, indices.tolist()) for indices in order)
+        workers = min(1, self._loader.num_workers)
+        yield from _usable(self._make_loader(_Once(requests), workers, persistent=False))
+
+    def sample_name(self, index: int) -> str:
+        """A sample in words; one that was held out also by its number in the whole Dataset."""
+        if isinstance(self.dataset, Subset):
+            number = self.dataset.indices[index]
+            return f"sample {index} (number {number} of the data set that it was held out of)"
+        return f"sample {index}"
+
+    def listed_targets(self) -> Tensor | None:
+        """The targets that the Dataset lists beside its samples, int64 [n]; None: it lists none.
+
+        torchvision's Datasets have `targets` or `labels`. Reading a sample may give another target,
+        for instance because of a transform.
+        """
+        return _listed_targets(self.dataset)
 
 
-def sample_name(split: Split, index: int) -> str:
-    """A sample of a split in words, also by its number in the data set that it was held out of."""
-    name = f"sample {index}"
-    if isinstance(split, DatasetSplit) and isinstance(split.dataset, Subset):
-        name += f" (number {split.dataset.indices[index]} of the data set)"
-    return name
+class _Once:
+    """An iterator as an iterable, which a loader asks for."""
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return self._requests
+
+
+def _usable(batches: Iterable[Batch | SampleError]) -> Iterator[Batch]:
+    """The batches; raises the first SampleError among them."""
+    for batch in batches:
+        if isinstance(batch, SampleError):
+            raise batch
+        yield batch
+
+
+def _listed_targets(dataset: Dataset[Any]) -> Tensor | None:
+    if isinstance(dataset, Subset):
+        whole = _listed_targets(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+    listed = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if not isinstance(listed, Sequence | np.ndarray | Tensor):
+        return None
+    try:
+        targets = torch.as_tensor(listed)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # strings, or nested lists
+        return None
+    fits = targets.ndim == 1 and len(targets) == len(dataset)  # type: ignore[arg-type]
+    whole_numbers = not (targets.is_floating_point() or targets.is_complex())
+    return targets.long() if fits and whole_numbers else None
+
+
+def _check_item(item: Any, index: int) -> tuple[Tensor, int | Tensor]:
+    """An item of a Dataset as (input, target). Raises SampleError if it is no such pair."""
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise SampleError(index, f"it must be a pair (input, target), not {_type_name(item)}")
+    value, target = item
+    try:
+        if isinstance(value, np.ndarray):
+            value = to_tensor(value)
+        if isinstance(target, np.ndarray | np.generic):
+            target = to_tensor(np.asarray(target))
+    except TypeError:  # a type of numbers that torch does not have; it is named below
+        pass
+    if not isinstance(value, Tensor) or not (
+        value.is_floating_point() or value.dtype in (torch.int32, torch.int64)
+    ):
+        raise SampleError(
+            index,
+            f"its input must be a tensor or array of floats (or of int32/int64 tokens), not "
+            f"{_type_name(value)}; {_advice(value)}",
+        )
+    if isinstance(target, Tensor):
+        whole = not (target.is_floating_point() or target.is_complex())
+    else:
+        whole = isinstance(target, int)
+    if not whole:
+        raise SampleError(index, f"its target must be an integer class, not {_type_name(target)}")
+    return value, target
+
+
+def _advice(value: Any) -> str:
+    if type(value).__module__.startswith("PIL."):
+        return (
+            "give the data set a transform that makes a tensor of an image, such as "
+            "torchvision.transforms.ToTensor()"
+        )
+    return "convert it in the data set"
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}"
+    return type(value).__name__
+
+
+def _stack(tensors: Sequence[Tensor], indices: Sequence[int], what: str) -> Tensor:
+    """The tensors as one with a new first dimension. Raises SampleError if shapes differ."""
+    for index, tensor in zip(indices, tensors, strict=True):
+        if tensor.shape != tensors[0].shape:
+            raise SampleError(
+                index,
+                f"its {what} have the shape {[*tensor.shape]}, those of sample {indices[0]} "
+                f"{[*tensors[0].shape]}; make them equal",
+            )
+    return torch.stack(list(tensors))
 
 
 def held_out_size(samples: int, share: float, n_parts: int) -> int:
@@ -230,18 +311,25 @@ def dataset(
 ) -> Splits:
     """Splits of Datasets whose items are (input, integer target) pairs.
 
-    Where `validation` or `test` is None, the fraction `hold_out` of `train` is kept back for it, by
-    a fixed permutation; it then goes through the same `__getitem__` as `train`, augmentation
-    included. Each trainer starts `loader_workers` processes per split that it reads; 0: it fetches
-    samples itself. Raises ValueError for something that is no map-style data set.
+    Args:
+        train: Map-style Dataset of the training samples.
+        validation: Likewise; None: a part of `train` is held out.
+        test: Likewise; None: a part of `train` is held out.
+        hold_out: Fraction of `train` in each part that is held out, by a fixed permutation. Such a
+            part passes through the same `__getitem__` as `train`, augmentation included.
+        loader_workers: Processes per worker and split that read samples; 0: the worker does.
+        seed: Seeds the random numbers of each sample.
+
+    Raises:
+        ValueError: A Dataset is not map-style, or a number is out of range.
     """
     for key, value in (("train", train), ("validation", validation), ("test", test)):
         absent = value is None and key != "train"
         by_index = hasattr(value, "__len__") and hasattr(value, "__getitem__")
         if not absent and (not by_index or isinstance(value, IterableDataset)):
             raise ValueError(
-                f"data.{key}: {type(value).__name__} is no map-style data set: it needs __len__ "
-                "and __getitem__"
+                f"data.{key}: {type(value).__name__} is not a map-style data set: it needs "
+                "__len__ and __getitem__"
             )
     if loader_workers < 0:
         raise ValueError(f"data.loader_workers={loader_workers}: it must be at least 0")

@@ -1,4 +1,4 @@
-"""What the training loop asks of data, and the split that answers from memory.
+"""What training asks of data, and the split that holds its samples in memory.
 
 A `Split` turns index tensors into batches. It knows nothing of workers, shuffling or batch sizes.
 """
@@ -9,11 +9,32 @@ from typing import Protocol
 
 from torch import Tensor
 
-Augment = Callable[[Tensor, Tensor, int], Tensor]  # (inputs, sample indices, epoch) -> inputs
+IGNORED = -100
+"""The target that does not count in loss and accuracy, as in torch.nn.functional.cross_entropy."""
+
+Augment = Callable[[Tensor, Tensor, int], Tensor]
+"""(inputs [n, ...], sample indices [n], epoch) -> inputs [n, ...]."""
+
+
+class SampleError(ValueError):
+    """A sample cannot be used.
+
+    Attributes:
+        index: Of the sample in its split.
+        reason: What is wrong with it, and what to do.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(index, reason)
+        self.index = index
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"sample {self.index}: {self.reason}"
 
 
 class Split(Protocol):
-    """Samples that can be fetched in any order."""
+    """Samples that can be read in any order."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -21,16 +42,26 @@ class Split(Protocol):
     def batches(
         self, order: Iterable[Tensor], epoch: int | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, targets) on the CPU for each int64 index tensor [n] of `order`, in that order.
+        """Yield one batch for each index tensor.
 
-        n may be 0. The first dimension of both is n; targets are int64 classes. `epoch` seeds the
-        augmentation; None is evaluation, without any.
+        Args:
+            order: int64 tensors [n]; n may be 0, and differ between them.
+            epoch: Seeds the augmentation; None: evaluation, without augmentation.
+
+        Yields:
+            (inputs [n, ...], targets [n, ...]) on the CPU; targets are int64 classes or IGNORED.
         """
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set: fitted on train, watched on validation, judged once, at the end, on test."""
+    """The parts of a data set.
+
+    Attributes:
+        train: Samples to train on.
+        validation: Samples to evaluate on after every epoch.
+        test: Samples to evaluate on once, at the end.
+    """
 
     train: Split
     validation: Split
@@ -38,11 +69,17 @@ class Splits:
 
 
 class TensorSplit:
-    """A split in memory. One batch costs one indexed copy and what `augment` and `prepare` cost.
+    """A split in memory. A batch costs one indexed copy, and what `augment` and `prepare` cost.
 
-    `augment` changes the stored inputs of a training batch; `prepare` turns the inputs of any batch
-    into what the model takes, so that compact ones (bytes) can be stored. Raises ValueError if
-    inputs and targets differ in length.
+    Args:
+        inputs: [n, ...] of any type.
+        targets: int64 [n, ...].
+        augment: Changes the stored inputs of a training batch.
+        prepare: Turns the inputs of any batch into those of the model, so that a compact form of
+            them (bytes) can be stored.
+
+    Raises:
+        ValueError: `inputs` and `targets` differ in length.
     """
 
     def __init__(

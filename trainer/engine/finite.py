@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from trainer.data.datasets import sample_name
+from trainer.data.checked import sample_name
 from trainer.data.split import Split
 from trainer.engine.world import World
 from trainer.errors import RunError
@@ -33,14 +33,14 @@ def check_inputs(
     found = torch.zeros(world.size, dtype=torch.int64)  # a sample's index + 1, or 0
     for indices, (inputs, _) in zip(order, split.batches(order, epoch), strict=True):
         if inputs.is_floating_point() and len(inputs):
-            wrong = ~inputs.isfinite().flatten(1).all(1)
+            wrong = ~inputs.isfinite().reshape(len(inputs), -1).all(1)
             if bool(wrong.any()):
                 found[world.rank] = indices[wrong][0] + 1
                 break
         world.heartbeat.beat()
     world.all_reduce(found)
     for index in found[found > 0].tolist():
+        sample = sample_name(split, index - 1)
         raise RunError(
-            f"data: {sample_name(split, index - 1)} of the {name} data has an input that is NaN or "
-            "infinite; correct or remove it"
+            f"data: the input of {name} {sample} is NaN or infinite; correct or remove it"
         )

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from trainer.config import FitConfig
 from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
-from trainer.data.split import Split
+from trainer.data.split import IGNORED, Split
 from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.finite import check_inputs
-from trainer.engine.objective import IGNORED, Objective, count_targets, supervised
+from trainer.engine.objective import Objective, count_targets, supervised
 from trainer.engine.optim import load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime

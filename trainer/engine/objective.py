@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORED = -100
+from trainer.data.split import IGNORED
 
 
 class Objective(Protocol):

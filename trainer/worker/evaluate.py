@@ -12,6 +12,7 @@ from trainer.experiment import Experiment
 from trainer.messages import Evaluated, Message, RunStopped
 from trainer.phases.structure import from_metadata
 from trainer.store.serialization import from_bytes
+from trainer.worker.preflight import check_split
 from trainer.worker.run import should_stop
 
 DECODED = "artifact"
@@ -41,7 +42,8 @@ def evaluate_models(
             else:
                 weights, metadata = from_bytes(content)
             model = experiment.load_model(weights, from_metadata(metadata))
-        metrics = evaluate(runtime.place(model), test, runtime, "test")
+        checked = check_split("test", test, runtime.place(model), runtime)
+        metrics = evaluate(model, checked, runtime, "test")
         if not math.isfinite(metrics.loss):
             raise RunError(
                 f"the test loss of the {name} model is {metrics.loss}, although the inputs are "

@@ -1,93 +1,209 @@
-"""Whether data and model fit together, found out with a few samples before any step."""
+"""Checks that data and model fit together, by a few samples, before the first step."""
 
-from collections.abc import Sequence
+import contextlib
+import math
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import FitConfig
-from trainer.data.datasets import DatasetSplit, generators_left_alone
-from trainer.data.split import Split, Splits, TensorSplit
+from trainer.data.checked import CheckedSplit
+from trainer.data.datasets import DatasetSplit, preserved_generators
+from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
 from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, RunError, first_line
+
+SCAN_SECONDS = 0.2  # spent on looking for unusable samples in a split that is not in memory
+_SCAN_BATCH = 16  # samples
+_LIBRARY = Path(torch.__file__).parent
+_OURS = Path(__file__).parents[1]
 
 
 def check_compatible(
     model: nn.Module, data: Splits, runtime: Runtime, fits: Sequence[FitConfig] = ()
-) -> torch.Size:
-    """Refuse a model that cannot take the samples, or has no output for a label.
+) -> tuple[Splits, torch.Size]:
+    """Refuse a model that cannot take the samples, or has no output for a target.
 
-    The model and the random state stay as they are. The labels of a split in memory are all
-    looked at, of another one that of its first sample.
+    All targets of a split in memory are checked. Of another split, the first sample is, and as many
+    more as can be read in a fifth of a second, shared out over the ranks; first those whose listed
+    target (`Dataset.targets`) looks wrong. The model and the random state stay as they are.
 
     Args:
-        fits: the training to come. All ranks come to the same verdict on it.
+        model: On the device of the run.
+        data: Its three splits.
+        runtime: What all phases share.
+        fits: Settings of the trainings to come.
 
     Returns:
-        The shape of the target of one training sample; empty: one class.
+        The same data, whose remaining samples are checked as they are read; and the shape of the
+        targets of one training sample, which is empty where that is one class.
 
     Raises:
-        ConfigError: names the split, the shapes or the label, and the model.
+        ConfigError: Names the split, the sample, and the model. All ranks raise it if the first
+            sample or `fits` are the reason, else perhaps one.
+        RunError: A sample cannot be read.
     """
+    trained = any(steps_in(len(data.train), runtime.batch_size, fit)[1] for fit in fits)
+    _check_parameters(model, runtime, trained)
+    with _evaluating(model, runtime):
+        checked = {
+            name: _check_split(name, split, model, runtime, scan=True)
+            for name, split in vars(data).items()
+        }
+        model.train()
+        _, inputs, targets = checked["train"]
+        for fit in fits:
+            _check_smallest_batch(inputs, len(data.train), model, runtime, fit)
+    splits = Splits(**{name: split for name, (split, _, _) in checked.items()})
+    return splits, targets.shape[1:]
+
+
+def check_split(name: str, split: Split, model: nn.Module, runtime: Runtime) -> Split:
+    """Refuse a model that cannot take the first sample of a split.
+
+    Args:
+        name: Of the split, for messages: train, validation or test.
+        split: The split.
+        model: On the device of the run.
+        runtime: What all phases share.
+
+    Returns:
+        The same split, whose remaining samples are checked as they are read.
+
+    Raises:
+        ConfigError: Names the split, the sample, and the model.
+        RunError: The sample cannot be read.
+    """
+    with _evaluating(model, runtime):
+        return _check_split(name, split, model, runtime, scan=False)[0]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module, runtime: Runtime) -> Iterator[None]:
+    """Put the model in evaluation mode; restore its mode and the random state afterwards."""
     training = model.training
     device = runtime.world.device
     cuda = [device] if device.type == "cuda" else []
     try:
-        with generators_left_alone(), torch.random.fork_rng(cuda), torch.no_grad():
+        with preserved_generators(), torch.random.fork_rng(cuda), torch.no_grad():
             model.eval()  # batch norm keeps its running statistics, dropout draws nothing
-            firsts = {
-                name: _check_split(name, split, model, runtime)
-                for name, split in vars(data).items()
-            }
-            inputs, targets = firsts["train"]
-            model.train()
-            for fit in fits:
-                _check_smallest_piece(inputs, len(data.train), model, runtime, fit)
+            yield
     finally:
         model.train(training)
-    return targets.shape[1:]
+
+
+def _check_parameters(model: nn.Module, runtime: Runtime, trained: bool) -> None:
+    kind = type(model).__name__
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if trained and not trainable:
+        raise ConfigError(
+            f"model: there is nothing to train, because no parameter of {kind} requires a "
+            "gradient; unfreeze some, or set fit.epochs=0 in every phase"
+        )
+    if trained and runtime.precision == "fp16" and any(p.dtype == torch.float16 for p in trainable):
+        raise ConfigError(
+            f"precision=fp16: parameters of {kind} are float16 themselves, which loss scaling "
+            "cannot train; build them as float32, or set precision=fp32"
+        )
 
 
 def _check_split(
-    name: str, split: Split, model: nn.Module, runtime: Runtime
-) -> tuple[Tensor, Tensor]:
-    """Returns the inputs and the targets of its first sample."""
-    inputs, targets = _first(split)
+    name: str, split: Split, model: nn.Module, runtime: Runtime, scan: bool
+) -> tuple[CheckedSplit, Tensor, Tensor]:
+    """The split, checked, and inputs and targets of its first sample."""
     kind = type(model).__name__
+    with _readable(name, split, classes=0):
+        ((inputs, targets),) = _read(split, [torch.tensor([0])])
     sample = f"{str(inputs.dtype).removeprefix('torch.')} {[*inputs.shape[1:]]}"
     if targets.dtype != torch.int64:
         raise ConfigError(
             f"data: the targets of {name} are {str(targets.dtype).removeprefix('torch.')}; they "
             "must be classes, int64: targets.long()"
         )
-    said = f"data and model: {kind} cannot take a {name} sample ({sample})"
-    logits = _answer(model, inputs, runtime, said)
+    problem = f"data and model: {kind} cannot take a {name} sample ({sample})"
+    logits = _forward(model, inputs, runtime, problem)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
         raise ConfigError(
-            f"data and model: for targets {[*targets.shape]} of {name} {kind} gives "
-            f"{_kind(logits)}; it must be a tensor of logits, with one more dimension for the "
+            f"data and model: for targets {[*targets.shape]} of {name} {kind} returns "
+            f"{_describe(logits)}; it must be a tensor of logits, with one more dimension for the "
             "classes"
         )
-    known = split.targets if isinstance(split, TensorSplit) else targets
-    classes = logits.shape[-1]
-    wrong = known[(known < 0) | (known >= classes)]
-    if len(wrong):
-        raise ConfigError(
-            f"data and model: {name} holds the label {int(wrong[0])}, but {kind} has {classes} "
-            f"outputs, for labels 0 to {classes - 1}"
-        )
-    return inputs, targets
+    checked = CheckedSplit(split, name, classes=logits.shape[-1])
+    with _readable(name, split, checked.classes):
+        checked.check_targets(torch.tensor([0]), targets)
+        if isinstance(split, TensorSplit):
+            checked.check_targets(torch.arange(len(split)), split.targets)
+            if bool((split.targets == IGNORED).all()):
+                raise ConfigError(f"data: every target of {name} is {IGNORED}, which is ignored")
+        elif scan:
+            _scan(checked, runtime)
+    return checked, inputs, targets
 
 
-def _check_smallest_piece(
+def _scan(checked: CheckedSplit, runtime: Runtime) -> None:
+    """Look for a target without an output, for SCAN_SECONDS."""
+    rank, size = runtime.world.rank, runtime.world.size
+    listed = checked.split.listed_targets() if isinstance(checked.split, DatasetSplit) else None
+    if listed is not None:
+        try:
+            checked.check_targets(torch.arange(len(listed)), listed)
+        except SampleError as error:  # a transform may still make a right target of it
+            _check(checked, [torch.tensor([error.index])])
+    _check(checked, torch.arange(rank, len(checked), size).split(_SCAN_BATCH), SCAN_SECONDS)
+
+
+def _check(checked: CheckedSplit, order: Sequence[Tensor], seconds: float = math.inf) -> None:
+    """Read samples and check their targets until the time is over."""
+    if not order:
+        return
+    end = time.monotonic() + seconds
+    for indices, (_, targets) in zip(order, _read(checked.split, order), strict=False):
+        checked.check_targets(indices, targets)
+        if time.monotonic() > end:
+            return
+
+
+def _read(split: Split, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(split, DatasetSplit):
+        return split.probe(order)
+    return split.batches(order, None)
+
+
+@contextlib.contextmanager
+def _readable(name: str, split: Split, classes: int) -> Iterator[None]:
+    """Turn an error that reading samples raises into one that ends the command with one line."""
+    try:
+        yield
+    except SampleError as error:
+        raise ConfigError(f"data: {CheckedSplit(split, name, classes).describe(error)}") from error
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        note = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[-1:])
+        raise RunError(
+            f"data: the {name} data cannot be read: {type(error).__name__}: {first_line(error)}"
+            f"{note}"
+        ) from error
+
+
+def _check_smallest_batch(
     inputs: Tensor, samples: int, model: nn.Module, runtime: Runtime, fit: FitConfig
 ) -> None:
-    """Try a forward pass of training with as few samples as one will have: batch norm may mind.
+    """Try a forward pass in training mode with as few samples as the training will have.
+
+    Batch norm, for one, may need two.
 
     Args:
-        inputs: of one sample.
-        samples: size of the training split.
+        inputs: Of one sample [1, ...].
+        samples: Number of training samples.
+        model: In training mode.
+        runtime: What all phases share.
+        fit: Settings of the training.
     """
     size, batch_size = runtime.world.size, runtime.batch_size
     # Synchronized batch norm sees the samples of all ranks.
@@ -96,57 +212,62 @@ def _check_smallest_piece(
     if not steps:
         return
     last = samples % batch_size if steps >= per_epoch else 0
-    pieces = [
-        len(piece)
+    sizes = [
+        len(micro)
         for batch in {min(batch_size, samples), last}
         for rank in range(parts)
-        for piece in micro_batches(torch.arange(batch), rank, parts, fit.accumulate)
+        for micro in micro_batches(torch.arange(batch), rank, parts, fit.accumulate)
     ]
-    few = inputs.expand(min(pieces), *inputs.shape[1:]).contiguous()
+    few = inputs.expand(min(sizes), *inputs.shape[1:]).contiguous()
     kind = type(model).__name__
-    said = (
+    problem = (
         f"data.batch_size={batch_size} with cluster.workers={size} and "
         f"fit.accumulate={fit.accumulate}: {kind} cannot be trained on as little as {len(few)} of "
         f"the {samples} training samples at a time"
     )
-    logits = _answer(model, few, runtime, said)
+    logits = _forward(model, few, runtime, problem)
     if not isinstance(logits, Tensor):
         raise ConfigError(
-            f"data and model: {kind} gives {_kind(logits)} in training mode; it must be a tensor "
-            "of logits, as in evaluation"
+            f"data and model: {kind} returns {_describe(logits)} in training mode; it must be a "
+            "tensor of logits, as in evaluation"
         )
 
 
-def _answer(model: nn.Module, inputs: Tensor, runtime: Runtime, said: str) -> object:
-    """What the model makes of a batch; its buffers stay as they are.
+def _forward(model: nn.Module, inputs: Tensor, runtime: Runtime, problem: str) -> object:
+    """The model's output for a batch; its buffers keep their values.
 
-    Raises ConfigError, which begins with `said`, for an error that the inputs cause.
+    Raises:
+        ConfigError: The model raised an error because of the inputs. The message begins with
+            `problem`.
     """
     device = runtime.world.device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         placed, _ = runtime.place_batch(inputs, torch.zeros(0, dtype=torch.int64))
         with runtime.mixed_precision.autocast():
-            answer: object = model(placed)
+            output: object = model(placed)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what a kernel minds is told here, not later
+            torch.cuda.synchronize(device)  # errors of kernels appear here, not later
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, IndexError, ValueError) as error:
-        if "CUDA error" in str(error):  # this process can do nothing more on its GPU
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if "CUDA error" in str(error):  # the process cannot use its GPU any more
             raise
-        raise ConfigError(f"{said}: {first_line(error)}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{problem}: {reason}{_source_line(error)}") from error
     for buffer, before in buffers:
         buffer.copy_(before)
-    return answer
+    return output
 
 
-def _first(split: Split) -> tuple[Tensor, Tensor]:
-    if isinstance(split, DatasetSplit):
-        return split.first()
-    (batch,) = split.batches([torch.tensor([0])], None)
-    return batch
+def _source_line(error: Exception) -> str:
+    """Where the user's code raised an error: " (net.py, line 12)"; empty if it did not."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if not (path.is_relative_to(_LIBRARY) or path.is_relative_to(_OURS)):
+            return f" ({path.name}, line {frame.lineno})"
+    return ""
 
 
-def _kind(logits: object) -> str:
-    return str([*logits.shape]) if isinstance(logits, Tensor) else type(logits).__name__
+def _describe(output: object) -> str:
+    return str([*output.shape]) if isinstance(output, Tensor) else type(output).__name__

@@ -69,7 +69,8 @@ def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[M
         check_state(model)
         experiment.check_phases(model)
         remaining = list(phases.values())[start.phase :]
-        target = check_compatible(model, data, runtime, [phase.fit for phase in remaining])
+        fits = [phase.fit for phase in remaining]
+        data, target_shape = check_compatible(model, data, runtime, fits)
         dense = None
         if start.dense is not None:
             _restore(dense := copy.deepcopy(model), experiment, start.dense)
@@ -90,7 +91,7 @@ def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[M
         phase_steps=tuple(
             planned_steps(phase, len(data.train), runtime.batch_size) for phase in phases.values()
         ),
-        sequence_targets=len(target) == 1,
+        sequence_targets=len(target_shape) == 1,
     )
     epochs_before = 0
     last_dense = experiment.stages[0].phase

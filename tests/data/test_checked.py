@@ -1,0 +1,51 @@
+"""Targets without an output are refused as they are read, by split and sample."""
+
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from trainer.data.checked import CheckedSplit, sample_name
+from trainer.data.datasets import DatasetSplit
+from trainer.data.split import TensorSplit
+from trainer.errors import RunError
+
+INPUTS = torch.arange(6.0)[:, None]
+
+
+def checked(targets: torch.Tensor, classes: int = 4) -> CheckedSplit:
+    return CheckedSplit(TensorSplit(INPUTS, targets), "train", classes)
+
+
+def test_right_samples_pass_unchanged() -> None:
+    targets = torch.tensor([0, 1, 2, 3, -100, 0])
+    order = [torch.tensor([5, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([4, 3])]
+    split = checked(targets)
+    assert len(split) == 6
+    for (inputs, found), indices in zip(split.batches(iter(order), 0), order, strict=True):
+        assert torch.equal(inputs, INPUTS[indices])
+        assert torch.equal(found, targets[indices])
+
+
+@pytest.mark.parametrize("label", [4, -1, -101])
+def test_a_target_without_an_output_is_named(label: int) -> None:
+    split = checked(torch.tensor([0, 1, 2, label, 0, 0]))
+    batches = split.batches([torch.tensor([0, 1]), torch.tensor([2, 3, 5])], 0)
+    next(batches)
+    with pytest.raises(RunError, match=rf"data: train sample 3: its target is {label}, .* 0 to 3"):
+        next(batches)
+
+
+def test_a_target_of_a_sequence_is_named_by_its_sample() -> None:
+    split = checked(torch.tensor([[0, 1], [-100, 2], [3, 3], [-100, 9], [0, 7], [0, 0]]))
+    with pytest.raises(RunError, match="train sample 4: its target is 7,"):
+        list(split.batches([torch.tensor([1, 4, 3])], 0))
+
+
+def test_an_unusable_sample_ends_the_run_with_its_name() -> None:
+    items = [(torch.zeros(2), 0), (torch.zeros(2), 0.5), (torch.zeros(2), 0)]
+    part = DatasetSplit(Subset(items, [2, 1]), seed=0)  # type: ignore[arg-type]
+    split = CheckedSplit(part, "test", 4)
+    with pytest.raises(RunError, match=r"test sample 1 \(number 1 of .* its target must be an int"):
+        list(split.batches([torch.tensor([0, 1])], None))
+    assert sample_name(split, 0) == sample_name(part, 0)
+    assert len(list(split.batches([torch.tensor([0])], None))) == 1  # the pass before has ended
