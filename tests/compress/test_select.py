@@ -1,12 +1,14 @@
 """Which weights are found, under which names, in and out of a phase; and what patterns match."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Packed
-from trainer.compress.select import match_patterns, weights
+from trainer.compress.select import match_patterns, vectors, weights
 from trainer.errors import ConfigError
 
 
@@ -55,6 +57,101 @@ def test_a_tied_weight_is_one_entry() -> None:
         (model.embedding, "weight"),
         (model.decoder, "weight"),
     ]
+
+
+class Scaled(nn.Linear):
+    """A layer of the user's with a scale for each output."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 5)
+        self.scale = nn.Parameter(torch.ones(5, 1))
+        self.low_rank = nn.Parameter(torch.ones(5, 2))
+
+
+NO_WEIGHTS = {
+    "layer scale": lambda: holder(torch.ones(8, 1, 1)),
+    "layer scale of a batch": lambda: holder(torch.ones(1, 8, 1, 1)),
+    "class token": lambda: holder(torch.zeros(1, 1, 8)),
+    "one number": lambda: holder(torch.ones(1, 1)),
+    "bias": lambda: holder(torch.ones(8)),
+    "norm of a picture": lambda: nn.LayerNorm([3, 4, 4]),
+    "batch norm": lambda: nn.BatchNorm2d(4),
+    "prelu": lambda: nn.PReLU(4),
+}
+ALWAYS = {
+    "one input": (lambda: nn.Linear(1, 8), ["weight"]),
+    "one output": (lambda: nn.Linear(8, 1), ["weight"]),
+    "one weight": (lambda: nn.Linear(1, 1), ["weight"]),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), ["weight"]),
+    "pointwise to one": (lambda: nn.Conv2d(8, 1, 1), ["weight"]),
+    "a filter": (lambda: nn.Conv1d(1, 1, 3), ["weight"]),
+    "one kernel": (lambda: nn.Conv2d(1, 1, 3), ["weight"]),
+    "depthwise along one side": (lambda: nn.Conv2d(8, 8, (1, 1), groups=8), ["weight"]),
+    "transposed": (lambda: nn.ConvTranspose2d(1, 1, 2), ["weight"]),
+    "a number a word": (lambda: nn.Embedding(9, 1), ["weight"]),
+    "bag": (lambda: nn.EmbeddingBag(9, 1), ["weight"]),
+    "bilinear": (lambda: nn.Bilinear(1, 1, 4), ["weight"]),
+    "rnn": (
+        lambda: nn.GRU(1, 3, bidirectional=True),
+        [f"weight_{of}_l0{way}" for way in ("", "_reverse") for of in ("ih", "hh")],
+    ),
+    "projected": (
+        lambda: nn.LSTM(2, 3, proj_size=1),
+        ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"],
+    ),
+    "cell": (lambda: nn.LSTMCell(1, 3), ["weight_ih", "weight_hh"]),
+    "attention": (
+        lambda: nn.MultiheadAttention(4, 1, add_bias_kv=True),
+        ["in_proj_weight", "out_proj.weight"],
+    ),
+    "attention of other sizes": (
+        lambda: nn.MultiheadAttention(4, 1, kdim=1, vdim=1),
+        ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"],
+    ),
+    "a layer of the user's": (Scaled, ["weight", "low_rank"]),
+    "positions": (lambda: holder(torch.zeros(1, 16, 8)), ["value"]),
+    "old weight norm": (lambda: old_weight_norm(nn.Linear(4, 3)), ["weight_v"]),
+    "old weight norm, one output": (lambda: old_weight_norm(nn.Linear(4, 1)), ["weight_v"]),
+    "old weight norm, convolution": (lambda: old_weight_norm(nn.Conv2d(4, 3, 3)), ["weight_v"]),
+    "old spectral norm": (
+        lambda: nn.utils.spectral_norm(nn.Linear(1, 3)),
+        ["weight_orig"],
+    ),
+    "weight norm": (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), []),
+}
+
+
+def holder(value: torch.Tensor) -> nn.Module:
+    """A module of the user's with one parameter."""
+    module = nn.Module()
+    module.value = nn.Parameter(value)
+    return module
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+def test_scales_biases_and_norms_are_no_weights(name: str) -> None:
+    model = NO_WEIGHTS[name]()
+    assert weights(model) == {}
+    assert len(vectors(model)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_weights_of_layers_are_weights_whatever_their_shape(name: str) -> None:
+    build, expected = ALWAYS[name]
+    assert list(weights(build())) == expected
+
+
+def test_a_weight_that_is_tied_to_a_plain_parameter_is_a_weight() -> None:
+    model = holder(torch.ones(4, 1))
+    model.fc = nn.Linear(1, 4)
+    model.fc.weight = model.value
+    assert list(weights(model)) == ["value"]
 
 
 def test_match() -> None:

@@ -4,11 +4,13 @@ Names are logical ("fc1.weight", "lstm.weight_hh_l0"): the same before, in and a
 never those of the parametrizations that a phase installs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from trainer.compress.parametrize import trainable_parameter
@@ -16,7 +18,20 @@ from trainer.errors import ConfigError
 
 T = TypeVar("T")
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm)  # theirs may have two dimensions and are no weights either
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # scale and bias have two dimensions where two are normalized
+_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    _ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+# How the weights of those layers are called: weight, weight_ih_l0, in_proj_weight. The old
+# weight_norm and spectral_norm append _v and _orig; the scale weight_g is no weight.
+_WEIGHT = re.compile(r"((in|q|k|v)_proj_)?weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?(_v|_orig)?")
 
 
 class ParameterRef(NamedTuple):
@@ -39,16 +54,26 @@ class ParameterRef(NamedTuple):
 def weights(model: nn.Module) -> dict[str, list[ParameterRef]]:
     """All compressible weights by logical name, in the order of the model's modules.
 
-    Those are the non-empty floating parameters with two or more dimensions, whatever the module;
-    biases and norms are exempt, and so is what the model itself parametrizes (weight_norm). A
-    weight tied under several names is one entry, named by its first place, with all its places.
+    A floating-point parameter that is not empty is a weight
+
+    - in a layer of torch.nn (Linear, Bilinear, convolutions, embeddings, RNNs and their cells,
+      MultiheadAttention), if the layer calls it a weight, whatever its shape;
+    - elsewhere, if at least two of its dimensions are larger than 1: a scale of shape [C, 1, 1] is
+      as little a weight as one of shape [C].
+
+    What a LayerNorm or RMSNorm has is never a weight, and neither is what the model itself
+    parametrizes (torch.nn.utils.parametrizations.weight_norm).
+
+    Returns:
+        All the places of each weight. A weight tied under several names is one entry, named by its
+        first place.
     """
-    return {name: found for name, found in parameters(model).items() if not _is_vector(found[0])}
+    return {name: found for name, found in parameters(model).items() if _is_weight(found)}
 
 
 def vectors(model: nn.Module) -> dict[str, list[ParameterRef]]:
-    """The biases and norms, as `weights` has the weights."""
-    return {name: found for name, found in parameters(model).items() if _is_vector(found[0])}
+    """The other parameters, such as biases, norms and scales, in the same form as `weights`."""
+    return {name: found for name, found in parameters(model).items() if not _is_weight(found)}
 
 
 def parameters(model: nn.Module) -> dict[str, list[ParameterRef]]:
@@ -71,8 +96,12 @@ def parameters(model: nn.Module) -> dict[str, list[ParameterRef]]:
     return found
 
 
-def _is_vector(place: ParameterRef) -> bool:
-    return place.value.ndim < 2 or isinstance(place.module, _NORMS)
+def _is_weight(places: Sequence[ParameterRef]) -> bool:
+    """Whether a parameter is a weight in one of its places; see `weights`."""
+    if any(isinstance(module, _LAYERS) and _WEIGHT.fullmatch(name) for module, name in places):
+        return True
+    large = sum(side > 1 for side in places[0].value.shape)
+    return large > 1 and not isinstance(places[0].module, _NORMS)
 
 
 def match_patterns(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
