@@ -231,6 +231,10 @@ def test_describe(model: dict[str, Tensor]) -> None:
         assert layers[name]["shape"] == list(tensor.shape)
         assert layers[name]["weights"] == tensor.numel()
         assert layers[name]["nonzero"] == int(tensor.count_nonzero())
+        if layers[name]["kind"] == "shared":
+            assert layers[name]["distinct"] == len(tensor[tensor != 0].unique())
+        elif layers[name]["kind"] in ("plain", "pruned"):
+            assert layers[name]["distinct"] is None
     kinds = {name: (layer["kind"], layer["bits"]) for name, layer in layers.items()}
     assert kinds["fc.weight"] == ("shared", 3)
     assert kinds["conv.bias"] == ("plain", 16)
@@ -337,7 +341,9 @@ def test_sections_cannot_change_places() -> None:
     refused(MAGIC + b"".join([*sections, head]))
     refused(MAGIC + b"".join([head, *sections, sections[-1]]))
     refused(MAGIC + b"".join([head, *sections[1:]]))
-    other = frames(artifact.encode({f"fc{i}": shared(20, 20) for i in range(3)}))
+    other = frames(artifact.encode({f"fc{i}": shared(20, 20) for i in range(3)}, about={"x": 1}))
+    assert len(other) == 5
+    assert other[0] != head
     refused(MAGIC + b"".join([head, *other[1:]]))
 
 

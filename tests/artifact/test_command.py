@@ -22,6 +22,7 @@ def model() -> dict[str, Tensor]:
         "conv.bias": torch.randn(6).half().float(),
         "encoder.weight": tied,
         "decoder.weight": tied,
+        "fc.weight": torch.tensor([0.0, 1.0, 2.0, 3.0])[torch.arange(60) % 4].view(6, 10),
     }
 
 
@@ -32,6 +33,8 @@ def test_show_verify_and_decode(model, tmp_path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "name: tiny" in shown
     assert "6 x 3 x 3 x 3" in shown
+    (row,) = [line for line in shown.splitlines() if "fc.weight" in line]
+    assert [cell.strip() for cell in row.split("│")][6] == "3"  # distinct values but zero
     assert main(["verify", str(file)]) == 0
     assert f"whole, {len(model)} tensors, {file.stat().st_size:,} bytes" in capsys.readouterr().out
     assert main(["decode", str(file), str(out)]) == 0

@@ -88,7 +88,7 @@ def _show(name: str, size: int, found: Description) -> None:
     table.add_column("tensor", overflow="fold")
     table.add_column("kind", overflow="fold")
     table.add_column("shape", justify="right", overflow="fold")
-    for title in ("not zero", "kept", "bits", "bytes"):
+    for title in ("not zero", "kept", "distinct", "bits", "bytes"):
         table.add_column(title, justify="right", no_wrap=True)
     for layer in found.layers:
         table.add_row(
@@ -97,10 +97,11 @@ def _show(name: str, size: int, found: Description) -> None:
             " x ".join(map(str, layer["shape"])),
             f"{layer['nonzero']:,}",
             f"{layer['nonzero'] / max(1, layer['weights']):.1%}",
+            "" if layer["distinct"] is None else f"{layer['distinct']:,}",
             str(layer["bits"]),
             f"{layer['bytes']:,}",
         )
-    table.add_row("(header, checksums)", "", "", "", "", "", f"{found.frame:,}")
+    table.add_row("(header, checksums)", "", "", "", "", "", "", f"{found.frame:,}")
     console.print(table)
 
 

@@ -47,7 +47,9 @@ class Description:
     # Elements of its floating tensors but running statistics and what belongs to quantizers; equal
     # tensors count once. Those of the model may be others: it knows which buffers and ties it has.
     parameters: int
-    layers: list[dict[str, Any]]  # name, shape, kind, weights, nonzero, bits, bytes of each tensor
+    # name, shape, kind, weights, nonzero, distinct, bits, bytes of each tensor; `distinct` is the
+    # number of values but zero in a shared or quantized tensor, and None for the other kinds.
+    layers: list[dict[str, Any]]
     frame: int  # bytes that belong to no single tensor: header, lengths, checksums
 
 
@@ -169,8 +171,8 @@ class _File:
         entry = self._own[name]
         stream = len(self._streams[entry.stored]) * entry.count
         share = stream / max(1, self._counts[entry.stored])
-        bits = 8 * DTYPES[entry.stored].itemsize
-        if entry.kind in (CODEBOOK, GRID):
+        bits, coded = 8 * DTYPES[entry.stored].itemsize, entry.kind in (CODEBOOK, GRID)
+        if coded:
             bits = max(1, (entry.count - 1).bit_length())
         return {
             "name": name,
@@ -178,6 +180,7 @@ class _File:
             "kind": _KINDS[entry.kind],
             "weights": entry.size,
             "nonzero": int(tensor.count_nonzero()),
+            "distinct": entry.count if coded else None,
             "bits": bits,
             "bytes": round(share + len(self._layers.get(name, b""))),
         }
