@@ -20,6 +20,7 @@ from trainer.compress.codebooks import (
     distinct_values,
     exact,
 )
+from trainer.errors import Diverged
 
 
 def dense(book: Codebook) -> Tensor:
@@ -185,7 +186,7 @@ def test_numbers_out_of_range_are_refused(k: int) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_diverged_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="Inf or NaN"):
+    with pytest.raises(Diverged, match="Inf or NaN"):
         cluster(torch.tensor([1.0, 2.0, value, 3.0]), 2)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.compress.masks import cubic_sparsity, kept_counts, largest
+from trainer.errors import Diverged
 
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-40, -3e38, 7.25])
 values = st.lists(st.one_of(few_values, st.floats(-100, 100, width=16)), min_size=1, max_size=60)
@@ -52,7 +53,7 @@ def test_largest_refuses() -> None:
     with pytest.raises(ValueError, match="cannot keep 5 of 4"):
         largest(torch.ones(4), 5)
     for bad in (torch.inf, torch.nan, -torch.nan):
-        with pytest.raises(ValueError, match="diverged"):
+        with pytest.raises(Diverged, match="diverged"):
             largest(torch.tensor([1.0, bad, 2.0]), 1)
 
 
@@ -93,7 +94,7 @@ def test_share_compares_types_by_value() -> None:
 def test_share_refuses() -> None:
     with pytest.raises(ValueError, match="floors alone keep 4 weights, more than 3"):
         kept_counts([torch.ones(4), torch.ones(4)], 3, [2, 2])
-    with pytest.raises(ValueError, match="diverged"):
+    with pytest.raises(Diverged, match="diverged"):
         kept_counts([torch.ones(4), torch.full((4,), torch.nan)], 3, [0, 0])
 
 

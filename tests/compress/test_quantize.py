@@ -13,6 +13,7 @@ from trainer.compress.quantize import (
     attach,
     detach_unused,
 )
+from trainer.errors import Diverged
 
 
 def on_grid(quantizer: WeightQuantizer, weight: torch.Tensor) -> torch.Tensor:
@@ -136,6 +137,13 @@ def test_what_is_not_finite_is_not_hidden(odd: float, training: bool) -> None:
         quantized = quantizer(x)
         assert quantized.isnan().tolist() == [[False, True, False], [False] * 3]
         assert torch.autograd.grad(quantized[1].sum(), x)[0][1].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("odd", [torch.inf, torch.nan])
+@pytest.mark.parametrize("channels", [None, 2])
+def test_no_scale_is_found_for_weights_that_diverged(odd: float, channels: int | None) -> None:
+    with pytest.raises(Diverged, match="training before the quantization diverged"):
+        WeightQuantizer(8, channels).calibrate(torch.tensor([[1.0, odd], [2.0, 3.0]]))
 
 
 def test_positive_numbers_alone_still_have_zero_on_the_grid() -> None:

@@ -91,6 +91,18 @@ def test_a_weight_that_left_its_grid_is_refused(change: float) -> None:
         to_onnx(model, images(2))
 
 
+@pytest.mark.parametrize("entry", ["weight", "bias", "input_quantizer.range"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_no_integer_represents_is_refused(entry: str, value: float) -> None:
+    model = quantized(LeNet300(), images(8))
+    tensor = model.fc2.state_dict()[entry]
+    if entry.endswith("range"):
+        value = torch.inf  # NaN says that there is no range
+    tensor.view(-1)[1] = value
+    with pytest.raises(RunError, match=rf"fc2\.{entry} holds NaN or Inf"):
+        to_onnx(model, images(2))
+
+
 def test_a_plain_model_answers_as_pytorch_does() -> None:
     torch.manual_seed(0)
     model = LeNet300().eval()

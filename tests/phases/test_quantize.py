@@ -92,6 +92,17 @@ def test_settings_that_do_not_fit_the_model_are_refused() -> None:
     assert str(model) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_of_other_types_are_refused_by_name(dtype: torch.dtype, device: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4).to(dtype)).to(device)
+    name = str(dtype).removeprefix("torch.")
+    said = rf"only float32 weights .* not 1\.weight \({name}\); convert .* exempt=\[1\]"
+    with pytest.raises(ConfigError, match=said):
+        Quantize(fit=TRAINING).check_model(model)
+    Quantize(fit=TRAINING, exempt=["1"]).check_model(model)
+
+
 def test_nothing_may_train_after_it() -> None:
     quantize = Quantize(fit=TRAINING)
     for later in (

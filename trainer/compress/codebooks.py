@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.compress.jit import jit
+from trainer.errors import Diverged
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -98,7 +99,8 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
         Values in the type and on the device of `weights`; none if all weights are zero.
 
     Raises:
-        ValueError: `k` out of range, or values that are not finite.
+        ValueError: `k` is out of range.
+        Diverged: a value is Inf or NaN.
     """
     if not 1 <= k <= MAX_CLUSTERS:
         raise ValueError(f"{k} clusters: there must be 1 to {MAX_CLUSTERS}")
@@ -107,7 +109,7 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
     survivors = flat[there]
     ordered = np.sort(survivors.double().cpu().numpy())
     if len(ordered) and not (math.isfinite(ordered[0]) and math.isfinite(ordered[-1])):
-        raise ValueError("weights are Inf or NaN: the training before the sharing diverged")
+        raise Diverged("weights are Inf or NaN: the training before the sharing diverged")
     codes = torch.zeros_like(flat, dtype=torch.int32)
     centroids = _distinct(ordered, k)
     borders = (centroids[1:] + centroids[:-1]) / 2

@@ -12,6 +12,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from trainer.errors import Diverged
+
 _BINS = 1 << 15  # the upper bits of a float without its sign order magnitudes
 _PIECE = 1 << 22  # elements at a time: little memory, and few enough calls
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,7 +41,8 @@ def largest(weight: Tensor, keep: int) -> Tensor:
     """The mask of the `keep` largest |weight|: bool, in the shape and strides of `weight`.
 
     Raises:
-        ValueError: `keep` outside [0, numel], or values that are not finite.
+        ValueError: `keep` is outside [0, numel].
+        Diverged: a value is Inf or NaN.
     """
     _check(keep, weight.numel())
     mask = torch.zeros_like(weight, dtype=torch.bool, requires_grad=False)
@@ -74,8 +77,8 @@ def kept_counts(weights: Sequence[Tensor], keep: int, floors: Sequence[int]) -> 
         floors: smallest number for each tensor, in [0, numel].
 
     Raises:
-        ValueError: `keep` outside [0, numel of all], floors that need more than `keep`, or values
-            that are not finite.
+        ValueError: `keep` is outside [0, numel of all], or the floors need more than `keep`.
+        Diverged: a value is Inf or NaN.
     """
     _check(keep, sum(weight.numel() for weight in weights))
     if sum(floors) > keep:
@@ -126,13 +129,13 @@ def _upper(flat: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _histogram(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many magnitudes fall into each bin: int64 [_BINS]. Raises ValueError on Inf and NaN."""
+    """How many magnitudes fall into each bin: int64 [_BINS]. Raises Diverged on Inf and NaN."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
     for _, bins in _upper(flat, dtype):
         counts += torch.bincount(bins, minlength=_BINS)
     infinite = next(bins for _, bins in _upper(torch.tensor([torch.inf]), dtype))
     if counts[int(infinite) :].any():
-        raise ValueError("weights are Inf or NaN: the training before the pruning diverged")
+        raise Diverged("weights are Inf or NaN: the training before the pruning diverged")
     return counts
 
 

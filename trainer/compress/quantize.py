@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainer.errors import Diverged
+
 BITS = range(2, 9)
 
 # Layers whose weight and input can be quantized.
@@ -69,7 +71,10 @@ class WeightQuantizer(Quantizer):
         """Take the scale of least squared error for `weight`, clipping what is far out.
 
         A channel that is empty, or as good as that, takes a small fraction of the largest scale.
+        Raises Diverged where `weight` has Inf or NaN.
         """
+        if not bool(weight.isfinite().all()):
+            raise Diverged("weights are Inf or NaN: the training before the quantization diverged")
         rows = weight.float().reshape(self.scale.numel(), -1)
         limit = self.max_integer
         top = rows.abs().amax(1, keepdim=True) / limit

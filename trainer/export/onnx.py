@@ -78,6 +78,7 @@ def _put_integers(name: str, layer: nn.Module) -> None:
     """Let a quantized layer compute with what ONNX calls quantized tensors."""
     weights, inputs = (getattr(layer, f"{kind}_quantizer", None) for kind in ("weight", "input"))
     if isinstance(weights, WeightQuantizer):
+        _check_finite(name, layer)
         integers, scale = _integers(f"{name}.weight".removeprefix("."), layer, weights)
         bias = getattr(layer, "bias", None)
         if bias is not None and isinstance(inputs, ActivationQuantizer) and inputs.ready:
@@ -91,6 +92,19 @@ def _put_integers(name: str, layer: nn.Module) -> None:
         quantizer = getattr(layer, f"{kind}_quantizer", None)
         if isinstance(quantizer, ActivationQuantizer) and quantizer.ready:
             setattr(layer, f"{kind}_quantizer", _Quantized(quantizer))
+
+
+def _check_finite(name: str, layer: nn.Module) -> None:
+    """Raise RunError where a layer has no integers: NaN would become the smallest one."""
+    for key, value in layer.state_dict().items():
+        ranges = key.endswith("_quantizer.range")
+        if key in ("weight", "bias") or ranges:
+            odd = value.isinf() if ranges else ~value.isfinite()  # a range is NaN until it is set
+            if bool(odd.any()):
+                raise RunError(
+                    f"{name}.{key}".removeprefix(".") + " holds NaN or Inf, which no integer "
+                    "represents: the training diverged, or the file is damaged"
+                )
 
 
 def _integers(name: str, layer: nn.Module, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:

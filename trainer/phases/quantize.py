@@ -1,6 +1,6 @@
 """Quantization-aware training: weights and layer inputs are rounded while the model trains."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import ClassVar
@@ -177,9 +177,21 @@ def _check_layers(chosen: Mapping[str, list[ParameterRef]]) -> None:
         if not isinstance(layer, LAYERS) or attribute != "weight"
     }
     if wrong:
-        told = ", ".join(f"{name} (of {kind})" for name, kind in wrong.items())
-        patterns = dict.fromkeys(module_of(name) or name for name in wrong)
+        found = ", ".join(f"{name} (of {kind})" for name, kind in wrong.items())
         raise ConfigError(
-            f"only weights of Linear, Conv, Embedding and a plain LSTM can be quantized, not {told}"
-            f"; exempt=[{', '.join(patterns)}]"
+            "only weights of Linear, Conv, Embedding and a plain LSTM can be quantized, not "
+            f"{found}; exempt=[{_patterns(wrong)}]"
         )
+    types = {name: places[0].value.dtype for name, places in chosen.items()}
+    wide = {name: dtype for name, dtype in types.items() if dtype is not torch.float32}
+    if wide:
+        found = ", ".join(f"{n} ({str(t).removeprefix('torch.')})" for n, t in wide.items())
+        raise ConfigError(
+            f"only float32 weights can be quantized, not {found}; convert the model with .float(), "
+            f"or set exempt=[{_patterns(wide)}]"
+        )
+
+
+def _patterns(names: Iterable[str]) -> str:
+    """Patterns for `exempt` that match these weights."""
+    return ", ".join(dict.fromkeys(module_of(name) or name for name in names))
