@@ -150,7 +150,7 @@ def fit(
                         part = objective(model, inputs, targets, counted)
                     weight = counted * world.size / full
                     part = part if weight == 1 else part * weight
-                    loss = loss + part.detach()
+                    loss = part.detach() if number == 1 else loss + part.detach()
                     if number == len(share):
                         loss_slot.copy_(loss)
                         ignored_slot.fill_(ignored)

@@ -6,6 +6,7 @@ All other targets are called counted. Losses are means over the counted targets.
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,8 +33,9 @@ class Objective(Protocol):
 
 
 def count_targets(targets: Tensor) -> int:
-    """Number of targets that are not IGNORED."""
-    return targets.numel() - int((targets == IGNORED).sum())
+    """Number of targets on the CPU that are not IGNORED."""
+    ignored = np.count_nonzero(targets.numpy() == IGNORED)  # faster than in torch
+    return targets.numel() - int(ignored)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
