@@ -18,6 +18,7 @@ import multiprocessing
 import platform
 import statistics
 import time
+from multiprocessing.queues import SimpleQueue
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ class Way:
         return sum(v.nbytes for state in self.optimizer.state.values() for v in state.values())
 
 
-def join(rank: int, size: int, ports: "multiprocessing.SimpleQueue[int]") -> World:
+def join(rank: int, size: int, meetings: "SimpleQueue[tuple[int, str]]") -> World:
     """The group of all workers; rank 0 tells the others where it meets."""
     device = torch.device("cpu")
     if size == 1:
@@ -71,14 +72,14 @@ def join(rank: int, size: int, ports: "multiprocessing.SimpleQueue[int]") -> Wor
     if rank == 0:
         server = World.listen("127.0.0.1")
         for _ in range(size - 1):
-            ports.put(server.port)
-    port = server.port if server else ports.get()
-    return World.connect(rank, size, "127.0.0.1", port, device, 120.0, server)
+            meetings.put((server.port, server.token))
+    port, token = (server.port, server.token) if server else meetings.get()
+    return World.connect(rank, size, "127.0.0.1", port, device, 120.0, server, token)
 
 
-def worker(rank: int, ports: "multiprocessing.SimpleQueue[int]", args: argparse.Namespace) -> None:
+def worker(rank: int, meetings: "SimpleQueue[tuple[int, str]]", args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    world = join(rank, args.workers, ports)
+    world = join(rank, args.workers, meetings)
     torch.manual_seed(0)
     pruned = fully_connected()
     Prune(args.sparsity, fit=FitConfig()).enter(pruned, world)
@@ -132,9 +133,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    ports = context.SimpleQueue()
+    meetings = context.SimpleQueue()
     processes = [
-        context.Process(target=worker, args=(rank, ports, args)) for rank in range(args.workers)
+        context.Process(target=worker, args=(rank, meetings, args)) for rank in range(args.workers)
     ]
     for process in processes:
         process.start()

@@ -230,9 +230,9 @@ class TestRay:
             group.stop()
 
     def test_more_gpu_workers_than_gpus(self):
-        group = open_group(ClusterConfig(workers=2, device="cuda", gpus_per_worker=8))
+        group = open_group(ClusterConfig(workers=64, cpus_per_worker=0.01, device="cuda"))
         try:
-            with pytest.raises(ConfigError, match=r"cluster\.device=cuda: 16 GPUs are needed"):
+            with pytest.raises(ConfigError, match=r"cluster\.device=cuda: 64 GPUs are needed"):
                 group.start()
         finally:
             group.stop()

@@ -30,6 +30,7 @@ def test_plain_settings_become_nested_dataclasses():
         ({"cluster": {"workers": 2, "backend": "inline"}}, ["cluster.workers=2", "inline"]),
         ({"cluster": {"working_dir": "/no/where"}}, ["cluster.working_dir", "/no/where"]),
         ({"cluster": {"device": "cuda", "gpus_per_worker": 0.5}}, ["cluster.gpus_per_worker=0.5"]),
+        ({"cluster": {"gpus_per_worker": 2}}, ["cluster.gpus_per_worker=2", "one GPU"]),
         ({"phases": {"a/b": {}}}, ["phases='a/b'"]),
         ({"seed": 2**63}, ["seed="]),
         ({"cluster": {"nice": 20}}, ["cluster.nice=20", "between 0 and 19"]),

@@ -44,7 +44,13 @@ def sentences(samples=70, length=5, vocabulary=7):
 
 
 def runtime(
-    world, batch_size=16, precision="fp32", optimizer=None, sync_batchnorm=False, **allreduce
+    world,
+    batch_size=16,
+    precision="fp32",
+    optimizer=None,
+    sync_batchnorm=False,
+    channels_last=False,
+    **allreduce,
 ):
     return Runtime(
         world=world,
@@ -56,6 +62,7 @@ def runtime(
         batch_size=batch_size,
         seed=5,
         sync_batchnorm=sync_batchnorm,
+        channels_last=channels_last,
     )
 
 

@@ -39,7 +39,14 @@ def run_ranks(size: int, body: Callable[[World], Any], timeout_s: float = 20.0) 
 
     def join(rank: int) -> Any:
         world = World.connect(
-            rank, size, "127.0.0.1", server.port, CPU, timeout_s, server if rank == 0 else None
+            rank,
+            size,
+            "127.0.0.1",
+            server.port,
+            CPU,
+            timeout_s,
+            server if rank == 0 else None,
+            server.token,
         )
         try:
             return body(world)

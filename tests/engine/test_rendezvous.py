@@ -62,6 +62,21 @@ def test_other_clients_disturb_no_rank(server, request_):
         assert store.get("key") == b"value"
 
 
+@pytest.mark.parametrize("token", ["", "wrong", "secret"])
+def test_only_clients_that_know_the_token_are_served(token):
+    server = RendezvousServer(HOST, token="secret")
+    mine = RendezvousStore(HOST, server.port, 5, "secret")
+    mine.set("key", "value")
+    other = RendezvousStore(HOST, server.port, 0.2, token)
+    if token == "secret":
+        assert other.get("key") == b"value"
+    else:
+        with pytest.raises(OSError, match=r"closed|reset|Broken"):
+            other.get("key")
+    assert mine.get("key") == b"value"
+    server.close()
+
+
 WITH_A_SILENT_NAME_SERVER = """
 import socket, threading
 import torch
@@ -75,7 +90,8 @@ server = World.listen(HOST)
 
 def join(rank):
     world = World.connect(
-        rank, 2, HOST, server.port, torch.device("cpu"), 30.0, server if rank == 0 else None
+        rank, 2, HOST, server.port, torch.device("cpu"), 30.0,
+        server if rank == 0 else None, server.token,
     )
     world.barrier()
     world.close()

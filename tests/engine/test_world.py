@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from trainer.engine.rendezvous import RendezvousStore
 from trainer.engine.transport import connect_tcp
-from trainer.engine.world import World
+from trainer.engine.world import World, _interface
 from trainer.errors import RunError
 
 CPU = torch.device("cpu")
@@ -194,7 +195,7 @@ def test_strangers_are_turned_away(threads: Ranks) -> None:
     server = World.listen("127.0.0.1")
 
     def body(rank: int) -> None:
-        mine = RendezvousStore("127.0.0.1", server.port, 5.0)
+        mine = RendezvousStore("127.0.0.1", server.port, 5.0, server.token)
         if rank == 2:
             host, port = mine.get("address0").decode().split()
             with socket.create_connection((host, int(port))) as stranger:
@@ -213,8 +214,54 @@ def test_strangers_are_turned_away(threads: Ranks) -> None:
     threads(3, body)
 
 
-def _die_after_joining(port: int) -> None:
-    World.connect(1, 2, "127.0.0.1", port, CPU, 20.0)
+def test_the_interface_of_an_address() -> None:
+    """NCCL is told its name."""
+    assert _interface("127.0.0.1") == "lo"
+    if "lo" in Path("/proc/net/if_inet6").read_text():
+        assert _interface("::1") == "lo"
+    for address in ("192.0.2.1", "2001:db8::1"):  # of documentation: nobody has them
+        with pytest.raises(OSError, match=f"no network interface .* {address}"):
+            _interface(address)
+
+
+def test_a_group_of_one_has_no_connections() -> None:
+    """NCCL's group would take a second and some hundred MB of the GPU."""
+    server = World.listen("127.0.0.1")
+    world = World.connect(0, 1, "127.0.0.1", server.port, CPU, 5.0, server)
+    assert world._gloo is None
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port), 1.0)
+    tensor = torch.ones(3)
+    world.broadcast([tensor])
+    world.all_reduce(tensor)
+    world.barrier()
+    assert tensor.tolist() == [1, 1, 1]
+    assert world.side_transport() is world.transport
+    world.close()
+
+
+def test_the_two_transports_are_used_at_the_same_time(ranks: Ranks) -> None:
+    def body(world: World) -> list[list[float]]:
+        both = (world.transport, world.side_transport())
+        assert world.side_transport() is both[1]
+        peer = 1 - world.rank
+        received = [torch.zeros(2), torch.zeros(2)]
+        handles = [
+            transport.exchange(torch.full((2,), n + 10.0 * world.rank), peer, received[n], peer)
+            for n, transport in enumerate(both)
+        ]
+        for handle in reversed(handles):
+            handle.wait()
+        world.close()
+        with pytest.raises(ConnectionError):
+            both[1].exchange(torch.ones(2), peer, received[0], peer).wait()
+        return [into.tolist() for into in received]
+
+    assert ranks(2, body) == [[[10, 10], [11, 11]], [[0, 0], [1, 1]]]
+
+
+def _die_after_joining(port: int, token: str) -> None:
+    World.connect(1, 2, "127.0.0.1", port, CPU, 20.0, token=token)
     os._exit(1)
 
 
@@ -222,7 +269,7 @@ def _die_after_joining(port: int) -> None:
 def test_a_killed_process_is_noticed_at_once() -> None:
     server = World.listen("127.0.0.1")
     peer = multiprocessing.get_context("spawn").Process(
-        target=_die_after_joining, args=(server.port,)
+        target=_die_after_joining, args=(server.port, server.token)
     )
     peer.start()
     world = World.connect(0, 2, "127.0.0.1", server.port, CPU, 60.0, server)

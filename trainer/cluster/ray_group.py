@@ -206,8 +206,8 @@ class RayGroup:
         timeout_s = COLLECTIVE_FACTOR * self._cfg.hang_timeout_s
         with _startup_errors():
             loopback = "127.0.0.1" if self._connection.private else None
-            host, port = ray.get(self._ranks[0].actor.listen.remote(loopback))
-            self._on_all("connect", host, port, self._placement.device, timeout_s)
+            rendezvous = ray.get(self._ranks[0].actor.listen.remote(loopback))
+            self._on_all("connect", *rendezvous, self._placement.device, timeout_s)
 
     def _ranks_without_gpu(self) -> list[int]:
         """The ranks in whose process torch sees no GPU."""

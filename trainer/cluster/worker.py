@@ -45,29 +45,29 @@ class Worker:
         """Whether torch can use a GPU in this process."""
         return torch.cuda.is_available()
 
-    def listen(self, host: str | None) -> tuple[str, int]:
+    def listen(self, host: str | None) -> tuple[str, int, str]:
         """On rank 0: open the rendezvous of a new group.
 
         Args:
             host: the address to listen on; None: the address of this node.
 
         Returns:
-            Host and port of the rendezvous.
+            Host, port and token of the rendezvous.
         """
         if self._server is not None:
             self._server.close()  # of a group that was never connected
         host = host or ray.util.get_node_ip_address()
         self._server = World.listen(host)
-        return host, self._server.port
+        return host, self._server.port, self._server.token
 
-    def connect(self, host: str, port: int, device: str, timeout_s: float) -> None:
-        """Join the other ranks in a new group."""
+    def connect(self, host: str, port: int, token: str, device: str, timeout_s: float) -> None:
+        """Join the other ranks in a new group; the first three arguments are those of `listen`."""
         if self._world:
             self._world.close()
         # Ray shows a worker its own GPUs only, counted from 0.
         place = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
         self._world = World.connect(
-            self._rank, self._size, host, port, place, timeout_s, self._server
+            self._rank, self._size, host, port, place, timeout_s, self._server, token
         )
 
     def run(self, number: int, function: WorkerFunction, *args: Any) -> Iterator[Any]:

@@ -64,7 +64,7 @@ class FitConfig:
     step_epochs: int = 10  # schedule=step: epochs between drops
     step_gamma: float = 0.1  # schedule=step: factor of each drop
     accumulate: int = 1  # micro-batches per optimizer step
-    clip: float | None = None  # maximum L2 norm of the whole gradient; null: no clipping
+    clip: float | None = None  # maximum L2 norm of the gradient of all trainable values; null: none
     max_steps: int | None = None  # stop after this many optimizer steps; null: epochs decide
     distill: DistillConfig = field(default_factory=DistillConfig)
 
@@ -169,7 +169,7 @@ class ClusterConfig:
         None  # Ray cluster (host:port or auto); null: RAY_ADDRESS, or a private Ray
     )
     cpus_per_worker: float = 1.0  # CPUs that Ray reserves for a worker
-    gpus_per_worker: float = 1.0  # GPUs that Ray reserves for a worker on cuda; may be a fraction
+    gpus_per_worker: float = 1.0  # GPUs that Ray reserves for a worker on cuda: 1 or a fraction
     threads: int | None = None  # torch threads of a worker; null: cpus_per_worker; inline: all CPUs
     nice: int = 0  # niceness of the worker processes (Ray's own default is 15)
     max_restarts: int = 3  # how often a run restarts after it lost a worker
@@ -184,6 +184,11 @@ class ClusterConfig:
         check_choice("cluster.device", self.device, ("auto", "cpu", "cuda"))
         check_min("cluster.cpus_per_worker", self.cpus_per_worker, 0, excluded=True)
         check_min("cluster.gpus_per_worker", self.gpus_per_worker, 0, excluded=True)
+        if self.gpus_per_worker > 1:
+            raise ConfigError(
+                f"cluster.gpus_per_worker={self.gpus_per_worker:g}: a worker trains on one GPU; "
+                "set cluster.gpus_per_worker=1 and a higher number of cluster.workers"
+            )
         if self.device == "cuda" and self.workers > 1 and self.gpus_per_worker < 1:
             raise ConfigError(
                 f"cluster.gpus_per_worker={self.gpus_per_worker:g} with cluster.workers="

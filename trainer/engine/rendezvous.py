@@ -6,6 +6,7 @@ address for a log message. Without a name server that takes 6 s per process.
 """
 
 import contextlib
+import secrets
 import socket
 import struct
 import threading
@@ -21,18 +22,20 @@ _REPLY = struct.Struct("<cI")  # whether the key was there, bytes of the value
 _SET, _GET = b"S", b"G"
 _FOUND, _MISSING = b"F", b"M"
 _MAX_BYTES = 1 << 20  # of a key or a value; addresses take less than a kilobyte
+_TOKEN_TIMEOUT_S = 5.0  # a client that has not sent the token by then is no rank of the group
 _RETRY_S = 0.1  # between two attempts to connect while nobody listens
 
 
 class RendezvousServer:
     """Serves the values of one group to its ranks until it is closed."""
 
-    def __init__(self, host: str, port: int = 0) -> None:
+    def __init__(self, host: str, port: int = 0, token: str = "") -> None:
         """Listen on `host` only.
 
         Args:
             host: An address of this machine that all ranks can reach.
             port: The port; 0: the system chooses one.
+            token: A secret that clients must know.
 
         Raises:
             OSError: `host` is not an address of this machine, or the port is in use.
@@ -40,6 +43,7 @@ class RendezvousServer:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family)
         self.port: int = self._listener.getsockname()[1]
+        self.token = token
         self._values: dict[bytes, bytes] = {}
         self._changed = threading.Condition()
         self._connections: list[socket.socket] = []
@@ -64,8 +68,12 @@ class RendezvousServer:
             ).start()
 
     def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError):  # the client left
-            while True:
+        with contextlib.suppress(OSError, EOFError):  # the client left, or never was one
+            sock.settimeout(_TOKEN_TIMEOUT_S)
+            token = self.token.encode()
+            known = secrets.compare_digest(_receive(sock, len(token)), token)
+            sock.settimeout(None)
+            while known:
                 operation, timeout_s, key_bytes, value_bytes = _REQUEST.unpack(
                     _receive(sock, _REQUEST.size)
                 )
@@ -91,13 +99,14 @@ class RendezvousServer:
 class RendezvousStore(Store):
     """The connection of one rank to the server, with the methods that torch's gloo calls."""
 
-    def __init__(self, host: str, port: int, timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, timeout_s: float, token: str = "") -> None:
         """Connect, and wait for the server if it does not listen yet.
 
         Args:
             host: The address of the server.
             port: The port of the server.
             timeout_s: Limit of this call, and of each wait for a key, in seconds.
+            token: The secret of the server.
 
         Raises:
             OSError: The server cannot be reached within the time-out.
@@ -106,6 +115,7 @@ class RendezvousStore(Store):
         self._timeout_s = timeout_s
         self._lock = threading.Lock()  # one request at a time
         self._sock = _connect(host, port, timeout_s)
+        self._sock.sendall(token.encode())
 
     def set(self, key: str, value: Any) -> None:
         """Store a value under a key."""

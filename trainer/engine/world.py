@@ -6,11 +6,15 @@ group, for NCCL's batched sends. Gradients take another way (reducer.py, over `W
 """
 
 import contextlib
+import fcntl
 import os
+import secrets
 import socket
+import struct
 import threading
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,8 @@ from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.rendezvous import RendezvousServer, RendezvousStore
 from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
 from trainer.errors import RunError
+
+_SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of a network interface (netdevice(7))
 
 
 class World:
@@ -62,12 +68,13 @@ class World:
             host: An address of this machine that all ranks can reach; only there it listens.
 
         Returns:
-            The server. All ranks need its `port`; rank 0 passes the server itself to `connect`.
+            The server. All ranks need its `port` and its `token`, on a way that strangers cannot
+            read; rank 0 passes the server itself to `connect`.
 
         Raises:
             OSError: `host` is not an address of this machine.
         """
-        return RendezvousServer(host)
+        return RendezvousServer(host, token=secrets.token_hex(16))
 
     @classmethod
     def connect(
@@ -79,25 +86,44 @@ class World:
         device: torch.device,
         timeout_s: float,
         server: RendezvousServer | None = None,
+        token: str = "",
     ) -> "World":
-        """Join the group that meets at `host`:`port`; returns when all `size` ranks are there.
+        """Join a group; returns when all its ranks are there.
 
-        `server` is what `listen` returned, on rank 0; without it rank 0 opens `port` itself. All
-        traffic is bound to the network interface that leads to `host`, which is the loopback for
-        127.0.0.1. `timeout_s` (seconds) limits this call and each later wait. On CUDA this sets the
-        process's current device, and torch's default process group is NCCL's. Raises RunError.
+        All traffic is bound to the network interface that leads to `host`, which is the loopback
+        for 127.0.0.1. Only ranks that know the token learn the addresses of the others and exchange
+        gradients with them; gloo's and NCCL's own connections know no secret. On CUDA this sets the
+        current device of the process, and torch's default process group is NCCL's.
+
+        Args:
+            rank: Of this process.
+            size: Number of ranks.
+            host: Where the rendezvous listens.
+            port: Likewise.
+            device: Where this rank computes.
+            timeout_s: Limit of this call and of each later wait, in seconds.
+            server: What `listen` returned, on rank 0; without it rank 0 opens `port` itself.
+            token: Of the server.
+
+        Raises:
+            RunError: The group was not complete in time.
         """
         limit = timedelta(seconds=timeout_s)
         try:
-            if rank == 0 and server is None:
-                server = RendezvousServer(host, port)
-            store = RendezvousStore(host, port, timeout_s)
+            if size == 1:
+                return cls._connect_one(device, server)
+            if server is not None:
+                token = server.token
+            elif rank == 0:
+                server = RendezvousServer(host, port, token)
+            store = RendezvousStore(host, port, timeout_s, token)
             address = _own_address(host, port)
             gloo = _gloo(rank, size, PrefixStore("gloo", store), address, limit)
             transport: Transport
             if device.type == "cuda":
                 same_bits_on_cuda()
                 torch.cuda.set_device(device)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={_interface(address)}")
                 dist.init_process_group(
                     "nccl",
                     store=_nccl_store(rank, host, store, limit),
@@ -122,6 +148,16 @@ class World:
                 f"within {timeout_s} s: {error}"
             ) from error
         return world
+
+    @classmethod
+    def _connect_one(cls, device: torch.device, server: RendezvousServer | None) -> "World":
+        """The group of one: NCCL and gloo would only take time and memory."""
+        if server is not None:
+            server.close()
+        if device.type == "cuda":
+            same_bits_on_cuda()
+            torch.cuda.set_device(device)
+        return cls.single(device)
 
     def side_transport(self) -> Transport:
         """A second transport, for use at the same time as `transport`, by another thread.
@@ -160,6 +196,15 @@ class World:
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum a contiguous tensor over all ranks, in its own type, in place; by gloo or NCCL."""
+        self.launch_all_reduce(tensor)
+        if tensor.is_cuda and self.size > 1:
+            # The wait for a silent rank belongs here, where it does not look like a hang of this
+            # one, and not where the caller reads the result.
+            with self._named_errors("all-reduce"):
+                torch.cuda.current_stream().synchronize()
+
+    def launch_all_reduce(self, tensor: Tensor) -> None:
+        """As `all_reduce`, but on CUDA only put the work on the current stream."""
         if self.size == 1:
             return
         if not tensor.is_contiguous():
@@ -239,6 +284,29 @@ def _nccl_store(rank: int, host: str, store: RendezvousStore, limit: timedelta) 
         store.set("nccl", str(port))
         return nccl
     return TCPStore(host, int(store.get("nccl")), is_master=False, timeout=limit)
+
+
+def _interface(address: str) -> str:
+    """The name of the network interface that has an address of this machine, such as "eth0".
+
+    Raises:
+        OSError: No interface has it.
+    """
+    if ":" in address:
+        wanted = socket.inet_pton(socket.AF_INET6, address).hex()
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            number, *_, name = line.split()
+            if number == wanted:
+                return name
+    else:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # the interface has no IPv4 address
+                    request = struct.pack("256s", name.encode())  # a struct ifreq
+                    answer = fcntl.ioctl(sock, _SIOCGIFADDR, request)
+                    if socket.inet_ntoa(answer[20:24]) == address:
+                        return name
+    raise OSError(f"no network interface of this machine has the address {address}")
 
 
 def _own_address(host: str, port: int) -> str:
