@@ -193,6 +193,21 @@ class WorkersLost:
 
 
 @dataclass(frozen=True)
+class HeadLost:
+    """The head node of the Ray cluster does not answer. Ray ends the driver if it stays lost."""
+
+    address: str  # host:port
+    deadline: float  # time.monotonic() at which to save and stop, to be faster than Ray
+
+
+@dataclass(frozen=True)
+class HeadRecovered:
+    """The head node answers again."""
+
+    address: str  # host:port
+
+
+@dataclass(frozen=True)
 class Resumed:
     """The run continues from a point; everything reported beyond it is void.
 
@@ -228,6 +243,8 @@ Message = (
     | Status
     | WorkersStarted
     | WorkersLost
+    | HeadLost
+    | HeadRecovered
     | Resumed
     | RunStarted
     | PhaseStarted

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,13 @@ def free_ports(count: int) -> list[int]:
     for listener in sockets:
         listener.close()
     return ports
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +167,36 @@ def test_a_stopped_job_saves(cluster, tmp_path):
     submit = ["ray", "job", "submit", *job, "--no-wait", "--submission-id=mine", "--", *command]
     submitted = cluster.call(*submit, cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stdout
-    deadline = time.monotonic() + 60
-    while not list(run.glob("checkpoints/01-train-step-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: list(run.glob("checkpoints/01-train-step-*")))
     stopped = cluster.call("ray", "job", "stop", *job, "mine", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["error"]) == ("interrupted", "interrupted by SIGTERM")
     assert list(run.glob("checkpoints/01-train-step-*"))  # what resume= goes on from
+
+
+def test_a_lost_head_is_reported_and_delays_no_stop(cluster, tmp_path):
+    """The last test on this cluster: its head is gone afterwards."""
+    command = [sys.executable, "-m", "trainer", *SHORT, "phases.train.fit.epochs=2000"]
+    options = [f"cluster.address={cluster.address}", "hydra.run.dir=run"]
+    run = subprocess.Popen(
+        [*command, *options, "checkpoint.every_steps=5"],
+        cwd=tmp_path,
+        env=dict(cluster.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("run/checkpoints/01-train-step-*")))
+        (server,) = [p for p in cluster.processes() if p.name() == "gcs_server"]
+        server.kill()
+        wait_for((tmp_path / "run" / "summary.json").exists)
+        run.terminate()
+        shown, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 143, shown
+    assert f"the head node of the Ray cluster at {cluster.address} does not answer" in shown
+    assert "resume with: python -m trainer resume=" in shown
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"

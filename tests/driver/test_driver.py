@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from trainer.__main__ import main
 from trainer.cluster import InsufficientResources, WorkerFailed
 from trainer.cluster.inline import InlineGroup
 from trainer.errors import RunError
+from trainer.messages import HeadLost, HeadRecovered, PhaseStarted
 from trainer.store.directory import RunDirectory
 
 ARGUMENTS = [
@@ -67,6 +69,46 @@ def test_a_restart_that_finds_no_room_is_not_repeated(monkeypatch, capsys):
     assert main(ARGUMENTS) == 1
     assert "no room for cluster.workers=1" in capsys.readouterr().err
     assert tried == [True]
+
+
+def loses_its_head(monkeypatch, *messages, seen):
+    """Let the group yield `messages` when a phase has begun; note the status after each."""
+    run = InlineGroup.run
+
+    def run_with(self, function, *args):
+        for message in run(self, function, *args):
+            yield message
+            if isinstance(message, PhaseStarted):
+                for more in messages:
+                    yield more
+                    seen.append(summary()["status"] if Path("run/summary.json").exists() else None)
+
+    monkeypatch.setattr(InlineGroup, "run", run_with)
+
+
+def test_a_run_that_ends_although_the_head_is_lost_is_done(monkeypatch, capsys):
+    """Ray may end the driver at any moment, so the summary is written when the head is lost."""
+    seen = []
+    lost = HeadLost("10.0.0.5:6379", time.monotonic() + 1000)
+    loses_its_head(monkeypatch, lost, HeadRecovered("10.0.0.5:6379"), lost, seen=seen)
+    assert main(ARGUMENTS) == 0
+    assert seen == ["failed", None, "failed"]
+    assert summary()["status"] == "done"
+    shown = capsys.readouterr().out
+    assert "the head node of the Ray cluster at 10.0.0.5:6379 does not answer" in shown
+    assert "the head node at 10.0.0.5:6379 answers again" in shown
+    assert "resume with: python -m trainer resume=" in shown
+
+
+def test_a_head_that_stays_lost_stops_the_run_with_a_checkpoint(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        loses_its_head(patch, HeadLost("10.0.0.5:6379", time.monotonic() - 1), seen=[])
+        assert main([*ARGUMENTS, "phases.train.fit.epochs=3"]) == 1
+    assert summary()["status"] == "failed"
+    assert "10.0.0.5:6379 does not answer" in summary()["error"]
+    assert list(Path("run/checkpoints").glob("01-train-step-*"))
+    assert "resume with: python -m trainer resume=" in capsys.readouterr().out
+    assert main(["resume=run"]) == 0
 
 
 def test_a_page_that_fails_does_not_fail_the_run(monkeypatch, capsys):

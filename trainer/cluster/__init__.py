@@ -5,11 +5,18 @@ start Ray first and import torch and the user's code while Ray starts.
 """
 
 from trainer.cluster.fleet import Fleet
-from trainer.cluster.group import InsufficientResources, WorkerFailed, WorkerFunction, WorkerGroup
+from trainer.cluster.group import (
+    ClusterLost,
+    InsufficientResources,
+    WorkerFailed,
+    WorkerFunction,
+    WorkerGroup,
+)
 from trainer.cluster.open import open_group
 from trainer.cluster.restart import WorkerLoss, why_not_restart
 
 __all__ = [
+    "ClusterLost",
     "Fleet",
     "InsufficientResources",
     "WorkerFailed",

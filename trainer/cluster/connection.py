@@ -5,6 +5,7 @@ environment of its processes. It keeps its files in a folder of its own. Its pro
 folder are removed when the connection closes or this process dies (trainer.cluster.reaper).
 """
 
+import atexit
 import logging
 import math
 import os
@@ -21,12 +22,15 @@ from typing import Any
 
 import ray
 import ray._private.utils as ray_utils
+import ray._private.worker as ray_worker
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
 from trainer.cluster import reaper
 from trainer.cluster.environment import cluster_address
+from trainer.cluster.group import ClusterLost
+from trainer.cluster.head import HeadMonitor, probe
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError, RunError, first_line
 
@@ -39,6 +43,7 @@ class RayConnection:
     """One connection to Ray, from `open` to `close`."""
 
     _private_ray: "RayConnection | None" = None  # whose private Ray this process is connected to
+    _head: HeadMonitor | None = None  # of the cluster that this process is connected to
 
     def __init__(self, cfg: ClusterConfig, groups: int = 1) -> None:
         """
@@ -59,6 +64,12 @@ class RayConnection:
         return RayConnection._private_ray is not None
 
     @property
+    def head(self) -> HeadMonitor:
+        """The monitor of the head node; only while the connection is open."""
+        assert RayConnection._head is not None
+        return RayConnection._head
+
+    @property
     def ends_ray(self) -> bool:
         """Whether `close` ends every process of Ray."""
         return self._folder is not None
@@ -68,27 +79,51 @@ class RayConnection:
 
         Raises:
             ConfigError: this process is already connected to another cluster.
+            ClusterLost: the head node of the connected cluster does not answer.
             RunError: no Ray answers at the address.
         """
         if ray.is_initialized():
             self._check_same_cluster()
-            return
-        self._owner = True
-        with _keep_sigterm_handler():
-            if cluster_address(self._cfg) is None:
-                self._start()
-            else:
-                self._connect()
+        else:
+            self._owner = True
+            with _keep_sigterm_handler():
+                if cluster_address(self._cfg) is None:
+                    self._start()
+                else:
+                    self._connect()
+        if RayConnection._head is None:
+            RayConnection._head = HeadMonitor(ray.get_runtime_context().gcs_address)
+        self.check_head()
+
+    def answers(self) -> bool:
+        """Whether the connection is open and the head node answers."""
+        head = RayConnection._head
+        return head is not None and not head.lost and head.answers()
+
+    def check_head(self) -> None:
+        """Raise ClusterLost if the head node is lost, since calls of Ray would then block."""
+        if not self.head.wait_until_known():
+            raise ClusterLost(self.head.address)
 
     def close(self) -> None:
         """Disconnect; end a private Ray and remove its folder. May be called twice."""
         if self._owner:
-            ray.shutdown()
+            self._disconnect()
             self._owner = False
         if self._reaper:
             self._reaper.communicate()  # closes the pipe and waits until everything is removed
             self._folder = self._reaper = RayConnection._private_ray = None
             _set_environment(self._outer_environment)
+
+    def _disconnect(self) -> None:
+        head, RayConnection._head = RayConnection._head, None
+        if head is not None:
+            head.stop()
+            if not self.ends_ray and not head.answers():
+                # Ray would wait for the head, now and in its exit handler.
+                atexit.unregister(ray_worker.shutdown)
+                return
+        ray.shutdown()
 
     def _start(self) -> None:
         needed = math.ceil(self._groups * self._cfg.workers * self._cfg.cpus_per_worker)
@@ -123,7 +158,8 @@ class RayConnection:
                 "run on a node of the cluster (ray job submit) and give host:port or auto"
             )
         try:
-            _probe(address)
+            if address and address.rpartition(":")[2].isdigit():
+                probe(address, PROBE_TIMEOUT_S)  # Ray itself would try for minutes
             ray.init(address=address, logging_level=logging.ERROR, runtime_env=self._runtime_env())
         except Exception as error:
             if _is_token_error(error):
@@ -200,13 +236,6 @@ def _resolve(address: str) -> tuple[str, str]:
         return socket.gethostbyname(host.strip("[]")), port
     except OSError:
         return host, port
-
-
-def _probe(address: str | None) -> None:
-    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
 
 
 def _is_token_error(error: BaseException | None) -> bool:

@@ -43,7 +43,12 @@ class Fleet:
 
         Without a maximum the result is at least 1, so that the start of that group reports which
         resources are missing.
+
+        Raises:
+            ClusterLost: the head node of the cluster does not answer.
         """
+        if self._connection is not None:
+            self._connection.check_head()
         if self._limit is not None:
             return self._limit
         import ray

@@ -38,6 +38,13 @@ class InsufficientResources(RunError):
     """The cluster has no free resources for the workers within `cluster.start_timeout_s`."""
 
 
+class ClusterLost(RunError):
+    """The head node of the Ray cluster does not answer, so that no worker can be replaced."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(f"the head node of the Ray cluster at {address} does not answer")
+
+
 class WorkerFailed(RunError):
     """A worker raised an exception, died or hung.
 
@@ -86,6 +93,8 @@ class WorkerGroup(Protocol):
     def run(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
         """Execute `function(world, *args)` on every worker and yield what rank 0 yields, at once.
 
+        A group on a cluster also yields HeadLost and HeadRecovered (trainer.messages).
+
         The group can run again after a function that ended, also on request. After one that failed,
         or whose iterator was closed early, call `restart` first. The memory that the function used
         is released when it ends.
@@ -99,6 +108,7 @@ class WorkerGroup(Protocol):
             ConfigError: an argument cannot be sent to the workers, or a worker raised it; then the
                 message is the worker's.
             RunError: a worker raised it; running again would fail in the same way.
+            ClusterLost: a worker was lost after the head node of the cluster.
             WorkerFailed: a worker raised another exception, died or hung.
         """
 

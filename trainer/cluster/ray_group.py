@@ -64,6 +64,7 @@ class RayGroup:
         self._placement = Placement(cfg)
         self._ranks: list[_Rank] = []
         self._runs = 0
+        self._head_lost = False  # as far as reported
 
     @property
     def nodes(self) -> list[str]:
@@ -133,6 +134,9 @@ class RayGroup:
         monitor = HeartbeatMonitor([rank.actor for rank in self._ranks], self._cfg.hang_timeout_s)
         stop_sent = False
         while streams:
+            if self._connection.head.lost != self._head_lost:
+                self._head_lost = not self._head_lost
+                yield self._connection.head.message()
             if self.stop_requested.is_set() and not stop_sent:
                 stop_sent = True
                 self._request_stop()
@@ -143,10 +147,13 @@ class RayGroup:
                 elif isinstance(message, Failure):
                     late, error = self._find_root_cause(streams[stream], message, streams)
                     yield from late
+                    if isinstance(error, WorkerFailed):
+                        self._connection.check_head()
                     raise error
                 else:
                     yield message
             if (hung := monitor.poll()) is not None:
+                self._connection.check_head()
                 self._kill(self._ranks[hung])
                 raise self._hung(hung, monitor.last_status(hung))
 
@@ -160,7 +167,7 @@ class RayGroup:
 
         A private Ray ends its actors itself. It may also be dead, and then would not answer.
         """
-        if not self._connection.ends_ray:
+        if not self._connection.ends_ray and self._connection.answers():
             with contextlib.suppress(RayError):  # the cluster may be gone
                 for rank in self._ranks:
                     ray.kill(rank.actor)

@@ -8,6 +8,7 @@ worker the run restarts from the last checkpoint; trainer.cluster.restart decide
 import contextlib
 import dataclasses
 import shlex
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cluster import (
+    ClusterLost,
     InsufficientResources,
     WorkerFailed,
     WorkerFunction,
@@ -30,6 +32,8 @@ from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, fir
 from trainer.messages import (
     Checkpoint,
     Exported,
+    HeadLost,
+    HeadRecovered,
     Message,
     Notice,
     PhaseEnded,
@@ -198,6 +202,7 @@ class _Run:
         ]
         self.loggers: list[Sink] = []  # chosen by `logger`; a failure of theirs ends no run
         self.experiment: Any = None  # an Experiment, once it is built
+        self.head_lost: HeadLost | None = None  # until it recovers
         self.started = False  # once a worker has sent a message, the directory is kept
 
     def execute(self) -> dict[str, Any]:
@@ -230,6 +235,8 @@ class _Run:
                 raise
             self.directory.log(getattr(error, "detail", "") or traceback.format_exc())
             self._end("failed", first_line(error))
+            if isinstance(error, ClusterLost):
+                self._notify_resume()
             raise RunError(
                 f"{first_line(error)} (more in {self.directory.path}/log.txt)"
             ) from error
@@ -329,12 +336,22 @@ class _Run:
 
     def _follow(self, group: WorkerGroup, function: WorkerFunction, *args: Any) -> None:
         """Run a function on the workers and take all its messages."""
+        from trainer.worker.run import run_phases
+
         for message in group.run(function, self.experiment, *args):
             self.started = True
             self.on(message)
+            if function is run_phases and self._head_lost_for_long():
+                group.stop_requested.set()
             if isinstance(message, RunStopped):
                 self.checkpoints.wait()
+                if self.signals.received is None and self.head_lost is not None:
+                    raise ClusterLost(self.head_lost.address)
                 raise self.signals.interrupted()
+
+    def _head_lost_for_long(self) -> bool:
+        """Whether training must save its state and stop, before Ray ends all processes."""
+        return self.head_lost is not None and time.monotonic() > self.head_lost.deadline
 
     def _restart(
         self, group: WorkerGroup, lost: RunError, loss: WorkerLoss, losses: list[WorkerLoss]
@@ -376,6 +393,14 @@ class _Run:
                 self.checkpoints.save_within(
                     message.phase, name, message.step, message.content, self.summary.progress()
                 )
+            case HeadLost():  # now, since Ray may end this process without notice
+                self.head_lost = message
+                error = str(ClusterLost(message.address))
+                self.directory.write_summary(self.summary.as_dict("failed", error))
+                self._notify_resume()
+            case HeadRecovered():
+                self.head_lost = None
+                self.directory.delete_summary()
             case Exported() if message.content:
                 self.directory.write_onnx(message.content)
             case PhaseEnded():
@@ -403,9 +428,12 @@ class _Run:
         summary = self.summary.as_dict(status, error)
         self.directory.write_summary(summary)
         if status == "interrupted":
-            folder = shlex.quote(str(self.directory.path))
-            self.notify(f"resume with: python -m trainer resume={folder}")
+            self._notify_resume()
         self.on(RunEnded(summary))
+
+    def _notify_resume(self) -> None:
+        folder = shlex.quote(str(self.directory.path))
+        self.notify(f"resume with: python -m trainer resume={folder}")
 
     def _write_report(self, summary: dict[str, Any]) -> None:
         from trainer.driver.report import write_report  # slow to import

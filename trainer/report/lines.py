@@ -2,6 +2,8 @@
 
 from trainer.messages import (
     EpochEnded,
+    HeadLost,
+    HeadRecovered,
     Message,
     Notice,
     PhaseEnded,
@@ -23,6 +25,13 @@ def describe(message: Message) -> str | None:
             return (
                 f"{message.reason}; restarting from the last checkpoint (restart {message.restart})"
             )
+        case HeadLost():
+            return (
+                f"the head node of the Ray cluster at {message.address} does not answer; training "
+                "continues and stops with a checkpoint if the head stays lost"
+            )
+        case HeadRecovered():
+            return f"the head node at {message.address} answers again"
         case Resumed() if not message.is_beginning:
             if message.phase == len(message.names):
                 return "resuming after the last phase"

@@ -141,6 +141,10 @@ class RunDirectory:
         """Write summary.json."""
         self._replace("summary.json", (_json(summary, indent=2) + "\n").encode())
 
+    def delete_summary(self) -> None:
+        """Delete summary.json, since the run continues."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
     def append_metrics(self, entry: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         self._append("metrics.jsonl", _json(entry))
