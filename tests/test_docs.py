@@ -13,7 +13,9 @@ from tests.test_main import capture
 from trainer.__main__ import conf_dir
 from trainer.engine.world import World
 from trainer.experiment import Experiment
+from trainer.messages import PhaseEnded
 from trainer.worker.preflight import check_compatible
+from trainer.worker.run import Start, run_phases
 
 DOCS = conf_dir().parent / "docs"
 BLOCK = re.compile(r"```(?:python|yaml)\n(.*?)```", re.DOTALL)
@@ -48,3 +50,17 @@ def test_the_commands_of_a_page_run_as_it_says(written):
         found = Experiment.from_config(yaml.safe_load(capture([*arguments, "--cfg"])))
         found.check_model()
         check_compatible(found.build_model(), found.build_data(), found.build_runtime(world))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("written", ["own-data.md"], indirect=True)
+def test_the_examples_of_a_page_learn(written):
+    """Sixty steps suffice to see it."""
+    for command in COMMAND.findall(written):
+        arguments = shlex.split(command.replace("\\\n", " "))
+        arguments += ["phases.train.fit.epochs=1", "phases.train.fit.max_steps=60"]
+        found = Experiment.from_config(yaml.safe_load(capture([*arguments, "--cfg"])))
+        messages = run_phases(World.single(torch.device("cpu")), found, Start(0))
+        (record,) = (message.record for message in messages if isinstance(message, PhaseEnded))
+        assert record.steps > 30
+        assert record.accuracy > 0.5, command  # chance is 0.1
