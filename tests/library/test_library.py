@@ -53,6 +53,9 @@ def test_from_objects_to_a_verified_file() -> None:
     assert torch.equal(trainer.load("runs/first", net())(inputs), loaded(inputs))
     assert [phase["name"] for phase in result.phases] == ["train", "prune", "retrain", "share"]
     assert "done: accuracy=" in repr(result)
+    html = result._repr_html_()
+    assert html.count("<svg") == 3  # loss, accuracy and compression
+    assert "model.dcz: layers" in html
     assert run(phases=[Train()], out="runs/first").folder.name == "first-2"
 
 
@@ -219,6 +222,9 @@ def test_a_sweep_over_objects() -> None:
     assert found.best[0]["command"] is None
     assert found.refit is not None
     assert found.refit.folder == Path("s/best").resolve()
+    html = found._repr_html_()
+    assert "<svg" in html
+    assert all(str(value) in html for value in found.best_params.values())
     with pytest.raises(ConfigError, match=r"sweep\.params\.model\.depth"):
         trainer.sweep(experiment, {"model.depth": "choice(1,2)"}, out="t")
 

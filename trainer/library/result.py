@@ -11,6 +11,8 @@ from torch import nn
 from trainer import artifact
 from trainer.experiment import Experiment
 from trainer.phases.structure import from_metadata
+from trainer.report.notebook import run_html
+from trainer.store.directory import RunDirectory
 from trainer.store.serialization import from_bytes
 
 
@@ -65,6 +67,10 @@ class Result:
         size = f", {made['bytes']:,} bytes ({made['ratio']:.1f}x smaller)" if made else ""
         return f"Result({self.status}: {values}{size}, folder={str(self.folder)!r})"
 
+    def _repr_html_(self) -> str:
+        """Charts and tables of the run, which a notebook shows for a result."""
+        return run_html(self.summary, RunDirectory(self.folder).read_metrics())
+
 
 class SweepResult:
     """A finished sweep.
@@ -103,3 +109,9 @@ class SweepResult:
         counts = ", ".join(f"{n} {state}" for state, n in self.summary["trials"].items() if n)
         best = f", best {self.best[0]['values']} with {self.best_params}" if self.best else ""
         return f"SweepResult({counts}{best}, folder={str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        """The best trials, analysis and charts of the sweep, which a notebook shows."""
+        from trainer.sweeps.notebook import sweep_html  # loads Optuna and Matplotlib
+
+        return sweep_html(self.folder)
