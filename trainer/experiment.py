@@ -36,7 +36,7 @@ from trainer.data.split import Splits
 from trainer.engine.optim import OptimizerSpec, parse_optimizer
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 from trainer.phases import AutoPrune, Phase, StructuralPhase
 from trainer.phases.auto_prune import expand
 from trainer.phases.structure import (
@@ -310,9 +310,22 @@ class Experiment:
             folder: The run directory.
             name: Title of the run.
             group: Name of the sweep that the run is a trial of.
+
+        Raises:
+            ConfigError: One of them cannot be opened; the others are closed.
         """
         context = {"folder": folder, "name": name, "settings": self.settings(), "group": group}
-        return [factory.build(**context) for factory in self.loggers.values()]
+        opened: list[Any] = []
+        try:
+            for factory in self.loggers.values():
+                opened.append(factory.build(**context))
+        except Exception as error:
+            for sink in opened:
+                sink.close()
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{factory.key}: {first_line(error)}") from error
+        return opened
 
     def initial_weights(self, model: nn.Module | None) -> bytes:
         """The initial weights that were given, as the content of a safetensors file.

@@ -160,14 +160,12 @@ def build_object(
     extra = {
         name: value
         for name, value in (context or {}).items()
-        if accepted is None or name in accepted
+        if name not in settings and (accepted is None or name in accepted)
     }
     try:
-        if settings["_target_"] in (objects or {}):
-            arguments = {name: value for name, value in settings.items() if name != "_target_"}
-            result = function(**{**extra, **instantiate(arguments, _convert_="all")})
-        else:
-            result = instantiate({**extra, **settings}, _convert_="all")
+        # The context is passed as it is: a `_target_` in it is no target of these settings.
+        partial = instantiate({**settings, "_target_": function, "_partial_": True}, _convert_="all")
+        result = partial(**extra)
     except InstantiationException as error:
         raise ConfigError(f"{key} ({function.__name__}): {error.__cause__ or error}") from error
     except (TypeError, ValueError) as error:

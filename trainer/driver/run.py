@@ -243,6 +243,8 @@ class _Run:
         finally:
             with self.signals.deferring(self.console.restore):
                 self.checkpoints.close()
+                for logger in list(self.loggers):
+                    self._call_logger(logger, logger.close)
                 if group and group is not self.borrowed:
                     self.console.status("stopping the workers")
                     group.stop()
@@ -274,18 +276,14 @@ class _Run:
 
     def _work(self, group: WorkerGroup) -> None:
         losses: list[WorkerLoss] = []
-        try:
-            with self.signals.requesting(partial(self._request_stop, group)):
-                while True:
-                    try:
-                        self._train(group)
-                        self._evaluate(group)
-                        return
-                    except WorkerFailed as lost:
-                        self._restart(group, lost, lost.loss, losses)
-        finally:
-            for logger in list(self.loggers):
-                self._call_logger(logger, logger.close)
+        with self.signals.requesting(partial(self._request_stop, group)):
+            while True:
+                try:
+                    self._train(group)
+                    self._evaluate(group)
+                    return
+                except WorkerFailed as lost:
+                    self._restart(group, lost, lost.loss, losses)
 
     def _train(self, group: WorkerGroup) -> None:
         """Run the phases, from the last checkpoint on."""

@@ -1,0 +1,14 @@
+"""The id under which a run is known to services outside its run directory."""
+
+import uuid
+from pathlib import Path
+
+from trainer.store.files import atomic_write
+
+
+def run_id(folder: Path) -> str:
+    """The id of a run; created with its first sink, and kept in the run directory for resumes."""
+    path = folder / "run_id"
+    if not path.exists():
+        atomic_write(path, lambda file: file.write(uuid.uuid4().hex.encode()))
+    return path.read_text(encoding="ascii")
