@@ -318,7 +318,8 @@ class Experiment:
         opened: list[Any] = []
         try:
             for factory in self.loggers.values():
-                opened.append(factory.build(**context))
+                # A given sink is used itself, since its owner may read from it what it received.
+                opened.append(factory.given if factory.is_object else factory.build(**context))
         except Exception as error:
             for sink in opened:
                 sink.close()

@@ -184,6 +184,29 @@ def test_interrupted_and_resumed_it_ends_in_the_same_bits() -> None:
     assert again.metrics == result.metrics
 
 
+class Collect:
+    """Keeps what it receives; it cannot be copied."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def on(self, message: Message) -> None:
+        self.kinds.append(type(message).__name__)
+
+    def close(self) -> None:
+        self.kinds.append("closed")
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("it holds an open file")
+
+
+def test_a_given_sink_itself_receives_every_message() -> None:
+    sink = Collect()
+    run(phases=[Train()], logger={"mine": sink})
+    assert sink.kinds[-2:] == ["RunEnded", "closed"]
+    assert {"RunStarted", "EpochEnded", "PhaseEnded", "Evaluated"} <= set(sink.kinds)
+
+
 class Unpicklable(Points):
     def __reduce__(self) -> Any:
         raise TypeError("no pickle")

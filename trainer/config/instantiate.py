@@ -118,6 +118,11 @@ class Factory(Generic[T]):
         """Whether the part is a given object rather than built from settings."""
         return OBJECT in self.settings
 
+    @property
+    def given(self) -> T:
+        """The given object itself."""
+        return cast(T, _given(self.key, self.settings, self.objects))
+
     def build(self, **context: Any) -> T:
         """Build a fresh object; of a given object, a deep copy.
 
@@ -129,7 +134,7 @@ class Factory(Generic[T]):
             ConfigError: The target refuses a value, or returns an object of another type.
         """
         if self.is_object:
-            return cast(T, copy.deepcopy(_given(self.key, self.settings, self.objects)))
+            return copy.deepcopy(self.given)
         return build_object(self.key, self.settings, self.expected, self.objects, context)
 
 
@@ -164,7 +169,9 @@ def build_object(
     }
     try:
         # The context is passed as it is: a `_target_` in it is no target of these settings.
-        partial = instantiate({**settings, "_target_": function, "_partial_": True}, _convert_="all")
+        partial = instantiate(
+            {**settings, "_target_": function, "_partial_": True}, _convert_="all"
+        )
         result = partial(**extra)
     except InstantiationException as error:
         raise ConfigError(f"{key} ({function.__name__}): {error.__cause__ or error}") from error

@@ -1,1 +1,8 @@
-"""Contract suites for your own extensions: functions that check a class of yours."""
+"""Contract suites for your own extensions: functions that check a class of yours.
+
+They raise AssertionError, so that they can be called from a test.
+"""
+
+from trainer.testing.sinks import check_sink
+
+__all__ = ["check_sink"]
