@@ -9,6 +9,7 @@
 says what is modelled and what is assumed.
 """
 
+from trainer.hardware.costs import CostSettings, NetworkCosts, network_costs
 from trainer.hardware.energy import EIE_TABLE_I, HOROWITZ, LECTURE, TABLES, EnergyTable
 from trainer.hardware.figures import Evidence, Figure
 from trainer.hardware.ledger import (
@@ -32,15 +33,18 @@ __all__ = [
     "LECTURE",
     "STAGES",
     "TABLES",
+    "CostSettings",
     "EnergyTable",
     "Evidence",
     "Figure",
+    "NetworkCosts",
     "StageCost",
     "StoredWeights",
     "Traffic",
     "Workload",
     "artifact_workloads",
     "inference_costs",
+    "network_costs",
     "ring_bytes",
     "stored_weights",
     "training_cost",

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from trainer.report import plots
+from trainer.report import hardware, plots
 from trainer.report.distributions import Distribution
 from trainer.report.html import figures, render
 from trainer.report.tables import (
@@ -39,7 +39,7 @@ def page(
     Returns:
         HTML text.
     """
-    artifact = summary.get("artifact")
+    artifact, costs = summary.get("artifact"), summary.get("hardware")
     drawn = sorted(shared, key=lambda tensor: -tensor.sizes.sum())[:_DRAWN]
     return render(
         "run.html.j2",
@@ -64,6 +64,8 @@ def page(
             }
         ),
         not_drawn=len(shared) - len(drawn),
+        hardware=costs and hardware.table(costs),
+        hardware_charts=figures(hardware.charts(costs)) if costs else [],
         phases=phases(summary),
         facts=_facts(summary),
         config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
