@@ -37,6 +37,8 @@ def test_stages_of_a_compressed_model() -> None:
     assert pruned.eie is None
     assert shared.eie == coded.eie
     assert shared.eie is not None
+    assert shared.eie.macs == coded.macs.value
+    assert shared.cpu.macs == shared.tpu.macs == dense.macs.value
     cycles = 0
     for x in costs.layers:
         matrix = shared_matrix(model.state_dict()[x.weight])

@@ -93,8 +93,9 @@ def charts(costs: Costs) -> dict[str, str]:
     return {
         "Energy of operations and memory accesses, modelled: data movement dominates, until the "
         "weights fit on the chip.": energies(costs),
-        "Roofline: operations per second over operations per byte of weights. Lines: limits of the "
-        "CPU (measured), of TPU v1 and of EIE (published). Dots: the stages.": roofline(costs),
+        "Operations per second over operations per byte of weights. Lines: limits of the CPU "
+        "(measured), of TPU v1 and of EIE (published). Dots: the network; on EIE in each "
+        "stage.": roofline(costs),
     }
 
 
@@ -161,13 +162,18 @@ def roofline(costs: Costs) -> str:
 
 
 def _dots(stages: Sequence[Costs], machine: str) -> list[tuple[float, float]]:
-    """Operations per byte of weights, and per second, of each stage. An operation is useful."""
+    """Operations per byte of weights, and per second.
+
+    CPU and TPU read dense weights whatever the stage, with 32 and 8 bits; EIE reads those of the
+    stage.
+    """
     found = []
-    for stage in stages:
+    for stage in stages if machine == "eie" else stages[:1]:
         if stage[machine]:
             operations = 2 * stage[machine]["macs"]
             seconds = stage[machine]["microseconds"]["value"] / 1e6
-            found.append((operations / max(1, stage["bytes"]["value"]), operations / seconds))
+            size = stage["bytes"]["value"] / (4 if machine == "tpu" else 1)
+            found.append((operations / max(1, size), operations / seconds))
     return [(x, y) for x, y in found if x > 0]
 
 
