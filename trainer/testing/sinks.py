@@ -1,4 +1,4 @@
-"""The contract of a sink (trainer.report.sinks.Sink): it takes every message of every kind of run."""
+"""The contract of a sink (trainer.report.sinks.Sink): it takes every message of any kind of run."""
 
 import tempfile
 from collections.abc import Callable, Iterator

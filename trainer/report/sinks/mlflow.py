@@ -52,7 +52,7 @@ class MlflowSink(ScalarSink):
             from mlflow.tracking import MlflowClient
         except ImportError as error:
             raise ConfigError(
-                "logger=mlflow: mlflow is not installed; run pip install '.[mlflow]' in the checkout"
+                "logger=mlflow: mlflow is missing; run pip install '.[mlflow]' in the checkout"
             ) from error
         self._metric = Metric
         self._folder = folder
