@@ -361,6 +361,7 @@ class Experiment:
                 **(about or {}),
                 **to_metadata(from_metadata(metadata)),
             },
+            config.artifact.max_seconds,
         )
 
     def load_model(

@@ -108,6 +108,16 @@ def test_a_file_without_tensors() -> None:
     assert artifact.loads(artifact.encode({})) == {}
 
 
+def test_a_time_limit_costs_bytes_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    rows = torch.rand(30, 1) < 0.3  # whole outputs are pruned, which only the context coder uses
+    weights = {f"fc{i}": shared(30, 40, density=1.0) * rows for i in range(3)}
+    whole, none = artifact.encode(weights), artifact.encode(weights, max_seconds=0)
+    assert artifact.encode(weights, max_seconds=1e6) == whole
+    assert len(none) > len(whole)
+    same(artifact.loads(none), artifact.loads(whole))
+
+
 def test_fp16_rounds_codebooks_biases_and_norms_alone() -> None:
     torch.manual_seed(1)
     weights = {

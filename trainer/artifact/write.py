@@ -27,7 +27,7 @@ from trainer.artifact.tensors import (
     look_up,
     multiplied,
 )
-from trainer.compress.coding import encode_floats, encode_layer
+from trainer.compress.coding import Budget, encode_floats, encode_layer
 from trainer.compress.half import is_exact, shared_values, to_half
 from trainer.compress.quantize import broadcast_scale
 
@@ -39,6 +39,7 @@ def encode(
     dtype: str = "fp16",
     coder: str = "auto",
     about: Mapping[str, Any] | None = None,
+    max_seconds: float | None = None,
 ) -> bytes:
     """The content of a .dcz file.
 
@@ -55,6 +56,9 @@ def encode(
             trainer.compress.half), or "fp32".
         coder: of positions and indices: see trainer.compress.coding.encode_layer.
         about: plain values that `describe` gives back.
+        max_seconds: estimated CPU time that coder="auto" may take to search for the fewest bytes,
+            without the first compilation; None: no limit. The estimate does not depend on the
+            machine, so the bytes do not either.
 
     Raises:
         TypeError, ValueError: as `check`, or `about` takes more than the format has room for.
@@ -64,15 +68,19 @@ def encode(
     layers: list[bytes] = []
     streams: dict[str, list[memoryview]] = {}
     seen: dict[tuple[Any, ...], str] = {}
+    budget = Budget(max_seconds, sum(tensor.numel() for tensor in weights.values()))
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu().contiguous()
+        budget.next_tensor(tensor.numel())
         exact = dtype == "fp32" or is_exact(name, weights)
         key = (tensor.dtype, tensor.shape, exact, hashlib.sha256(_raw(tensor)).digest())
         if tensor.numel() and key in seen:
             entries.append(Entry(name, ALIAS, of=seen[key]))
             continue
         seen[key] = name
-        entry, layer, values = _written(name, tensor, weights.get(name + SCALE), exact, coder)
+        entry, layer, values = _written(
+            name, tensor, weights.get(name + SCALE), exact, coder, budget
+        )
         entries.append(entry)
         layers += [] if layer is None else [layer]
         streams.setdefault(entry.stored, []).append(_raw(values))
@@ -111,7 +119,7 @@ def check(weights: Mapping[str, Any]) -> None:
 
 
 def _written(
-    name: str, tensor: Tensor, scale: Tensor | None, exact: bool, coder: str
+    name: str, tensor: Tensor, scale: Tensor | None, exact: bool, coder: str, budget: Budget
 ) -> tuple[Entry, bytes | None, Tensor]:
     """How a tensor is written, its coded layer if it has one, and the values for the stream."""
     found = None if scale is None else _on_grid(name, tensor, scale.detach().cpu())
@@ -119,7 +127,8 @@ def _written(
     if levels is None:
         return entry, None, values
     negatives = 0 if entry.kind == MASK else int((values < 0).sum())
-    return entry, encode_layer(levels, entry.shape, entry.clusters, negatives, coder), values
+    layer = encode_layer(levels, entry.shape, entry.clusters, negatives, coder, budget)
+    return entry, layer, values
 
 
 def _on_grid(

@@ -126,10 +126,12 @@ class ArtifactConfig:
     coder: str = (
         "auto"  # of positions and indices: auto (smallest) | context | columns | huffman | ans
     )
+    max_seconds: float | None = 5.0  # estimated CPU time of coder=auto; null: no limit
 
     def __post_init__(self) -> None:
         check_choice("artifact.dtype", self.dtype, ("fp16", "fp32"))
         check_choice("artifact.coder", self.coder, ("auto", "context", "columns", "huffman", "ans"))
+        check_min("artifact.max_seconds", self.max_seconds, 0)
 
 
 @dataclass

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trainer.compress.coding import CorruptError, decode_layer, encode_layer, max_positions
-from trainer.compress.coding.layer import CODERS, MAX_CONTEXT_POSITIONS
+from trainer.compress.coding.layer import CODERS
+from trainer.compress.coding.search import MAX_POSITIONS
 
 Levels = NDArray[np.uint16]
 ALL = [*CODERS, "auto"]
@@ -104,7 +105,7 @@ def test_nearly_nothing_in_a_large_layer_still_justifies_its_positions() -> None
         blob = encode_layer(np.zeros(shape, np.uint16), shape, 7, coder=coder)
         assert len(blob) < 80
         assert not decode_layer(blob, shape, 7).any()
-    assert MAX_CONTEXT_POSITIONS > 1_000_000
+    assert MAX_POSITIONS > 1_000_000
 
 
 @pytest.mark.parametrize(

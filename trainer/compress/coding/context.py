@@ -7,6 +7,8 @@ written by a range coder. Integers only: every machine decodes the same.
 docs/artifact.md, "Context coder", is the specification; encoder and decoder are one function.
 """
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -89,6 +91,7 @@ def _code_value(
     previous, before, above = around[4], around[5], around[6]
     fullness, touching, heavy = around[7], around[8], around[9]
     level = int(levels[r, c])
+    zero = 0 * speed  # numba would compile a version of each function for the literal 0
     sign = 1 if negatives == 0 else 0
     if 0 < negatives < clusters:
         at, slot = signs.start, signs.slot
@@ -100,7 +103,7 @@ def _code_value(
         slot[5] = at[5] + _side(previous) + 3 * _side(before) + 9 * _side(above)
         slot[5] += 27 * _side(north) + 81 * _side(west)
         sign = 1 if level > negatives else 0
-        sign = decide(signs, 0, 0, 2 * speed, 255, state, blob, sign, decode)
+        sign = decide(signs, zero, 2 * speed, state, blob, sign, decode)
     towards = 1 if sign else -1
     largest = clusters - negatives - 1 if sign else negatives - 1
     magnitude = level - negatives - 1 if sign else negatives - level
@@ -108,7 +111,7 @@ def _code_value(
     at, slot = steps.start, steps.slot
     buckets = at[1]
     start = 0
-    bucket = 0
+    bucket = zero
     while start + (1 << _bits(bucket)) <= largest:
         step = 1 << _bits(bucket)
         slot[0] = bucket
@@ -119,7 +122,7 @@ def _code_value(
         slot[5] = at[5] + (fullness * 4 + min(3, touching)) * buckets + bucket
         slot[6] = at[6] + heavy * buckets + bucket
         more = 1 if magnitude >= start + step else 0
-        if not decide(steps, 0, bucket, 2 * speed, 255, state, blob, more, decode):
+        if not decide(steps, bucket, 2 * speed, state, blob, more, decode):
             break
         start += step
         bucket += 1
@@ -129,7 +132,7 @@ def _code_value(
         bit = (magnitude - start) >> (_bits(bucket) - 1 - i) & 1
         if i < 3:
             offsets.slot[0] = bucket * 8 + node
-            bit = decide(offsets, 0, 0, 0, 255, state, blob, bit, decode)
+            bit = decide(offsets, zero, zero, state, blob, bit, decode)
             node = 2 * node + bit
         else:
             bit = rc.code(state, blob, ONE // 2, bit, decode)
@@ -234,7 +237,7 @@ def _code(
                 inputs[8] = (_log(_FINE * near_by // 6 + plus) - _log(r + 30) - average) * 22
                 inputs[9] = (_log(_FINE * kept + plus) - _log(c + 30) - average) * 22
                 bit = 1 if levels[r, c] else 0
-                bit = decide(places, 2, min(height >> 3, 15), speed, 1000, state, blob, bit, decode)
+                bit = decide(places, min(height >> 3, 15), speed, state, blob, bit, decode)
                 done += 1
                 total += bit
                 since += 1
@@ -314,6 +317,8 @@ def _run(
                 int(SQUASH[(base - 128) * _UNIT + LIMIT]) << 6,
                 16,
                 8192,
+                2,
+                1000,
             ),
             decisions([1, 81, 64, wide, high, 243], [2, 2, 2, 4, 4, 2], HALF, 1, 9830),
             decisions(
@@ -352,7 +357,8 @@ def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, s
     odds = np.log(max(kept, 1e-5) / max(1 - kept, 1e-5))
     base = int(np.clip(round(odds * 256 / _UNIT), -127, 127)) + 128
     dense = clusters > 1 and kept == 1.0
-    size, room = _FULL, levels.size // 16
+    # Enough for indices without structure; memory that stays untouched costs nothing.
+    size, room = _FULL, levels.size * (clusters.bit_length() + 2) // 16
     while size == _FULL:
         room = 2 * room + 2 * _SLACK
         buffer = np.zeros(room, np.uint8)
@@ -362,6 +368,12 @@ def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, s
     flags = dense | speed << 1 | (near > 0 or far > 0) << 3
     shifts = varint.encode(near) + varint.encode(far) if flags & 8 else b""
     return bytes([flags, base]) + shifts + buffer[:size].tobytes()
+
+
+@functools.cache
+def prepare() -> None:
+    """Compile the coder, which takes seconds where numba has not kept it on disk."""
+    encode(np.ones((1, 1), np.uint16), 1, 0, 0, 0, 0)
 
 
 def decode(blob: bytes, rows: int, columns: int, clusters: int, negatives: int) -> Levels:

@@ -33,12 +33,20 @@ class Decisions(NamedTuple):
     weight: Int64  # sets of INPUTS weights
     slot: Int64  # the counter that each context uses for the current decision
     inputs: Int64  # what is weighted in the current decision
+    ready: int  # how many of the inputs, after those of the counters, the caller sets
+    limit: int  # of the bits that a counter remembers
 
 
 def decisions(
-    sizes: Sequence[int], prior: Sequence[int], chance: int, sets: int, weight: int
+    sizes: Sequence[int],
+    prior: Sequence[int],
+    chance: int,
+    sets: int,
+    weight: int,
+    ready: int = 0,
+    limit: int = 255,
 ) -> Decisions:
-    """Nothing learnt yet: contexts of `sizes` counters, each at `chance` / 2^22."""
+    """The initial state: contexts of `sizes` counters, each at `chance` / 2^22."""
     start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return Decisions(
         start,
@@ -48,6 +56,8 @@ def decisions(
         np.full(sets * INPUTS, weight, np.int64),
         np.zeros(INPUTS, np.int64),
         np.zeros(INPUTS, np.int64),
+        ready,
+        limit,
     )
 
 
@@ -63,10 +73,8 @@ def count(chance: Int64, seen: Int64, at: int, bit: int, prior: int, limit: int)
 @jit
 def decide(
     kind: Decisions,
-    ready: int,
     which: int,
     speed: int,
-    limit: int,
     state: Int64,
     blob: NDArray[np.uint8],
     bit: int,
@@ -75,12 +83,10 @@ def decide(
     """Write or read one bit by the mixture of the counters in `slot`, and learn from it.
 
     Args:
-        ready: how many of `inputs`, after those of the counters, are set already.
         which: the set of weights.
         speed: of the weights.
-        limit: of the bits a counter remembers.
     """
-    _, chance, seen, prior, weight, slot, inputs = kind
+    _, chance, seen, prior, weight, slot, inputs, ready, limit = kind
     counters = prior.size - 1
     used = counters + ready
     first = which * INPUTS
