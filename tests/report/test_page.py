@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from trainer.report.distributions import Distribution, distributions
+from trainer.report.html import environment
 from trainer.report.page import page
 from trainer.report.svg import text_width
+from trainer.report.table import Table
 from trainer.report.tables import layers, phases, stages
 from trainer.report.theme import CHART
 
@@ -374,3 +376,13 @@ def test_weights_before_and_after_sharing():
     assert found.counts.sum() == 5
     assert (found.edges[0], found.edges[-1]) == pytest.approx((-1.0, 0.6))
     assert found.counts[0] == 1
+
+
+def test_dotted_names_break_after_dots_and_underscores_on_a_phone():
+    rendered = (
+        environment()
+        .get_template("macros.html.j2")
+        .module.table(Table("", ("trial", "model.kernel_size.0"), [("1", "3")]))
+    )
+    assert 'data-column="model.\u200bkernel_\u200bsize.\u200b0"' in rendered
+    assert ">model.kernel_size.0<" in rendered

@@ -1,6 +1,7 @@
 """report.html of a sweep: charts that show what their captions say, in a small file."""
 
 import json
+import math
 import random
 import re
 from types import SimpleNamespace
@@ -215,3 +216,27 @@ def test_a_sweep_in_a_notebook_shows_its_best_trials_analysis_and_charts(tmp_pat
         assert part in text
     assert "<html" not in text
     assert text.count("<svg") == len([svg for svgs in charts(study).values() for svg in svgs])
+
+
+def test_a_trial_pruned_after_its_first_epoch_is_a_dot():
+    trials = [
+        create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.5}),
+        create_trial(value=0.9, intermediate_values={1: 0.6, 2: 0.9}),
+    ]
+    both = plots.intermediate(trials, "accuracy")
+    without = plots.intermediate(trials[1:], "accuracy")
+    assert both.count("stroke-linecap: round") > without.count("stroke-linecap: round")
+    assert "pruned" in both
+    assert "pruned" not in without
+    assert "90.0%" in both
+    plots.intermediate([create_trial(value=1, intermediate_values={1: math.inf})], "loss")
+
+
+def test_columns_of_the_best_trials_are_sorted_although_each_has_parameters_of_its_own():
+    best = [
+        {"number": n, "values": {"accuracy": 0.9}, "params": dict.fromkeys(names, 1)}
+        for n, names in enumerate(["adf", "abf"])
+    ]
+    table = best_table(summary(best=best))
+    assert table.columns == ("trial", "accuracy", "a", "b", "d", "f")
+    assert table.rows == [("0", "90.00%", "1", "", "1", "1"), ("1", "90.00%", "1", "1", "", "1")]

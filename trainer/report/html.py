@@ -1,5 +1,6 @@
 """HTML: the templates that all reports share, and what they need to be rendered."""
 
+import re
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,13 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.globals["theme"] = {**PAGE, **CHART}
+    made.filters["breakable"] = _breakable
     return made
+
+
+def _breakable(name: str) -> str:
+    """Let a dotted name such as `model.kernel_size.0` break after its dots and underscores."""
+    return re.sub(r"([._])(?=\w)", "\\1\u200b", name)
 
 
 def render(template: str, **values: Any) -> str:

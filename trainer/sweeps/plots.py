@@ -1,5 +1,6 @@
 """The charts of a sweep as SVG, in the style of all reports (trainer.report.svg)."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -160,21 +161,27 @@ def pareto(
 
 def intermediate(trials: Sequence[FrozenTrial], label: str) -> str:
     """Draw the values that pruners compare, by epoch: those of pruned trials and of the others."""
+    curves = [(trial.state, sorted(watched_values(trial).items())) for trial in trials]
     with style():
         figure, axes = new_figure()
+        values = [value for _, curve in curves for _, value in curve if math.isfinite(value)]
+        value_axis(axes, axes.yaxis, label, values or [0.0])
         for state, colour, title in (
             (TrialState.PRUNED, RED, "pruned"),
             (TrialState.COMPLETE, BLUE, "complete"),
         ):
-            for trial in trials:
-                values = watched_values(trial)
-                if trial.state != state or not values:
-                    continue
-                steps = sorted(values)
-                heights = [values[step] for step in steps]
-                axes.plot(steps, heights, color=colour, alpha=0.5, linewidth=0.9, label=title)
+            found = [curve for its_state, curve in curves if its_state == state]
+            for curve in found:
+                if len(curve) > 1:
+                    steps, heights = zip(*curve, strict=True)
+                    axes.plot(steps, heights, color=colour, alpha=0.7, linewidth=0.9, label=title)
+            # A trial with a single value, such as one pruned after its first epoch.
+            single = [curve[0] for curve in found if len(curve) == 1]
+            if single:
+                steps, heights = zip(*single, strict=True)
+                entry = None if len(single) < len(found) else title
+                points(axes, steps, heights, colour, 4, 0.7, entry)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         legend(figure, axes, columns=2)
         return to_svg(figure, "intermediate")
