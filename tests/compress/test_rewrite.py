@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from trainer.compress.lstm import LinearLSTM
+from trainer.compress.layers import rebuild
 from trainer.compress.quantize import (
     ActivationQuantizer,
     WeightQuantizer,
@@ -20,7 +20,6 @@ from trainer.compress.rewrite import (
     foldable,
     restore,
     skeleton,
-    unroll_lstms,
 )
 from trainer.errors import ConfigError
 from trainer.models import ConvNet, LSTMLanguageModel, ResNetCifar
@@ -166,67 +165,10 @@ def test_a_linear_is_folded_where_samples_are_surely_flat(shape) -> None:
     assert foldable(Flat()) == {"bn1": "fc1", "bn2": "fc2"}
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_an_lstm_of_linears_computes_the_same(layers: int, batch_first: bool, bias: bool) -> None:
-    torch.manual_seed(0)
-    lstm = nn.LSTM(5, 7, layers, batch_first=batch_first, bias=bias)
-    inputs = torch.randn(3, 4, 5)
-    batch = 3 if batch_first else 4
-    state = torch.randn(layers, batch, 7), torch.randn(layers, batch, 7)
-    for given in (None, state):
-        expected, ends = lstm(inputs, given)
-        made, made_ends = LinearLSTM(lstm)(inputs, given)
-        torch.testing.assert_close(made, expected)
-        torch.testing.assert_close(made_ends, ends)
-    expected.sum().backward()
-    wanted = lstm.weight_hh_l0.grad.clone()
-    lstm.weight_hh_l0.grad = None
-    made.sum().backward()
-    torch.testing.assert_close(lstm.weight_hh_l0.grad, wanted)
-
-
-def test_the_weight_of_a_recurrence_is_computed_once_for_all_steps() -> None:
-    lstm = LinearLSTM(nn.LSTM(3, 4))
-    hh = lstm.layers[0].hh
-    attach(hh, "input", ActivationQuantizer(8))
-    reads = []
-
-    class Computed(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            reads.append(weight)
-            return weight
-
-    nn.utils.parametrize.register_parametrization(hh, "weight", Computed(), unsafe=True)
-    reads.clear()
-    calls = []
-    hh.input_quantizer.register_forward_hook(lambda *_: calls.append(_))
-    lstm(torch.randn(5, 2, 3))
-    assert (len(reads), len(calls)) == (1, 5)
-
-
-def test_other_lstms_are_left() -> None:
-    class Own(nn.LSTM):
-        pass
-
-    model = nn.ModuleDict(
-        {
-            "two": nn.LSTM(3, 4, bidirectional=True),
-            "p": nn.LSTM(3, 4, proj_size=2),
-            "own": Own(3, 4),
-        }
-    )
-    unroll_lstms(model)
-    assert all(isinstance(module, nn.LSTM) for module in model.values())
-    with pytest.raises(TypeError, match="not a packed sequence"):
-        LinearLSTM(nn.LSTM(3, 4))(nn.utils.rnn.pack_sequence([torch.randn(2, 3)]))
-
-
 def changed(model: nn.Module) -> nn.Module:
     """All changes at once, grids included."""
     fold_batch_norms(model)
-    unroll_lstms(model)
+    rebuild(model)
     shared: dict[int, WeightQuantizer] = {}
     for module in list(model.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):

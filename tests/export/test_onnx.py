@@ -188,6 +188,75 @@ def test_a_language_model_with_tied_weights_answers_as_pytorch_does() -> None:
     np.testing.assert_allclose(made, expected, atol=float(expected.abs().max()) / 20)
 
 
+def widths(model: nn.Module) -> list[str]:
+    """Of the weights."""
+    return [name for name in model.state_dict() if name.endswith(".width") and "put_" not in name]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.rnn = kind(8, 6, num_layers=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.rnn(x)[0]
+        return made
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.attention(x, x.flip(1), x.flip(1), need_weights=False)[0]
+        return made
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, 4))
+        self.up = nn.Parameter(torch.randn(3, 2))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.down.t() @ self.up.t() + self.bias
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (lambda: Recurrent(nn.GRU), torch.randn(5, 4, 8)),
+        (lambda: Recurrent(nn.RNN), torch.randn(5, 4, 8)),
+        (Attending, torch.randn(5, 4, 8)),
+        (
+            lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
+            torch.randn(5, 4, 8),
+        ),
+        (
+            lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 2, 3)),
+            torch.randn(5, 3, 5, 5),
+        ),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2)), torch.randn(5, 4, 5, 5)),
+        (lambda: nn.Sequential(LowRank()), torch.randn(5, 4)),
+    ],
+    ids=["gru", "rnn", "attention", "encoder", "transposed", "groups", "own"],
+)
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_layers_of_many_kinds_answer_as_pytorch_does(build, inputs, per_channel) -> None:
+    torch.manual_seed(0)
+    model = quantized(build(), inputs, per_channel=per_channel, layers=[LowRank])
+    content = to_onnx(model, inputs[:2])
+    weights = [integers for integers, _ in dequantized(content) if integers.ndim > 1]
+    assert len(weights) == len(widths(model)) > 0
+    assert all(integers.dtype == np.int8 for integers in weights)
+    expected = model(inputs).detach()
+    np.testing.assert_allclose(
+        OnnxModel(content)(inputs), expected, atol=float(expected.abs().max()) / 40
+    )
+
+
 def test_what_cannot_be_exported_is_said() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

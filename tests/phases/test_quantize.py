@@ -31,9 +31,9 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.BatchNorm1d(30), nn.Linear(30, 10))
 
 
-def run(phase: Any, model: nn.Module, inputs: Tensor, steps: int = 5) -> None:
+def run(phase: Any, model: nn.Module, inputs: Tensor, steps: int = 5, lr: float = 1e-3) -> None:
     phase.enter(model, WORLD)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=0.01)
     model.train()
     for step in range(steps):
         optimizer.zero_grad()
@@ -75,12 +75,15 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], said: str) -> None
 def test_settings_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ConfigError, match="'conv' matches no weight"):
         Quantize(fit=TRAINING, overrides={"conv": 4}).check_model(net())
-    gru = nn.ModuleDict({"gru": nn.GRU(3, 4)})
-    with pytest.raises(ConfigError, match=r"not gru.weight_ih_l0 \(of GRU\).* exempt=\[gru\]"):
+    gru = nn.ModuleDict({"gru": nn.GRU(3, 4, bidirectional=True)})
+    said = r"cannot be quantized: gru.weight_ih_l0 \(of GRU\), .* exempt=\[gru\], or exempt=\[unsup"
+    with pytest.raises(ConfigError, match=said):
         Quantize(fit=TRAINING).check_model(gru)
     gru.register_parameter("table", nn.Parameter(torch.ones(2, 2)))
     with pytest.raises(ConfigError, match=r"table \(of ModuleDict\).* exempt=\[table, gru\]"):
         Quantize(fit=TRAINING).check_model(gru)
+    with pytest.raises(ConfigError, match="no weight is left; none can be quantized"):
+        Quantize(fit=TRAINING, exempt=["unsupported"]).check_model(gru)
     shared = Quantize(fit=TRAINING, per_channel=False, keep=["zeros", "sharing"])
     folded = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(ConfigError, match=r"fold=true with keep=\[sharing\].* set fold=false"):
@@ -97,7 +100,7 @@ def test_settings_that_do_not_fit_the_model_are_refused() -> None:
 def test_weights_of_other_types_are_refused_by_name(dtype: torch.dtype, device: str) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4).to(dtype)).to(device)
     name = str(dtype).removeprefix("torch.")
-    said = rf"only float32 weights .* not 1\.weight \({name}\); convert .* exempt=\[1\]"
+    said = rf"cannot be quantized: 1\.weight \({name}; convert .*\.float\(\)\).* exempt=\[1\]"
     with pytest.raises(ConfigError, match=said):
         Quantize(fit=TRAINING).check_model(model)
     Quantize(fit=TRAINING, exempt=["1"]).check_model(model)
@@ -163,17 +166,19 @@ def test_ranges_are_those_of_one_worker(size: int) -> None:
 
 def test_a_layer_that_is_never_called_keeps_its_inputs() -> None:
     class Attending(nn.Module):
+        """An attention with a vdim is left as it is, and uses the weight of its out_proj."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.attention = nn.MultiheadAttention(8, 2, vdim=8, kdim=6, batch_first=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            made: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            made: Tensor = self.attention(x, x[..., :6], x, need_weights=False)[0]
             return made
 
     torch.manual_seed(0)
     model, inputs = Attending(), torch.randn(2, 3, 8)
-    exempt = ["attention.in_proj_weight"]
+    exempt = ["attention.?_proj_weight"]
     run(Quantize(fit=TRAINING, exempt=exempt), model, inputs)
     assert activation_quantizers(model) == []
     integers(model, "attention.out_proj.weight")
@@ -182,6 +187,166 @@ def test_a_layer_that_is_never_called_keeps_its_inputs() -> None:
     layer = model.attention.out_proj
     x = torch.randn(4, 8)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_all_unsupported_weights_are_exempt_at_once_and_listed() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+        model.register_module("gru", nn.GRU(3, 4, bidirectional=True))
+        model.register_parameter("table", nn.Parameter(torch.ones(2, 2)))
+        model.forward = lambda x: nn.Sequential.forward(model[:2], x)  # type: ignore[method-assign]
+        return model
+
+    model, inputs = build(), torch.randn(5, 6)
+    phase = Quantize(fit=TRAINING, exempt=["0", "unsupported"])
+    phase.check_model(model)
+    (line,) = phase.notices(model)
+    assert line.startswith("not quantized: table (of Sequential), gru.weight_ih_l0 (of GRU), gru.")
+    assert "0.weight" not in line
+    assert Quantize(fit=TRAINING, exempt=["gru", "table"]).notices(model) == []
+    assert Quantize(fit=TRAINING, exempt=["gru", "table", "unsupported"]).notices(model) == []
+    run(phase, model, inputs)
+    assert [name for name in model.state_dict() if name.endswith("width")] == [
+        "1.weight_quantizer.width",
+        "1.input_quantizer.width",
+    ]
+    assert torch.equal(restore(build(), model.state_dict()).eval()(inputs), model(inputs))
+
+
+class LowRank(nn.Module):
+    """A layer of one's own, with two weights."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, inputs))
+        self.up = nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.down.t() @ self.up.t()
+
+
+@pytest.mark.parametrize("layer", [LowRank, f"{__name__}.LowRank"])
+def test_weights_of_own_layers_are_quantized_on_request(layer: Any) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(LowRank(6, 5), nn.ReLU(), LowRank(5, 3))
+
+    model, inputs = build(), torch.randn(7, 6)
+    with pytest.raises(ConfigError, match=r"0.down \(of LowRank\)"):
+        Quantize(fit=TRAINING).check_model(model)
+    phase = Quantize(4, {"*.up": 3}, fit=TRAINING, layers=[layer], outputs=["2"])
+    phase.check_model(model)
+    run(phase, model, inputs)
+    assert integers(model, "0.down").abs().max() == 7
+    assert integers(model, "2.up").abs().max() == 3
+    assert len(activation_quantizers(model)) == 3  # one for each input, and an output
+    content = artifact.encode({k: v.clone() for k, v in model.state_dict().items()})
+    again = restore(build(), artifact.loads(content)).eval()
+    assert torch.equal(again(inputs), model(inputs))
+    kinds = {layer["name"]: layer["kind"] for layer in artifact.describe(content).layers}
+    assert kinds["0.down"] == kinds["2.up"] == "quantized"
+
+
+@pytest.mark.parametrize("layer", ["nowhere.Layer", "torch.nn.functional.relu", 3])
+def test_what_is_no_layer_is_refused(layer: Any) -> None:
+    with pytest.raises(ConfigError, match="layers"):
+        Quantize(fit=TRAINING, layers=[layer])
+
+
+class Conv1D(nn.Module):
+    """That of transformers, which is a Linear with a transposed weight."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf, self.nx = outputs, inputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any, **settings: Any) -> None:
+        super().__init__()
+        self.rnn = kind(8, 6, num_layers=2, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.rnn(x)[0]
+        return made
+
+
+class Attention(nn.Module):
+    def __init__(self, crossed: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.crossed = crossed
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x.flip(1) if self.crossed else x
+        made: Tensor = self.attention(x, other, other)[0]
+        return made
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "names"),
+    [
+        (lambda: Recurrent(nn.GRU), (3, 4, 8), ["rnn.layers.0.ih", "rnn.layers.1.hh"]),
+        (lambda: Recurrent(nn.RNN, nonlinearity="relu"), (3, 4, 8), ["rnn.layers.1.ih"]),
+        (Attention, (3, 4, 8), ["attention.in_proj", "attention.out_proj"]),
+        (lambda: Attention(crossed=True), (3, 4, 8), ["attention.in_proj"]),
+        (encoder, (3, 4, 8), ["layers.1.self_attn.in_proj", "layers.0.linear1"]),
+        (lambda: nn.Sequential(Conv1D(5, 8), nn.ReLU(), Conv1D(5, 5)), (3, 8), ["0", "2"]),
+        (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3, 2)), (3, 3, 5), ["0"]),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2)), (3, 4, 5, 5), ["0"]),
+        (lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 3)), (3, 3, 5, 3, 3), ["0"]),
+    ],
+    ids=["gru", "rnn", "attention", "cross", "encoder", "conv1d", "ct1", "ct2", "ct3"],
+)
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_layers_of_many_kinds_compute_nearly_the_same_and_are_decoded_bit_for_bit(
+    build: Any, shape: tuple[int, ...], names: list[str], per_channel: bool
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = build(), torch.randn(shape)
+    initial = copy.deepcopy(model).eval()
+    phase = Quantize(fit=TRAINING, per_channel=per_channel)
+    phase.check_model(model)
+    run(phase, model, inputs, 1, lr=0.0)
+    expected = initial(inputs)
+    assert (model(inputs) - expected).abs().max() < 0.05 * expected.abs().max()
+    for name in names:
+        integers(model, f"{name}.weight")
+        assert f"{name}.input_quantizer.range" in model.state_dict()
+    content = artifact.encode({k: v.clone() for k, v in model.state_dict().items()})
+    again = restore(build(), artifact.loads(content)).eval()
+    assert torch.equal(again(inputs), model(inputs))
+    assert list(again.state_dict()) == list(model.state_dict())
+
+
+def test_a_conv1d_that_is_not_quantized_keeps_its_weight() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(6, 6), nn.ReLU(), Conv1D(6, 6))
+
+    model, inputs = build(), torch.randn(3, 6)
+    run(Quantize(fit=TRAINING, exempt=["0"]), model, inputs)
+    again = restore(build(), model.state_dict()).eval()
+    assert type(again[0]) is Conv1D
+    assert type(again[2]) is nn.Linear
+    assert torch.equal(again(inputs), model(inputs))
+    tied = nn.Sequential(Conv1D(6, 6), Conv1D(6, 6))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ConfigError, match=r"0.weight \(of Conv1D, tied to another weight\)"):
+        Quantize(fit=TRAINING).check_model(tied)
 
 
 @pytest.mark.parametrize(("bits", "per_channel"), [(8, True), (4, False), (2, True)])

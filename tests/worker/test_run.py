@@ -13,7 +13,8 @@ from trainer.data import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import Diverged
 from trainer.experiment import Experiment
-from trainer.messages import Checkpoint, PhaseEnded, RunStarted
+from trainer.messages import Checkpoint, Notice, PhaseEnded, RunStarted
+from trainer.models import LeNet300
 from trainer.phases import Phase
 from trainer.worker.run import Start, run_phases
 
@@ -72,6 +73,28 @@ def test_the_start_announces_the_steps_of_every_phase():
     assert isinstance(started, RunStarted)
     assert started.phase_steps == (STEPS, 0)
     assert not started.sequence_targets  # one class for each image
+
+
+def test_what_quantize_leaves_as_it_is_is_listed_once():
+    settings = {"_target_": "trainer.phases.Quantize", "fit": FIT, "exempt": ["unsupported"]}
+    cfg = config(
+        model={"_target_": f"{__name__}.WithTable"},
+        phases={"quantize": settings},
+        checkpoint={"every_steps": 3, "every_seconds": None},
+    )
+    world = World.single(torch.device("cpu"))
+    messages = list(run_phases(world, cfg, Start(0)))
+    notices = [message.text for message in messages if isinstance(message, Notice)]
+    assert notices == ["phases.quantize: not quantized: table (of WithTable)"]
+    kept = next(message.content for message in messages if isinstance(message, Checkpoint))
+    resumed = run_phases(world, cfg, Start(0, checkpoint=kept))
+    assert not [message for message in resumed if isinstance(message, Notice)]
+
+
+class WithTable(LeNet300):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.ones(2, 2))
 
 
 def test_weights_that_the_last_update_spoiled_are_not_accepted():

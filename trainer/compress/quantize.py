@@ -4,9 +4,10 @@ Jacob et al., Quantization and Training of Neural Networks for Efficient Integer
 Inference, CVPR 2018, arXiv:1712.05877. The gradient passes straight through the rounding, and is
 zero where a number lies beyond the grid (Bengio et al. 2013, arXiv:1308.3432).
 
-A quantizer is a child of the layer that it serves, `weight_quantizer`, `input_quantizer` or
-`output_quantizer`, and its grid is in the state_dict. That of the inputs runs whenever the layer
-is called. That of the weight only says which grid the weight is on, once training is over.
+A quantizer is a child of the layer that it serves: `weight_quantizer` for its parameter `weight`,
+`input_quantizer` or `output_quantizer`. Its grid is in the state_dict. Quantizers of inputs and
+outputs run whenever the layer is called. The quantizer of a weight only says, once training is
+over, which grid the weight is on.
 """
 
 import math
@@ -20,8 +21,8 @@ from trainer.errors import Diverged
 
 BITS = range(2, 9)
 
-# Layers whose weight and input can be quantized.
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+INPUT, OUTPUT = "input", "output"
+"""What `attach` calls the first argument of a layer and its result."""
 
 _MIN_SCALE = 1e-12  # scale: below it, its inverse would not be finite in fp32 arithmetic
 _MIN_CHANNEL_SCALE = 1e-4  # scale of a channel, as a fraction of the weight's largest one
@@ -174,12 +175,20 @@ class ActivationQuantizer(Quantizer):
 
 
 def attach(layer: nn.Module, kind: str, quantizer: Quantizer) -> None:
-    """Make `quantizer` the layer's `kind`_quantizer: "weight", "input" or "output"."""
+    """Make `quantizer` the layer's `kind`_quantizer.
+
+    Args:
+        layer: A layer with parameters.
+        kind: Name of one of its parameters, for a `WeightQuantizer`; else INPUT or OUTPUT.
+        quantizer: May serve several layers, as that of a tied weight.
+    """
     device = next(layer.parameters()).device
     layer.add_module(f"{kind}_quantizer", quantizer.to(device).train(layer.training))
-    if kind == "input":
+    if not isinstance(quantizer, ActivationQuantizer):
+        return
+    if kind == INPUT:
         quantizer.handles.append(layer.register_forward_pre_hook(_quantize_input, with_kwargs=True))
-    elif kind == "output":
+    else:
         quantizer.handles.append(layer.register_forward_hook(_quantize_output))
 
 
@@ -190,7 +199,7 @@ def detach_unused(model: nn.Module) -> None:
     keeps the inputs that it gets.
     """
     for layer in list(model.modules()):
-        for kind in ("input", "output"):
+        for kind in (INPUT, OUTPUT):
             quantizer = getattr(layer, f"{kind}_quantizer", None)
             if isinstance(quantizer, ActivationQuantizer) and quantizer.empty:
                 for handle in quantizer.handles:
@@ -227,11 +236,18 @@ def _quantize_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     quantizer: Any = module.input_quantizer
     if args:
-        return (quantizer(args[0]), *args[1:]), kwargs
+        first = args[0]
+        return ((quantizer(first) if _is_float(first) else first), *args[1:]), kwargs
     name = next(iter(kwargs))  # self.fc(input=x)
-    return args, {**kwargs, name: quantizer(kwargs[name])}
+    first = kwargs[name]
+    return args, {**kwargs, name: quantizer(first) if _is_float(first) else first}
 
 
-def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    made: Tensor = module.output_quantizer(output)  # type: ignore[operator]
-    return made
+def _is_float(value: object) -> bool:
+    """Whether a value can be quantized; indices of an embedding cannot."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
+    quantizer: Any = module.output_quantizer
+    return quantizer(output) if _is_float(output) else output

@@ -1,8 +1,8 @@
-"""What quantization changes in the structure of a model: batch norm is folded into the layer before
-it, an LSTM is made of Linears, layers get quantizers.
+"""How quantization changes the structure of a model, and how a fresh model gets that structure.
 
-Nothing needs to be recorded beside the weights: their names say which changes were made, and
-`apply_structure` makes them on a fresh model.
+Batch norm is folded into the layer before it, recurrent networks and attention are rebuilt from
+Linear layers (trainer.compress.layers), and layers get quantizers. The names in the state_dict say
+which changes were made, so that `apply_structure` needs nothing else.
 """
 
 import copy
@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainer.compress.lstm import LinearLSTM, convertible
+from trainer.compress.layers import rebuild_as
 from trainer.compress.quantize import (
     BITS,
-    LAYERS,
+    INPUT,
+    OUTPUT,
     ActivationQuantizer,
     WeightQuantizer,
     attach,
@@ -38,6 +39,8 @@ _FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
 # What gives as many dimensions as it takes.
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 _LAYERS_OF_ONE_SHAPE = (nn.Linear, nn.BatchNorm1d, nn.Identity, nn.Dropout, *_ACTIVATIONS)
+_QUANTIZER = "_quantizer"  # the last part of a quantizer's name
+
 _FUNCTIONS_OF_ONE_SHAPE = ("relu", torch.relu, F.relu, "tanh", torch.tanh, F.gelu, F.dropout)
 
 
@@ -59,16 +62,16 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def apply_structure(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The structure alone; a state_dict without quantizers leaves it as it is.
+    """Give `model` the structure alone; a state_dict without quantizers leaves it as it is.
 
-    Raises RuntimeError where an entry of a quantizer fits no layer, or is damaged.
+    Raises:
+        RuntimeError: An entry of a quantizer fits no layer, or is damaged.
     """
-    if not any(name.endswith("_quantizer.width") for name in state):
+    if not any(name.endswith(f"{_QUANTIZER}.width") for name in state):
         return
+    rebuild_as(model, state)
     for name, module in list(model.named_modules()):
-        if convertible(module) and f"{name}.layers.0.ih.weight" in state:
-            model.set_submodule(name, LinearLSTM(module))
-        elif isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm):
             own = [f"{name}.{key}" in state for key in module.state_dict()]
             if own and not any(own):
                 model.set_submodule(name, nn.Identity())
@@ -78,26 +81,23 @@ def apply_structure(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             module.bias = nn.Parameter(weight.new_zeros(len(weight)))
     shared: dict[int, WeightQuantizer] = {}
     for name, module in list(model.named_modules()):
-        for kind in ("weight", "input", "output"):
-            prefix = f"{name}.{kind}_quantizer".removeprefix(".")
-            if f"{prefix}.width" not in state:
-                continue
-            if not isinstance(module, LAYERS):
-                raise RuntimeError(f"{prefix}: a {type(module).__name__} has no quantizer")
-            bits = _bits(f"{prefix}.width", state)
-            if kind == "weight":
-                channels = _channels(f"{prefix}.scale", state, module.weight)
-                quantizer = WeightQuantizer(bits, channels)
-                attach(module, kind, shared.setdefault(id(module.weight), quantizer))
-            else:
-                attach(module, kind, ActivationQuantizer(bits))
-
-
-def unroll_lstms(model: nn.Module) -> None:
-    """Make every LSTM of Linear layers but bidirectional and projected ones, in place."""
-    for name, module in list(model.named_modules()):
-        if name and convertible(module):
-            model.set_submodule(name, LinearLSTM(module))
+        prefix = f"{name}." if name else ""
+        weights = {
+            kind: weight
+            for kind, weight in module._parameters.items()
+            if weight is not None and f"{prefix}{kind}{_QUANTIZER}.width" in state
+        }
+        for kind, weight in weights.items():
+            entry = f"{prefix}{kind}{_QUANTIZER}"
+            channels = _channels(f"{entry}.scale", state, weight)
+            quantizer = WeightQuantizer(_bits(f"{entry}.width", state), channels)
+            attach(module, kind, shared.setdefault(id(weight), quantizer))
+        for kind in (INPUT, OUTPUT):
+            entry = f"{prefix}{kind}{_QUANTIZER}"
+            if f"{entry}.width" in state:
+                if not weights:
+                    raise RuntimeError(f"{entry}: this {type(module).__name__} has no quantizer")
+                attach(module, kind, ActivationQuantizer(_bits(f"{entry}.width", state)))
 
 
 @torch.no_grad()
@@ -210,10 +210,10 @@ def _bits(name: str, state: Mapping[str, Tensor]) -> int:
 
 def _channels(name: str, state: Mapping[str, Tensor], weight: Tensor) -> int | None:
     shape = tuple(state[name].shape) if name in state else None
-    if shape not in ((), (len(weight),)):
+    if shape not in ((), tuple(weight.shape[:1])):
         raise RuntimeError(
             f"{name} is missing or damaged: a weight of shape {[*weight.shape]} has one scale, or "
-            f"{len(weight)}"
+            "one for each index of its first dimension"
         )
     return len(weight) if shape else None
 

@@ -25,6 +25,7 @@ from trainer.errors import RunError, first_line
 
 OPSET = 21  # the first that quantizes to all types of integers that are used here
 INPUT, OUTPUT = "input", "logits"
+_INTEGER_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that runtimes compute so
 _LARGEST = 2.0**30  # bias in its file, in steps: as much again is left for the products
 
 
@@ -76,45 +77,48 @@ def is_quantized(model: nn.Module) -> bool:
 
 def _put_integers(name: str, layer: nn.Module) -> None:
     """Let a quantized layer compute with what ONNX calls quantized tensors."""
-    weights, inputs = (getattr(layer, f"{kind}_quantizer", None) for kind in ("weight", "input"))
-    if isinstance(weights, WeightQuantizer):
-        _check_finite(name, layer)
-        integers, scale = _integers(f"{name}.weight".removeprefix("."), layer, weights)
-        bias = getattr(layer, "bias", None)
+    prefix = f"{name}." if name else ""
+    for kind, child in list(layer.named_children()):
+        kind = kind.removesuffix("_quantizer")
+        if not isinstance(child, WeightQuantizer):
+            continue
+        _check_finite(prefix, layer, kind)
+        integers, scale = _integers(prefix + kind, getattr(layer, kind).detach(), child)
+        inputs = getattr(layer, "input_quantizer", None)
+        bias = getattr(layer, "bias", None) if isinstance(layer, _INTEGER_BIAS) else None
         if bias is not None and isinstance(inputs, ActivationQuantizer) and inputs.ready:
             step = inputs.grid()[0]
             integers, scale = _fitted(integers, scale, bias.detach().double() / step)
             unit = (step * scale).expand(len(bias)).clone()
             count = (bias.detach().double() / unit).round()
             _replace(layer, "bias", count.to(torch.int32), unit)
-        _replace(layer, "weight", integers.to(torch.int8), scale)
+        _replace(layer, kind, integers.to(torch.int8), scale)
     for kind in ("input", "output"):
         quantizer = getattr(layer, f"{kind}_quantizer", None)
         if isinstance(quantizer, ActivationQuantizer) and quantizer.ready:
             setattr(layer, f"{kind}_quantizer", _Quantized(quantizer))
 
 
-def _check_finite(name: str, layer: nn.Module) -> None:
+def _check_finite(prefix: str, layer: nn.Module, kind: str) -> None:
     """Raise RunError where a layer has no integers: NaN would become the smallest one."""
     for key, value in layer.state_dict().items():
         ranges = key.endswith("_quantizer.range")
-        if key in ("weight", "bias") or ranges:
+        if key in (kind, "bias") or ranges:
             odd = value.isinf() if ranges else ~value.isfinite()  # a range is NaN until it is set
             if bool(odd.any()):
                 raise RunError(
-                    f"{name}.{key}".removeprefix(".") + " holds NaN or Inf, which no integer "
-                    "represents: the training diverged, or the file is damaged"
+                    f"{prefix}{key} holds NaN or Inf, which no integer represents: the training "
+                    "diverged, or the file is damaged"
                 )
 
 
-def _integers(name: str, layer: nn.Module, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
+def _integers(name: str, weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
     """A weight as integers (float32), and their scale. Raises RunError.
 
     Integers of few bits are multiplied up to 7 bits, which makes the steps finer in which a bias is
     counted. With the eighth, sums of two products could overflow the 16 bits that some kernels for
     x86 have for them.
     """
-    weight = cast(Tensor, layer.weight).detach()
     steps = weight / broadcast_scale(quantizer.scale, weight.ndim)
     integers = steps.round()
     limit = quantizer.max_integer

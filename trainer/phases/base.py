@@ -78,6 +78,14 @@ class Phase:
                 have shapes but no values. Must not be changed.
         """
 
+    def notices(self, model: nn.Module) -> list[str]:
+        """Lines to show the user before the run, such as what the phase will leave as it is.
+
+        Args:
+            model: As for `check_model`. Must not be changed.
+        """
+        return []
+
     def enter(self, model: nn.Module, world: World) -> None:
         """Prepare the model for training, in place. The optimizer is made afterwards.
 

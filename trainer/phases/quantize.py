@@ -1,50 +1,58 @@
 """Quantization-aware training: weights and layer inputs are rounded while the model trains."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from trainer.compress.half import round_to_half
 from trainer.compress.install import fold, install
+from trainer.compress.layers import LAYERS, SUPPORTED, is_transposed, rebuild, transpose
 from trainer.compress.parametrize import FakeQuant
 from trainer.compress.quantize import (
     BITS,
-    LAYERS,
+    INPUT,
+    OUTPUT,
     ActivationQuantizer,
     WeightQuantizer,
     activation_quantizers,
     attach,
     detach_unused,
 )
-from trainer.compress.rewrite import fold_batch_norms, foldable, skeleton, unroll_lstms
+from trainer.compress.rewrite import fold_batch_norms, foldable, skeleton
 from trainer.compress.select import (
     ParameterRef,
     match_patterns,
     module_of,
     parameters,
     select_weights,
+    weights,
 )
 from trainer.config import FitConfig, check_choice
+from trainer.config.instantiate import locate
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
 from trainer.phases.retrain import surviving
+
+UNSUPPORTED = "unsupported"
+"""In `exempt`: all weights that cannot be quantized."""
 
 
 @dataclass
 class Quantize(Phase):
     """Round weights and layer inputs to a grid of few integers, and train with the rounding.
 
-    Batch norm is folded first where that changes nothing (trainer.compress.rewrite.foldable). An
-    LSTM is rebuilt from Linear layers, so that its weights get names such as
-    "lstm.layers.0.ih.weight", which patterns must use. The scale of a weight is the one of least
-    squared error at the start and stays fixed. The range of an input is a moving average of the
-    smallest and largest finite value of each step over all ranks; the first step, before there is a
-    range, rounds weights only. Jacob et al., CVPR 2018, arXiv:1712.05877.
+    Batch norm is folded first where that changes nothing (trainer.compress.rewrite.foldable).
+    LSTM, GRU, RNN and MultiheadAttention are rebuilt from Linear layers, so that their weights get
+    names such as "lstm.layers.0.ih.weight" and "attention.in_proj.weight", which patterns must use.
+    The scale of a weight is the one of least squared error at the start and stays fixed. The range
+    of an input is a moving average of the smallest and largest finite value of each step over all
+    ranks; the first step, before there is a range, rounds weights only. Jacob et al., CVPR 2018,
+    arXiv:1712.05877.
 
     The phase leaves plain weights that lie on their grid, and quantizers that hold scales and
     ranges (trainer.compress.quantize). Inputs of a layer that the model never calls, and inputs
@@ -55,12 +63,16 @@ class Quantize(Phase):
         overrides: Bits by name pattern.
         activations: Bits of a layer's input, 2 to 8; None: only weights are quantized.
         outputs: Name patterns of layers whose output is quantized as well.
-        per_channel: Whether each output channel has its own scale, or one per weight.
+        layers: Your own classes of layers whose weights can be quantized as well, or their dotted
+            paths; docs/own-layer.md says what they must do.
+        per_channel: Whether each output channel has its own scale, or one per weight. Channels are
+            the first dimension of a weight; in a ConvTranspose these are the input's.
         momentum: Weight of a step in the moving average of the ranges, in (0, 1].
         fold: Whether batch norm is folded into the layer before it.
         keep: Properties of the weights that are preserved: "zeros", "sharing".
         include: Name patterns of the weights to quantize.
-        exempt: Name patterns of weights that are not quantized after all.
+        exempt: Name patterns of weights that are not quantized after all; "unsupported" for all
+            weights that cannot be quantized.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -70,6 +82,7 @@ class Quantize(Phase):
     overrides: dict[str, int] = field(default_factory=dict)
     activations: int | None = 8
     outputs: list[str] = field(default_factory=list)
+    layers: list[Any] = field(default_factory=list)
     per_channel: bool = True
     momentum: float = 0.05
     fold: bool = True
@@ -108,6 +121,7 @@ class Quantize(Phase):
             )
         if self.outputs and self.activations is None:
             raise ConfigError(f"outputs={self.outputs} with activations=null: set activations=8")
+        self._own_layers()
 
     def check_model(self, model: nn.Module) -> None:
         if self.fold and "sharing" in self.keep and foldable(model):
@@ -147,49 +161,96 @@ class Quantize(Phase):
         detach_unused(model)
         round_to_half(model)
 
+    def notices(self, model: nn.Module) -> list[str]:
+        if UNSUPPORTED not in self.exempt:
+            return []
+        exempt = self._prepare(skeleton(model))[1]
+        return [f"not quantized: {_list(exempt)}"] if exempt else []
+
     def _rewrite(self, model: nn.Module) -> dict[str, WeightQuantizer]:
         """Change the structure; return the quantizer of each weight. Raises ConfigError."""
-        if self.fold:
-            fold_batch_norms(model)
-        unroll_lstms(model)
-        chosen = select_weights(model, self.include, self.exempt)
-        _check_layers(chosen)
+        chosen, _ = self._prepare(model)
         bits = dict.fromkeys(chosen, self.bits) | match_patterns(self.overrides, chosen)
         outputs = match_patterns(dict.fromkeys(self.outputs, True), chosen)
         made = {}
         for name, places in chosen.items():
             channels = len(places[0].value) if self.per_channel else None
             made[name] = WeightQuantizer(bits[name], channels)
-            for layer, _ in places:
-                attach(layer, "weight", made[name])
-                if self.activations is not None and not isinstance(layer, nn.Embedding):
-                    attach(layer, "input", ActivationQuantizer(self.activations))
-                if self.activations is not None and name in outputs:
-                    attach(layer, "output", ActivationQuantizer(self.activations))
+            for layer, attribute in places:
+                attach(layer, attribute, made[name])
+                if self.activations is None:
+                    continue
+                if not isinstance(layer, nn.Embedding) and not hasattr(layer, "input_quantizer"):
+                    attach(layer, INPUT, ActivationQuantizer(self.activations))
+                if name in outputs and not hasattr(layer, "output_quantizer"):
+                    attach(layer, OUTPUT, ActivationQuantizer(self.activations))
         return made
 
+    def _prepare(self, model: nn.Module) -> tuple[dict[str, list[ParameterRef]], dict[str, str]]:
+        """Fold batch norm and rebuild layers, in place.
 
-def _check_layers(chosen: Mapping[str, list[ParameterRef]]) -> None:
-    wrong = {
-        name: type(layer).__name__
-        for name, places in chosen.items()
-        for layer, attribute in places
-        if not isinstance(layer, LAYERS) or attribute != "weight"
-    }
-    if wrong:
-        found = ", ".join(f"{name} (of {kind})" for name, kind in wrong.items())
-        raise ConfigError(
-            "only weights of Linear, Conv, Embedding and a plain LSTM can be quantized, not "
-            f"{found}; exempt=[{_patterns(wrong)}]"
-        )
-    types = {name: places[0].value.dtype for name, places in chosen.items()}
-    wide = {name: dtype for name, dtype in types.items() if dtype is not torch.float32}
-    if wide:
-        found = ", ".join(f"{n} ({str(t).removeprefix('torch.')})" for n, t in wide.items())
-        raise ConfigError(
-            f"only float32 weights can be quantized, not {found}; convert the model with .float(), "
-            f"or set exempt=[{_patterns(wide)}]"
-        )
+        Returns:
+            The weights to quantize, and the unsupported ones that are exempt, with the reasons.
+
+        Raises:
+            ConfigError: A weight cannot be quantized, or none is left.
+        """
+        if self.fold:
+            fold_batch_norms(model)
+        rebuild(model)
+        exempt = [pattern for pattern in self.exempt if pattern != UNSUPPORTED]
+        chosen = select_weights(model, self.include, exempt)
+        own = self._own_layers()
+        reasons = {
+            name: reason
+            for name, places in chosen.items()
+            if (reason := _unsupported(places, own)) is not None
+        }
+        if reasons and UNSUPPORTED not in self.exempt:
+            raise ConfigError(
+                f"these weights cannot be quantized: {_list(reasons)}; those of {SUPPORTED} can, "
+                f"and those of classes in layers=[...]. Set exempt=[{_patterns(reasons)}], or "
+                f"exempt=[{UNSUPPORTED}] for all of them"
+            )
+        if len(reasons) == len(chosen):
+            raise ConfigError(f"exempt={[*self.exempt]}: no weight is left; none can be quantized")
+        names = [name for name in chosen if name not in reasons]
+        transpose(model, [module_of(name) for name in names if is_transposed(chosen[name][0][0])])
+        places = weights(model)
+        return {name: places[name] for name in names}, reasons
+
+    def _own_layers(self) -> tuple[type[nn.Module], ...]:
+        """The classes in `layers`. Raises ConfigError where one is none."""
+        found = []
+        for layer in self.layers:
+            kind = locate("layers", {"_target_": layer}, {}) if isinstance(layer, str) else layer
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ConfigError(
+                    f"layers: {layer} is no class of layers; it must derive from torch.nn.Module"
+                )
+            found.append(kind)
+        return tuple(found)
+
+
+def _unsupported(places: Sequence[ParameterRef], own: tuple[type[nn.Module], ...]) -> str | None:
+    """Why a weight cannot be quantized; None: it can."""
+    dtype = places[0].value.dtype
+    for layer, attribute in places:
+        kind = type(layer).__name__
+        if attribute in (INPUT, OUTPUT):
+            return f"a parameter of {kind} with a name that quantizers use"
+        if is_transposed(layer) and len(places) > 1:
+            return f"of {kind}, tied to another weight"
+        builtin = attribute == "weight" and (isinstance(layer, LAYERS) or is_transposed(layer))
+        if not (builtin or isinstance(layer, own)):
+            return f"of {kind}"
+    if dtype is not torch.float32:
+        return f"{str(dtype).removeprefix('torch.')}; convert the model with .float()"
+    return None
+
+
+def _list(reasons: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
 
 
 def _patterns(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from trainer.engine.loop import steps_in
 from trainer.engine.world import World
 from trainer.errors import RunError
 from trainer.experiment import Experiment
-from trainer.messages import Message, RunStarted, RunStopped
+from trainer.messages import Message, Notice, RunStarted, RunStopped
 from trainer.phases import Phase, RoundPhase
 from trainer.phases.structure import StructureChange, from_metadata
 from trainer.store.checkpoints import ResumePoint
@@ -93,6 +93,9 @@ def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[M
         ),
         sequence_targets=len(target_shape) == 1,
     )
+    if start.phase == 0 and start.checkpoint is None:
+        for name, phase in phases.items():
+            yield from (Notice(f"phases.{name}: {line}") for line in phase.notices(model))
     epochs_before = 0
     last_dense = experiment.stages[0].phase
     for index, (name, phase) in enumerate(phases.items()):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from trainer.compress.lstm import LinearLSTM
+from trainer.compress.recurrent import LinearLSTM
 from trainer.errors import ConfigError, first_line
 
 # What a call does, from the modules, functions and methods that do it.

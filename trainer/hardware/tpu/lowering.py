@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from trainer.compress.lstm import LinearLSTM
+from trainer.compress.recurrent import LinearLSTM
 from trainer.errors import ConfigError
 from trainer.hardware.tpu.arithmetic import (
     Epilogue,

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 from torch import nn
 
-from trainer.compress.lstm import LinearLSTM
+from trainer.compress.recurrent import LinearLSTM
 from trainer.hardware.tpu.arithmetic import (
     FIXED_POINT,
     UNIT,

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from trainer.compress.lstm import LinearLSTM
 from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, broadcast_scale
+from trainer.compress.recurrent import LinearLSTM
 from trainer.errors import ConfigError
 from trainer.hardware.tpu.arithmetic import Floats, Grid, Ints
 from trainer.hardware.tpu.graph import Trace

@@ -1,0 +1,166 @@
+"""Recurrent networks built from Linear layers, so that their matrix products can be quantized.
+
+Each class here computes what the torch.nn layer that it is made from computes, up to rounding, one
+time step after the other. Layer n has the Linears `layers.n.ih`, applied to its inputs, and
+`layers.n.hh`, applied to its hidden state.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+
+State = tuple[Tensor, ...]
+"""Hidden state [N, hidden] of one layer; for an LSTM followed by its cell state."""
+
+
+class LinearRecurrent(nn.Module):
+    """Base class: layers in sequence, with dropout between them.
+
+    Input [N, T, input] (batch_first) or [T, N, input] -> output of the last layer in the same
+    order, and the final state, [layers, N, hidden] or a tuple of such tensors.
+    """
+
+    source: type[nn.RNNBase]
+    """The torch.nn class that it replaces."""
+
+    states = 1
+    """Number of tensors in the state."""
+
+    def __init__(self, source: nn.RNNBase) -> None:
+        """Take over the weights of `source`.
+
+        Raises:
+            ValueError: `source` is of another class, bidirectional or projected.
+        """
+        super().__init__()
+        if not self.accepts(source):
+            raise ValueError(f"a {type(source).__name__} cannot be built from Linear layers here")
+        self.batch_first = source.batch_first
+        self.dropout = float(source.dropout)
+        self.hidden_size = source.hidden_size
+        self.layers = nn.ModuleList(_Layer(source, number) for number in range(source.num_layers))
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether a module can be replaced. A subclass cannot: it may compute something else."""
+        return (
+            type(module) is cls.source
+            and isinstance(module, nn.RNNBase)
+            and not module.bidirectional
+            and not module.proj_size
+        )
+
+    def step(self, inputs: Tensor, hidden: Tensor, state: State) -> State:
+        """Compute the next state of one layer.
+
+        Args:
+            inputs: Product of the inputs with the weights of all gates, [N, gates * hidden].
+            hidden: The same product of the hidden state.
+            state: Of the step before.
+        """
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Raises TypeError for a packed sequence."""
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"a quantized {self.source.__name__} takes a padded tensor, not a packed sequence"
+            )
+        batched = inputs.ndim == 3
+        x = inputs if batched else inputs.unsqueeze(1)
+        if batched and self.batch_first:
+            x = x.transpose(0, 1)
+        if state is None:
+            zero = x.new_zeros(len(self.layers), x.shape[1], self.hidden_size)
+            initial: State = (zero,) * self.states
+        else:
+            initial = (state,) if self.states == 1 else tuple(state)
+            initial = initial if batched else tuple(part.unsqueeze(1) for part in initial)
+        ends: list[State] = []
+        for number, layer in enumerate(self.layers):
+            if number:
+                x = dropout(x, self.dropout, self.training)
+            x, end = self._run(layer, x, tuple(part[number] for part in initial))
+            ends.append(end)
+        final = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+        if not batched:
+            x, final = x.squeeze(1), tuple(part.squeeze(1) for part in final)
+        elif self.batch_first:
+            x = x.transpose(0, 1)
+        return x, (final[0] if self.states == 1 else final)
+
+    def _run(self, layer: Any, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """Run one layer over all steps; products with the inputs are computed for all at once."""
+        outputs = []
+        weight = layer.hh.weight  # read once for all steps: a trained one is computed at each use
+        for gates in layer.ih(inputs).unbind():
+            state = self.step(gates, layer.hh(state[0], weight), state)
+            outputs.append(state[0])
+        return torch.stack(outputs), state
+
+
+class LinearLSTM(LinearRecurrent):
+    """An nn.LSTM built from Linear layers; its state is (h, c)."""
+
+    source = nn.LSTM
+    states = 2
+
+    def step(self, inputs: Tensor, hidden: Tensor, state: State) -> State:
+        i, f, g, o = (inputs + hidden).chunk(4, -1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class LinearGRU(LinearRecurrent):
+    """An nn.GRU built from Linear layers."""
+
+    source = nn.GRU
+
+    def step(self, inputs: Tensor, hidden: Tensor, state: State) -> State:
+        (r, z, n), (hidden_r, hidden_z, hidden_n) = inputs.chunk(3, -1), hidden.chunk(3, -1)
+        update = (z + hidden_z).sigmoid()
+        new = (n + (r + hidden_r).sigmoid() * hidden_n).tanh()
+        return (new + update * (state[0] - new),)
+
+
+class LinearRNN(LinearRecurrent):
+    """An nn.RNN built from Linear layers."""
+
+    source = nn.RNN
+
+    def __init__(self, source: nn.RNNBase) -> None:
+        super().__init__(source)
+        self.nonlinearity = source.nonlinearity
+
+    def step(self, inputs: Tensor, hidden: Tensor, state: State) -> State:
+        total = inputs + hidden
+        return (total.relu() if self.nonlinearity == "relu" else total.tanh(),)
+
+
+class _Layer(nn.Module):
+    """The Linears of one layer."""
+
+    def __init__(self, source: nn.RNNBase, number: int) -> None:
+        super().__init__()
+        self.ih = _linear(nn.Linear, source, f"ih_l{number}")
+        self.hh = _linear(_Recurrent, source, f"hh_l{number}")
+
+
+class _Recurrent(nn.Linear):
+    """A Linear whose caller may have read its weight before, and passes it."""
+
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
+        return linear(input, self.weight if weight is None else weight, self.bias)
+
+
+def _linear(kind: type[nn.Linear], source: nn.RNNBase, suffix: str) -> nn.Linear:
+    weight = getattr(source, f"weight_{suffix}")
+    outputs, inputs = weight.shape
+    with torch.device("meta"):
+        made = kind(inputs, outputs, source.bias)
+    made.weight = weight
+    if source.bias:
+        made.bias = getattr(source, f"bias_{suffix}")
+    return made
