@@ -28,7 +28,7 @@ def worker(rank: int, size: int, port: int) -> None:
     for name, payload in SIZES.items():
         for wire in ("fp32", "bf16"):
             ring = RingAllReduce(world.transport, WIRE_TYPES[wire], SEGMENT_BYTES)
-            native = NativeAllReduce(world.all_reduce, size, WIRE_TYPES[wire])
+            native = NativeAllReduce(world.native_all_reduce, size, WIRE_TYPES[wire])
             tensor = torch.randn(payload // 4)
             first = max(timed(world, algorithm, tensor) for algorithm in (ring, native))
             repeats = min(200, max(15, int(SECONDS / 2 / first)))

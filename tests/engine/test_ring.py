@@ -176,7 +176,7 @@ def test_native_is_the_mean(ranks: Ranks, wire: torch.dtype, dtype: torch.dtype)
     values = torch.randn(3, 1001, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def body(world: World) -> tuple[Tensor, int]:
-        native = NativeAllReduce(world.all_reduce, world.size, wire)
+        native = NativeAllReduce(world.native_all_reduce, world.size, wire)
         result = values[world.rank].clone()
         native.mean_(result)
         native.mean_(torch.empty(0))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from trainer.engine.rendezvous import RendezvousStore
-from trainer.engine.transport import connect_tcp
+from trainer.engine.transport import _Peer, connect_tcp
 from trainer.engine.world import World, _interface
 from trainer.errors import RunError
 
@@ -164,16 +165,63 @@ def test_a_rank_that_leaves_is_noticed_at_once(ranks: Ranks) -> None:
     ranks(2, body, timeout_s=30.0)
 
 
-def test_closing_ends_all_waits(ranks: Ranks) -> None:
+def test_large_tensors_are_broadcast_and_summed_in_segments(ranks: Ranks) -> None:
+    def body(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+        value = torch.arange(300_000) * (world.rank + 1)
+        first = value.clone()
+        world.broadcast([first])
+        world.all_reduce(value)
+        return first, value
+
+    for first, value in ranks(3, body):
+        assert torch.equal(first, torch.arange(300_000))
+        assert torch.equal(value, torch.arange(300_000) * 6)
+
+
+def _receive(world: World) -> None:
+    world.transport.exchange(torch.empty(0), 1, torch.empty(3), 1).wait()
+
+
+def _broadcast(world: World) -> None:
+    world.broadcast([torch.empty(30_000_000)])  # more than the sockets hold
+
+
+@pytest.mark.parametrize("wait", [_receive, _all_reduce, _broadcast])
+def test_closing_in_another_thread_ends_all_waits(
+    ranks: Ranks, wait: Callable[[World], None]
+) -> None:
+    """A worker that is stuck because another one is lost stays usable."""
+    enough = threading.Event()
+
     def body(world: World) -> None:
-        if world.rank == 0:
-            threading.Timer(0.05, world.close).start()
-        with pytest.raises(ConnectionError):
-            world.transport.exchange(
-                torch.empty(0), 1 - world.rank, torch.empty(3), 1 - world.rank
-            ).wait()
+        if world.rank == 1:
+            enough.wait(10)
+            return
+        threading.Timer(0.05, world.close).start()
+        try:
+            with pytest.raises(ConnectionError, match="rank 0 closed its connections"):
+                wait(world)
+        finally:
+            enough.set()
 
     ranks(2, body, timeout_s=30.0)
+
+
+@pytest.mark.parametrize(
+    ("retransmits", "milliseconds", "silent"),
+    [(4, 10_500, True), (4, 9_000, False), (0, 99_000, False)],
+)
+def test_a_host_is_lost_only_if_its_kernel_does_not_answer(
+    retransmits: int, milliseconds: int, silent: bool
+) -> None:
+    class Socket:
+        def setblocking(self, flag: bool) -> None: ...
+
+        def getsockopt(self, level: int, option: int, length: int) -> bytes:
+            return struct.pack("2xB53xI44x", retransmits, milliseconds)
+
+    peer: Any = _Peer(1, Socket())  # type: ignore[arg-type]
+    assert peer.is_silent() == silent
 
 
 def test_exchanges_hold_more_than_the_sockets_and_keep_their_order(ranks: Ranks) -> None:

@@ -56,7 +56,7 @@ class SyncBatchNorm(TorchFunctionMode):
     def sum_(self, values: Tensor) -> None:
         """Replace `values`, float64 and 1-D, by their sum over all ranks."""
         if self._ring is None:
-            self._world.launch_all_reduce(values)
+            self._world.native_all_reduce(values)
             return
         with self._world.heartbeat.busy():
             self._ring.mean_(values)

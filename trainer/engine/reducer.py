@@ -287,7 +287,7 @@ class _Thread:
 
 def _all_reduce(world: World, config: AllReduceConfig, wire: torch.dtype) -> AllReduce:
     if config.algorithm == "native":
-        return NativeAllReduce(world.launch_all_reduce, world.size, wire)
+        return NativeAllReduce(world.native_all_reduce, world.size, wire)
     return RingAllReduce(world.transport, wire, config.segment_kb * 1024)
 
 

@@ -2,7 +2,7 @@
 
 `RingAllReduce` is the bandwidth-optimal ring of Patarasuk and Yuan (2009), written over a
 `Transport`; `NativeAllReduce` lets gloo or NCCL do it. Both round what travels to the wire type,
-count the bytes that this rank sends, and leave the same bits on every rank.
+count the bytes that this rank sends, and leave the same bits on every rank. `broadcast` is a chain.
 Gradients and buckets are not known here (reducer.py).
 """
 
@@ -18,6 +18,7 @@ from trainer.engine.transport import Handle, Transport
 WIRE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 IN_FLIGHT = 2  # exchanges under way at a time: one arrives while the one before it is added
+SEGMENT_BYTES = 1024 * 1024  # of a message, that are in flight at a time
 ONE_ROUND_BYTES = 128 * 1024  # up to so many bytes sent per rank, latency counts more than traffic
 
 
@@ -61,7 +62,9 @@ class RingAllReduce:
     numbers. A tensor that is narrower than the sums rounds once more, when the mean is stored.
     """
 
-    def __init__(self, transport: Transport, wire: torch.dtype, segment_bytes: int) -> None:
+    def __init__(
+        self, transport: Transport, wire: torch.dtype, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
         self.sent_bytes = 0
         self._transport = transport
         self._wire = wire
@@ -74,16 +77,30 @@ class RingAllReduce:
         if size == 1 or flat.numel() == 0:
             return
         total = _widened(flat, self._buffers)
-        if self._wire == torch.float16:
+        divide_last = self._wire != torch.float16
+        if not divide_last:
             total.div_(size)
-        if (size - 1) * total.numel() * self._wire.itemsize <= ONE_ROUND_BYTES:
-            self._one_round(total)
-        else:
-            self._ring(total)
+        self._reduce(total, mean=divide_last)
         if total is not flat:
             flat.copy_(total)
 
-    def _one_round(self, total: Tensor) -> None:
+    def sum_(self, flat: Tensor) -> None:
+        """Replace `flat`, contiguous, 1-D and of the wire type, by its sum over all ranks.
+
+        Any type that can be added is allowed. Sums are in that type. Errors as of `mean_`.
+        """
+        if self._transport.size > 1 and flat.numel():
+            self._reduce(flat, mean=False)
+
+    def _reduce(self, total: Tensor, mean: bool) -> None:
+        """Replace `total` by its sum over all ranks, divided by their number for a mean."""
+        sent = (self._transport.size - 1) * total.numel() * self._wire.itemsize
+        if sent <= ONE_ROUND_BYTES:
+            self._one_round(total, mean)
+        else:
+            self._ring(total, mean)
+
+    def _one_round(self, total: Tensor, mean: bool) -> None:
         rank, size = self._transport.rank, self._transport.size
         length = total.numel()
         rows = self._buffers.get("rows", size * length, self._wire, total.device)
@@ -98,10 +115,10 @@ class RingAllReduce:
         total.copy_(rows[0])
         for row in rows[1:]:
             total.add_(row)
-        if self._wire != torch.float16:
+        if mean:
             total.div_(size)
 
-    def _ring(self, total: Tensor) -> None:
+    def _ring(self, total: Tensor, mean: bool) -> None:
         rank, size = self._transport.rank, self._transport.size
         exact = self._wire == total.dtype  # sums travel as they are, without copies
         longest = -(-total.numel() // size) * self._wire.itemsize
@@ -138,7 +155,7 @@ class RingAllReduce:
                     theirs.copy_(arrived)
                 return
             theirs.add_(arrived)
-            if hop == size - 2 and self._wire != torch.float16:
+            if hop == size - 2 and mean:
                 theirs.div_(size)
 
         steps = 2 * (size - 1) * segments
@@ -154,6 +171,25 @@ class RingAllReduce:
         size = self._transport.size
         self.sent_bytes += leaving.nbytes
         return self._transport.exchange(leaving, to % size, arriving, source % size)
+
+
+def broadcast(transport: Transport, flat: Tensor) -> None:
+    """Replace a contiguous 1-D tensor by rank 0's, passed from rank to rank in segments.
+
+    Raises ConnectionError when a rank is gone, TimeoutError when one is silent.
+    """
+    rank, size = transport.rank, transport.size
+    pieces = flat.split(SEGMENT_BYTES // flat.itemsize)
+    nothing = flat[:0]
+    arriving = [transport.exchange(nothing, 0, piece, rank - 1) for piece in pieces if rank > 0]
+    leaving = []
+    for number, piece in enumerate(pieces):
+        if rank > 0:
+            arriving[number].wait()
+        if rank < size - 1:
+            leaving.append(transport.exchange(piece, rank + 1, nothing, 0))
+    for handle in leaving:
+        handle.wait()
 
 
 class NativeAllReduce:

@@ -10,6 +10,7 @@ import contextlib
 import secrets
 import select
 import socket
+import struct
 import time
 from collections import deque
 from typing import Protocol
@@ -21,6 +22,14 @@ from torch.distributed import Store
 
 _HELLO = 20  # bytes: 16 of the group's token, 4 of the caller's rank
 _HELLO_TIMEOUT_S = 5.0  # a caller that has not said hello by then is none of ours
+_SILENT_S = 10.0  # a host whose kernel acknowledges nothing for so long is lost
+_CHECK_S = 1.0  # between two looks at that, while nothing arrives
+_KEEPALIVE = {  # of a connection on which nothing is under way: together they take _SILENT_S
+    "TCP_KEEPIDLE": 4,  # seconds until the first probe
+    "TCP_KEEPINTVL": 2,  # seconds between probes
+    "TCP_KEEPCNT": 3,  # probes without an answer
+}
+_TCP_INFO_BYTES = 104  # the part of struct tcp_info that every Linux has
 
 
 class Handle(Protocol):
@@ -105,6 +114,23 @@ class _Peer:
                 self.incoming.popleft()
         return moved
 
+    def is_silent(self) -> bool:
+        """Whether the peer's kernel has acknowledged nothing for `_SILENT_S` of retransmissions.
+
+        The kernel of a host that runs acknowledges data also while our peer computes or is
+        suspended, so that this tells a lost host or network from a slow peer. (Linux only; the
+        kernel itself gives up after about 15 minutes.)
+        """
+        if not hasattr(socket, "TCP_INFO"):
+            return False
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:  # another thread has closed it: the next attempt to use it reports that
+            return False
+        retransmits: int = info[2]
+        (milliseconds,) = struct.unpack_from("I", info, 56)  # since the last acknowledgment
+        return retransmits > 0 and milliseconds >= _SILENT_S * 1000
+
 
 class _TcpExchange:
     """Handle of one exchange: done when nothing of either tensor is left."""
@@ -155,12 +181,21 @@ class TcpTransport:
             moved |= self._move(peer)
         if moved:
             return
-        if not self._poll(busy):
-            names = ", ".join(str(peer.rank) for peer in busy)
-            self._error = (
-                f"rank {self.rank} heard nothing from rank {names} for {self._timeout_s} s"
-            )
-            raise TimeoutError(self._error)
+        deadline = time.monotonic() + self._timeout_s
+        while not self._poll(busy, min(_CHECK_S, self._timeout_s)):
+            for peer in busy:
+                if peer.is_silent():
+                    self._error = (
+                        f"rank {self.rank} lost rank {peer.rank}: its host has not answered for "
+                        f"{_SILENT_S:g} s"
+                    )
+                    raise ConnectionError(self._error)
+            if time.monotonic() >= deadline:
+                names = ", ".join(str(peer.rank) for peer in busy)
+                self._error = (
+                    f"rank {self.rank} heard nothing from rank {names} for {self._timeout_s} s"
+                )
+                raise TimeoutError(self._error)
 
     def close(self) -> None:
         """Close all connections; a thread that waits on them fails at once, and so do the peers."""
@@ -177,7 +212,7 @@ class TcpTransport:
             self._error = self._error or f"rank {self.rank} lost rank {peer.rank}: {error}"
             raise ConnectionError(self._error) from error
 
-    def _poll(self, busy: list[_Peer]) -> bool:
+    def _poll(self, busy: list[_Peer], timeout_s: float) -> bool:
         """Wait until a busy connection can move bytes. Returns False after the time-out."""
         poll = select.poll()
         for peer in busy:
@@ -189,7 +224,7 @@ class TcpTransport:
             except ValueError:  # another thread has closed it meanwhile
                 self._refuse_if_broken()
                 raise
-        return bool(poll.poll(self._timeout_s * 1000))
+        return bool(poll.poll(timeout_s * 1000))
 
     def _refuse_if_broken(self) -> None:
         if self._error:
@@ -253,6 +288,10 @@ def connect_tcp(rank: int, size: int, store: Store, address: str, timeout_s: flo
                 peers[caller] = sock
     for sock in peers.values():
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):  # macOS lacks one of them
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return TcpTransport(rank, peers, timeout_s)
 
 

@@ -1,8 +1,9 @@
 """The group of workers as one of them sees it: its rank, and what all of them do together.
 
-Built on torch's process groups themselves, not on its global default group, so that a warm worker
-can join group after group, and a test can run all ranks in one process. Only CUDA needs the default
-group, for NCCL's batched sends. Gradients take another way (reducer.py, over `World.transport`).
+CPU tensors travel over our own sockets (transport.py): another thread can end their waits at once
+by `World.close`, whereas a collective of gloo waits until its time-out. CUDA tensors travel over
+NCCL, which needs torch's default group. A warm worker can join group after group, and a test can
+run all ranks in one process. Gradients take another way (reducer.py, over `World.transport`).
 """
 
 import contextlib
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.rendezvous import RendezvousServer, RendezvousStore
+from trainer.engine.ring import RingAllReduce, broadcast
 from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
 from trainer.errors import RunError
 
@@ -40,7 +42,7 @@ class World:
     """
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, transport: Transport, gloo: Any
+        self, rank: int, size: int, device: torch.device, tcp: TcpTransport, transport: Transport
     ) -> None:
         self.rank = rank
         self.size = size
@@ -48,7 +50,8 @@ class World:
         self.transport = transport  # for the algorithms of ring.py; not while a collective runs
         self.heartbeat = Heartbeat()
         self.stop = threading.Event()  # set from outside: the run should end at its next step
-        self._gloo = gloo  # a ProcessGroupGloo, whose methods torch's type stubs leave out
+        self._tcp = tcp  # moves CPU tensors; on the CPU it is `transport`
+        self._gloo: Any = None  # a ProcessGroupGloo, whose methods torch's type stubs leave out
         self._store: RendezvousStore | None = None
         self._server: RendezvousServer | None = None  # on rank 0
         self._address = ""
@@ -58,7 +61,8 @@ class World:
     @classmethod
     def single(cls, device: torch.device) -> "World":
         """The group of one: no process group, no connection."""
-        return cls(0, 1, device, TcpTransport(0, {}, 0.0), None)
+        tcp = TcpTransport(0, {}, 0.0)
+        return cls(0, 1, device, tcp, tcp)
 
     @staticmethod
     def listen(host: str) -> RendezvousServer:
@@ -92,7 +96,7 @@ class World:
 
         All traffic is bound to the network interface that leads to `host`, which is the loopback
         for 127.0.0.1. Only ranks that know the token learn the addresses of the others and exchange
-        gradients with them; gloo's and NCCL's own connections know no secret. On CUDA this sets the
+        tensors with them; gloo's and NCCL's own connections know no secret. On CUDA this sets the
         current device of the process, and torch's default process group is NCCL's.
 
         Args:
@@ -118,8 +122,8 @@ class World:
                 server = RendezvousServer(host, port, token)
             store = RendezvousStore(host, port, timeout_s, token)
             address = _own_address(host, port)
-            gloo = _gloo(rank, size, PrefixStore("gloo", store), address, limit)
-            transport: Transport
+            tcp = connect_tcp(rank, size, PrefixStore("tcp", store), address, timeout_s)
+            transport: Transport = tcp
             if device.type == "cuda":
                 same_bits_on_cuda()
                 torch.cuda.set_device(device)
@@ -133,10 +137,7 @@ class World:
                     device_id=device,
                 )
                 transport = NcclTransport()
-            else:
-                tcp = PrefixStore("tcp", store)
-                transport = connect_tcp(rank, size, tcp, address, timeout_s)
-            world = cls(rank, size, device, transport, gloo)
+            world = cls(rank, size, device, tcp, transport)
             world._store, world._server = store, server
             world._address, world._timeout_s = address, timeout_s
             world.barrier()
@@ -183,51 +184,57 @@ class World:
             return
         parts = [target.detach().reshape(-1).view(torch.uint8) for target in targets]
         flat = torch.cat(parts)
-        with self._named_errors("broadcast"):
+        with self.heartbeat.busy():
             if flat.is_cuda:
-                dist.broadcast(flat, 0)
+                with self._named_errors("broadcast"):
+                    dist.broadcast(flat, 0)
             else:
-                options = dist.BroadcastOptions()
-                options.rootRank = 0
-                self._gloo.broadcast([flat], options).wait()
+                broadcast(self._tcp, flat)
         values = torch.split(flat, [len(part) for part in parts])
         for target, value in zip(targets, values, strict=True):
             target.copy_(value.clone().view(target.dtype).view(target.shape))
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum a contiguous tensor over all ranks, in its own type, in place; by gloo or NCCL."""
-        self.launch_all_reduce(tensor)
-        if tensor.is_cuda and self.size > 1:
-            # The wait for a silent rank belongs here, where it does not look like a hang of this
-            # one, and not where the caller reads the result.
-            with self._named_errors("all-reduce"):
-                torch.cuda.current_stream().synchronize()
-
-    def launch_all_reduce(self, tensor: Tensor) -> None:
-        """As `all_reduce`, but on CUDA only put the work on the current stream."""
+        """Sum a contiguous tensor over all ranks, in its own type, in place."""
         if self.size == 1:
             return
-        if not tensor.is_contiguous():
-            raise ValueError(f"cannot sum a tensor of strides {tensor.stride()}: not contiguous")
-        with self._named_errors("all-reduce"):
+        _check_contiguous(tensor)
+        with self.heartbeat.busy():
+            if tensor.is_cuda:
+                with self._named_errors("all-reduce"):
+                    dist.all_reduce(tensor)
+                    # The wait for a silent rank belongs here, where it does not look like a hang of
+                    # this one, and not where the caller reads the result.
+                    torch.cuda.current_stream().synchronize()
+            else:
+                RingAllReduce(self._tcp, tensor.dtype).sum_(tensor.view(-1))
+
+    def native_all_reduce(self, tensor: Tensor) -> None:
+        """As `all_reduce`, by gloo or NCCL; on CUDA only put the work on the current stream.
+
+        Gloo's own connections are made in the first call, which is a collective one.
+        """
+        if self.size == 1:
+            return
+        _check_contiguous(tensor)
+        with self.heartbeat.busy(), self._named_errors("all-reduce"):
             if tensor.is_cuda:
                 dist.all_reduce(tensor)
             else:
+                if self._gloo is None:
+                    self._gloo = self._new_gloo()
                 self._gloo.allreduce([tensor], dist.AllreduceOptions()).wait()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        if self.size > 1:
-            with self._named_errors("barrier"):
-                self._gloo.barrier().wait()
+        self.all_reduce(torch.zeros(1))
 
     def close(self) -> None:
         """Leave the group at once, without waiting for the others; more than once does no harm."""
-        if isinstance(self.transport, TcpTransport):
-            self.transport.close()
-            if isinstance(self._side, TcpTransport):
-                self._side.close()
-        elif dist.is_initialized():
+        self._tcp.close()
+        if isinstance(self._side, TcpTransport):
+            self._side.close()
+        if isinstance(self.transport, NcclTransport) and dist.is_initialized():
             # destroy_process_group would wait for kernels, and they for ranks that are gone.
             dist.distributed_c10d._abort_process_group()
         for end in (self._store, self._server):
@@ -235,12 +242,20 @@ class World:
                 end.close()
         self._gloo = self._store = self._server = None
 
+    def _new_gloo(self) -> Any:
+        """A gloo group on our interface; left alone, gloo trusts the name of the host."""
+        assert self._store is not None
+        group: Any = dist.ProcessGroupGloo
+        options = group._Options()
+        options._timeout = timedelta(seconds=self._timeout_s)
+        options._devices = [group.create_device(hostname=self._address)]
+        return group(PrefixStore("gloo", self._store), self.rank, self.size, options)
+
     @contextlib.contextmanager
     def _named_errors(self, what: str) -> Iterator[None]:
         """Turn the back end's RuntimeError into the two errors that this class promises."""
         try:
-            with self.heartbeat.busy():
-                yield
+            yield
         except RuntimeError as error:
             kind = TimeoutError if "imed out" in str(error) else ConnectionError
             raise kind(f"{what} failed on rank {self.rank} of {self.size}: {error}") from error
@@ -258,13 +273,9 @@ def same_bits_on_cuda() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _gloo(rank: int, size: int, store: Store, address: str, limit: timedelta) -> Any:
-    """A gloo group on the interface that owns `address`; left alone, it trusts the host's name."""
-    group: Any = dist.ProcessGroupGloo
-    options = group._Options()
-    options._timeout = limit
-    options._devices = [group.create_device(hostname=address)]
-    return group(store, rank, size, options)
+def _check_contiguous(tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"cannot sum a tensor of strides {tensor.stride()}: not contiguous")
 
 
 def _nccl_store(rank: int, host: str, store: RendezvousStore, limit: timedelta) -> TCPStore:
