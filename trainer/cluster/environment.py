@@ -1,6 +1,8 @@
 """What this process may use: its CPUs, and the Ray cluster that its environment names."""
 
+import logging
 import os
+import warnings
 from pathlib import Path
 
 from trainer.config import ClusterConfig
@@ -9,9 +11,15 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "QUOTA PERIOD" in 
 
 
 def prepare_environment() -> None:
-    """Set the environment variables that Ray reads when it is imported. Call it before that."""
+    """Set the environment variables that Ray reads when it is imported. Call it before that.
+
+    In a notebook, Ray and tqdm suggest packages for displays that this project does not use; these
+    two messages are turned off.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # merging similar lines would lose some
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "IProgress not found")
 
 
 def cluster_address(cfg: ClusterConfig) -> str | None:
