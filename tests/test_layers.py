@@ -32,6 +32,7 @@ FLOORS = {
     "experiment": 5,
     "report": 5,
     "worker": 6,
+    "command": 7,
     "driver": 7,
     "sweeps": 7,
     "library": 8,

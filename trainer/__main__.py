@@ -1,11 +1,14 @@
 """The command: compose a configuration, run it, and report how it ended.
 
-    python -m trainer                                   list the experiments
-    python -m trainer +experiment=NAME [key=value ...]  run one, or a sweep
-    python -m trainer resume=RUN_DIR                    resume a run or a sweep
+    trainer                                   list the experiments
+    trainer +experiment=NAME [key=value ...]  run one, or a sweep
+    trainer resume=RUN_DIR                    resume a run or a sweep
+    trainer [+experiment=NAME] --help         explain the settings
+    trainer doctor                            examine this machine
+    trainer artifact VERB FILE                see trainer.artifact
 
-Exit codes: 0 done, 1 failed, 2 wrong configuration (nothing was started), 3 done but a limit was
-missed, 130 and 143 interrupted.
+`python -m trainer` is the same command. Exit codes: 0 done, 1 failed, 2 wrong configuration
+(nothing was started), 3 done but a limit was missed, 130 and 143 interrupted.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,8 +26,9 @@ from typing import Any, NoReturn, TextIO
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import Config, to_dataclass
-from trainer.config.compose import Composed, compose_config, conf_dir, one_line
+from trainer.command.settings import describe, experiments, groups, settings
+from trainer.config import ClusterConfig, Config, to_dataclass
+from trainer.config.compose import Composed, compose_config, one_line
 from trainer.config.instantiate import OBJECT
 from trainer.config.renamed import rename_keys
 from trainer.driver import drive, resume
@@ -31,6 +36,7 @@ from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError
 from trainer.report.output import silence
 from trainer.signals import Signals
 from trainer.store.directory import RunDirectory
+from trainer.version import __version__
 
 DONE, FAILED, WRONG_CONFIG, LIMITS = 0, 1, 2, 3
 # Sections that may change when a run is resumed.
@@ -39,11 +45,23 @@ RESUMABLE = ("cluster.", "checkpoint.", "limits.")
 
 def main(arguments: Sequence[str]) -> int:
     """Execute the command line and return the exit code."""
-    parser = _parser()
-    options = parser.parse_intermixed_args(arguments)
+    if arguments[:1] == ["artifact"]:
+        from trainer.artifact.__main__ import main as artifact
+
+        return artifact(arguments[1:])
+    if arguments[:1] == ["--complete"]:
+        from trainer.command.completion import complete
+
+        _print("\n".join(complete(list(arguments[1:]))))
+        return DONE
+    options = _parser().parse_intermixed_args(arguments)
     try:
+        if _answered(options):
+            return DONE
+        if options.overrides[:1] == ["doctor"]:
+            return _doctor(options)
         if not options.overrides and not options.cfg:
-            _print(_list_experiments(options.config_dir))
+            _print(experiments(options.config_dir))
             return WRONG_CONFIG
         folder = _folder_to_resume(options.overrides)
         if folder is not None:
@@ -77,6 +95,39 @@ def main(arguments: Sequence[str]) -> int:
         _print(str(error), sys.stderr)
         return error.exit_code
     return DONE
+
+
+def _answered(options: argparse.Namespace) -> bool:
+    """Answer an option that asks for information. Returns whether there was one."""
+    if options.version:
+        _print(f"trainer {__version__}")
+    elif options.list:
+        _print(experiments(options.config_dir))
+    elif options.completion is not None:
+        from trainer.command.completion import script
+
+        _print(script(options.completion).rstrip("\n"))
+    elif options.help and options.overrides:
+        width = shutil.get_terminal_size().columns - 1
+        _print(describe(settings(options.overrides, options.config_dir), width))
+    elif options.help:
+        _print(f"{_parser().format_help()}\n{groups(options.config_dir)}")
+    else:
+        return False
+    return True
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Examine this machine, and the cluster that the settings `cluster.*` name."""
+    from trainer.command.doctor import doctor
+
+    overrides = options.overrides[1:]
+    for override in overrides:
+        if not override.startswith(("cluster.", "cluster=")):
+            raise ConfigError(f"doctor {override}: only settings of cluster can be given")
+    plain = compose_config(["name=doctor", *overrides], options.config_dir).plain()
+    cfg = to_dataclass(ClusterConfig, plain["cluster"], "cluster")
+    return DONE if doctor(cfg, Path.cwd(), _print) else FAILED
 
 
 def _build(config: Config) -> Any:
@@ -136,17 +187,29 @@ def _print(text: str, stream: TextIO | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer",
+        prog="trainer",
+        usage="trainer [+experiment=NAME] [key=value ...] [options]\n"
+        "       trainer resume=RUN_DIR | doctor | artifact",
         description="Train a network and make it small. Without arguments: list the experiments.",
+        add_help=False,
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="Hydra overrides: +experiment=NAME picks an experiment, key=value changes a setting",
+        help="+experiment=NAME chooses an experiment, key=value changes a setting, resume=RUN_DIR "
+        "resumes a run; doctor examines this machine; artifact inspects model files",
     )
     parser.add_argument("--config-dir", metavar="DIR", help="folder with your configuration files")
     parser.add_argument("--cfg", action="store_true", help="print the configuration; run nothing")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="with an experiment: explain all its settings"
+    )
+    parser.add_argument("--list", action="store_true", help="list the experiments")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument(
+        "--completion", metavar="SHELL", help="print the completion script of bash, zsh or fish"
+    )
     return parser
 
 
@@ -193,22 +256,11 @@ def _parts(plain: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _list_experiments(config_dir: str | None) -> str:
-    """A line per experiment: its name, and the first comment of its file."""
-    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
-    files = {file.stem: file for d in folders for file in (d / "experiment").glob("*.yaml")}
-    width = max(map(len, files), default=0)
-    lines = [f"  {name:{width}}  {_first_comment(file)}" for name, file in sorted(files.items())]
-    return "\n".join(
-        ["Experiments (start one with: python -m trainer +experiment=NAME [key=value ...])", *lines]
-    )
-
-
-def _first_comment(file: Path) -> str:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# ") and not line.startswith("# @"):
-            return line.removeprefix("# ")
-    return ""
+def command() -> NoReturn:
+    """The console script `trainer`: like `python -m trainer`, it finds code in this folder."""
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())
+    _exit(main(sys.argv[1:]))
 
 
 def _exit(code: int) -> NoReturn:

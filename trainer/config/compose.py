@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Composed:
 
     tree: DictConfig  # interpolations are not resolved
     folder: Path  # the wanted run directory
+    choices: dict[str, Any] = field(default_factory=dict)  # `group` or `group@package` -> names
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain values, interpolations resolved.
@@ -79,6 +80,7 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
             moved = any(override.startswith("hydra.run.dir=") for override in overrides)
             kind = "sweep" if composed.sweep.get("params") and not moved else "run"
             run_dir = Path(composed.hydra[kind].dir)
+            choices = OmegaConf.to_container(composed.hydra.runtime.choices)
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
             drop_nested(overrides, composed)
@@ -89,7 +91,8 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
     tree = OmegaConf.create(rename_keys(_container(composed)))
     assert isinstance(tree, DictConfig)
     _check_sweep(overrides, tree)
-    return Composed(tree, run_dir)
+    assert isinstance(choices, dict)
+    return Composed(tree, run_dir, {str(key): value for key, value in choices.items()})
 
 
 def one_line(error: Exception) -> str:
