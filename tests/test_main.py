@@ -13,8 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from trainer import artifact
-from trainer.__main__ import conf_dir, main
+from trainer.__main__ import main
 from trainer.compress.quantize import is_quantizer_entry
+from trainer.config.compose import conf_dir
 from trainer.data.idx import mnist
 from trainer.models import LeNet5, LeNet300
 from trainer.store.directory import RunDirectory
@@ -96,9 +97,9 @@ def test_alone_it_lists_the_experiments_and_how_to_start_one(capsys):
         (["+experiment=smoke", "cluster.backend=inline"], ["cluster.workers=2", "inline"]),
         (["+experiment=smoke", "cluster=inline", "cluster.nice=5"], ["cluster.nice=5", "ray"]),
         (["+experiment=smoke", "cluster=inline", "cluster.address=auto"], ["cluster.address=auto"]),
-        (["+experiment=smoke", "model.classes=9"], ["label 9", "LeNet5 has 9 outputs"]),
+        (["+experiment=smoke", "model.classes=9"], ["target is 9", "the model has 9 outputs"]),
         (["+experiment=smoke", "model=resnet_cifar"], ["[1, 28, 28]", "ResNetCifar"]),
-        (["+experiment=lstm_text", "model.vocabulary=90"], ["LSTMLanguageModel", "train"]),
+        (["+experiment=lstm_text", "model.vocabulary=90"], ["train sample", "90 outputs"]),
         (["+experiment=smoke", "+phases.prune.overrides.conv9=0.5"], ["conv9", "conv1.weight"]),
         (["name=bare"], ["phases", "none"]),
         (["seed=1"], ["name"]),

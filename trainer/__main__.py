@@ -28,11 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.command.settings import describe, experiments, groups, settings
 from trainer.config import ClusterConfig, Config, to_dataclass
-from trainer.config.compose import Composed, compose_config, one_line
+from trainer.config.compose import Composed, compose_config
+from trainer.config.explain import explain
 from trainer.config.instantiate import OBJECT
 from trainer.config.renamed import rename_keys
 from trainer.driver import drive, resume
-from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError
+from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, one_line
 from trainer.report.output import silence
 from trainer.signals import Signals
 from trainer.store.directory import RunDirectory
@@ -83,10 +84,10 @@ def main(arguments: Sequence[str]) -> int:
             command = shlex.join(["python", "-m", "trainer", *arguments])
             drive(config, partial(_build, config), composed.folder, signals, command=command)
     except ConfigError as error:
-        _print(f"wrong configuration: {one_line(error)}", sys.stderr)
+        _print(f"wrong configuration: {one_line(str(error))}", sys.stderr)
         return WRONG_CONFIG
     except RunError as error:
-        _print(f"failed: {one_line(error)}", sys.stderr)
+        _print(f"failed: {one_line(str(error))}", sys.stderr)
         return FAILED
     except LimitsMissed as error:
         _print(f"limits missed: {error}", sys.stderr)
@@ -241,7 +242,7 @@ def _resumed(folder: Path, overrides: list[str]) -> DictConfig:
     try:
         changed = OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(explain(error, list)) from error
     assert isinstance(changed, DictConfig)
     return changed
 

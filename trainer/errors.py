@@ -10,6 +10,11 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
+def one_line(text: str) -> str:
+    """A text of several lines as one."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
 class ConfigError(ValueError):
     """The configuration is wrong, and nothing was started: exit code 2.
 

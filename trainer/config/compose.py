@@ -1,8 +1,10 @@
 """Composition of a configuration with Hydra, from the shipped files, the user's, and overrides."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer.config.explain import explain, with_cause
 from trainer.config.overrides import as_hydra, drop_nested
 from trainer.config.renamed import rename_keys, rename_override
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError
 
 _PRIMARY = "trainer_config"  # name of conf/config.yaml for Hydra, which no user's file has
 
@@ -38,7 +41,7 @@ class Composed:
         try:
             plain = OmegaConf.to_container(self.tree, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(one_line(error)) from error
+            raise ConfigError(explain(error, list)) from error
         assert isinstance(plain, dict)
         return {str(key): value for key, value in plain.items()}
 
@@ -67,14 +70,9 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
         if not Path(config_dir).is_dir():
             raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
         folders.insert(0, Path(config_dir).resolve())
-    arguments = [as_hydra(override) for override in overrides]
-    if folders[1:]:
-        rest = json.dumps([str(folder) for folder in folders[1:]], ensure_ascii=False)
-        arguments.append(f"hydra.searchpath={rest}")
+    arguments = [*map(as_hydra, overrides), *_search_path(folders)]
     try:
-        primary = OmegaConf.load(conf_dir() / "config.yaml")
-        ConfigStore.instance().store(_PRIMARY, primary)
-        with initialize_config_dir(str(folders[0]), job_name="trainer", version_base="1.3"):
+        with _hydra(folders):
             composed = compose(_PRIMARY, arguments, return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
             moved = any(override.startswith("hydra.run.dir=") for override in overrides)
@@ -85,9 +83,9 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
             del composed["hydra"]
             drop_nested(overrides, composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(explain(error, partial(_known_keys, overrides, folders))) from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"a configuration file cannot be read: {one_line(error)}") from error
+        raise ConfigError(f"a configuration file cannot be read: {with_cause(error)}") from error
     tree = OmegaConf.create(rename_keys(_container(composed)))
     assert isinstance(tree, DictConfig)
     _check_sweep(overrides, tree)
@@ -95,13 +93,38 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
     return Composed(tree, run_dir, {str(key): value for key, value in choices.items()})
 
 
-def one_line(error: Exception) -> str:
-    """The message of a Hydra error and of its cause, on one line."""
-    text = str(error).partition("Config search path")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if error.__cause__ and first_line(error.__cause__) not in text:
-        lines.append(first_line(error.__cause__))
-    return " ".join(lines)
+@contextmanager
+def _hydra(folders: Sequence[Path]) -> Iterator[None]:
+    """Let Hydra compose the shipped conf/config.yaml with groups from `folders`."""
+    primary = OmegaConf.load(conf_dir() / "config.yaml")
+    ConfigStore.instance().store(_PRIMARY, primary)
+    with initialize_config_dir(str(folders[0]), job_name="trainer", version_base="1.3"):
+        yield
+
+
+def _search_path(folders: Sequence[Path]) -> list[str]:
+    """The override that names the folders after the first one."""
+    rest = json.dumps([str(folder) for folder in folders[1:]], ensure_ascii=False)
+    return [f"hydra.searchpath={rest}"] if folders[1:] else []
+
+
+def _known_keys(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Dotted keys of the configuration that the groups among the overrides make up."""
+    names = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
+    groups = [o for o in overrides if o.lstrip("+").partition("=")[0].split("@")[0] in names]
+    try:
+        with _hydra(folders):
+            composed = compose(_PRIMARY, [*groups, *_search_path(folders)])
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return list(_dotted_keys(_container(composed), ""))
+
+
+def _dotted_keys(plain: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in plain.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
 def _container(tree: DictConfig) -> dict[str, Any]:

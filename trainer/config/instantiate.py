@@ -5,10 +5,11 @@ Every mistake is a ConfigError that names the key, its value and what is expecte
 
 import copy
 import inspect
+import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
@@ -18,6 +19,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from trainer.errors import ConfigError, first_line
 
 T = TypeVar("T")
+
+# Hydra prints why a target cannot be imported; the ConfigError says it.
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 OBJECT = "_object_"
 """Settings `{_object_: NAME}` stand for a Python object that was passed to the library."""
@@ -40,9 +44,13 @@ def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") ->
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         full_key = ".".join(part for part in (key, str(error.full_key or "")) if part)
-        message = f"{full_key}: {str(error).splitlines()[0]}"
         if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
-            message += f"; known keys: {', '.join(_field_names(error.object_type))}"
+            known = ", ".join(_field_names(error.object_type))
+            message = f"{full_key}: there is no such setting; known keys: {known}"
+        elif not error.full_key and (found := _not_a_mapping(schema, settings, key)):
+            message = f"{found}: it must be a mapping"  # OmegaConf does not say where
+        else:
+            message = ": ".join(part for part in (full_key, str(error).splitlines()[0]) if part)
         raise ConfigError(message) from error
     except ConfigError as error:
         raise ConfigError(f"{key}.{error}" if key else str(error)) from error
@@ -52,6 +60,19 @@ def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") ->
 def _structured(schema: Hashable) -> Any:
     """OmegaConf's view of a dataclass. A merge copies it, so it can be cached."""
     return OmegaConf.structured(schema)
+
+
+def _not_a_mapping(schema: Any, settings: Mapping[str, Any], key: str) -> str:
+    """KEY=VALUE of the setting that is no mapping although its field is a dataclass, or ""."""
+    types = get_type_hints(schema)
+    for name, value in settings.items():
+        path = f"{key}.{name}" if key else name
+        if is_dataclass(types.get(name)):
+            if not isinstance(value, Mapping):
+                return f"{path}={value}"
+            if found := _not_a_mapping(types[name], value, path):
+                return found
+    return ""
 
 
 def _field_names(schema: Any) -> list[str]:

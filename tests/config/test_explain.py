@@ -1,0 +1,54 @@
+"""What the command line refuses, and what it advises instead."""
+
+import pytest
+
+from trainer.config.compose import compose_config
+from trainer.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=1", "sed: there is no such setting; did you mean seed?"),
+        ("lr=1", "lr: there is no such setting; did you mean optimizer.lr?"),
+        (
+            "phases.prun.sparsity=0.5",
+            "phases.prun.sparsity: there is no such setting; did you mean phases.prune.sparsity?",
+        ),
+        (
+            "model.depth=3",
+            "model.depth: there is no such setting; model has classes; +model.depth=... passes a "
+            "further argument",
+        ),
+        ("limits.x=1", "limits.x: there is no such setting; limits has max_accuracy_drop, "),
+        ("bogus=3", "bogus: there is no such setting; --help lists the settings"),
+        ("seed=1,2", "seed=1,2: these are several values; write seed=[1,2] for a list, "),
+        ("smoke", "smoke: it is not of the form key=value; an experiment is +experiment=NAME"),
+        ("a=b=c", "a=b=c: it cannot be read (mismatched input '='); put a text with special"),
+        ("experiment=qat", "experiment=...: an experiment does not set this group yet: write +exp"),
+        (
+            "model=lenet",
+            "model/lenet: there is no such file; did you mean lenet5? there are alexnet",
+        ),
+    ],
+)
+def test_advice(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_config(["+experiment=smoke", override])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("overrides", [[], ["seed=1"]])
+def test_without_an_experiment(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^name is missing: choose an experiment with \+exp"):
+        compose_config(overrides)
+
+
+def test_a_users_file_replaces_a_shipped_one_but_never_the_defaults(tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "resnet18.yaml").write_text("_target_: mine.ResNet18\n")
+    (tmp_path / "config.yaml").write_text("seed: 99\n")
+    plain = compose_config(["+experiment=smoke", "model=resnet18"], str(tmp_path)).plain()
+    assert plain["model"] == {"_target_": "mine.ResNet18"}
+    assert plain["seed"] == 0
+    assert plain["phases"]["prune"]["sparsity"] == 0.9

@@ -1,0 +1,88 @@
+"""What Hydra and OmegaConf refuse, in one line that says what to write instead."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+
+from hydra.errors import OverrideParseException
+
+from trainer.errors import first_line
+
+_UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
+_UNKNOWN_CHOICE = re.compile(r"Could not find '([^']+)/([^'/]+)'")
+_SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '([^=']+)=(.*)'\n")
+_MISSING = re.compile(r"Missing mandatory value: (\S+)")
+_NO_EQUALS = re.compile(r"Error parsing override '([^=']*)'\nmissing EQUAL")
+
+
+def explain(error: Exception, keys: Callable[[], list[str]]) -> str:
+    """The message of an error of Hydra or OmegaConf in one line.
+
+    Args:
+        error: The error.
+        keys: Returns the dotted keys of the configuration without the override that failed.
+    """
+    text = str(error)
+    if match := _UNKNOWN_KEY.match(text):
+        key = match[1]
+        if "No match in the defaults list" in text:
+            return f"{key}=...: an experiment does not set this group yet: write +{key}=..."
+        return f"{key}: there is no such setting{_advice(key, keys())}"
+    if (match := _UNKNOWN_CHOICE.search(text)) and "Available options" in text:
+        group, name = match.groups()
+        options = text.partition("Available options")[2].partition(":")[2].split("Config search")[0]
+        known = options.split()
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{group}/{name}: there is no such file; {hint}there are {', '.join(known)}"
+    if match := _SEVERAL_VALUES.search(text):
+        key, values = match.groups()
+        return (
+            f"{key}={values}: these are several values; write {key}=[{values}] for a list, "
+            f"\"{key}='{values}'\" for a text, or sweep.params.{key}=choice({values}) to search"
+        )
+    if match := _MISSING.search(text):
+        key = match[1]
+        return f"{key} is missing: choose an experiment with +experiment=NAME, or set {key}=..."
+    if match := _NO_EQUALS.match(text):
+        return f"{match[1]}: it is not of the form key=value; an experiment is +experiment=NAME"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: it cannot be read ({_parser_message(error)}); put a text with "
+            "special characters in quotes of its own, as in 'key=\"a=b\"'"
+        )
+    return with_cause(error)
+
+
+def _parser_message(error: OverrideParseException) -> str:
+    """What Hydra's parser says, without the tokens that it expected."""
+    message = error.message or str(error)
+    return first_line(ValueError(message.partition(" expecting ")[0]))
+
+
+def with_cause(error: Exception) -> str:
+    """The message of a Hydra error and of its cause, on one line."""
+    text = str(error).partition("Config search path")[0].partition("\nSee https://hydra.cc")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if error.__cause__ and first_line(error.__cause__) not in text:
+        lines.append(first_line(error.__cause__))
+    return " ".join(lines)
+
+
+def _advice(key: str, known: Iterable[str]) -> str:
+    """What was probably meant by a key that does not exist."""
+    keys = [*known]
+    close = difflib.get_close_matches(key, keys, 1, cutoff=0.75)
+    last = key.rpartition(".")[2]
+    if not close:  # the right name in the wrong section
+        close = [name for name in keys if name.rpartition(".")[2] == last][:1]
+    if close:
+        return f"; did you mean {close[0]}?"
+    section, _, _ = key.rpartition(".")
+    siblings = [name for name in keys if name.rpartition(".")[0] == section]
+    if siblings and section:
+        names = [name.rpartition(".")[2] for name in siblings]
+        known = ", ".join(name for name in names if name != "_target_")
+        more = f"; +{key}=... passes a further argument" if "_target_" in names else ""
+        return f"; {section} has {known}{more}"
+    return "; --help lists the settings of an experiment"
