@@ -20,12 +20,14 @@ from trainer.errors import ConfigError
             "model.depth: there is no such setting; model has classes; +model.depth=... passes a "
             "further argument",
         ),
-        ("limits.x=1", "limits.x: there is no such setting; limits has max_accuracy_drop, "),
+        (
+            "limits.bytes=1",
+            "limits.bytes: there is no such setting; limits has max_accuracy_drop, ",
+        ),
         ("bogus=3", "bogus: there is no such setting; --help lists the settings"),
         ("seed=1,2", "seed=1,2: these are several values; write seed=[1,2] for a list, "),
         ("smoke", "smoke: it is not of the form key=value; an experiment is +experiment=NAME"),
         ("a=b=c", "a=b=c: it cannot be read (mismatched input '='); put a text with special"),
-        ("experiment=qat", "experiment=...: an experiment does not set this group yet: write +exp"),
         (
             "model=lenet",
             "model/lenet: there is no such file; did you mean lenet5? there are alexnet",
@@ -36,6 +38,11 @@ def test_advice(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose_config(["+experiment=smoke", override])
     assert str(error.value).startswith(message)
+
+
+def test_an_experiment_is_added() -> None:
+    with pytest.raises(ConfigError, match=r"^experiment=\.\.\.: .* write \+experiment=\.\.\."):
+        compose_config(["experiment=qat"])
 
 
 @pytest.mark.parametrize("overrides", [[], ["seed=1"]])

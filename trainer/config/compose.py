@@ -122,9 +122,10 @@ def _known_keys(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 def _dotted_keys(plain: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key, value in plain.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _container(tree: DictConfig) -> dict[str, Any]:
