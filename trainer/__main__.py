@@ -6,6 +6,7 @@
     trainer [+experiment=NAME] --help         explain the settings
     trainer doctor                            examine this machine
     trainer artifact VERB FILE                see trainer.artifact
+    trainer hardware FILE                     see trainer.hardware
 
 `python -m trainer` is the same command. Exit codes: 0 done, 1 failed, 2 wrong configuration
 (nothing was started), 3 done but a limit was missed, 130 and 143 interrupted.
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str]) -> int:
         from trainer.artifact.__main__ import main as artifact
 
         return artifact(arguments[1:])
+    if arguments[:1] == ["hardware"]:
+        from trainer.hardware.__main__ import main as hardware
+
+        return hardware(arguments[1:])
     if arguments[:1] == ["--complete"]:
         from trainer.command.completion import complete
 
@@ -190,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trainer",
         usage="trainer [+experiment=NAME] [key=value ...] [options]\n"
-        "       trainer resume=RUN_DIR | doctor | artifact",
+        "       trainer resume=RUN_DIR | doctor | artifact | hardware",
         description="Train a network and make it small. Without arguments: list the experiments.",
         add_help=False,
     )
@@ -199,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="key=value",
         help="+experiment=NAME chooses an experiment, key=value changes a setting, resume=RUN_DIR "
-        "resumes a run; doctor examines this machine; artifact inspects model files",
+        "resumes a run; doctor examines this machine; artifact inspects model files; hardware shows "
+        "what a model costs",
     )
     parser.add_argument("--config-dir", metavar="DIR", help="folder with your configuration files")
     parser.add_argument("--cfg", action="store_true", help="print the configuration; run nothing")

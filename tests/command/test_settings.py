@@ -86,3 +86,8 @@ def test_version_and_list(capsys) -> None:
 def test_inspecting_a_file_is_the_command_of_the_artifact(capsys) -> None:
     assert main(["artifact", "show", "nowhere.dcz"]) == 1
     assert "nowhere.dcz: No such file" in capsys.readouterr().err
+
+
+def test_costs_are_the_command_of_the_hardware(capsys) -> None:
+    assert main(["hardware", "nowhere.dcz"]) in (1, 2)
+    assert "nowhere.dcz" in capsys.readouterr().err

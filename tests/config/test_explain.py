@@ -21,8 +21,8 @@ from trainer.errors import ConfigError
             "further argument",
         ),
         (
-            "limits.bytes=1",
-            "limits.bytes: there is no such setting; limits has max_accuracy_drop, ",
+            "limits.speed=1",
+            "limits.speed: there is no such setting; limits has max_accuracy_drop, ",
         ),
         ("bogus=3", "bogus: there is no such setting; --help lists the settings"),
         ("seed=1,2", "seed=1,2: these are several values; write seed=[1,2] for a list, "),

@@ -45,7 +45,7 @@ complete -c trainer -a '(__trainer_complete)'
 """,
 }
 
-COMMANDS = ("artifact", "doctor")
+COMMANDS = ("artifact", "doctor", "hardware")
 OPTIONS = (
     "--cfg", "--completion", "--config-dir", "--help", "--list", "--version",
 )  # fmt: skip

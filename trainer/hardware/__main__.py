@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from trainer import artifact, models
 from trainer.artifact import ArtifactError
 from trainer.compress.rewrite import restore
-from trainer.config.compose import compose_config, one_line
+from trainer.config.compose import compose_config
 from trainer.config.renamed import rename_keys
 from trainer.driver.report import write_report
 from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError, first_line
+from trainer.errors import ConfigError, RunError, first_line, one_line
 from trainer.experiment import Experiment
 from trainer.hardware.costs import CostSettings, NetworkCosts, network_costs, random_samples
 from trainer.hardware.energy import TABLES, EnergyTable
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         if subject.run is not None:
             _add_to_report(costs, *subject.run)
     except ConfigError as error:
-        print(f"wrong arguments: {one_line(error)}", file=sys.stderr)
+        print(f"wrong arguments: {one_line(str(error))}", file=sys.stderr)
         return WRONG
     except ArtifactError as error:
         print(f"{options.what}: {error}", file=sys.stderr)
