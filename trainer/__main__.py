@@ -204,8 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="key=value",
         help="+experiment=NAME chooses an experiment, key=value changes a setting, resume=RUN_DIR "
-        "resumes a run; doctor examines this machine; artifact inspects model files; hardware shows "
-        "what a model costs",
+        "resumes a run; doctor examines this machine; artifact inspects model files; hardware "
+        "shows what a model costs",
     )
     parser.add_argument("--config-dir", metavar="DIR", help="folder with your configuration files")
     parser.add_argument("--cfg", action="store_true", help="print the configuration; run nothing")
