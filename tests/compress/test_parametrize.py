@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.compress import parametrize
 from trainer.compress.codebooks import Codebook, cluster
 from trainer.compress.install import fold, install
 from trainer.compress.masks import largest
@@ -410,3 +412,56 @@ def test_a_weight_of_zeros_can_be_shared_and_trained() -> None:
     assert layer.parametrizations.weight.original.grad.shape == (0,)
     fold(layer)
     assert not layer.weight.any()
+
+
+def test_sums_over_large_clusters_are_exact_to_the_last_bits() -> None:
+    torch.manual_seed(0)
+    weight, grad = torch.randint(-1, 2, (500, 800)).float(), torch.rand(500, 800)
+    summed = Shared(weight, cluster(weight, 2)).gradient(grad)
+    wanted = torch.stack([grad[weight == value].double().sum() for value in (-1, 1)])
+    torch.testing.assert_close(summed.double(), wanted, rtol=1e-7, atol=0)  # about 133,000 each
+
+
+def test_sums_on_cuda_are_those_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for weight in (torch.randn(30, 40), torch.randn(8, 5).t(), torch.zeros(4, 4)):
+        weight = weight * (torch.rand_like(weight) < 0.5)
+        book, grad = cluster(weight, 7), torch.randn_like(weight)
+        made = Shared(weight, book)
+        with monkeypatch.context() as patch:
+            patch.setattr(parametrize, "_prefers_segments", lambda weight: True)
+            on_cuda = Shared(weight, book)
+        assert torch.equal(on_cuda.gradient(grad), made.gradient(grad))
+        assert torch.equal(on_cuda(book.values), made(book.values))
+
+
+class Writes(TorchDispatchMode):
+    """Records for each index_copy_ whether CUDA would sort its indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sorts: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.index_copy_.default:
+            self.sorts.append(torch.are_deterministic_algorithms_enabled())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_writes_need_no_sorting_in_deterministic_mode(mode: str) -> None:
+    weight = torch.randn(6, 5)
+    book, mask = cluster(weight, 3), weight > 0
+    before = torch.get_deterministic_debug_mode()
+    try:
+        torch.set_deterministic_debug_mode(mode)
+        chosen = torch.get_deterministic_debug_mode()
+        with Writes() as writes:
+            Shared(weight, book)(book.values)
+            Packed(weight, mask)(weight[mask])
+            with pytest.raises(IndexError):
+                Packed(weight, mask)(weight[mask][1:])
+        assert writes.sorts[:2] == [False, False]
+        assert torch.get_deterministic_debug_mode() == chosen
+    finally:
+        torch.set_deterministic_debug_mode(before)

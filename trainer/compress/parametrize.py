@@ -145,7 +145,7 @@ class Packed(Materialized):
         return self.flat(weight).take(self.index)
 
     def write(self, trainable: Tensor) -> None:
-        self.dense.data.index_copy_(0, self.index, trainable)
+        _write_at(self.dense.data, self.index, trainable)
 
     def gradient(self, grad: Tensor) -> Tensor:
         return self.flat(grad.to_dense()).take(self.index)  # an embedding's may be sparse
@@ -160,31 +160,41 @@ class Shared(Materialized):
     few numbers per layer. Zero is no entry: a trainable zero would drift, and the sparsity with it.
     """
 
-    index: Tensor
-    sizes: Tensor
+    index: Tensor  # of the survivors in the weight's memory
+    codes: Tensor  # of the same survivors: which value each has
+    sizes: Tensor  # of the clusters
 
     def __init__(self, weight: Tensor, codebook: Codebook) -> None:
         """Args: codebook: of `weight`, codes in its shape."""
         super().__init__(weight)
         self._values = codebook.values
-        codes, order = self.flat(codebook.codes).sort(stable=True)
-        sizes = codes.bincount(minlength=len(codebook.values) + 1)
-        # Cluster by cluster, in one fixed order: sums are the same in each run, also on a GPU.
-        self.register_buffer("index", order[int(sizes[0]) :].clone(), persistent=False)
-        self.register_buffer("sizes", sizes[1:], persistent=False)
-        self._lengths = sizes[1:].tolist()
+        codes = self.flat(codebook.codes)
+        index = codes.nonzero().squeeze(1)
+        codes = codes[index].long() - 1
+        self._is_sorted = _prefers_segments(weight)
+        if self._is_sorted:
+            codes, order = codes.sort(stable=True)
+            index = index[order]
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("codes", codes, persistent=False)
+        sizes = codes.bincount(minlength=len(codebook.values))
+        self.register_buffer("sizes", sizes, persistent=False)
 
     def initial_trainable(self, weight: Tensor) -> Tensor:
         return self._values.clone()
 
     def write(self, trainable: Tensor) -> None:
-        values = trainable.repeat_interleave(self.sizes, output_size=len(self.index))
-        self.dense.data.index_copy_(0, self.index, values)
+        _write_at(self.dense.data, self.index, trainable.take(self.codes))
 
     def gradient(self, grad: Tensor) -> Tensor:
         taken = self.flat(grad.to_dense()).take(self.index)
-        sums = [piece.sum() for piece in taken.split(self._lengths)]
-        return torch.stack(sums) if sums else taken  # no value where every weight is zero
+        # In float64: a cluster may have millions of weights, which are added one after another.
+        if self._is_sorted:
+            sums = torch.segment_reduce(taken.double(), "sum", lengths=self.sizes, unsafe=True)
+        else:
+            sums = taken.new_zeros(len(self.sizes), dtype=torch.float64)
+            sums.index_add_(0, self.codes, taken.double())
+        return sums.to(taken.dtype)
 
 
 class FakeQuant(Compression):
@@ -219,6 +229,29 @@ def trainable_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
         return module._parameters[name]
     made = cast(nn.ModuleDict, module.parametrizations)[name]
     return next(made.parameters(recurse=False))
+
+
+def _prefers_segments(weight: Tensor) -> bool:
+    """Whether sums over clusters are faster, and reproducible, over values sorted by cluster.
+
+    On CUDA, index_add_ sorts at each call to be deterministic. On the CPU it adds in order, and
+    unsorted values lie in memory as the gradient does.
+    """
+    return weight.is_cuda
+
+
+def _write_at(dense: Tensor, index: Tensor, values: Tensor) -> None:
+    """`dense[index] = values`, where no index occurs twice.
+
+    Without duplicates the result never depends on an order, but in deterministic mode CUDA sorts
+    the indices at each call.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        dense.index_copy_(0, index, values)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 class _Materialize(torch.autograd.Function):
