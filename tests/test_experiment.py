@@ -1,7 +1,10 @@
 """An experiment: which stages its phases lead through, and what is refused before it starts."""
 
+import pickle
+from functools import partial
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from torch import nn
@@ -54,6 +57,17 @@ def test_only_phases_after_the_dense_model_have_a_teacher() -> None:
     ):
         with pytest.raises(ConfigError, match=rf"phases\.{name}\.fit\.distill\.weight=0\.5"):
             of(*phases, init_from=init_from)
+
+
+def test_a_class_that_no_process_can_import_by_its_name_is_built_with_its_arguments() -> None:
+    class Net(nn.Linear):
+        pass
+
+    made = Experiment(
+        model=partial(Net, in_features=3, out_features=2), data=None, phases=[Train()]
+    )
+    model = pickle.loads(cloudpickle.dumps(made)).build_model()
+    assert model.weight.shape == (2, 3)
 
 
 def test_a_model_that_no_file_can_hold_is_refused_before_it_is_trained() -> None:

@@ -8,13 +8,22 @@ import nbformat
 import pytest
 
 CELL = """
+from functools import partial
+
 import trainer
-from trainer.models import LeNet300
+from torch import nn
 from trainer.phases import Prune, Train
 
+
+class Net(nn.Sequential):
+    def __init__(self, units):
+        super().__init__(nn.Flatten(), nn.Linear(784, units), nn.ReLU(), nn.Linear(units, 10))
+
+
+model = partial(Net, units=8)
 data = trainer.data.mnist(train=64, validation=16)
 phases = [Train(epochs=1), Prune(0.5)]
-trainer.run(model=LeNet300(), data=data, phases=phases, artifact=True, out="r")
+trainer.run(model=model, data=data, phases=phases, artifact=True, out="r")
 """
 
 

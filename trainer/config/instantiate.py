@@ -4,6 +4,7 @@ Every mistake is a ConfigError that names the key, its value and what is expecte
 """
 
 import copy
+import functools
 import inspect
 import logging
 from collections.abc import Hashable, Mapping
@@ -189,10 +190,13 @@ def build_object(
         if name not in settings and (accepted is None or name in accepted)
     }
     try:
+        if settings["_target_"] in (objects or {}):
+            # Hydra would import it by its name, which only the process that defined it can do.
+            own = {name: value for name, value in settings.items() if name != "_target_"}
+            partial = functools.partial(function, **instantiate(own, _convert_="all"))
+        else:
+            partial = instantiate({**settings, "_partial_": True}, _convert_="all")
         # The context is passed as it is: a `_target_` in it is no target of these settings.
-        partial = instantiate(
-            {**settings, "_target_": function, "_partial_": True}, _convert_="all"
-        )
         result = partial(**extra)
     except InstantiationException as error:
         raise ConfigError(f"{key} ({function.__name__}): {error.__cause__ or error}") from error
