@@ -33,6 +33,7 @@ from trainer.config.compose import Composed, compose_config
 from trainer.config.explain import explain
 from trainer.config.instantiate import OBJECT
 from trainer.config.renamed import rename_keys
+from trainer.config.resumed import check_code
 from trainer.driver import drive, resume
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, one_line
 from trainer.report.output import silence
@@ -246,7 +247,9 @@ def _resumed(folder: Path, overrides: list[str]) -> DictConfig:
             allowed = ", ".join(f"{prefix}*" for prefix in RESUMABLE)
             raise ConfigError(f"{override}: with resume=, only {allowed} can be changed")
     try:
-        changed = OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.from_dotlist(overrides)
+        check_code(plain, folder, given.get("cluster", {}))
+        changed = OmegaConf.merge(plain, given)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, list)) from error
     assert isinstance(changed, DictConfig)

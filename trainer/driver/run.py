@@ -430,8 +430,12 @@ class _Run:
         self.on(RunEnded(summary))
 
     def _notify_resume(self) -> None:
-        folder = shlex.quote(str(self.directory.path))
-        self.notify(f"resume with: python -m trainer resume={folder}")
+        arguments = [f"resume={self.directory.path}"]
+        if self.config.cluster.working_dir:  # folders of code are named again
+            arguments.append(f"cluster.working_dir={self.config.cluster.working_dir}")
+        if self.config.cluster.py_modules:
+            arguments.append(f"cluster.py_modules=[{','.join(self.config.cluster.py_modules)}]")
+        self.notify(f"resume with: {shlex.join(['python', '-m', 'trainer', *arguments])}")
 
     def _write_report(self, summary: dict[str, Any]) -> None:
         from trainer.driver.report import write_report  # slow to import

@@ -15,6 +15,7 @@ from trainer.compress.rewrite import restore
 from trainer.config import Config, SweepConfig, to_dataclass
 from trainer.config.compose import compose_config
 from trainer.config.renamed import rename_keys
+from trainer.config.resumed import check_code
 from trainer.driver import drive
 from trainer.driver import resume as resume_run
 from trainer.errors import ConfigError, LimitsMissed, RunError
@@ -138,8 +139,9 @@ def resume(
     With the same number of workers, an interrupted run ends with the same weights, bit for bit, as
     one that was not interrupted. A finished run is not run again.
 
-    The run directory is treated as code: classes named in its config.yaml are imported, and its
-    objects.pkl is unpickled. Only resume runs that you trust.
+    A run directory is code: the functions that its config.yaml names are called, and its
+    objects.pkl is unpickled. Only resume runs that you trust. Modules in the run directory itself
+    and folders that its configuration names are not imported.
 
     Args:
         folder: The run directory.
@@ -158,6 +160,7 @@ def resume(
     """
     directory = RunDirectory(Path(folder).absolute())
     plain = rename_keys(directory.read_config())
+    check_code(plain, directory.path, cluster or {})
     changes = {
         "cluster": {**(cluster or {}), **({} if workers is None else {"workers": workers})},
         "checkpoint": dict(checkpoint or {}),
