@@ -75,6 +75,17 @@ def test_the_start_announces_the_steps_of_every_phase():
     assert not started.sequence_targets  # one class for each image
 
 
+def test_a_batch_larger_than_the_training_set_is_mentioned():
+    data = {**config().config.data, "batch_size": 51}
+    messages = run_phases(
+        World.single(torch.device("cpu")), config(phases=TRAIN, data=data), Start(0)
+    )
+    (notice,) = [message.text for message in messages if isinstance(message, Notice)]
+    assert notice == (
+        "data.batch_size=51 is larger than the training set of 50 samples, which is one batch"
+    )
+
+
 def test_what_quantize_leaves_as_it_is_is_listed_once():
     settings = {"_target_": "trainer.phases.Quantize", "fit": FIT, "exempt": ["unsupported"]}
     cfg = config(

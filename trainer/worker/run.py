@@ -94,6 +94,11 @@ def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[M
         sequence_targets=len(target_shape) == 1,
     )
     if start.phase == 0 and start.checkpoint is None:
+        if runtime.batch_size > len(data.train):
+            yield Notice(
+                f"data.batch_size={runtime.batch_size} is larger than the training set of "
+                f"{len(data.train)} samples, which is one batch"
+            )
         for name, phase in phases.items():
             yield from (Notice(f"phases.{name}: {line}") for line in phase.notices(model))
     epochs_before = 0
