@@ -8,13 +8,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import get_method
 from torch import Tensor, nn
 
 from trainer import artifact as artifacts
+from trainer.compress.coding import Coder
 from trainer.compress.rewrite import restore
 from trainer.compress.state import model_state
 from trainer.config import (
@@ -36,7 +37,7 @@ from trainer.data.split import Splits
 from trainer.engine.optim import OptimizerSpec, parse_optimizer
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, RunError, first_line
 from trainer.phases import AutoPrune, Phase, StructuralPhase
 from trainer.phases.auto_prune import expand
 from trainer.phases.structure import (
@@ -99,7 +100,8 @@ class Experiment:
         workers: Number of data-parallel workers; shorthand for `cluster`.
         cluster, allreduce, checkpoint, export, limits: Settings of these sections, as a dataclass
             of `trainer.config` or a mapping.
-        artifact: Whether to write model.dcz, or the settings of that section.
+        artifact: Whether to write model.dcz, or the settings of that section, in which `coder` may
+            be an object of a class of your own (docs/own-coder.md).
         logger: Sinks by name: mappings with a `_target_`, or objects that follow
             `trainer.report.Sink`.
 
@@ -151,7 +153,7 @@ class Experiment:
             "cluster": {**_plain(cluster), **({} if workers is None else {"workers": workers})},
             "allreduce": _plain(allreduce),
             "checkpoint": _plain(checkpoint),
-            "artifact": {"make": artifact} if isinstance(artifact, bool) else _plain(artifact),
+            "artifact": _describe_artifact(artifact, objects),
             "export": _plain(export),
             "limits": _plain(limits),
         }
@@ -208,6 +210,10 @@ class Experiment:
             name: Factory(f"logger.{name}", settings, object, objects)
             for name, settings in config.logger.items()
         }
+        self.coder: str | Coder = config.artifact.coder
+        if not isinstance(self.coder, str):
+            factory = Factory("artifact.coder", self.coder, object, objects)
+            self.coder = cast(Coder, factory.build())
         check_order(self.phases)
         self._check_distillation()
         self.check_limits(config.limits)
@@ -338,8 +344,13 @@ class Experiment:
             ConfigError: The file of `init_from` cannot be read, or is of another model.
         """
         if self.config.init_from is not None:
-            return read_initial(Path(self.config.init_from), model)
+            return read_initial(Path(self.config.init_from), model, self.own_coder)
         return to_bytes(model_state(self.build_model()))
+
+    @property
+    def own_coder(self) -> Coder | None:
+        """The coder that reading model.dcz needs; None: it is one of trainer's."""
+        return None if isinstance(self.coder, str) else self.coder
 
     def encode_artifact(self, weights: bytes, about: Mapping[str, Any] | None = None) -> bytes:
         """The compressed file of a model.
@@ -347,22 +358,29 @@ class Experiment:
         Args:
             weights: Content of a safetensors file.
             about: Plain values to store beside name, seed and model.
+
+        Raises:
+            RunError: A coder of the user's own fails.
         """
         tensors, metadata = from_bytes(weights)
         config = self.config
-        return artifacts.encode(
-            dict(sorted(tensors.items())),
-            config.artifact.dtype,
-            config.artifact.coder,
-            {
-                "name": config.name,
-                "seed": config.seed,
-                "model": config.model,
-                **(about or {}),
-                **to_metadata(from_metadata(metadata)),
-            },
-            config.artifact.max_seconds,
-        )
+        about = {
+            "name": config.name,
+            "seed": config.seed,
+            "model": config.model,
+            **(about or {}),
+            **to_metadata(from_metadata(metadata)),
+        }
+        try:
+            return artifacts.encode(
+                dict(sorted(tensors.items())),
+                config.artifact.dtype,
+                self.coder,
+                about,
+                config.artifact.max_seconds,
+            )
+        except ValueError as error:
+            raise RunError(f"model.dcz cannot be written: {error}") from error
 
     def load_model(
         self, weights: Mapping[str, Tensor], changes: Sequence[StructureChange] = ()
@@ -396,6 +414,11 @@ class Experiment:
         Raises:
             ConfigError: The model cannot be built, or a setting of a phase does not fit it.
         """
+        if self.config.artifact.make and not isinstance(self.coder, str):
+            try:
+                artifacts.try_coder(self.coder)
+            except ValueError as error:
+                raise ConfigError(f"artifact.coder: {error}") from error
         try:
             with torch.device("meta"):
                 model = self.build_model()
@@ -509,6 +532,7 @@ def collect_objects(
     data: Any = None,
     phases: Sequence[Phase] | Mapping[str, Phase] = (),
     logger: Mapping[str, Any] | None = None,
+    artifact: bool | ArtifactConfig | Mapping[str, Any] = False,
 ) -> dict[str, Any]:
     """The objects, and the classes that cannot be imported, among arguments of `Experiment`.
 
@@ -522,6 +546,7 @@ def collect_objects(
         _describe_phase(key, phase, objects)
     for key, sink in (logger or {}).items():
         _describe(f"logger.{key}", sink, objects)
+    _describe_artifact(artifact, objects)
     return objects
 
 
@@ -584,6 +609,21 @@ def _describe_phase(name: str, phase: Phase, objects: dict[str, Any]) -> dict[st
     if not _can_import(path, type(phase)):
         objects[path] = type(phase)
     return {"_target_": path, **settings}
+
+
+def _describe_artifact(
+    artifact: bool | ArtifactConfig | Mapping[str, Any], objects: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings of the section `artifact`, in which a coder may have been passed as an object."""
+    if isinstance(artifact, bool):
+        return {"make": artifact}
+    if dataclasses.is_dataclass(artifact):
+        artifact = {
+            field.name: getattr(artifact, field.name) for field in dataclasses.fields(artifact)
+        }
+    coder = artifact.get("coder", "auto")
+    described = coder if _is_plain(coder) else _describe("artifact.coder", coder, objects)
+    return {**artifact, "coder": described}
 
 
 def _can_import(path: str, wanted: Any) -> bool:

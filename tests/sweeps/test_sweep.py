@@ -256,10 +256,10 @@ def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys)
         torch.save(net.state_dict(), name)
     real = trainer.experiment.read_initial
 
-    def weights(path, model):
+    def weights(path, model, coder):
         if model is None and path.name == "b.pt":
             raise ConfigError(f"init_from={path}: gone")
-        return real(path, model)
+        return real(path, model, coder)
 
     monkeypatch.setattr(trainer.experiment, "read_initial", weights)
     assert main(INIT) == 0

@@ -8,7 +8,7 @@ docs/artifact.md specifies the format. `python -m trainer.artifact` looks into f
 from trainer.artifact.comparison import PublishedSize, published_size
 from trainer.artifact.container import ArtifactError
 from trainer.artifact.read import Description, describe, load, loads, read_about
-from trainer.artifact.write import check, encode
+from trainer.artifact.write import check, encode, try_coder
 
 __all__ = [
     "ArtifactError",
@@ -21,4 +21,5 @@ __all__ = [
     "loads",
     "published_size",
     "read_about",
+    "try_coder",
 ]

@@ -5,7 +5,9 @@
     python -m trainer.artifact decode FILE OUT.safetensors
 
 --max-bytes=N allows tensors of so many bytes, where a file says that it holds more than usual.
-Exit codes: 0 done, 1 the file is damaged or cannot be read or written, 2 wrong arguments.
+--coder=PACKAGE.MODULE.CLASS names the coder of your own that coded the layers; what a file itself
+names is never imported. Exit codes: 0 done, 1 the file is damaged or cannot be read or written, 2
+wrong arguments.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 from rich.console import Console
@@ -22,6 +25,9 @@ from torch import Tensor
 
 from trainer.artifact.container import ArtifactError
 from trainer.artifact.read import Description, describe, loads
+from trainer.compress.coding import Coder
+from trainer.config.instantiate import build_object
+from trainer.errors import ConfigError
 
 _METADATA = "__metadata__"  # safetensors keeps the name for itself
 _WIDE = 1000  # columns where the output is no terminal: one line for a tensor
@@ -35,11 +41,19 @@ def main(arguments: Sequence[str]) -> int:
         print("--most-bytes is now called --max-bytes", file=sys.stderr)
         options.max_bytes = options.most_bytes
     try:
+        coder = (
+            build_object("--coder", {"_target_": options.coder}, object) if options.coder else None
+        )
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    limits = options.max_bytes, cast(Coder | None, coder)
+    try:
         content = Path(options.file).read_bytes()
         if options.command == "show":
-            _show(options.file, len(content), describe(content, options.max_bytes))
+            _show(options.file, len(content), describe(content, *limits))
             return 0
-        tensors = loads(content, options.max_bytes)
+        tensors = loads(content, *limits)
         if options.command == "verify":
             print(f"{options.file}: whole, {len(tensors)} tensors, {len(content):,} bytes")
             return 0
@@ -69,10 +83,20 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--max-bytes", type=int, metavar="N", help="bytes that its tensors may take"
         )
+        command.add_argument(
+            "--coder", metavar="CLASS", help="dotted path of the coder of your own that it needs"
+        )
         command.add_argument("--most-bytes", type=int, help=argparse.SUPPRESS)  # the old name
         if name == "decode":
             command.add_argument("out", metavar="OUT.safetensors")
     return parser
+
+
+def _coder(path: str | None) -> Coder | None:
+    """An object of the class that `path` names. Raises ConfigError."""
+    if path is None:
+        return None
+    return cast(Coder, build_object("--coder", {"_target_": path}, object))
 
 
 def _show(name: str, size: int, found: Description) -> None:

@@ -15,18 +15,20 @@ from trainer.artifact.container import ArtifactError, split
 from trainer.artifact.tensors import (
     ALIAS,
     CODEBOOK,
+    CODER,
     DTYPES,
     GRID,
     MASK,
     RAW,
     SCALE,
     Entry,
+    coder_path,
     is_scale,
     look_up,
     multiplied,
     parse,
 )
-from trainer.compress.coding import CorruptError, decode_floats, decode_layer
+from trainer.compress.coding import Coder, CorruptError, decode_floats, decode_layer
 from trainer.compress.quantize import is_quantizer_entry
 
 T = TypeVar("T")
@@ -53,23 +55,31 @@ class Description:
     frame: int  # bytes that belong to no single tensor: header, lengths, checksums
 
 
-def load(path: str | os.PathLike[str], max_bytes: int | None = None) -> dict[str, Tensor]:
-    """The state_dict in a .dcz file. No two tensors share memory.
+def load(
+    path: str | os.PathLike[str], max_bytes: int | None = None, coder: Coder | None = None
+) -> dict[str, Tensor]:
+    """Read the state_dict in a .dcz file. No two tensors share memory.
 
     Args:
-        max_bytes: bytes that all its tensors may take; a file that claims more is refused before
+        path: The file.
+        max_bytes: Bytes that all its tensors may take; a file that claims more is refused before
             anything is allocated. None: 1 GiB, or 1000 times the size of the file if that is more.
+        coder: An object of the class that coded the layers, if it is not one of this package: code
+            that a file names is never imported. Other files do not need it.
 
     Raises:
-        ArtifactError: it is none, damaged, made up, or takes more than `max_bytes` or all memory.
-        OSError: it cannot be read.
+        ArtifactError: The file is damaged, forged or no .dcz file, takes more than `max_bytes` or
+            all memory, or needs another coder.
+        OSError: The file cannot be read.
     """
-    return loads(Path(path).read_bytes(), max_bytes)
+    return loads(Path(path).read_bytes(), max_bytes, coder)
 
 
-def loads(content: bytes, max_bytes: int | None = None) -> dict[str, Tensor]:
+def loads(
+    content: bytes, max_bytes: int | None = None, coder: Coder | None = None
+) -> dict[str, Tensor]:
     """As `load`, from the content of a file."""
-    file = _File(content, max_bytes)
+    file = _File(content, max_bytes, coder)
     return file.guarded(file.tensors)
 
 
@@ -86,13 +96,19 @@ def read_about(content: bytes) -> Mapping[str, Any]:
     return about
 
 
-def describe(content: bytes, max_bytes: int | None = None) -> Description:
-    """What the content of a .dcz file is made of; it is decoded whole. Limits are those of `load`.
+def describe(
+    content: bytes, max_bytes: int | None = None, coder: Coder | None = None
+) -> Description:
+    """Say what the content of a .dcz file is made of; all of it is decoded.
+
+    Args:
+        content: The content of the file.
+        max_bytes, coder: As for `load`.
 
     Raises:
-        ArtifactError: as `load`.
+        ArtifactError: As `load`.
     """
-    file = _File(content, max_bytes)
+    file = _File(content, max_bytes, coder)
     layers = file.guarded(file.layers)
     own = [entry for entry in file.entries if entry.kind != ALIAS]
     parameters = sum(
@@ -107,12 +123,13 @@ def describe(content: bytes, max_bytes: int | None = None) -> Description:
 class _File:
     """The parsed frame of a file: entries, and for each the bytes that it is made of."""
 
-    def __init__(self, content: bytes, max_bytes: int | None) -> None:
+    def __init__(self, content: bytes, max_bytes: int | None, coder: Coder | None) -> None:
         header, sections = split(content)
         rows = header.get("tensors")
         if not isinstance(rows, list) or not isinstance(header.get("about", {}), dict):
             raise ArtifactError("the header lists no tensors")
         self.about: Mapping[str, Any] = header.get("about", {})
+        self._coder = _matching(header.get(CODER), coder)
         self.entries = [parse(row) for row in rows]
         self._own = _resolved(self.entries)
         self._bytes = sum(self._own[entry.name].nbytes for entry in self.entries)
@@ -223,7 +240,7 @@ class _File:
         negatives = 0 if entry.kind == MASK else int((values < 0).sum())
         layer = bytes(self._layers[entry.name])
         try:
-            levels = decode_layer(layer, entry.shape, entry.clusters, negatives)
+            levels = decode_layer(layer, entry.shape, entry.clusters, negatives, self._coder)
         except CorruptError as error:
             raise ArtifactError(f"{entry.name!r}: {error}") from error
         numbers = values.numpy()
@@ -236,6 +253,29 @@ class _File:
             raise ArtifactError(f"{entry.name!r}: its positions and values differ in number")
         dense[levels.reshape(entry.shape) != 0] = numbers
         return torch.from_numpy(dense)
+
+
+def _matching(path: object, coder: Coder | None) -> Coder | None:
+    """The coder to use for a file.
+
+    Args:
+        path: Dotted path of a class, as in the header; None: all coders are of this package.
+        coder: As for `load`.
+
+    Raises:
+        ArtifactError: Another coder is needed.
+    """
+    if path is None:
+        return None
+    if not isinstance(path, str):
+        raise ArtifactError("the header is wrong about the coder")
+    if coder is None or coder_path(coder) != path:
+        given = "none was given" if coder is None else f"{coder_path(coder)} was given"
+        raise ArtifactError(
+            f"its layers are coded by the class {path[:80]!r}, and {given}; pass an object of that "
+            "class: coder=... in Python, --coder on the command line"
+        )
+    return coder
 
 
 def _resolved(entries: Sequence[Entry]) -> dict[str, Entry]:

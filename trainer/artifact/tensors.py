@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.artifact.container import ArtifactError
+from trainer.compress.coding import Coder
 from trainer.compress.quantize import broadcast_scale
 
 DTYPES = {
@@ -31,6 +32,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CODEBOOK, GRID, MASK, RAW, ALIAS = "c", "q", "m", "r", "a"
 # After the name of a GRID: the tensors with its scales, and with its bits.
 SCALE, WIDTH = "_quantizer.scale", "_quantizer.width"
+
+CODER = "coder"  # key of the header: dotted path of the class that coded the layers
 
 MAX_DIMENSIONS = 16  # of a tensor, at most
 _PIECE = 1 << 20  # elements that are looked up at once
@@ -78,6 +81,11 @@ class Entry:
             return [self.name, self.of]
         head = [self.name, self.dtype, list(self.shape), self.kind]
         return [*head, self.stored] if self.kind == RAW else [*head, self.count, self.stored]
+
+
+def coder_path(coder: Coder) -> str:
+    """The dotted path of a coder's class, as the header records it."""
+    return f"{type(coder).__module__}.{type(coder).__qualname__}"
 
 
 def multiplied(tensor: Tensor, scale: Tensor) -> Tensor:

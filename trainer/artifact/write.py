@@ -14,6 +14,7 @@ from trainer.artifact.container import header_text, join
 from trainer.artifact.tensors import (
     ALIAS,
     CODEBOOK,
+    CODER,
     DTYPES,
     GRID,
     MASK,
@@ -22,12 +23,13 @@ from trainer.artifact.tensors import (
     RAW,
     SCALE,
     Entry,
+    coder_path,
     fits_format,
     is_scale,
     look_up,
     multiplied,
 )
-from trainer.compress.coding import Budget, encode_floats, encode_layer
+from trainer.compress.coding import Budget, Coder, encode_floats, encode_layer
 from trainer.compress.half import is_exact, shared_values, to_half
 from trainer.compress.quantize import broadcast_scale
 
@@ -37,7 +39,7 @@ Levels = NDArray[np.uint16] | NDArray[np.bool_]
 def encode(
     weights: Mapping[str, Tensor],
     dtype: str = "fp16",
-    coder: str = "auto",
+    coder: str | Coder = "auto",
     about: Mapping[str, Any] | None = None,
     max_seconds: float | None = None,
 ) -> bytes:
@@ -54,7 +56,8 @@ def encode(
         dtype: type in which codebooks, biases and norms (float32 tensors of at most one
             dimension) are written: "fp16", where that loses nothing but the last bits (see
             trainer.compress.half), or "fp32".
-        coder: of positions and indices: see trainer.compress.coding.encode_layer.
+        coder: of positions and indices: a name, or an object of a class of your own, whose dotted
+            path the file records; see trainer.compress.coding.encode_layer.
         about: plain values that `describe` gives back.
         max_seconds: estimated CPU time that coder="auto" may take to search for the fewest bytes,
             without the first compilation; None: no limit. The estimate does not depend on the
@@ -62,6 +65,7 @@ def encode(
 
     Raises:
         TypeError, ValueError: as `check`, or `about` takes more than the format has room for.
+        ValueError: a coder of your own fails; the message names the tensor.
     """
     check(weights)
     entries: list[Entry] = []
@@ -84,12 +88,25 @@ def encode(
         entries.append(entry)
         layers += [] if layer is None else [layer]
         streams.setdefault(entry.stored, []).append(_raw(values))
-    header = {"about": dict(about or {}), "tensors": [entry.as_json() for entry in entries]}
+    header: dict[str, Any] = {"about": dict(about or {})}
+    if not isinstance(coder, str):
+        header[CODER] = coder_path(coder)
+    header["tensors"] = [entry.as_json() for entry in entries]
     coded = [
         encode_floats(b"".join(streams.pop(stored)), DTYPES[stored].itemsize)
         for stored in sorted(streams)
     ]
     return join(header, [*layers, *coded])
+
+
+def try_coder(coder: Coder) -> None:
+    """Encode and decode a small layer, to find out early whether a coder of your own works.
+
+    Raises:
+        ValueError: It raises an exception, or does not decode what it encoded.
+    """
+    levels = np.array([[0, 1, 2], [2, 0, 0]])
+    encode_layer(levels, levels.shape, 2, 1, coder)
 
 
 def check(weights: Mapping[str, Any]) -> None:
@@ -119,7 +136,7 @@ def check(weights: Mapping[str, Any]) -> None:
 
 
 def _written(
-    name: str, tensor: Tensor, scale: Tensor | None, exact: bool, coder: str, budget: Budget
+    name: str, tensor: Tensor, scale: Tensor | None, exact: bool, coder: str | Coder, budget: Budget
 ) -> tuple[Entry, bytes | None, Tensor]:
     """How a tensor is written, its coded layer if it has one, and the values for the stream."""
     found = None if scale is None else _on_grid(name, tensor, scale.detach().cpu())
@@ -127,7 +144,10 @@ def _written(
     if levels is None:
         return entry, None, values
     negatives = 0 if entry.kind == MASK else int((values < 0).sum())
-    layer = encode_layer(levels, entry.shape, entry.clusters, negatives, coder, budget)
+    try:
+        layer = encode_layer(levels, entry.shape, entry.clusters, negatives, coder, budget)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return entry, layer, values
 
 

@@ -1,4 +1,4 @@
-"""Experiments, configuration groups and their choices, and the meaning of each setting."""
+"""What the command can be told: experiments, groups and their choices, the meaning of each key."""
 
 import textwrap
 from collections.abc import Iterator, Mapping

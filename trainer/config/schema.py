@@ -14,6 +14,7 @@ from typing import Any
 from trainer.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+CODERS = ("auto", "context", "columns", "huffman", "ans")
 SCHEDULES = ("constant", "cosine", "step")
 
 
@@ -62,10 +63,10 @@ class FitConfig:
     schedule: str = "cosine"  # after the warm-up: constant | cosine (to zero) | step
     warmup_epochs: float = 0.0  # epochs of linear rise from zero to the peak
     step_epochs: int = 10  # schedule=step: epochs between drops
-    step_gamma: float = 0.1  # schedule=step: factor of the learning rate at each drop
+    step_gamma: float = 0.1  # schedule=step: factor of each drop
     accumulate: int = 1  # micro-batches per optimizer step
     clip: float | None = None  # maximum L2 norm of the gradient of all trainable values; null: none
-    max_steps: int | None = None  # maximum number of optimizer steps; null: no maximum
+    max_steps: int | None = None  # stop after this many optimizer steps; null: epochs decide
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
@@ -107,9 +108,9 @@ class AllReduceConfig:
 class CheckpointConfig:
     """When a checkpoint is written within a phase. The end of each phase is always written."""
 
-    every_steps: int | None = None  # optimizer steps between two; null: none by steps
-    every_seconds: float | None = 60.0  # seconds between two; null: none by time
-    keep: int = 2  # number of checkpoints within a phase that are kept, the latest ones
+    every_steps: int | None = None  # every so many optimizer steps; null: not by steps
+    every_seconds: float | None = 60.0  # every so many seconds; null: not by time
+    keep: int = 2  # number of the latest checkpoints within a phase that are kept
 
     def __post_init__(self) -> None:
         check_min("checkpoint.every_steps", self.every_steps, 1)
@@ -123,14 +124,15 @@ class ArtifactConfig:
 
     make: bool = False  # write model.dcz at the end and evaluate what it decodes to
     dtype: str = "fp16"  # format of codebooks, biases and norms in it: fp16 (where it fits) | fp32
-    coder: str = (
-        "auto"  # of positions and indices: auto (smallest) | context | columns | huffman | ans
-    )
+    # Coder of positions and indices: auto (the smallest) | context | columns | huffman | ans, or a
+    # mapping with a `_target_`, a class of your own; in Python also an object of it.
+    coder: Any = "auto"
     max_seconds: float | None = 5.0  # estimated CPU time of coder=auto; null: no limit
 
     def __post_init__(self) -> None:
         check_choice("artifact.dtype", self.dtype, ("fp16", "fp32"))
-        check_choice("artifact.coder", self.coder, ("auto", "context", "columns", "huffman", "ans"))
+        if not isinstance(self.coder, Mapping) and not hasattr(self.coder, "decode"):
+            check_choice("artifact.coder", self.coder, CODERS)
         check_min("artifact.max_seconds", self.max_seconds, 0)
 
 

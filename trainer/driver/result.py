@@ -78,7 +78,7 @@ class FinalModels:
 
     def _artifact_facts(self, evaluated: Mapping[str, Evaluated]) -> dict[str, Any]:
         # Written by this run, so its size needs no limit.
-        described = artifact.describe(self.artifact, max_bytes=sys.maxsize)
+        described = artifact.describe(self.artifact, sys.maxsize, self._experiment.own_coder)
         config = self._experiment.config
         literature = published(config.model, config.data)
         rows = []

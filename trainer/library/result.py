@@ -56,7 +56,8 @@ class Result:
         """The final model in evaluation mode: decoded from the model file if there is one."""
         if self.artifact is not None:
             content = self.artifact.read_bytes()
-            weights, metadata = artifact.loads(content), artifact.read_about(content)
+            weights = artifact.loads(content, coder=self.experiment.own_coder)
+            metadata = artifact.read_about(content)
         else:
             weights, metadata = from_bytes((self.folder / "model.safetensors").read_bytes())
         return self.experiment.load_model(weights, from_metadata(metadata)).eval()

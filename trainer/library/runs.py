@@ -11,6 +11,7 @@ from torch import nn
 
 from trainer import artifact
 from trainer.cluster import WorkerGroup
+from trainer.compress.coding import Coder
 from trainer.compress.rewrite import restore
 from trainer.config import Config, SweepConfig, to_dataclass
 from trainer.config.compose import compose_config
@@ -148,8 +149,8 @@ def resume(
         workers: Another number of workers.
         cluster, checkpoint, limits: Other settings of these sections.
         progress: Whether to print the progress.
-        objects: `model`, `data`, `phases` or `logger` as passed to `run`, if they could not be
-            stored in the run directory.
+        objects: `model`, `data`, `phases`, `logger` or `artifact` as passed to `run`, if they could
+            not be stored in the run directory.
 
     Returns:
         The result.
@@ -249,6 +250,7 @@ def load(
     *,
     phases: Sequence[type[StructuralPhase]] = (),
     max_bytes: int | None = None,
+    coder: Coder | None = None,
 ) -> nn.Module:
     """Load a model that was trained or compressed here.
 
@@ -261,6 +263,7 @@ def load(
         phases: Classes of your own phases that changed the structure. Code named in a file is never
             imported.
         max_bytes: Largest size of the decoded tensors; see `trainer.artifact.load`.
+        coder: An object of your own coder's class, if one coded the file (docs/own-coder.md).
 
     Returns:
         The model in evaluation mode.
@@ -279,7 +282,7 @@ def load(
         path = path / names[0]
     content = path.read_bytes()
     if path.suffix == ".dcz":
-        weights = artifact.loads(content, max_bytes)
+        weights = artifact.loads(content, max_bytes, coder)
         metadata: Mapping[str, Any] = artifact.read_about(content)
     else:
         weights, metadata = from_bytes(content)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import artifact
+from trainer.compress.coding import Coder
 from trainer.compress.quantize import is_quantizer_entry
 from trainer.compress.state import is_packed, kind_of, model_state, pack_state, type_name
 from trainer.errors import ConfigError, first_line
@@ -38,22 +39,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: there is no such file, or it holds no state_dict.
     """
-    return _read(path)[0]
+    return _read(path, None)[0]
 
 
-def initial_weights(path: Path, model: nn.Module | None) -> bytes:
+def initial_weights(path: Path, model: nn.Module | None, coder: Coder | None = None) -> bytes:
     """Read the state_dict in a file and return it as the content of a safetensors file.
 
     Args:
         path: as in `read_weights`.
         model: the model, perhaps on the meta device, that the weights must fit; None: not known
             here, and only what can be checked without it is checked.
+        coder: as for `trainer.artifact.load`.
 
     Raises:
         ConfigError: as `read_weights`, or the weights are quantized, or do not fit the model by the
             rules above.
     """
-    weights, versions = _read(path)
+    weights, versions = _read(path, coder)
     known = {} if model is None else model_state(model)
     if any(name not in known for name in weights if is_quantizer_entry(name)):
         raise ConfigError(
@@ -72,14 +74,14 @@ def initial_weights(path: Path, model: nn.Module | None) -> bytes:
     return to_bytes(weights)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _read(path: Path, coder: Coder | None) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The state_dict in a file, and the version numbers of its modules, where it holds them."""
     try:
         match path.suffix:
             case ".safetensors":
                 return safetensors.torch.load_file(path), {}
             case ".dcz":
-                return artifact.load(path), {}
+                return artifact.load(path, coder=coder), {}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own
         raise ConfigError(f"init_from={path}: it cannot be read: {first_line(error)}") from error

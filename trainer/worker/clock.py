@@ -1,4 +1,4 @@
-"""Training loss and speed of a phase, for each of its epochs."""
+"""Loss and speed of a phase, epoch by epoch, from the steps that one worker saw."""
 
 import time
 from collections.abc import Mapping
@@ -14,18 +14,14 @@ from trainer.errors import RunError
 from trainer.messages import EpochEnded, Progress
 
 PROGRESS_EVERY_S = 0.2
-SUM_EVERY = 1000  # steps whose losses are collected before they are summed
+SUM_EVERY = 1000  # steps whose losses are kept before they are summed
 
 
 class PhaseClock:
-    """Accumulates loss and speed of a phase. Evaluation does not count as training time.
-
-    Args:
-        world: The ranks, whose losses are averaged.
-        started: When the phase began, by time.monotonic(); its first epoch begins now.
-    """
+    """Loss and speed of a phase. Evaluation does not count as training time."""
 
     def __init__(self, world: World, started: float) -> None:
+        """Args: started: when the phase began, by time.monotonic(); its first epoch begins now."""
         self.world = world
         self.train_loss: float | None = None  # of the last whole epoch
         self.kept = time.monotonic()  # when the last checkpoint was made
@@ -35,7 +31,7 @@ class PhaseClock:
         self._skipped = 0
         self._all_samples = 0
         self._all_seconds = 0.0
-        self._reported = time.monotonic()
+        self._said = time.monotonic()
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -48,7 +44,7 @@ class PhaseClock:
         self._epoch_started = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs. A collective call: the loss is summed on rank 0."""
+        """All that outlives an interruption. A collective call: the loss is gathered on rank 0."""
         total = self._total_loss()
         self._loss = total if self.world.rank == 0 else 0.0
         return {
@@ -65,7 +61,7 @@ class PhaseClock:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Go on from `state`."""
         if self.world.rank == 0:
             self._loss = state["loss"]
         self._samples, self._targets, self._applied, self._steps = (
@@ -91,10 +87,7 @@ class PhaseClock:
         self._applied += step.applied
 
     def _sum_losses(self) -> None:
-        """Add the losses that `count` has collected, in order, so that the time does not matter.
-
-        Losses are collected because reading one waits for the device.
-        """
+        """Add up what `count` has put aside, in order: it does not matter when this is done."""
         if self._losses:
             losses = torch.stack([loss for loss, _ in self._losses]).tolist()
             for loss, (_, targets) in zip(losses, self._losses, strict=True):
@@ -109,15 +102,15 @@ class PhaseClock:
         return total.item()
 
     def progress_due(self) -> bool:
-        """Whether the progress was last reported at least `PROGRESS_EVERY_S` seconds ago."""
+        """Whether the last progress was said long enough ago."""
         now = time.monotonic()
-        if now - self._reported < PROGRESS_EVERY_S:
+        if now - self._said < PROGRESS_EVERY_S:
             return False
-        self._reported = now
+        self._said = now
         return True
 
     def progress(self, phase: str, epochs: int, step: StepResult) -> Progress:
-        """The progress of this worker, as a message."""
+        """Where this worker is now."""
         return Progress(
             phase=phase,
             epoch=step.epoch + 1,
@@ -130,12 +123,8 @@ class PhaseClock:
         )
 
     def end_epoch(self) -> None:
-        """End the epoch: compute its mean loss over all workers. A collective call.
-
-        Raises:
-            RunError: No target of the epoch counts.
-        """
-        total = self._total_loss()  # waits for the device
+        """Close the epoch: its mean loss over all workers. A collective call."""
+        total = self._total_loss()  # waits for what the device still has to do
         seconds = max(time.monotonic() - self._epoch_started, 1e-9)
         if not self._targets:
             raise RunError("data: every target of the train data is -100, which means ignored")
@@ -149,7 +138,7 @@ class PhaseClock:
     def epoch(
         self, phase: str, step: StepResult, validation: Metrics, sparsity: float
     ) -> EpochEnded:
-        """The last epoch, as a message. The time of the next epoch starts now."""
+        """The epoch that was closed last, and the start of the next one's time."""
         self._epoch_started = time.monotonic()
         assert self.train_loss is not None
         return EpochEnded(
@@ -166,5 +155,5 @@ class PhaseClock:
         )
 
     def overall(self) -> float | None:
-        """Samples per second of the whole phase; None if nothing was trained."""
+        """Samples per second of the whole phase; None where nothing was trained."""
         return self._all_samples / self._all_seconds if self._all_seconds else None

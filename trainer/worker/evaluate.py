@@ -37,7 +37,7 @@ def evaluate_models(
             return
         with world.heartbeat.busy():
             if name == DECODED:  # written by this run, so its size needs no limit
-                weights = artifact.loads(content, max_bytes=sys.maxsize)
+                weights = artifact.loads(content, sys.maxsize, experiment.own_coder)
                 metadata = artifact.read_about(content)
             else:
                 weights, metadata = from_bytes(content)

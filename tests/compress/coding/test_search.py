@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from trainer.compress.coding import Budget, context, decode_layer, encode_layer, search
 from trainer.compress.coding.budget import context_seconds
-from trainer.compress.coding.layer import CODERS
+from trainer.compress.coding.layer import NUMBERS
 
 Levels = NDArray[np.uint16]
 
@@ -44,7 +44,7 @@ def encoded(seconds: float | None) -> bytes:
 
 
 def test_each_option_is_tried_once(passes: list[tuple[int, tuple[int, ...]]]) -> None:
-    assert encoded(None)[0] in (CODERS["context"], CODERS["columns"])
+    assert encoded(None)[0] in (NUMBERS["context"], NUMBERS["columns"])
     assert len(passes) == len(set(passes)) == PASSES
 
 

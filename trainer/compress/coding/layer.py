@@ -6,20 +6,30 @@ are its mask.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.compress.coding import ans, gaps, huffman, search
+from trainer.compress.coding import ans, huffman, search
 from trainer.compress.coding.budget import Budget
+from trainer.compress.coding.coders import Coder, ContextCoder, GapCoder, Levels
 from trainer.compress.coding.errors import CorruptError
+from trainer.compress.coding.own import decode_own, encode_own
 
-Levels = NDArray[np.uint16]
+CODERS: dict[str, Coder] = {
+    "context": ContextCoder(transposed=False),
+    "columns": ContextCoder(transposed=True),
+    "huffman": GapCoder(huffman),
+    "ans": GapCoder(ans),
+}
+NUMBERS = {name: number for number, name in enumerate(CODERS)}
+"""The first byte of a layer, by the name of its coder."""
 
-CODERS = {"context": 0, "columns": 1, "huffman": 2, "ans": 3}
+OWN = 255
+"""The first byte of a layer that was coded by a coder of the user's own."""
+
 MAX_CLUSTERS = 65535
 
 
@@ -37,7 +47,7 @@ def encode_layer(
     shape: Sequence[int],
     clusters: int,
     negatives: int | None = None,
-    coder: str = "auto",
+    coder: str | Coder = "auto",
     budget: Budget | None = None,
 ) -> bytes:
     """Encode the levels of one layer; an empty layer takes no bytes.
@@ -48,82 +58,88 @@ def encode_layer(
         clusters: Number of clusters, 1 to 65535.
         negatives: How many centroids are below zero; None: half of them. Signs that are known save
             bytes; the decoder needs the same number.
-        coder: A name in CODERS, or "auto": the one that needs the fewest bytes. "auto" tries the
-            context coder, which is slow, on a large layer only where it saves 3% of the first rows.
+        coder: A name in CODERS; "auto": the one that needs the fewest bytes; or a coder of your
+            own. "auto" tries the context coder, which is slow, on a large layer only where it saves
+            3% of the first rows.
         budget: Bounds the estimated CPU time of the context coder under "auto"; None: no limit.
 
     Raises:
-        ValueError: The levels are not integers from 0 to `clusters`, or do not fit the shape.
+        ValueError: The levels are not integers from 0 to `clusters`, or do not fit the shape; or a
+            coder of your own fails, or does not decode what it encoded.
     """
-    matrix = np.asarray(levels).reshape(matrix_shape(shape))
+    dense = np.asarray(levels).reshape(tuple(shape))
     if not 1 <= clusters <= MAX_CLUSTERS:
         raise ValueError(f"{clusters} clusters; 1 to {MAX_CLUSTERS} can be coded")
-    if coder != "auto" and coder not in CODERS:
+    if isinstance(coder, str) and coder != "auto" and coder not in CODERS:
         raise ValueError(f"coder {coder!r}; there are auto, {', '.join(CODERS)}")
-    if matrix.size == 0:
+    if dense.size == 0:
         return b""
-    if not 0 <= int(matrix.min()) <= int(matrix.max()) <= clusters:
+    if not 0 <= int(dense.min()) <= int(dense.max()) <= clusters:
         raise ValueError(f"levels must be from 0 to {clusters}")
-    matrix = np.ascontiguousarray(matrix, dtype=np.uint16)
-    arguments = matrix, shape, clusters, _negatives(clusters, negatives)
-    encoders: dict[str, Callable[[], bytes]] = {
-        "context": partial(search.encode, *arguments, False),
-        "columns": partial(search.encode, *arguments, True),
-        "huffman": partial(gaps.encode, matrix.ravel(), clusters, huffman),
-        "ans": partial(gaps.encode, matrix.ravel(), clusters, ans),
-    }
-    payloads: dict[str, bytes] = {}
+    dense = np.ascontiguousarray(dense, dtype=np.uint16).reshape(tuple(shape))
+    below = _negatives(clusters, negatives)
+    if not isinstance(coder, str):
+        blob = bytes([OWN]) + encode_own(coder, dense, clusters, below)
+        shortest = -(-dense.size // max_positions(1))
+        return blob.ljust(shortest, b"\0")
     if coder == "auto":
-        found = search.smallest(*arguments, budget or Budget())
-        names = {False: "context", True: "columns"}
-        payloads = {names[transposed]: found[transposed] for transposed in sorted(found)}
-        payloads |= {name: encoders[name]() for name in ("huffman", "ans")}
+        payloads = {
+            "columns" if transposed else "context": payload
+            for transposed, payload in search.smallest(dense, clusters, below, budget or Budget())
+        }
+        names = ["huffman", "ans"]
     else:
-        payloads = {coder: encoders[coder]()}
-    blobs = [bytes([CODERS[name]]) + payload for name, payload in payloads.items()]
-    blobs = [blob for blob in blobs if max_positions(len(blob)) >= matrix.size]
+        payloads, names = {}, [coder]
+    payloads |= {name: CODERS[name].encode(dense, clusters, below) for name in names}
+    blobs = [bytes([NUMBERS[name]]) + payload for name, payload in payloads.items()]
+    blobs = [blob for blob in blobs if max_positions(len(blob)) >= dense.size]
     if not blobs:  # so few bytes for a huge layer that a decoder would refuse them as forged
-        blobs = [bytes([CODERS["context"]]) + encoders["context"]()]
+        payload = CODERS["context"].encode(dense, clusters, below)
+        blobs = [bytes([NUMBERS["context"]]) + payload]
     return min(blobs, key=len)
 
 
 def decode_layer(
-    blob: bytes, shape: Sequence[int], clusters: int, negatives: int | None = None
+    blob: bytes,
+    shape: Sequence[int],
+    clusters: int,
+    negatives: int | None = None,
+    coder: Coder | None = None,
 ) -> Levels:
-    """The levels of one layer, uint16 in its shape, from the bytes of `encode_layer`.
+    """Decode the bytes of `encode_layer`.
 
-    Takes memory and time in proportion to the shape, which cannot be larger than the bytes justify.
+    Memory and time are in proportion to the shape, which cannot be larger than the bytes justify.
+
+    Args:
+        blob: The bytes.
+        shape, clusters, negatives: As they were passed to `encode_layer`.
+        coder: The coder of your own that encoded the layer, if one did.
+
+    Returns:
+        The levels, uint16 in `shape`.
 
     Raises:
-        CorruptError: no encoder wrote these bytes for such a layer.
+        CorruptError: No encoder wrote these bytes for such a layer.
     """
-    rows, columns = matrix_shape(shape)
+    size = math.prod(shape)
     if not 1 <= clusters <= MAX_CLUSTERS:
         raise CorruptError(f"{clusters} clusters")
-    if rows * columns > max_positions(len(blob)):
-        raise CorruptError(f"{len(blob)} bytes cannot hold {rows * columns} positions")
-    if rows * columns == 0:
+    if size > max_positions(len(blob)):
+        raise CorruptError(f"{len(blob)} bytes cannot hold {size} positions")
+    if size == 0:
         if blob:
             raise CorruptError("bytes where no positions are")
         return np.zeros(tuple(shape), np.uint16)
     below = _negatives(clusters, negatives)
-    data = blob[1:]
-    if blob[0] == CODERS["context"]:
-        levels = search.decode(data, rows, columns, clusters, below)
-    elif blob[0] == CODERS["columns"]:
-        levels = search.decode(data, columns, rows, clusters, below).T
-    elif blob[0] == CODERS["huffman"]:
-        levels = gaps.decode(data, rows * columns, clusters, huffman)
-    elif blob[0] == CODERS["ans"]:
-        levels = gaps.decode(data, rows * columns, clusters, ans)
+    if blob[0] == OWN:
+        if coder is None:
+            raise CorruptError("a coder of the writer's own is needed")
+        levels = decode_own(coder, blob[1:], shape, clusters, below)
+    elif blob[0] < len(CODERS):
+        levels = list(CODERS.values())[blob[0]].decode(blob[1:], shape, clusters, below)
     else:
         raise CorruptError(f"unknown coder {blob[0]}")
-    return np.ascontiguousarray(levels.reshape(tuple(shape)))
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a weight: outputs, and all that leads to one."""
-    return (shape[0] if shape else 1), math.prod(shape[1:])
+    return np.ascontiguousarray(levels).reshape(tuple(shape))
 
 
 def _negatives(clusters: int, negatives: int | None) -> int:

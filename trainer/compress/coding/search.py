@@ -34,42 +34,41 @@ class Options(NamedTuple):
 
 
 def smallest(
-    matrix: Levels, shape: Sequence[int], clusters: int, negatives: int, budget: Budget
-) -> dict[bool, bytes]:
-    """Encode a layer by rows and by columns, each with the best options.
+    levels: Levels, clusters: int, negatives: int, budget: Budget
+) -> list[tuple[bool, bytes]]:
+    """Encode a layer by rows and by columns of its matrix, each with the best options.
 
     Args:
-        matrix: Levels [rows, columns].
-        shape: Shape of the weight; its matrix has one row per output.
+        levels: uint16 in the shape of the weight.
         clusters, negatives: See `context.encode`.
         budget: Reduced by the estimated CPU time.
 
     Returns:
-        The bytes by whether the matrix was transposed. Empty if the context coder does not save
+        Whether the matrix was transposed, and the bytes. Empty if the context coder does not save
         enough to be worth its time, or if the budget does not suffice; without the less promising
         orientation if it does not suffice for both.
     """
+    matrix = levels.reshape(matrix_shape(levels.shape))
     if not _is_worthwhile(matrix, clusters, negatives, budget):
-        return {}
+        return []
     found = [
-        _Orientation(matrix, shape, clusters, negatives, budget, transposed)
+        _Orientation(matrix, levels.shape, clusters, negatives, budget, transposed)
         for transposed in (False, True)
     ]
     for orientation in found:
         orientation.choose_strides()
-    encoded = {}
+    encoded = []
     for orientation in sorted(found, key=lambda orientation: orientation.rate):
         orientation.choose_speed()
         if orientation.is_affordable:
-            encoded[orientation.transposed] = orientation.encode()
-    return encoded
+            encoded.append((orientation.transposed, orientation.encode()))
+    return sorted(encoded)
 
 
-def encode(
-    matrix: Levels, shape: Sequence[int], clusters: int, negatives: int, transposed: bool
-) -> bytes:
+def encode(levels: Levels, clusters: int, negatives: int, transposed: bool) -> bytes:
     """Encode a layer in one orientation with the best options; arguments as of `smallest`."""
-    chosen = _Orientation(matrix, shape, clusters, negatives, Budget(), transposed)
+    matrix = levels.reshape(matrix_shape(levels.shape))
+    chosen = _Orientation(matrix, levels.shape, clusters, negatives, Budget(), transposed)
     chosen.choose_strides()
     chosen.choose_speed()
     return chosen.encode()
@@ -84,6 +83,11 @@ def decode(data: bytes, rows: int, columns: int, clusters: int, negatives: int) 
     if flat[size:].any():
         raise CorruptError("survivors beyond the layer")
     return flat[:size].reshape(rows, columns)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a weight's matrix: outputs, and all weights that lead to one."""
+    return (shape[0] if shape else 1), math.prod(shape[1:])
 
 
 def _is_worthwhile(matrix: Levels, clusters: int, negatives: int, budget: Budget) -> bool:
