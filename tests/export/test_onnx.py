@@ -262,8 +262,14 @@ def test_what_cannot_be_exported_is_said() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(RunError, match="Odd cannot be exported to ONNX: "):
+    class Decomposed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.svd(x)[1]
+
+    with pytest.raises(RunError, match="Odd cannot be exported to ONNX: Could not guard on data-"):
         to_onnx(Odd(), torch.ones(2, 3))
+    with pytest.raises(RunError, match=r"Decomposed cannot be .*: No ONNX function .*_linalg_svd"):
+        to_onnx(Decomposed(), torch.ones(2, 3))
 
 
 def test_a_missing_package_is_named(monkeypatch) -> None:

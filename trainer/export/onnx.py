@@ -61,13 +61,20 @@ def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
             )
     except Exception as error:  # torch.export's and the exporter's own, of many kinds
         raise RunError(
-            f"{type(model).__name__} cannot be exported to ONNX: {first_line(error)}"
+            f"{type(model).__name__} cannot be exported to ONNX: {first_line(_root(error))}"
         ) from error
     assert program is not None
     file = program.model_proto
     for part in (*file.graph.node, *file.graph.value_info, *file.graph.input, *file.graph.output):
         part.ClearField("metadata_props")  # lines and folders of this machine
     return cast(bytes, file.SerializeToString())
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first error of a chain; those of the exporter say which of its steps failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def is_quantized(model: nn.Module) -> bool:
