@@ -74,6 +74,20 @@ def test_alone_it_lists_the_experiments_and_how_to_start_one(capsys):
         assert len(line.split()) > 3
 
 
+def test_a_working_directory_that_was_deleted(tmp_path, capsys):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+    try:
+        assert main(["+experiment=smoke", "cluster=inline"]) == 2
+        assert main(["--list"]) == 2
+    finally:
+        os.chdir(tmp_path)
+    message = "wrong configuration: the working directory no longer exists: cd to another one\n"
+    assert capsys.readouterr().err == 2 * message
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -104,6 +118,9 @@ def test_alone_it_lists_the_experiments_and_how_to_start_one(capsys):
         (["name=bare"], ["phases", "none"]),
         (["seed=1"], ["name"]),
         (["+experiment=smoke", "--config-dir", "nowhere"], ["nowhere"]),
+        (["--config-dir", "nowhere"], ["--config-dir=nowhere"]),
+        (["+experiment=smoke", f"name={'x' * 300}"], ["File name too long", "hydra.run.dir"]),
+        (["+experiment=smoke", "name=caf\udce9"], ["name=caf", "cannot be read"]),
         (["+experiment=smoke", "=="], ["=="]),
     ],
 )

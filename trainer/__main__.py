@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         return DONE
     options = _parser().parse_intermixed_args(arguments)
     try:
+        _check_folders(options.config_dir)
         if _answered(options):
             return DONE
         if options.overrides[:1] == ["doctor"]:
@@ -102,6 +103,16 @@ def main(arguments: Sequence[str]) -> int:
         _print(str(error), sys.stderr)
         return error.exit_code
     return DONE
+
+
+def _check_folders(config_dir: str | None) -> None:
+    """Raise ConfigError if the working directory or the folder of configurations is missing."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the working directory no longer exists: cd to another one") from error
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
 
 
 def _answered(options: argparse.Namespace) -> bool:
@@ -186,6 +197,8 @@ def _identity(plain: dict[str, Any]) -> dict[str, Any]:
 def _print(text: str, stream: TextIO | None = None) -> None:
     """Print to a stream, by default standard output, whose reader may have gone."""
     stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # names of files may be bytes
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""What the command can be told: experiments, groups and their choices, the meaning of each key."""
+"""Experiments, configuration groups and their choices, and the meaning of each setting."""
 
 import textwrap
 from collections.abc import Iterator, Mapping

@@ -211,7 +211,7 @@ def build_object(
 
 
 def _given(key: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Any:
-    """The object that `{_object_: NAME}` stands for. Raises ConfigError if it is not at hand."""
+    """The object that `{_object_: NAME}` stands for. Raises ConfigError if it was not passed."""
     name = settings[OBJECT]
     if name not in objects:
         raise ConfigError(

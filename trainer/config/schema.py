@@ -63,10 +63,10 @@ class FitConfig:
     schedule: str = "cosine"  # after the warm-up: constant | cosine (to zero) | step
     warmup_epochs: float = 0.0  # epochs of linear rise from zero to the peak
     step_epochs: int = 10  # schedule=step: epochs between drops
-    step_gamma: float = 0.1  # schedule=step: factor of each drop
+    step_gamma: float = 0.1  # schedule=step: factor of the learning rate at each drop
     accumulate: int = 1  # micro-batches per optimizer step
     clip: float | None = None  # maximum L2 norm of the gradient of all trainable values; null: none
-    max_steps: int | None = None  # stop after this many optimizer steps; null: epochs decide
+    max_steps: int | None = None  # maximum number of optimizer steps; null: no maximum
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
@@ -108,9 +108,9 @@ class AllReduceConfig:
 class CheckpointConfig:
     """When a checkpoint is written within a phase. The end of each phase is always written."""
 
-    every_steps: int | None = None  # every so many optimizer steps; null: not by steps
-    every_seconds: float | None = 60.0  # every so many seconds; null: not by time
-    keep: int = 2  # number of the latest checkpoints within a phase that are kept
+    every_steps: int | None = None  # optimizer steps between two; null: none by steps
+    every_seconds: float | None = 60.0  # seconds between two; null: none by time
+    keep: int = 2  # number of checkpoints within a phase that are kept, the latest ones
 
     def __post_init__(self) -> None:
         check_min("checkpoint.every_steps", self.every_steps, 1)

@@ -1,7 +1,7 @@
-"""The networks of the literature that this framework reproduces, one file each.
+"""Networks from the literature, one file each.
 
-All are plain `nn.Module`s that know nothing of the framework: a model is whatever
-`model._target_` names, built with the other settings of the `model` group.
+All are plain `nn.Module`s without code of this framework. `model._target_` names one of these or
+any other class or function that returns a module; the other keys of `model` are its arguments.
 """
 
 from trainer.models.alexnet import AlexNet

@@ -32,7 +32,7 @@ class LSTMLanguageModel(nn.Module):
             hidden,
             layers,
             batch_first=True,
-            # One layer has nothing between layers: nn.LSTM warns if told to drop there.
+            # With one layer there is nothing between layers, and nn.LSTM would warn.
             dropout=dropout if layers > 1 else 0.0,
         )
         self.decoder = nn.Linear(hidden, vocabulary)

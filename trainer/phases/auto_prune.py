@@ -62,7 +62,7 @@ class AutoPrune(RoundPhase):
         rounds: Largest number of rounds; each trains for `fit.epochs`.
         min_density: Smallest fraction of its weights that any layer keeps, in [0, 1].
         include: Name patterns of the weights to prune.
-        exempt: Name patterns of weights that are not pruned after all.
+        exempt: Name patterns of weights that are excluded.
     """
 
     kind: ClassVar[str] = "auto_prune"

@@ -46,7 +46,7 @@ class Prune(Phase):
         end: End of the cubic ramp, as a fraction of the steps.
         interval: Number of steps between two masks of the cubic ramp.
         include: Name patterns of the weights to prune.
-        exempt: Name patterns of weights that are not pruned after all.
+        exempt: Name patterns of weights that are excluded.
         max_drop: See `AutoPrune`.
         rounds: See `AutoPrune`.
     """

@@ -71,7 +71,7 @@ class Quantize(Phase):
         fold: Whether batch norm is folded into the layer before it.
         keep: Properties of the weights that are preserved: "zeros", "sharing".
         include: Name patterns of the weights to quantize.
-        exempt: Name patterns of weights that are not quantized after all; "unsupported" for all
+        exempt: Name patterns of weights that are excluded; "unsupported" for all
             weights that cannot be quantized.
     """
 

@@ -36,7 +36,7 @@ class Share(Phase):
         rate: Price of a bit of the index, in variances of the weights. A positive price makes some
             clusters frequent, and the coded file smaller.
         include: Name patterns of the weights to share.
-        exempt: Name patterns of weights that are not shared after all.
+        exempt: Name patterns of weights that are excluded.
     """
 
     kind: ClassVar[str] = "share"

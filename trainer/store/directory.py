@@ -49,8 +49,12 @@ class RunDirectory:
                 number += 1
                 candidate = candidate.with_name(f"{wanted.name}-{number}")
             except OSError as error:
+                for parent in new_parents:
+                    with contextlib.suppress(OSError):  # it was not created
+                        parent.rmdir()
                 raise ConfigError(
-                    f"hydra.run.dir={wanted}: the run's folder cannot be created: {error}"
+                    f"the run directory {wanted} cannot be created: {error.strerror}; choose "
+                    "another with hydra.run.dir=FOLDER, or out in Python"
                 ) from error
 
     def discard(self) -> None:

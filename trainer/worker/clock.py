@@ -1,4 +1,4 @@
-"""Loss and speed of a phase, epoch by epoch, from the steps that one worker saw."""
+"""Training loss and speed of a phase, for each of its epochs."""
 
 import time
 from collections.abc import Mapping
@@ -14,14 +14,18 @@ from trainer.errors import RunError
 from trainer.messages import EpochEnded, Progress
 
 PROGRESS_EVERY_S = 0.2
-SUM_EVERY = 1000  # steps whose losses are kept before they are summed
+SUM_EVERY = 1000  # steps whose losses are collected before they are summed
 
 
 class PhaseClock:
-    """Loss and speed of a phase. Evaluation does not count as training time."""
+    """Accumulates loss and speed of a phase. Evaluation does not count as training time.
+
+    Args:
+        world: The ranks, whose losses are averaged.
+        started: When the phase began, by time.monotonic(); its first epoch begins now.
+    """
 
     def __init__(self, world: World, started: float) -> None:
-        """Args: started: when the phase began, by time.monotonic(); its first epoch begins now."""
         self.world = world
         self.train_loss: float | None = None  # of the last whole epoch
         self.kept = time.monotonic()  # when the last checkpoint was made
@@ -31,7 +35,7 @@ class PhaseClock:
         self._skipped = 0
         self._all_samples = 0
         self._all_seconds = 0.0
-        self._said = time.monotonic()
+        self._reported = time.monotonic()
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -44,7 +48,7 @@ class PhaseClock:
         self._epoch_started = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """All that outlives an interruption. A collective call: the loss is gathered on rank 0."""
+        """What a checkpoint needs. A collective call: the loss is summed on rank 0."""
         total = self._total_loss()
         self._loss = total if self.world.rank == 0 else 0.0
         return {
@@ -61,7 +65,7 @@ class PhaseClock:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from what `state` returned."""
         if self.world.rank == 0:
             self._loss = state["loss"]
         self._samples, self._targets, self._applied, self._steps = (
@@ -87,7 +91,10 @@ class PhaseClock:
         self._applied += step.applied
 
     def _sum_losses(self) -> None:
-        """Add up what `count` has put aside, in order: it does not matter when this is done."""
+        """Add the losses that `count` has collected, in order, so that the time does not matter.
+
+        Losses are collected because reading one waits for the device.
+        """
         if self._losses:
             losses = torch.stack([loss for loss, _ in self._losses]).tolist()
             for loss, (_, targets) in zip(losses, self._losses, strict=True):
@@ -102,15 +109,15 @@ class PhaseClock:
         return total.item()
 
     def progress_due(self) -> bool:
-        """Whether the last progress was said long enough ago."""
+        """Whether the progress was last reported at least `PROGRESS_EVERY_S` seconds ago."""
         now = time.monotonic()
-        if now - self._said < PROGRESS_EVERY_S:
+        if now - self._reported < PROGRESS_EVERY_S:
             return False
-        self._said = now
+        self._reported = now
         return True
 
     def progress(self, phase: str, epochs: int, step: StepResult) -> Progress:
-        """Where this worker is now."""
+        """The progress of this worker, as a message."""
         return Progress(
             phase=phase,
             epoch=step.epoch + 1,
@@ -123,8 +130,12 @@ class PhaseClock:
         )
 
     def end_epoch(self) -> None:
-        """Close the epoch: its mean loss over all workers. A collective call."""
-        total = self._total_loss()  # waits for what the device still has to do
+        """End the epoch: compute its mean loss over all workers. A collective call.
+
+        Raises:
+            RunError: No target of the epoch counts.
+        """
+        total = self._total_loss()  # waits for the device
         seconds = max(time.monotonic() - self._epoch_started, 1e-9)
         if not self._targets:
             raise RunError("data: every target of the train data is -100, which means ignored")
@@ -138,7 +149,7 @@ class PhaseClock:
     def epoch(
         self, phase: str, step: StepResult, validation: Metrics, sparsity: float
     ) -> EpochEnded:
-        """The epoch that was closed last, and the start of the next one's time."""
+        """The last epoch, as a message. The time of the next epoch starts now."""
         self._epoch_started = time.monotonic()
         assert self.train_loss is not None
         return EpochEnded(
@@ -155,5 +166,5 @@ class PhaseClock:
         )
 
     def overall(self) -> float | None:
-        """Samples per second of the whole phase; None where nothing was trained."""
+        """Samples per second of the whole phase; None if nothing was trained."""
         return self._all_samples / self._all_seconds if self._all_seconds else None
