@@ -35,14 +35,14 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where rank 0 is, a few times a second. The loss is that of its share of the batch."""
+    """Where the run is, a few times a second."""
 
     phase: str
     epoch: int  # 1 is the first
     epochs: int
     step: int
     steps: int
-    loss: float
+    loss: float  # of the last step's global batch
     lr: float
     images_per_second: float  # samples, over all workers
 
@@ -134,6 +134,28 @@ def _arrived(phase: int, step: int, content: Any) -> Checkpoint:
     return Checkpoint(phase, step, whole)
 
 
+STEP_UPDATED, STEP_COUNTED, STEP_COMPLETE = 0, 1, 2
+"""What of a step is done: its update of the weights; also the work of its phase; also what follows
+the last step of an epoch or a phase, such as the evaluation."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """The state of one rank when its group ends, because a rank was lost or others shall join.
+
+    Every rank keeps its own in its memory, and one of them is where the next group continues. Not
+    sent to the driver.
+    """
+
+    checkpoint: Checkpoint
+    stage: int  # STEP_UPDATED, STEP_COUNTED or STEP_COMPLETE
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Phase, step and stage; a larger one is further ahead."""
+        return self.checkpoint.phase, self.checkpoint.step, self.stage
+
+
 @dataclass(frozen=True)
 class RunStopped:
     """The run stopped on request. Nothing was done after the last checkpoint."""
@@ -219,6 +241,7 @@ class Resumed:
     names: list[str]  # of all phases, in order
     records: list[Mapping[str, Any]]  # of the phases that ended, as in summary.json
     progress: Mapping[str, Any]  # seconds and restarts up to the point
+    is_evaluated: bool = True  # False: the evaluation after that step is still to come
 
     @property
     def is_beginning(self) -> bool:
@@ -253,6 +276,7 @@ Message = (
     | EpochEnded
     | Checkpoint
     | PhaseEnded
+    | Handover
     | RunStopped
     | Evaluated
     | Exported

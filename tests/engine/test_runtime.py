@@ -49,7 +49,7 @@ def test_parameters_and_inputs_of_five_dimensions_may_be_channels_last():
         split = problem()
         inputs, _ = run.place_batch(split.inputs, split.targets)
         assert inputs.is_contiguous(memory_format=torch.channels_last_3d) is channels_last
-        losses = [step.loss.item() for step in fit(model, split, FitConfig(epochs=2), run)]
+        losses = [step.loss for step in fit(model, split, FitConfig(epochs=2), run)]
         results.append([*losses, evaluate(model, split, run).loss])
     assert results[1] == pytest.approx(results[0], rel=1e-4)
 

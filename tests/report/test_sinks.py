@@ -121,5 +121,10 @@ def test_metrics_beyond_the_point_of_resumption_are_deleted(tmp_path) -> None:
     for phase, step in (("train", 10), ("train", 20), ("prune", 10), ("prune", 20)):
         sink.on(EpochEnded(phase, 1, step, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, skipped=0))
     sink.on(dataclasses.replace(BEGINNING, phase=1, step=10))
-    left = [(entry["phase"], entry["step"]) for entry in directory.read_metrics()]
-    assert left == [("train", 10), ("train", 20), ("prune", 10)]
+
+    def left() -> list[tuple[str, int]]:
+        return [(entry["phase"], entry["step"]) for entry in directory.read_metrics()]
+
+    assert left() == [("train", 10), ("train", 20), ("prune", 10)]
+    sink.on(dataclasses.replace(BEGINNING, phase=1, step=10, is_evaluated=False))
+    assert left() == [("train", 10), ("train", 20)]

@@ -17,6 +17,7 @@ from trainer.cluster.memory import memory_released
 from trainer.engine.rendezvous import RendezvousServer
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
+from trainer.messages import Handover
 
 CONTROL = "control"
 """Concurrency group of the methods that answer while a function runs."""
@@ -34,6 +35,7 @@ class Worker:
             os.setpriority(os.PRIO_PROCESS, 0, nice)
         self._server: RendezvousServer | None = None
         self._world: World | None = None
+        self._handover: Handover | None = None  # the state with which the last run ended
         self._run = 0  # number of the current run
         self._stopped_run = 0  # number of the last run that was requested to stop
 
@@ -82,13 +84,16 @@ class Worker:
         assert world is not None
         world.stop.clear()
         self._run = number
+        self._handover = None
         if self._stopped_run == number:  # the request arrived before the run
             world.stop.set()
         torch.set_num_threads(self._threads)  # applies only to the thread that calls it
         with memory_released(world.device):
             try:
                 for message in function(world, *args):
-                    if self._rank == 0:
+                    if isinstance(message, Handover):
+                        self._handover = message
+                    elif self._rank == 0:
                         yield message
             except (Exception, SystemExit) as error:
                 world.close()  # so that the other ranks do not wait for this one

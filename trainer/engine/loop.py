@@ -20,6 +20,7 @@ from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import IGNORED, Split
 from trainer.engine.batchnorm import SyncBatchNorm
+from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs
 from trainer.engine.objective import Objective, count_targets, supervised
 from trainer.engine.optim import load_state, lr_factor, set_lr
@@ -34,7 +35,7 @@ Request = Callable[[], int]
 
 @dataclass(slots=True)
 class StepResult:
-    """One optimizer step, as this worker saw it."""
+    """One optimizer step; the same on all ranks, but for `sent_bytes`."""
 
     step: int  # steps done in this phase, this one included
     total: int  # steps that the phase will do
@@ -42,7 +43,7 @@ class StepResult:
     epoch_ends: bool  # the last step of its epoch, or of the phase
     samples: int  # size of the global batch
     targets: int  # counted targets of the global batch
-    loss: Tensor  # 0-dim; its mean over workers is the mean loss of the counted targets
+    loss: float  # mean over the counted targets of the global batch; 0 if there are none
     lr: float
     applied: bool  # False: skipped by loss scaling, or no target counted
     sent_bytes: int  # gradient bytes that this worker sent
@@ -85,6 +86,9 @@ def fit(
     Raises:
         Diverged: The loss is NaN or infinite. All ranks raise it in the same step.
         RunError: Likewise, because of an input; the message names the sample.
+        ConnectionError: A rank is lost. The model and `StepResult.state` are those after the last
+            step that was yielded, or as at the start.
+        TimeoutError: Likewise, of a rank that is silent.
     """
     per_epoch, total = steps_in(len(split), runtime.batch_size, cfg)
     if total == 0:
@@ -110,6 +114,7 @@ def fit(
     per_sample = _targets_per_sample(split, world)
     synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
     reducer = Reducer(parameters, world, runtime.allreduce, extras=3)
+    buffers = ForwardBuffers(model) if world.size > 1 else None
     loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
     model.train()
     try:
@@ -132,6 +137,8 @@ def fit(
                 lr = peak * lr_factor(updates, total, per_epoch, cfg)
                 set_lr(optimizer, lr)
                 _seed_step(runtime, epochs_before * per_epoch + step)
+                if buffers is not None:
+                    buffers.begin_step()
                 reducer.zero_grad()
                 request_slot.fill_(request())
                 loss = torch.zeros((), device=world.device)
@@ -167,7 +174,7 @@ def fit(
                 if counted == 0:
                     reducer.zero_grad()
                 elif counted != full:
-                    loss = loss * (full / counted)
+                    mean_loss *= full / counted
                     _multiply_gradients(parameters, full / counted)
                 if not math.isfinite(mean_loss):
                     loaded.close()
@@ -176,6 +183,8 @@ def fit(
                         f"the loss is {mean_loss} in step {step + 1} (epoch {epoch + 1}) at "
                         f"a learning rate of {lr:g}: lower optimizer.lr, warm up, or clip"
                     )
+                if buffers is not None:
+                    buffers.end_step()
                 update = precision.step(optimizer, parameters, cfg.clip)
                 step += 1
                 updates += update.applied
@@ -188,7 +197,7 @@ def fit(
                     epoch_ends=step % per_epoch == 0 or step == total,
                     samples=len(batch),
                     targets=counted,
-                    loss=loss,
+                    loss=mean_loss,
                     lr=lr,
                     applied=update.applied,
                     sent_bytes=reducer.sent_bytes,
@@ -197,6 +206,10 @@ def fit(
                 )
                 if step == total:
                     return
+    except (ConnectionError, TimeoutError):
+        if buffers is not None:
+            buffers.restore()
+        raise
     finally:
         reducer.close()
 

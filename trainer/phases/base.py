@@ -96,6 +96,8 @@ class Phase:
         """Called after each optimizer step.
 
         May change parameters in place, but not replace them, since the optimizer refers to them.
+        Communicate before changing anything: if a rank is lost in a collective of `world`, the
+        model and the phase must be as before, since the others continue from there.
 
         Args:
             step: Number of steps done; 1 after the first.

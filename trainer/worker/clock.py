@@ -4,29 +4,24 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trainer.engine.evaluate import Metrics
 from trainer.engine.loop import StepResult
-from trainer.engine.world import World
 from trainer.errors import RunError
 from trainer.messages import EpochEnded, Progress
 
 PROGRESS_EVERY_S = 0.2
-SUM_EVERY = 1000  # steps whose losses are collected before they are summed
 
 
 class PhaseClock:
     """Accumulates loss and speed of a phase. Evaluation does not count as training time.
 
+    The loss is the same on all ranks.
+
     Args:
-        world: The ranks, whose losses are averaged.
         started: When the phase began, by time.monotonic(); its first epoch begins now.
     """
 
-    def __init__(self, world: World, started: float) -> None:
-        self.world = world
+    def __init__(self, started: float) -> None:
         self.train_loss: float | None = None  # of the last whole epoch
         self.kept = time.monotonic()  # when the last checkpoint was made
         self._started = started
@@ -39,8 +34,7 @@ class PhaseClock:
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self._loss = 0.0
-        self._losses: list[tuple[Tensor, int]] = []  # loss and targets of steps not in the sum yet
+        self._loss = 0.0  # sum over the counted targets
         self._targets = 0
         self._samples = 0
         self._applied = 0
@@ -48,9 +42,7 @@ class PhaseClock:
         self._epoch_started = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs. A collective call: the loss is summed on rank 0."""
-        total = self._total_loss()
-        self._loss = total if self.world.rank == 0 else 0.0
+        """What a checkpoint needs."""
         return {
             "loss": self._loss,
             "samples": self._samples,
@@ -66,8 +58,7 @@ class PhaseClock:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
-        if self.world.rank == 0:
-            self._loss = state["loss"]
+        self._loss = state["loss"]
         self._samples, self._targets, self._applied, self._steps = (
             state[key] for key in ("samples", "targets", "applied", "steps")
         )
@@ -82,31 +73,11 @@ class PhaseClock:
 
     def count(self, step: StepResult) -> None:
         """Add one step."""
-        self._losses.append((step.loss, step.targets))
-        if len(self._losses) == SUM_EVERY:
-            self._sum_losses()
+        self._loss += step.loss * step.targets
         self._samples += step.samples
         self._targets += step.targets
         self._steps += 1
         self._applied += step.applied
-
-    def _sum_losses(self) -> None:
-        """Add the losses that `count` has collected, in order, so that the time does not matter.
-
-        Losses are collected because reading one waits for the device.
-        """
-        if self._losses:
-            losses = torch.stack([loss for loss, _ in self._losses]).tolist()
-            for loss, (_, targets) in zip(losses, self._losses, strict=True):
-                self._loss += loss * targets
-            self._losses.clear()
-
-    def _total_loss(self) -> float:
-        """The sum of the losses of all workers' targets so far. A collective call."""
-        self._sum_losses()
-        total = torch.tensor(self._loss, dtype=torch.float64, device=self.world.device)
-        self.world.all_reduce(total)
-        return total.item()
 
     def progress_due(self) -> bool:
         """Whether the progress was last reported at least `PROGRESS_EVERY_S` seconds ago."""
@@ -117,29 +88,31 @@ class PhaseClock:
         return True
 
     def progress(self, phase: str, epochs: int, step: StepResult) -> Progress:
-        """The progress of this worker, as a message."""
+        """The progress, as a message."""
         return Progress(
             phase=phase,
             epoch=step.epoch + 1,
             epochs=epochs,
             step=step.step,
             steps=step.total,
-            loss=step.loss.item(),
+            loss=step.loss,
             lr=step.lr,
             images_per_second=self._samples / max(time.monotonic() - self._epoch_started, 1e-9),
         )
 
-    def end_epoch(self) -> None:
-        """End the epoch: compute its mean loss over all workers. A collective call.
+    def end_epoch(self, ended: float) -> None:
+        """End the epoch: compute its mean loss.
+
+        Args:
+            ended: When its last step ended, by time.monotonic().
 
         Raises:
             RunError: No target of the epoch counts.
         """
-        total = self._total_loss()  # waits for the device
-        seconds = max(time.monotonic() - self._epoch_started, 1e-9)
+        seconds = max(ended - self._epoch_started, 1e-9)
         if not self._targets:
             raise RunError("data: every target of the train data is -100, which means ignored")
-        self.train_loss = total / (self._targets * self.world.size)
+        self.train_loss = self._loss / self._targets
         self._all_samples += self._samples
         self._all_seconds += seconds
         self._speed = self._samples / seconds

@@ -22,7 +22,11 @@ from trainer.engine.objective import Distilled, Objective, supervised
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
 from trainer.messages import (
+    STEP_COMPLETE,
+    STEP_COUNTED,
+    STEP_UPDATED,
     Checkpoint,
+    Handover,
     Message,
     PhaseEnded,
     PhaseRecord,
@@ -41,6 +45,12 @@ LOSS_SCALE = "loss_scale"
 
 CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 may request of all ranks after a step
 
+_PLAIN_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(StepResult)
+    if field.name not in ("requested", "state")
+)
+
 
 @dataclass
 class PhaseRun:
@@ -56,9 +66,16 @@ class PhaseRun:
     epochs_before: int  # epochs of earlier phases
     checkpoint: CheckpointConfig
     changes: list[StructureChange]  # structural changes so far; a structural phase adds its own
+    earlier: Handover | None = None  # the state with which the phase begins, if it is known
     stopped: bool = False  # the run was asked to stop within this phase
     trainable: int = 0  # trainable values in the last round
     last: StepResult | None = None  # last step of the last round
+
+    def __post_init__(self) -> None:
+        self.clock = PhaseClock(time.monotonic())
+        self.rounds: list[RoundRecord] = []
+        self._step: StepResult | None = None  # the last one whose update is in the model
+        self._stage = STEP_COMPLETE  # of that step
 
     def messages(self, resumed: Mapping[str, Any] | None) -> Iterator[Message]:
         """Run the phase and yield its reports.
@@ -67,17 +84,16 @@ class PhaseRun:
             resumed: State of a checkpoint within this phase to resume from; None: start the phase.
         """
         world, phase, model = self.runtime.world, self.phase, self.model
-        clock = PhaseClock(world, time.monotonic())
-        rounds: list[RoundRecord] = []
+        clock, rounds = self.clock, self.rounds
         if resumed is not None:
             clock.load(resumed["clock"])
-            rounds = [RoundRecord(**record) for record in resumed["rounds"]]
+            rounds.extend(RoundRecord(**record) for record in resumed["rounds"])
             if isinstance(phase, RoundPhase):
                 phase.load_state(resumed["phase"])
         if isinstance(phase, StructuralPhase):
             self._change_structure(phase, resumed)
         while True:
-            yield from self._round(clock, rounds, resumed)
+            yield from self._round(resumed)
             if self.stopped:
                 return
             after = counts(model)
@@ -118,6 +134,16 @@ class PhaseRun:
             weights = to_bytes(model_state(model), metadata) if world.rank == 0 else b""
             yield PhaseEnded(index=self.index, record=record, weights=weights)
 
+    def handover(self) -> Handover | None:
+        """The latest state that this rank can hand over; None if it has none.
+
+        It is valid also after a collective has failed: see `fit` and `Phase.after_step`.
+        """
+        if self._step is None:
+            return self.earlier
+        content = self._content(self._step, self._stage)
+        return Handover(self._as_checkpoint(self._step, content), self._stage)
+
     def _change_structure(self, phase: StructuralPhase, resumed: Mapping[str, Any] | None) -> None:
         """Plan the phase's permanent change, or take it from the checkpoint, and make it."""
         if resumed is not None:
@@ -127,10 +153,9 @@ class PhaseRun:
         phase.apply_change(self.model, change)
         self.changes.append(StructureChange(class_path(type(phase)), change))
 
-    def _round(
-        self, clock: PhaseClock, rounds: list[RoundRecord], resumed: Mapping[str, Any] | None
-    ) -> Iterator[Message]:
+    def _round(self, resumed: Mapping[str, Any] | None) -> Iterator[Message]:
         """Plan, enter, train, leave."""
+        clock, rounds = self.clock, self.rounds
         model, phase, fit_config = self.model, self.phase, self.phase.fit
         world, number = self.runtime.world, len(rounds)
         step_before = resumed["fit"]["step"] if resumed else 0
@@ -155,44 +180,68 @@ class PhaseRun:
             )
         self.last = None
         try:
-            for step in fit(
-                model,
-                self.data.train,
-                fit_config,
-                self.runtime,
-                self.epochs_before + number * fit_config.epochs,
-                resumed and resumed["fit"],
-                lambda: self._request(clock),
-                self._objective(),
-            ):
+            for step in self._steps(number, resumed):
                 self.last = step
-                phase.after_step(model, world, step.step, step.total)
-                clock.count(step)
                 if clock.progress_due():
                     shown = self._over_rounds(step, number)
                     yield clock.progress(self.name, fit_config.epochs * self._max_rounds, shown)
                 if step.step == step.total:
                     continue
                 if step.epoch_ends:
-                    clock.end_epoch()
-                    metrics = self._evaluate(model)
+                    ended = time.monotonic()
+                    metrics = self._evaluate(model)  # may lose a rank: the epoch is still open
+                    clock.end_epoch(ended)
                     shown = self._over_rounds(step, number)
                     yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
+                self._stage = STEP_COMPLETE
                 every = self.checkpoint.every_steps
                 if step.requested != CONTINUE or (every and step.step % every == 0):
                     with world.heartbeat.busy():
-                        yield self._checkpoint(step, clock, rounds)
+                        yield self._checkpoint(step)
                     clock.kept = time.monotonic()
                 if step.requested == STOP:
                     self.stopped = True
+                    if handover := self._needed_handover():
+                        yield handover
                     yield RunStopped()
                     return
         except Diverged as error:
             raise Diverged(f"phase {self.name}: {error}") from error
         if self.last:
-            clock.end_epoch()
+            # What follows changes the model, and a rank may be lost meanwhile.
+            self.earlier, self._step = self._needed_handover(), None
+            clock.end_epoch(time.monotonic())
         with world.heartbeat.busy():
             phase.leave(model)
+
+    def _steps(self, number: int, resumed: Mapping[str, Any] | None) -> Iterator[StepResult]:
+        """The steps of a round, after the phase's own work; first one that was not finished."""
+        fit_config = self.phase.fit
+        if resumed is not None and (unfinished := resumed["unfinished"]) is not None:
+            step = StepResult(
+                **unfinished["step"], requested=CONTINUE, state=lambda: dict(resumed["fit"])
+            )
+            yield self._finish_step(step, unfinished["stage"])
+        for step in fit(
+            self.model,
+            self.data.train,
+            fit_config,
+            self.runtime,
+            self.epochs_before + number * fit_config.epochs,
+            resumed and resumed["fit"],
+            lambda: self._request(self.clock),
+            self._objective(),
+        ):
+            yield self._finish_step(step, STEP_UPDATED)
+
+    def _finish_step(self, step: StepResult, stage: int) -> StepResult:
+        """Do the phase's work after a step."""
+        self._step, self._stage = step, stage
+        if stage == STEP_UPDATED:
+            self.phase.after_step(self.model, self.runtime.world, step.step, step.total)
+            self.clock.count(step)
+            self._stage = STEP_COUNTED
+        return step
 
     @property
     def _max_rounds(self) -> int:
@@ -249,22 +298,37 @@ class PhaseRun:
         inputs, _ = self.runtime.place_batch(*next(self.data.validation.batches(order, None)))
         return macs(self.model, inputs)
 
-    def _checkpoint(
-        self, step: StepResult, clock: PhaseClock, rounds: list[RoundRecord]
-    ) -> Checkpoint:
-        """Everything that is needed to resume after `step`. A collective call."""
-        shown, clock_state = self._over_rounds(step, len(rounds)).step, clock.state()
-        content = b""
-        if self.runtime.world.rank == 0:
-            phase = self.phase
-            state = {
-                "model": model_state(self.model),
-                "clock": clock_state,
-                "fit": step.state(),
-                "phase": phase.state() if isinstance(phase, RoundPhase) else {},
-                "rounds": [dataclasses.asdict(record) for record in rounds],
-            }
-            if isinstance(phase, StructuralPhase):
-                state["change"] = self.changes[-1].change
-            content = pack(state)
+    def _checkpoint(self, step: StepResult) -> Checkpoint:
+        """The state after a complete step; on other ranks than 0 without its content."""
+        content = self._content(step, STEP_COMPLETE) if self.runtime.world.rank == 0 else b""
+        return self._as_checkpoint(step, content)
+
+    def _as_checkpoint(self, step: StepResult, content: bytes) -> Checkpoint:
+        shown = self._over_rounds(step, len(self.rounds)).step
         return Checkpoint(phase=self.index, step=shown, content=content)
+
+    def _needed_handover(self) -> Handover | None:
+        """As `handover`, in a group of several ranks; another rank may lose this one."""
+        if self.runtime.world.size == 1:
+            return None
+        with self.runtime.world.heartbeat.busy():
+            return self.handover()
+
+    def _content(self, step: StepResult, stage: int) -> bytes:
+        """The state of this rank after a step, of which `stage` is done."""
+        phase = self.phase
+        unfinished = None
+        if stage != STEP_COMPLETE:
+            plain = {name: getattr(step, name) for name in _PLAIN_FIELDS}
+            unfinished = {"step": plain, "stage": stage}
+        state = {
+            "model": model_state(self.model),
+            "clock": self.clock.state(),
+            "fit": step.state(),
+            "unfinished": unfinished,
+            "phase": phase.state() if isinstance(phase, RoundPhase) else {},
+            "rounds": [dataclasses.asdict(record) for record in self.rounds],
+        }
+        if isinstance(phase, StructuralPhase):
+            state["change"] = self.changes[-1].change
+        return pack(state)

@@ -19,7 +19,15 @@ from trainer.engine.loop import steps_in
 from trainer.engine.world import World
 from trainer.errors import RunError
 from trainer.experiment import Experiment
-from trainer.messages import Message, Notice, RunStarted, RunStopped
+from trainer.messages import (
+    STEP_COMPLETE,
+    Checkpoint,
+    Handover,
+    Message,
+    Notice,
+    RunStarted,
+    RunStopped,
+)
 from trainer.phases import Phase, RoundPhase
 from trainer.phases.structure import StructureChange, from_metadata
 from trainer.store.checkpoints import ResumePoint
@@ -36,6 +44,7 @@ class Start:
     weights: bytes | None = None  # what the phase before it left; None: draw the initial weights
     checkpoint: bytes | None = None  # `Checkpoint.content` of that phase; None: from its beginning
     dense: bytes | None = None  # weights of the dense model; None: `weights`, or still to come
+    step: int = 0  # of the checkpoint
 
 
 def start_at(experiment: Experiment, point: ResumePoint, saved: Callable[[int], bytes]) -> Start:
@@ -51,83 +60,111 @@ def start_at(experiment: Experiment, point: ResumePoint, saved: Callable[[int], 
     if experiment.has_initial_weights and point.weights is None:
         raise RunError("the initial weights in checkpoints/ are damaged: resume the run")
     if point.phase == 0:  # no phase has ended yet
-        return Start(0, point.weights, point.checkpoint)
+        return Start(0, point.weights, point.checkpoint, step=point.step)
     dense = experiment.dense_phase_needed(point.phase)
     content = None if dense is None else saved(dense)
-    return Start(point.phase, point.weights, point.checkpoint, content)
+    return Start(point.phase, point.weights, point.checkpoint, content, point.step)
 
 
-def run_phases(world: World, experiment: Experiment, start: Start) -> Iterator[Message]:
-    """Run the phases of an experiment on this worker. The test set is not used."""
-    world.heartbeat.begin("at the start", 0)  # a warm worker may have run something else before
-    with world.heartbeat.busy():
-        torch.manual_seed(experiment.config.seed)
-        data = experiment.build_data()
-        phases = copy.deepcopy(experiment.phases)  # phases have state, experiments have none
-        runtime = experiment.build_runtime(world)
-        model = runtime.place(experiment.build_model())
-        check_state(model)
-        experiment.check_phases(model)
-        remaining = list(phases.values())[start.phase :]
-        fits = [phase.fit for phase in remaining]
-        data, target_shape = check_compatible(model, data, runtime, fits)
-        dense = None
-        if start.dense is not None:
-            _restore(dense := copy.deepcopy(model), experiment, start.dense)
-        changes: list[StructureChange] = []
-        if start.weights is not None:
-            metadata = _restore(model, experiment, start.weights)
-            changes = from_metadata(metadata)
-            if LOSS_SCALE in metadata:
-                runtime.mixed_precision.load(json.loads(metadata[LOSS_SCALE]))
-        world.broadcast(_tensors(model))
-    yield RunStarted(
-        workers=world.size,
-        device=_device_name(world.device),
-        parameters=counts(model).parameters,
-        train=len(data.train),
-        validation=len(data.validation),
-        test=len(data.test),
-        phase_steps=tuple(
-            planned_steps(phase, len(data.train), runtime.batch_size) for phase in phases.values()
-        ),
-        sequence_targets=len(target_shape) == 1,
-    )
-    if start.phase == 0 and start.checkpoint is None:
-        if runtime.batch_size > len(data.train):
-            yield Notice(
-                f"data.batch_size={runtime.batch_size} is larger than the training set of "
-                f"{len(data.train)} samples, which is one batch"
-            )
-        for name, phase in phases.items():
-            yield from (Notice(f"phases.{name}: {line}") for line in phase.notices(model))
-    epochs_before = 0
-    last_dense = experiment.stages[0].phase
-    for index, (name, phase) in enumerate(phases.items()):
-        if index >= start.phase:
-            if should_stop(world):
-                yield RunStopped()
-                return
-            rest = list(phases.values())[index:]
-            if index == last_dense + 1 and any(p.needs_dense_model for p in rest):
-                dense = copy.deepcopy(model)
-            run = PhaseRun(
-                index=index,
-                name=name,
-                phase=phase,
-                model=model,
-                dense=dense,
-                data=data,
-                runtime=runtime,
-                epochs_before=epochs_before,
-                checkpoint=experiment.config.checkpoint,
-                changes=changes,
-            )
-            resumed = start.checkpoint if index == start.phase else None
-            yield from run.messages(None if resumed is None else unpack(resumed))
-            if run.stopped:
-                return
-        epochs_before += total_epochs(phase)
+def run_phases(
+    world: World, experiment: Experiment, start: Start, handover: Handover | None = None
+) -> Iterator[Message]:
+    """Run the phases of an experiment on this worker. The test set is not used.
+
+    If another rank is lost, the last message is a `Handover`, unless there is no state yet.
+
+    Args:
+        world: The group of workers.
+        experiment: What to run.
+        start: Where to start.
+        handover: A later state of the phase in which to start, to continue from; None: there is
+            none.
+    """
+    if handover is None and start.checkpoint is not None:
+        checkpoint = Checkpoint(start.phase, start.step, start.checkpoint)
+        handover = Handover(checkpoint, STEP_COMPLETE)
+    run: PhaseRun | None = None
+    try:
+        world.heartbeat.begin("at the start", 0)  # a warm worker may have run something else before
+        with world.heartbeat.busy():
+            torch.manual_seed(experiment.config.seed)
+            data = experiment.build_data()
+            phases = copy.deepcopy(experiment.phases)  # phases have state, experiments have none
+            runtime = experiment.build_runtime(world)
+            model = runtime.place(experiment.build_model())
+            check_state(model)
+            experiment.check_phases(model)
+            remaining = list(phases.values())[start.phase :]
+            fits = [phase.fit for phase in remaining]
+            data, target_shape = check_compatible(model, data, runtime, fits)
+            dense = None
+            if start.dense is not None:
+                _restore(dense := copy.deepcopy(model), experiment, start.dense)
+            changes: list[StructureChange] = []
+            if start.weights is not None:
+                metadata = _restore(model, experiment, start.weights)
+                changes = from_metadata(metadata)
+                if LOSS_SCALE in metadata:
+                    runtime.mixed_precision.load(json.loads(metadata[LOSS_SCALE]))
+            world.broadcast(_tensors(model))
+        yield RunStarted(
+            workers=world.size,
+            device=_device_name(world.device),
+            parameters=counts(model).parameters,
+            train=len(data.train),
+            validation=len(data.validation),
+            test=len(data.test),
+            phase_steps=tuple(
+                planned_steps(phase, len(data.train), runtime.batch_size)
+                for phase in phases.values()
+            ),
+            sequence_targets=len(target_shape) == 1,
+        )
+        if start.phase == 0 and handover is None:
+            if runtime.batch_size > len(data.train):
+                yield Notice(
+                    f"data.batch_size={runtime.batch_size} is larger than the training set of "
+                    f"{len(data.train)} samples, which is one batch"
+                )
+            for name, phase in phases.items():
+                yield from (Notice(f"phases.{name}: {line}") for line in phase.notices(model))
+        epochs_before = 0
+        last_dense = experiment.stages[0].phase
+        for index, (name, phase) in enumerate(phases.items()):
+            if index >= start.phase:
+                if should_stop(world):
+                    yield RunStopped()
+                    return
+                rest = list(phases.values())[index:]
+                if index == last_dense + 1 and any(p.needs_dense_model for p in rest):
+                    dense = copy.deepcopy(model)
+                run = PhaseRun(
+                    index=index,
+                    name=name,
+                    phase=phase,
+                    model=model,
+                    dense=dense,
+                    data=data,
+                    runtime=runtime,
+                    epochs_before=epochs_before,
+                    checkpoint=experiment.config.checkpoint,
+                    changes=changes,
+                    earlier=handover,
+                )
+                resumed = handover if index == start.phase else None
+                content = None if resumed is None else unpack(bytes(resumed.checkpoint.content))
+                yield from run.messages(content)
+                if run.stopped:
+                    return
+                handover = run.handover()
+            epochs_before += total_epochs(phase)
+    except (ConnectionError, TimeoutError):
+        if world.size > 1:
+            with world.heartbeat.busy():
+                latest = handover if run is None else run.handover()
+                if latest is not None:
+                    yield latest
+        raise
 
 
 def total_epochs(phase: Phase) -> int:

@@ -38,9 +38,10 @@ class MetricsSink:
                 self._directory.append_metrics(as_json(message))
             case Resumed(phase=phase, step=step, names=names):
                 index = {name: number for number, name in enumerate(names)}
+                end = (phase, step + message.is_evaluated)
 
                 def is_before(entry: Mapping[str, Any]) -> bool:
-                    return (index[entry["phase"]], entry["step"]) <= (phase, step)
+                    return (index[entry["phase"]], entry["step"]) < end
 
                 self._directory.truncate_metrics(is_before)
 
