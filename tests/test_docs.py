@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.test_main import capture
-from trainer.__main__ import conf_dir
+from trainer.config.compose import conf_dir
 from trainer.engine.world import World
 from trainer.experiment import Experiment
 from trainer.messages import PhaseEnded

@@ -80,7 +80,9 @@ def test_a_taken_name_gets_a_suffix_and_discard_removes_what_was_made(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_wrong_configuration(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*file/run"):
+    with pytest.raises(
+        ConfigError, match=r"file/run cannot be created: Not a directory; choose another with hydra"
+    ):
         RunDirectory.claim(tmp_path / "file" / "run")
 
 

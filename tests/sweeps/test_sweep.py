@@ -20,7 +20,8 @@ import pytest
 import torch
 import yaml
 
-from trainer.__main__ import conf_dir, main
+from trainer.__main__ import main
+from trainer.config.compose import conf_dir
 from trainer.errors import ConfigError
 from trainer.experiment import Experiment
 from trainer.models import LeNet300
