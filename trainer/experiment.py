@@ -423,8 +423,7 @@ class Experiment:
             with torch.device("meta"):
                 model = self.build_model()
         except ConfigError as error:
-            instantiation = error.__cause__
-            if instantiation is None or isinstance(instantiation.__cause__, ValueError):
+            if error.__cause__ is None or isinstance(error.__cause__, ValueError):
                 raise
             return None
         check_state(model)

@@ -178,8 +178,8 @@ def build_object(
             them.
 
     Raises:
-        ConfigError: The target cannot be imported, does not accept the settings, refuses a value,
-            or returns an object of another type.
+        ConfigError: The target cannot be imported, does not accept the settings, raises an
+            exception, which is the cause of the ConfigError, or returns an object of another type.
     """
     function = locate(key, settings, objects or {})
     check_arguments(key, function, settings)
@@ -198,10 +198,10 @@ def build_object(
             partial = instantiate({**settings, "_partial_": True}, _convert_="all")
         # The context is passed as it is: a `_target_` in it is no target of these settings.
         result = partial(**extra)
-    except InstantiationException as error:
-        raise ConfigError(f"{key} ({function.__name__}): {error.__cause__ or error}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} ({function.__name__}): {error}") from error
+    except Exception as error:  # whatever the target, or a nested one, raises
+        nested = isinstance(error, InstantiationException) and error.__cause__
+        reason = nested or error
+        raise ConfigError(f"{key} ({function.__name__}): {reason}") from reason
     if not isinstance(result, expected):
         raise ConfigError(
             f"{key}._target_={settings['_target_']}: it returned a {type(result).__name__}, "
