@@ -98,8 +98,12 @@ class Experiment:
         sync_batchnorm: Whether batch norm covers the samples of all workers, or each worker's own.
         init_from: File with initial weights: .safetensors, .pt or .dcz.
         workers: Number of data-parallel workers; shorthand for `cluster`.
-        cluster, allreduce, checkpoint, export, limits: Settings of these sections, as a dataclass
-            of `trainer.config` or a mapping.
+        cluster: Settings of the section `cluster`, as a dataclass of `trainer.config` or a mapping;
+            likewise the next four.
+        allreduce: How gradients are averaged.
+        checkpoint: When the state is stored.
+        export: Whether to write model.onnx.
+        limits: What the result must reach.
         artifact: Whether to write model.dcz, or the settings of that section, in which `coder` may
             be an object of a class of your own (docs/own-coder.md).
         logger: Sinks by name: mappings with a `_target_`, or objects that follow

@@ -147,7 +147,9 @@ def resume(
     Args:
         folder: The run directory.
         workers: Another number of workers.
-        cluster, checkpoint, limits: Other settings of these sections.
+        cluster: Other settings of the section `cluster`.
+        checkpoint: Other settings of the section `checkpoint`.
+        limits: Other settings of the section `limits`.
         progress: Whether to print the progress.
         objects: `model`, `data`, `phases`, `logger` or `artifact` as passed to `run`, if they could
             not be stored in the run directory.
