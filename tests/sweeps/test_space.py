@@ -2,11 +2,13 @@
 
 import optuna
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from trainer.config import SweepConfig
 from trainer.errors import ConfigError
 from trainer.sweeps.ranges import parse_range
 from trainer.sweeps.space import parse_space
+from trainer.sweeps.study import Ledger as Study
 
 CONVNET = {
     "model.depth": "range(1,4)",
@@ -28,6 +30,12 @@ def space(params, defaults=None, **settings):
         ("range(1,8,3)", [1, 7], [1, 4, 7]),
         ("range(5,1,-2)", [3, 5], [3, 5]),
         ("range(0.1,0.5,0.1)", [0.1, 0.4], [0.1, 0.2, 0.3, 0.4]),
+        ("range(0.1,0.4,0.1)", [0.1, 0.3], [0.1, 0.2, 0.3]),  # binary floats would reach 0.4
+        ("range(0.1,0.6,0.1)", [0.1, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ("range(0,1,0.25)", [0.0, 0.75], [0.0, 0.25, 0.5, 0.75]),
+        ("range(0.5,0.1,-0.1)", [0.2, 0.5], [0.2, 0.3, 0.4, 0.5]),
+        ("range(-0.2,0.2,0.1)", [-0.2, 0.1], [-0.2, -0.1, 0.0, 0.1]),
+        ("range(1e-3,4e-3,1e-3)", [1e-3, 3e-3], [1e-3, 2e-3, 3e-3]),
         ("choice(3,5,7)", [3, 5, 7], [3, 5, 7]),
         ("3,5", [3, 5], [3, 5]),
         ("choice(true,false,abc,'a b')", [True, False, "abc", "a b"], [True, False, "abc", "a b"]),
@@ -50,7 +58,13 @@ def test_ranges(text, ends, values):
     ("text", "said"),
     [
         ("range(5,5)", "empty"),
-        ("range(5,1)", "empty"),
+        ("range(5,1)", "write range(5,1,-1)"),
+        ("range(0.5,0.1,0.1)", "write range(0.5,0.1,-0.1)"),
+        ("range(0.1,0.1,0.1)", "the end is not part"),
+        ("range(0,inf,0.5)", "finite"),
+        ("interval(0,inf)", "finite"),
+        ("choice(a,'a')", "a is there twice"),
+        ("choice([1],[1])", "[1] is there twice"),
         ("range(1,5,0)", ""),
         ("range(1.5,5,0)", "step"),
         ("range(0,2,0.000001)", "more than 1,000,000 values"),
@@ -74,6 +88,65 @@ def test_what_is_no_range(text, said):
     assert f"sweep.params.key={text}" in str(error.value)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+EQUAL = ["1,true", "true,1", "0,false", "1,1.0", "1.0,1,true,'1','true','1.0'", "0.0,-0.0",
+         "[1],'[1]'", "1,true,[1],[true]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("items", EQUAL)
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_choices_that_python_considers_equal_stay_apart(items, sampler, tmp_path):
+    searched = space({"a": f"choice({items})"})
+    cfg = SweepConfig(
+        params={"a": f"choice({items})"}, sampler=sampler, objectives={"accuracy": "maximize"}
+    )
+    study = Study(cfg, searched, "test", 0, tmp_path, 1)
+    study.note({})
+    wanted = {repr(value) for value in _values(f"[{items}]")}
+    drawn = {}
+    for _ in range(24):
+        number = study.ask()
+        if number is None:
+            break
+        drawn[number] = searched.settings(study.take_up(number))["a"]
+    assert {repr(value) for value in drawn.values()} == wanted
+    stored = {trial.number: searched.settings(trial.params)["a"] for trial in study.trials()}
+    assert {n: repr(value) for n, value in stored.items()} == {
+        n: repr(value) for n, value in drawn.items()
+    }
+    study.close()
+
+
+def _values(text):
+    return OverridesParser.create().parse_override(f"x={text}").value()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_floats_of_a_range_are_those_that_it_lists(sampler, tmp_path):
+    params = {"a": "range(0.1,0.6,0.1)", "b": "choice(1,2)"}
+    searched = space(params, conditions={"b": "a <= 0.3"})
+    cfg = SweepConfig(params=params, sampler=sampler, objectives={"accuracy": "maximize"})
+    study = Study(cfg, searched, "test", 0, tmp_path, 1)
+    study.note({})
+    seen = set()
+    for number in iter(study.ask, None):
+        drawn = study.take_up(number)
+        value = searched.settings(drawn)["a"]
+        assert value in (0.1, 0.2, 0.3, 0.4, 0.5)
+        assert ("b" in drawn) == (value <= 0.3)
+        assert searched.settings(study.trial(number).params) == searched.settings(drawn)
+        seen.add(value)
+        if number == 30:
+            break
+    assert seen == {0.1, 0.2, 0.3, 0.4, 0.5}
+    study.close()
+
+
+def test_a_condition_tells_true_from_one():
+    searched = space({"a": "choice(1,true)", "b": "choice(x,y)"}, conditions={"b": "a == true"})
+    assert searched.grid(9) == [{"a": "1"}, {"a": "true", "b": "x"}, {"a": "true", "b": "y"}]
+    assert [searched.settings(drawn)["a"] for drawn in searched.grid(9)] == [1, True, True]
 
 
 def test_long_ranges_of_whole_numbers_reach_their_end():

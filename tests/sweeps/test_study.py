@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from optuna.trial import TrialState
@@ -82,6 +83,17 @@ def test_a_driver_that_is_killed_as_it_asks_leaves_the_grid_in_order(tmp_path):
         {"a": a, "b": b} for a in (1, 2, 3) for b in (0.5, 0.7)
     ]
     assert book.ask() is None
+
+
+def test_the_file_of_a_closed_study_is_complete_alone(tmp_path):
+    (tmp_path / "copied").mkdir()
+    book = ledger(tmp_path)
+    drawn = drive(book, 3)
+    book.close()
+    shutil.copy(tmp_path / "study.db", tmp_path / "copied" / "study.db")
+    copied = ledger(tmp_path / "copied")
+    assert [trial.params for trial in copied.trials()] == drawn
+    copied.close()
 
 
 def test_a_shared_storage_knows_a_folders_trials_also_after_it_moved(tmp_path):

@@ -30,7 +30,14 @@ class Comparison:
     right: Any
 
     def holds(self, value: Any) -> bool:
-        """Whether it is true of `value`. Raises TypeError where the two cannot be ordered."""
+        """Whether it is true of `value`. Raises TypeError where the two cannot be ordered.
+
+        A bool equals no number, although Python considers true and 1 equal.
+        """
+        if self.operator in ("==", "!=") and isinstance(value, bool) != isinstance(
+            self.right, bool
+        ):
+            return self.operator == "!="
         return bool(OPERATORS[self.operator](value, self.right))
 
 

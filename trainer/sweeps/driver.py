@@ -4,7 +4,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ class _Sweep:
             with self.signals.deferring(self.board.restore, self._interrupt):
                 try:
                     self._check_folder()
-                    self._open()
-                    with closing(self.ledger):
+                    with ExitStack() as opened:
+                        self._open(opened)
                         return self._search()
                 finally:
                     self.pool.close()
@@ -110,7 +110,7 @@ class _Sweep:
         """The first signal. Within its handler, no more than this can be done safely."""
         self.interrupted = True
 
-    def _open(self) -> None:
+    def _open(self, opened: ExitStack) -> None:
         with ThreadPoolExecutor(1) as background:
             checked = background.submit(self.plan.check)
             try:
@@ -122,6 +122,7 @@ class _Sweep:
         self.ledger = Ledger(
             self.sweep, self.plan.space, self.cfg.name, self.cfg.seed, self.directory.path, epochs
         )
+        opened.callback(self.ledger.close)
         self.ledger.note(self.plan.identity())
         self._keep_settings()
         self.results = Results(self.plan, self.ledger, self.directory)

@@ -10,7 +10,7 @@ from trainer.report.html import figures, render
 from trainer.report.table import Table
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.page import best_table, charts, highlights
-from trainer.sweeps.storage import open_storage
+from trainer.sweeps.storage import close_storage, open_storage
 
 
 def sweep_html(folder: Path) -> str:
@@ -29,7 +29,7 @@ def sweep_html(folder: Path) -> str:
         name = f"{summary['name']}/{summary['sweep']}"
         sections = charts(optuna.load_study(study_name=name, storage=storage))
     finally:
-        storage.remove_session()
+        close_storage(storage)
     analysis = summary.get("analysis", {})
     return render(
         "sweep_notebook.html.j2",

@@ -1,11 +1,9 @@
 """What a sweep will do, checked before anything starts; from what was drawn to a configuration."""
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -13,13 +11,13 @@ from trainer.config import Config
 from trainer.errors import ConfigError, first_line
 from trainer.sweeps.analysis import check_analysis
 from trainer.sweeps.measures import check_measures
+from trainer.sweeps.overrides import override
 from trainer.sweeps.shared_phases import check_shared_phases
 from trainer.sweeps.space import GRID_LIMIT, Drawn, flatten, parse_space
 
 FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
 # May be others when the sweep goes on.
 FREE = ("trials", "seconds", "epochs", "slots", "max_retries", "recycle_after", "refit", "analysis")
-_PLAIN_KEY = re.compile(r"\w+")
 
 
 class Plan:
@@ -68,10 +66,16 @@ class Plan:
         """The plain configuration of the trial run in full: without `sweep.trial_overrides`."""
         return self._settings(self.space.settings(drawn))
 
-    def overrides(self, drawn: Drawn) -> list[str]:
-        """What turns the experiment into that trial, for the command line."""
+    def overrides(self, drawn: Drawn) -> list[str] | None:
+        """The arguments of the command line that turn the experiment into a trial.
+
+        Returns:
+            None where Hydra's grammar cannot express one of them (see `override`).
+        """
         settings = {**self._overrides, **self.space.settings(drawn)}
-        return [_override(key, value) for key, value in settings.items()]
+        written = [override(key, value) for key, value in settings.items()]
+        known = [argument for argument in written if argument is not None]
+        return known if len(known) == len(written) else None
 
     def check(self) -> int:
         """Validate the ends of all ranges against model, phases and initial weights.
@@ -192,31 +196,3 @@ def _check_key(said: str, key: str, settings: Mapping[str, Any]) -> None:
         here = here[part]
     if isinstance(here, Mapping):
         raise ConfigError(f"{said}: it is a section; search its keys {', '.join(map(str, here))}")
-
-
-def _override(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar; parts that it takes for no key, as conv*, go into braces."""
-    parts = key.split(".")
-    odd = next((i for i, part in enumerate(parts) if not _PLAIN_KEY.fullmatch(part)), len(parts))
-    text = _text(value)
-    for part in reversed(parts[odd:]):
-        text = f"{{{part}: {text}}}"
-    return f"{'.'.join(parts[:odd])}={text}"
-
-
-def _text(value: Any) -> str:
-    """A value as Hydra's grammar reads it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case list():
-            return "[" + ",".join(_text(item) for item in value) + "]"
-        case dict():
-            return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
-    text = str(value)
-    plain = text.replace("_", "a").replace(".", "a").isalnum() and not text[0].isdigit()
-    return text if plain else QuotedString(text, Quote.single).with_quotes()

@@ -5,14 +5,15 @@
     model.width: tag(log, int(interval(8,128)))    both ends included
     optimizer.lr: tag(log, interval(1e-4,1e-1))
 
-What Optuna cannot store (a choice between lists) is known to it by its text.
+A range does not include its end, an interval includes both. A choice that Optuna cannot store
+(a list, or values that Python considers equal, such as 1, 1.0 and true) is stored as its text.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import pairwise
 from typing import Any
 
 import optuna
@@ -33,8 +34,9 @@ from optuna.distributions import (
 )
 
 from trainer.errors import ConfigError, first_line
+from trainer.sweeps.overrides import hydra_text
 
-MOST_STEPS = 1_000_000  # of a range of numbers that are not whole
+MAX_STEPS = 1_000_000  # of a range of floats
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,20 @@ class Range:
     """What one parameter may be."""
 
     distribution: BaseDistribution
-    values: Mapping[str, Any]  # of choices that Optuna knows by their text
+    values: Mapping[str, Any]  # of choices that Optuna stores as texts
+
+    def value(self, stored: Any) -> Any:
+        """The value of a setting for what Optuna stores.
+
+        Optuna computes `low + n * step` in binary floats, which gives 0.30000000000000004 for
+        0.1 + 2 * 0.1. The value is the one that a person would write: 0.3.
+        """
+        match self.distribution:
+            case FloatDistribution(low=low, step=float() as step):
+                return _nth(low, step, round((stored - low) / step))
+            case CategoricalDistribution() if isinstance(stored, str):
+                return self.values.get(stored, stored)
+        return stored
 
     def ends(self) -> list[Any]:
         """The values at which a mistake would show: the ends of a range, every choice."""
@@ -65,7 +80,7 @@ class Range:
                 return self.ends()
         within = (m for m in marks if isinstance(m, int | float) and low < m < high)
         places = sorted({low, *within, high})
-        places += [(a + b) / 2 for a, b in pairwise(places)]
+        places += [(a + b) / 2 for a, b in itertools.pairwise(places)]
         if step is not None:
             counts = (f((p - low) / step) for p in places for f in (math.floor, math.ceil))
             places = [value for n in counts if (value := _nth(low, step, n)) <= high]
@@ -145,39 +160,67 @@ def _range(parsed: Sweep, log: bool) -> Range:
         case IntervalSweep(start=low, end=high):
             assert low is not None
             assert high is not None
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError("both ends must be finite")
             if not low < high:
                 raise ValueError(f"there is nothing between {low} and {high}")
             if isinstance(low, int) and isinstance(high, int):
                 return Range(IntDistribution(low, high, log=log), {})
             return Range(FloatDistribution(float(low), float(high), log=log), {})
-        case RangeSweep():
-            assert parsed.start is not None
-            assert parsed.stop is not None
-            numbers = parsed.range()
-            whole = isinstance(numbers, range)
-            span = abs(parsed.stop - parsed.start)
-            if not whole and span > MOST_STEPS * abs(parsed.step) > 0:
-                raise ValueError(f"it has more than {MOST_STEPS:,} values; use interval(...)")
-            values = numbers if isinstance(numbers, range) else list(numbers)
-            if not values:
-                raise ValueError("it is empty: the end is not part of a range")
-            low, high = sorted((values[0], values[-1]))
-            step = abs(parsed.step)
-            if whole:
-                return Range(IntDistribution(int(low), int(high), step=int(step), log=log), {})
+        case RangeSweep(start=int() as start, stop=int() as stop, step=int() as step):
+            whole = range(start, stop, step)
+            if not whole:
+                raise ValueError(_empty(start, stop, step))
+            low, high = sorted((whole[0], whole[-1]))
+            return Range(IntDistribution(low, high, step=abs(step), log=log), {})
+        case RangeSweep(start=float() | int() as start, stop=float() | int() as stop, step=step):
             if log:
                 raise ValueError("log and a step exclude each other; use interval(...)")
-            return Range(FloatDistribution(low, high, step=float(step)), {})
+            first, last = _ends(start, stop, step)
+            low, high = sorted((first, last))
+            return Range(FloatDistribution(low, high, step=float(abs(step))), {})
     raise ValueError("it must be a choice, a range or an interval")
 
 
+def _ends(start: float, stop: float, step: float) -> tuple[float, float]:
+    """The first and the last value of a range of floats. Raises ValueError.
+
+    In decimals, as the numbers are written: in binary floats, range(0.1,0.4,0.1) would contain 0.4.
+    """
+    first, end, by = (Decimal(str(number)) for number in (start, stop, step))
+    if not all(number.is_finite() for number in (first, end, by)) or by == 0:
+        raise ValueError("the numbers must be finite, and the step must not be 0")
+    steps = (end - first) / by
+    if steps > MAX_STEPS:
+        raise ValueError(f"it has more than {MAX_STEPS:,} values; use interval(...)")
+    if steps <= 0:
+        raise ValueError(_empty(start, stop, step))
+    return float(first), float(first + (math.ceil(steps) - 1) * by)
+
+
+def _empty(start: float, stop: float, step: float) -> str:
+    if (stop - start) * step < 0:
+        return (
+            f"it is empty, since steps of {step} do not lead from {start} to {stop}; "
+            f"write range({start},{stop},{-step})"
+        )
+    return "it is empty, since the end is not part of a range"
+
+
 def _choice(items: list[Any]) -> Range:
-    """Optuna stores plain values only; lists and mappings are known to it by their text."""
-    values = {str(item): item for item in items if isinstance(item, list | dict)}
-    labels = [str(item) if isinstance(item, list | dict) else item for item in items]
-    if len({repr(label) for label in labels}) < len(labels):
-        raise ValueError("a value is there twice")
-    return Range(CategoricalDistribution(labels), values)
+    """Optuna stores only plain values; it stores a list or a mapping as its text.
+
+    It finds a value among the choices by ==. So choices that are equal but not the same (1, 1.0
+    and true) are stored as texts, too, and all others with them, since a text may look the same.
+    """
+    texts = [hydra_text(item) for item in items]
+    if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
+        raise ValueError(f"{twice[0]} is there twice")
+    stored = [str(item) if isinstance(item, list | dict) else item for item in items]
+    if any(a == b for a, b in itertools.combinations(stored, 2)):
+        stored = texts
+    values = {key: item for key, item in zip(stored, items, strict=True) if isinstance(key, str)}
+    return Range(CategoricalDistribution(stored), values)
 
 
 def _plain(item: Any) -> Any:

@@ -148,15 +148,19 @@ class Results:
             "number": trial.number,
             "values": dict(zip(self._objectives, trial.values, strict=True)),
             "measures": trial.user_attrs[RESULT],
-            "params": trial.params,
+            "params": self._plan.space.values(trial.params),
             "overrides": overrides,
             "command": self._command(overrides),
         }
 
-    def _command(self, overrides: list[str]) -> str | None:
-        """The command that runs the trial again; None if the sweep was started from Python."""
+    def _command(self, overrides: list[str] | None) -> str | None:
+        """The command that runs a trial again.
+
+        Returns:
+            None if the sweep was started from Python, or no command line can express the trial.
+        """
         arguments = self._directory.read_command()
-        if arguments is None:
+        if arguments is None or overrides is None:
             return None
         mine = [argument for argument in arguments if not _OF_THE_SWEEP.match(argument)]
         return _as_command([*mine, *overrides, "~sweep.params"])
@@ -169,13 +173,14 @@ class Results:
         rows.writerow(["number", "state", "epochs", *measures, *names, "failures", "reason"])
         for trial in self._ledger.trials():
             measured = trial.user_attrs.get(RESULT, {})
+            drawn = self._plan.space.values(trial.params)
             rows.writerow(
                 [
                     trial.number,
                     "UNFINISHED" if trial.state == TrialState.RUNNING else trial.state.name,
                     len(watched_values(trial)),
                     *(measured.get(name, "") for name in measures),
-                    *(trial.params.get(name, "") for name in names),
+                    *(drawn.get(name, "") for name in names),
                     len(trial.user_attrs.get("failures", [])),
                     trial.user_attrs.get("reason", ""),
                 ]

@@ -57,7 +57,7 @@ class Space:
 
     def settings(self, drawn: Drawn) -> dict[str, Any]:
         """What was drawn as values of configuration keys, lists put together."""
-        values = self._values(drawn)
+        values = self.values(drawn)
         settings: dict[str, Any] = {
             key: [] for key, conditions in self._lists.items() if satisfied(conditions, values)
         }
@@ -109,15 +109,11 @@ class Space:
         return combinations
 
     def _active(self, parameter: Parameter, drawn: Drawn) -> bool:
-        return satisfied(parameter.conditions, self._values(drawn))
+        return satisfied(parameter.conditions, self.values(drawn))
 
-    def _values(self, drawn: Drawn) -> dict[str, Any]:
-        """By parameter name, what the configuration gets."""
-        values = {}
-        for name, value in drawn.items():
-            known = self._by_name[name].range.values
-            values[name] = known.get(value, value) if isinstance(value, str) else value
-        return values
+    def values(self, drawn: Drawn) -> dict[str, Any]:
+        """The value of each parameter that was drawn, by its name."""
+        return {name: self._by_name[name].range.value(stored) for name, stored in drawn.items()}
 
     def _draws(self, wanted: Drawn) -> Iterator[dict[str, Any]]:
         """Draws with the values of `wanted`, the rest at the low ends of their ranges.
@@ -251,7 +247,7 @@ def _check_types(parameter: Parameter, condition: Comparison, among: list[Parame
     (parent,) = (p for p in among if p.name == condition.left)
     for end in parent.range.ends():
         try:
-            condition.holds(parent.range.values.get(end, end) if isinstance(end, str) else end)
+            condition.holds(parent.range.value(end))
         except TypeError as error:
             raise ConfigError(
                 f"sweep.conditions.{parameter.key}: {condition.left} {condition.operator} "

@@ -24,6 +24,18 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     return optuna.storages.get_storage(storage)
 
 
+def close_storage(storage: BaseStorage) -> None:
+    """Close the connections to a storage.
+
+    SQLite then moves the content of its write-ahead log (study.db-wal) into study.db, which can be
+    copied alone, unless another program has the file open.
+    """
+    storage.remove_session()
+    backend = getattr(storage, "_backend", storage)  # Optuna wraps it in a cache
+    if isinstance(backend, RDBStorage):
+        backend.engine.dispose()
+
+
 def private(folder: Path) -> Path:
     """The file that a sweep keeps its study in by default."""
     return folder / "study.db"

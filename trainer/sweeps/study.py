@@ -28,7 +28,7 @@ from trainer.errors import ConfigError, RunError, first_line
 from trainer.sweeps.measures import better
 from trainer.sweeps.proxy import Proxy
 from trainer.sweeps.space import GRID_LIMIT, Space
-from trainer.sweeps.storage import open_storage, owner_of, private, without_password
+from trainer.sweeps.storage import close_storage, open_storage, owner_of, private, without_password
 
 OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
 SECONDS, SETTINGS = "seconds", "settings"  # attributes of the study
@@ -110,8 +110,8 @@ class Ledger:
             self._storage.delete_study(self._study_id)
 
     def close(self) -> None:
-        """Let the storage go."""
-        self._storage.remove_session()
+        """Close the storage; study.db is then complete without its write-ahead log."""
+        close_storage(self._storage)
 
     def trial(self, number: int) -> FrozenTrial:
         """One trial; not to be changed."""
