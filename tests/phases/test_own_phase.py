@@ -18,7 +18,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "own-phase.md").read_text()
 
 
 def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL))
+    found = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+    blocks, check = dict(found[:2]), found[-1][1]
     (tmp_path / "noise.py").write_text(blocks["python"])
     monkeypatch.syspath_prepend(tmp_path)
     world = World.single(torch.device("cpu"))
@@ -27,6 +28,7 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = model.weight.detach().clone()
 
     phase = experiment(phases=yaml.safe_load(blocks["yaml"])["phases"]).phases["shake"]
+    exec(check, {})
     sys.modules.pop("noise")
     phase.check_model(model)
     phase.enter(model, world)

@@ -5,6 +5,14 @@ They raise AssertionError, so that they can be called from a test.
 
 from trainer.testing.coders import check_coder
 from trainer.testing.layers import check_quantized_layer
+from trainer.testing.phases import ExampleNet, check_phase, check_structural_phase
 from trainer.testing.sinks import check_sink
 
-__all__ = ["check_coder", "check_quantized_layer", "check_sink"]
+__all__ = [
+    "ExampleNet",
+    "check_coder",
+    "check_phase",
+    "check_quantized_layer",
+    "check_sink",
+    "check_structural_phase",
+]
