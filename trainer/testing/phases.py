@@ -289,8 +289,8 @@ def _check_ranks(case: _Case) -> None:
         # Without synchronized batch norm, running statistics are those of each worker's samples.
         if name is not None and name in dict(one.model.named_parameters()):
             raise case.error(f"two workers have different weights {name} after step {number}")
-    left, right = (dict(trace.model.named_parameters()) for trace in (one, two))
-    if (name := _difference(left, right)) is not None:
+    ends = [dict(trace.model.named_parameters()) for trace in (one, two)]
+    if (name := _difference(*ends)) is not None:
         raise case.error(f"two workers have different weights {name} after leave")
 
 
