@@ -152,6 +152,15 @@ def test_done_is_not_on_disk_before_the_limits_are_judged(monkeypatch):
     assert statuses == ["limits", "done"]
 
 
+def test_equal_runs_leave_files_with_the_same_bytes():
+    """The time that a phase took is stored in checkpoints, but not in the files for users."""
+    arguments = [*ARGUMENTS, "artifact.make=true"]
+    assert main(arguments) == 0
+    assert main([*arguments, "hydra.run.dir=again"]) == 0
+    for name in ("model.safetensors", "model.dcz"):
+        assert Path("run", name).read_bytes() == Path("again", name).read_bytes()
+
+
 def test_what_an_end_that_was_cut_short_left_out_is_made_up_for():
     assert main(ARGUMENTS) == 0
     weights, page = Path("run/model.safetensors"), Path("run/report.html")

@@ -34,7 +34,7 @@ def write_checksummed(
 
 
 def read_checksummed(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The content of a file that `write_checksummed` wrote, and its `about`.
+    """The content that was given to `write_checksummed`, byte by byte, and its `about`.
 
     Raises:
         DamagedError: The file is truncated or was changed.
@@ -44,13 +44,13 @@ def read_checksummed(path: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         header, data = split(content)
         checksum = header["__metadata__"].pop(CHECKSUM)
-        about = json.loads(header["__metadata__"]["about"])
         whole = _digest(header, data) == checksum
+        about = json.loads(header["__metadata__"].pop("about"))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise DamagedError(f"{path}: not a checkpoint, or damaged: {error}") from error
     if not whole:
         raise DamagedError(f"{path}: damaged: its checksum does not match")
-    return content, about
+    return b"".join([head(header), data]), about
 
 
 def head(header: Mapping[str, Any]) -> bytes:
