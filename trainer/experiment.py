@@ -96,7 +96,11 @@ class Experiment:
         precision: "fp32", "bf16" or "fp16".
         channels_last: Memory format of convolutional models.
         sync_batchnorm: Whether batch norm covers the samples of all workers, or each worker's own.
-        init_from: File with initial weights: .safetensors, .pt or .dcz.
+        init_from: File with initial weights (.safetensors, .pt, .bin or .dcz), or a folder that
+            save_pretrained wrote.
+        init_skip: Patterns of names in the model that are not loaded, such as ["head.*"].
+        init_strict: Whether all other names and shapes must be those of the model; False: what
+            fits is loaded.
         workers: Number of data-parallel workers; shorthand for `cluster`.
         cluster: Settings of the section `cluster`, as a dataclass of `trainer.config` or a mapping;
             likewise the next four.
@@ -134,7 +138,9 @@ class Experiment:
         precision: str = "fp32",
         channels_last: bool = False,
         sync_batchnorm: bool = False,
-        init_from: str | None = None,
+        init_from: str | Path | None = None,
+        init_skip: Sequence[str] = (),
+        init_strict: bool = True,
         workers: int | None = None,
         cluster: ClusterConfig | Mapping[str, Any] | None = None,
         allreduce: AllReduceConfig | Mapping[str, Any] | None = None,
@@ -174,6 +180,8 @@ class Experiment:
                 for key, sink in (logger or {}).items()
             },
             "init_from": None if init_from is None else str(init_from),
+            "init_skip": [*init_skip],
+            "init_strict": init_strict,
             "seed": seed,
             "precision": precision,
             "channels_last": channels_last,
@@ -338,18 +346,45 @@ class Experiment:
             raise ConfigError(f"{factory.key}: {first_line(error)}") from error
         return opened
 
-    def initial_weights(self, model: nn.Module | None) -> bytes:
+    def initial_weights(
+        self, model: nn.Module | None, notify: Callable[[str], object] = lambda line: None
+    ) -> bytes:
         """The initial weights that were given, as the content of a safetensors file.
 
         Args:
-            model: A model whose names and shapes the weights must have; None: they are not checked.
+            model: The model, perhaps on the meta device; None: not known here.
+            notify: Gets a line for everything that was not taken from the file as it is there.
 
         Raises:
             ConfigError: The file of `init_from` cannot be read, or is of another model.
         """
-        if self.config.init_from is not None:
-            return read_initial(Path(self.config.init_from), model, self.own_coder)
-        return to_bytes(model_state(self.build_model()))
+        if self.config.init_from is None:
+            return to_bytes(model_state(self.build_model()))
+        loaded = read_initial(
+            Path(self.config.init_from).expanduser(),
+            model or self._described_model(),
+            self._fresh_model,
+            skip=self.config.init_skip,
+            strict=self.config.init_strict,
+            coder=self.own_coder,
+        )
+        for line in loaded.notices:
+            notify(line)
+        return loaded.content
+
+    def _described_model(self) -> nn.Module:
+        """The model for its names and shapes: without values where it can be built so."""
+        try:
+            with torch.device("meta"):
+                return self.build_model()
+        except ConfigError:
+            return self._fresh_model()
+
+    def _fresh_model(self) -> nn.Module:
+        """The model with the values that the seed draws, as on every worker."""
+        with preserved_generators():
+            torch.manual_seed(self.config.seed)
+            return self.build_model()
 
     @property
     def own_coder(self) -> Coder | None:

@@ -1,5 +1,6 @@
 """Initial weights: every kind of file that is read, and what is refused."""
 
+import json
 import pickle
 from collections import OrderedDict
 
@@ -12,7 +13,17 @@ from trainer import artifact
 from trainer.compress.state import load_state
 from trainer.errors import ConfigError
 from trainer.models import LeNet300
-from trainer.store.initial import initial_weights, read_weights
+from trainer.store import initial
+from trainer.store.weight_files import read_weights
+
+
+def initial_weights(path, model, **options):
+    """The content; values that the file lacks are those of `model`."""
+    return initial.initial_weights(path, model, lambda: model, **options).content
+
+
+def notices(path, model, **options):
+    return initial.initial_weights(path, model, lambda: model, **options).notices
 
 
 @pytest.fixture
@@ -31,7 +42,7 @@ def test_safetensors_pt_and_dcz_give_the_same_weights(tmp_path, state):
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "c.pth")
     (tmp_path / "d.dcz").write_bytes(artifact.encode(state, "fp32"))
     for name in ("a.safetensors", "b.pt", "c.pth", "d.dcz"):
-        assert same(read_weights(tmp_path / name), state), name
+        assert same(read_weights(tmp_path / name)[0], state), name
         assert same(load(initial_weights(tmp_path / name, LeNet300())), state), name
 
 
@@ -64,8 +75,7 @@ def test_a_file_without_a_state_dict(tmp_path):
         read_weights(tmp_path / "odd.pt")
 
 
-@pytest.mark.parametrize("model", [LeNet300(), None], ids=["known", "not known here"])
-def test_a_quantized_model_is_refused_as_such(tmp_path, model):
+def test_a_quantized_model_is_refused_as_such(tmp_path):
     state = {
         "fc3.weight": torch.randint(-127, 128, (10, 100)) * 0.01,
         "fc3.weight_quantizer.scale": torch.tensor(0.01),
@@ -75,7 +85,7 @@ def test_a_quantized_model_is_refused_as_such(tmp_path, model):
     (tmp_path / "a.dcz").write_bytes(artifact.encode(state))
     for name in ("a.safetensors", "a.dcz"):
         with pytest.raises(ConfigError, match=r"quantized.*weights before the quantize phase"):
-            initial_weights(tmp_path / name, model)
+            initial_weights(tmp_path / name, LeNet300())
 
 
 def test_weights_of_another_model(tmp_path, state):
@@ -196,3 +206,118 @@ def test_extra_state_is_read(tmp_path):
     torch.save(Extra({3}).state_dict(), tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"init_from=.*(a state_dict is needed|cannot be read)"):
         initial_weights(tmp_path / "a.pt", Extra())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model.", "net."])
+def test_prefixes_that_wrappers_add_are_removed(prefix, tmp_path, state):
+    torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "a.pt")
+    assert same(load(initial_weights(tmp_path / "a.pt", LeNet300())), state)
+    assert prefix.rstrip(".").split(".")[0] in notices(tmp_path / "a.pt", LeNet300())[0]
+
+
+def test_names_of_a_backbone_get_the_prefix_that_the_model_gives_them(tmp_path):
+    backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    torch.save(backbone.state_dict(), tmp_path / "a.pt")
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))})
+    loaded = load(initial_weights(tmp_path / "a.pt", model))
+    assert torch.equal(loaded["body.0.weight"], backbone[0].weight)
+
+
+def test_two_models_in_one_file_are_ambiguous(tmp_path, state):
+    both = {f"{one}.{name}": value for one in ("query", "key") for name, value in state.items()}
+    torch.save(both, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"'query\.' removed or 'key\.' removed would fit"):
+        initial_weights(tmp_path / "a.pt", LeNet300(), strict=False)
+    torch.save({"ema": state, "raw": state}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match="it holds several: ema, raw"):
+        initial_weights(tmp_path / "a.pt", LeNet300())
+
+
+def test_nested_state_dicts_are_found_also_under_unusual_keys(tmp_path, state):
+    optimizer = {"state": {0: {"momentum": torch.ones(2)}}, "param_groups": []}
+    for number, content in enumerate(
+        (
+            {"epoch": torch.tensor(3), "model": state, "optimizer": optimizer},
+            {"backbone": state, "optimizer": optimizer, "args": {"lr": 0.1}},
+            {"checkpoint": {"state_dict": state}}["checkpoint"],
+        )
+    ):
+        torch.save(content, tmp_path / f"{number}.pt")
+        assert same(read_weights(tmp_path / f"{number}.pt")[0], state)
+
+
+def test_folders_of_save_pretrained_and_shards(tmp_path, state):
+    save_file(state, tmp_path / "model.safetensors")
+    assert same(read_weights(tmp_path)[0], state)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"the folder holds none of model\.safetensors"):
+        read_weights(tmp_path)
+    names = list(state)
+    for number, part in enumerate((names[:2], names[2:])):
+        save_file({name: state[name] for name in part}, tmp_path / f"{number}.safetensors")
+    index = {name: f"{int(name not in names[:2])}.safetensors" for name in names}
+    content = json.dumps({"metadata": {}, "weight_map": index})
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert same(read_weights(tmp_path)[0], state)
+
+
+def test_a_new_head_starts_fresh(tmp_path, state):
+    torch.save(
+        {**state, "fc3.weight": torch.zeros(7, 100), "fc3.bias": torch.zeros(7)}, tmp_path / "a.pt"
+    )
+    model = LeNet300()
+    with pytest.raises(ConfigError, match=r"fc3\.weight is of shape \[7, 100\].*init_skip"):
+        initial_weights(tmp_path / "a.pt", model)
+    for options in ({"skip": ["fc3"]}, {"skip": ["fc3.*"]}, {"strict": False}):
+        loaded = load(initial_weights(tmp_path / "a.pt", model, **options))
+        assert torch.equal(loaded["fc1.weight"], state["fc1.weight"])
+        assert torch.equal(loaded["fc3.weight"], model.fc3.weight)
+        (line,) = notices(tmp_path / "a.pt", model, **options)
+        assert line.endswith("fresh values instead: fc3.weight, fc3.bias")
+    with pytest.raises(ConfigError, match="init_skip: 'head' matches no entry; there are fc1"):
+        initial_weights(tmp_path / "a.pt", model, skip=["head"])
+    with pytest.raises(ConfigError, match="no weight of the file fits"):
+        initial_weights(
+            tmp_path / "a.pt", nn.ModuleDict({"conv": nn.Conv2d(1, 1, 1)}), strict=False
+        )
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_a_tied_weight_may_be_in_the_file_once(tmp_path):
+    model, weight = Tied(), torch.randn(5, 3)
+    for name in ("embedding.weight", "head.weight"):
+        save_file({name: weight}, tmp_path / "a.safetensors")
+        with torch.device("meta"):
+            described = Tied()
+        loaded = load(initial_weights(tmp_path / "a.safetensors", described))
+        assert torch.equal(loaded["embedding.weight"], weight)
+        assert torch.equal(loaded["head.weight"], weight)
+    save_file({"embedding.weight": weight, "head.weight": weight + 1}, tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match="one tensor in the model, but differ in the file"):
+        initial_weights(tmp_path / "a.safetensors", model)
+
+
+def test_computed_buffers_may_be_missing_or_extra_but_not_running_statistics(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.register_buffer("position_ids", torch.arange(4))
+    state = {**model.state_dict(), "attn.bias": torch.ones(2, 2, dtype=torch.bool)}
+    state["rotary.inv_freq"] = torch.ones(2)
+    del state["position_ids"], state["1.num_batches_tracked"]
+    torch.save(state, tmp_path / "a.pt")
+    loaded = load(initial_weights(tmp_path / "a.pt", model))
+    assert loaded.keys() == model.state_dict().keys()
+    missing, unused = notices(tmp_path / "a.pt", model)
+    assert "position_ids" in missing
+    assert "num_batches_tracked" in missing
+    assert unused.endswith("not used: attn.bias, rotary.inv_freq")
+    del state["1.running_var"]
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"1\.running_var is missing in the file"):
+        initial_weights(tmp_path / "a.pt", model)

@@ -108,8 +108,8 @@ def match_patterns(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str,
     """The value of every name that a pattern matches; where several do, the last pattern wins.
 
     Args:
-        patterns: shell patterns (*, ?, [abc]) on the name of a weight ("fc1.weight") or of its
-            module ("fc1").
+        patterns: shell patterns (*, ?, [abc]) on the name of a weight ("layer1.fc.weight") or of a
+            module that contains it ("layer1.fc", "layer1").
         names: logical names of weights.
 
     Raises:
@@ -118,13 +118,22 @@ def match_patterns(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str,
     names = list(names)
     result: dict[str, T] = {}
     for pattern, value in patterns.items():
-        hit = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(module_of(n), pattern)]
+        hit = [name for name in names if matches(pattern, name)]
         if not hit:
             raise ConfigError(
                 f"pattern {pattern!r} matches no weight; there are {', '.join(names)}"
             )
         result.update(dict.fromkeys(hit, value))
     return {name: result[name] for name in names if name in result}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a shell pattern matches a name, or the name of a module that contains it."""
+    while name:
+        if fnmatchcase(name, pattern):
+            return True
+        name = module_of(name)
+    return False
 
 
 def select_weights(

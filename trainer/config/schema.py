@@ -294,7 +294,9 @@ class Config:
     optimizer: dict[str, Any]
     phases: dict[str, dict[str, Any]]  # `enabled: false` leaves a phase out
     logger: dict[str, dict[str, Any]] = field(default_factory=dict)  # sinks besides the run's files
-    init_from: str | None = None  # file with the initial weights: .safetensors, .pt or .dcz
+    init_from: str | None = None  # file or folder with the initial weights
+    init_skip: list[str] = field(default_factory=list)  # names in the model that are not loaded
+    init_strict: bool = True  # whether all other names and shapes must be those of the model
     seed: int = 0
     precision: str = "fp32"
     channels_last: bool = False
@@ -323,6 +325,10 @@ class Config:
                 "global batch is split over the workers, so it must hold at least one sample each"
             )
         check_choice("precision", self.precision, PRECISIONS)
+        if self.init_from is None and (self.init_skip or not self.init_strict):
+            raise ConfigError(
+                "init_skip and init_strict: there are no weights to load; set init_from to a file"
+            )
         for limit in ("min_ratio", "max_megabytes"):
             if getattr(self.limits, limit) is not None and not self.artifact.make:
                 raise ConfigError(

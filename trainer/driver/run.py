@@ -271,7 +271,7 @@ class _Run:
         self.experiment = self.build()
         model = self.experiment.check_model()
         if self.experiment.has_initial_weights and not self.checkpoints.load_initial(self.notify):
-            self.checkpoints.save_initial(self.experiment.initial_weights(model))
+            self.checkpoints.save_initial(self.experiment.initial_weights(model, self.notify))
         self.loggers = self.experiment.build_loggers(self.directory.path, self.config.name)
 
     def _work(self, group: WorkerGroup) -> None:

@@ -20,6 +20,8 @@ _PARTS = (
     "data",
     "optimizer",
     "init_from",
+    "init_skip",
+    "init_strict",
     "seed",
     "precision",
     "channels_last",
