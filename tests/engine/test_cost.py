@@ -1,6 +1,7 @@
 """Multiply-accumulates, against numbers from the literature and by hand."""
 
 from collections.abc import Callable
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -172,6 +173,25 @@ def test_a_weight_that_is_computed_counts_by_its_own_zeros() -> None:
 def test_a_sparse_matrix_counts_by_its_entries(layout: str) -> None:
     matrix = torch.eye(8).to_sparse(layout=getattr(torch, layout))
     assert macs(Call(nn.Identity(), lambda m, x: matrix @ x[0].T), TOKENS) == 8 * 5
+
+
+def test_counting_in_two_threads_leaves_the_settings_of_attention_as_they_were() -> None:
+    second_runs = Event()
+
+    def first(_: nn.Module, x: Tensor) -> Tensor:
+        second_runs.wait(0.2)  # in vain: one counts after the other
+        return x
+
+    def second(_: nn.Module, x: Tensor) -> Tensor:
+        second_runs.set()
+        one.join()
+        return x
+
+    one, two = (Thread(target=macs, args=(Call(nn.Identity(), f), TOKENS)) for f in (first, second))
+    one.start()
+    two.start()
+    two.join()
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_small_weights_count_in_mixed_precision() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from math import prod
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
+
+# PyTorch's settings of fused attention belong to the process, and trials of a sweep may count in
+# several threads.
+_fused_attention = Lock()
 
 # The operands that are multiplied, by their positions among the arguments of each operator.
 _OPERANDS: dict[Any, tuple[int, ...]] = {
@@ -50,7 +55,6 @@ def macs(model: nn.Module, sample: Tensor) -> int:
     counter = _Counter(sample)
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     training = model.training
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.callback(model.train, training)
         for module in recurrent:
@@ -59,7 +63,9 @@ def macs(model: nn.Module, sample: Tensor) -> int:
             stack.callback(before.remove)
             stack.callback(after.remove)
         # Fused attention would hide its products.
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.enter_context(_fused_attention)
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, enabled)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # float16 would round small weights to zero.
