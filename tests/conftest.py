@@ -17,8 +17,12 @@ settings.register_profile("trainer", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("trainer")
 
 
+@pytest.hookimpl(tryfirst=True)  # before "-m" selects
 def pytest_collection_modifyitems(items):
     """Files with tests that start processes come first: of two at a time, the long ones early."""
+    for item in items:
+        if item.get_closest_marker("integration"):
+            item.add_marker("slow")
     first = {item.path for item in items if item.get_closest_marker("integration")}
     items.sort(key=lambda item: item.path not in first)
 

@@ -41,6 +41,7 @@ def written(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("written", ["own-model.md", "own-data.md"], indirect=True)
+@pytest.mark.slow
 def test_the_commands_of_a_page_run_as_it_says(written):
     commands = COMMAND.findall(written)
     assert len(commands) >= 2

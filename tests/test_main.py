@@ -124,6 +124,7 @@ def test_a_working_directory_that_was_deleted(tmp_path, capsys):
         (["+experiment=smoke", "=="], ["=="]),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_configuration_ends_in_one_line_and_leaves_nothing(
     arguments, said, capsys, tmp_path
 ):
@@ -144,6 +145,7 @@ def test_data_that_cannot_be_read_is_a_wrong_configuration(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.slow
 def test_every_shipped_sweep_runs(name, capsys):
     overrides, composed = shrunk(name)
     assert main(overrides) == 0
@@ -173,6 +175,7 @@ def test_every_shipped_sweep_runs(name, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in SWEEPS])
+@pytest.mark.slow
 def test_every_shipped_experiment_runs(name):
     overrides, composed = shrunk(name)
     assert main(overrides) == 0
@@ -211,6 +214,7 @@ def test_every_shipped_experiment_runs(name):
         assert not (run / "model.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_exported_is_refused_before_training(capsys, tmp_path):
     (tmp_path / "odd.py").write_text(
         "from trainer.models import LeNet300\n"
@@ -228,6 +232,7 @@ def test_a_model_that_cannot_be_exported_is_refused_before_training(capsys, tmp_
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_the_model_file_loads_into_the_plain_class_and_the_config_runs_again():
     overrides, _ = shrunk("prune_lenet300")
     assert main(overrides) == 0
@@ -250,6 +255,7 @@ def test_the_model_file_loads_into_the_plain_class_and_the_config_runs_again():
     ],
     ids=["list", "cfg", "run"],
 )
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_nothing(arguments, code):
     """As in `python -m trainer ... | head`: here nobody reads at all."""
     read, write = os.pipe()
@@ -261,6 +267,7 @@ def test_a_reader_that_goes_away_ends_nothing(arguments, code):
     assert (done.returncode, done.stderr) == (code, b"")
 
 
+@pytest.mark.slow
 def test_smoke_ends_in_a_file_that_decodes_to_what_was_measured():
     overrides, _ = shrunk("smoke")
     assert main([*overrides, "precision=fp32"]) == 0
@@ -290,6 +297,7 @@ def test_smoke_ends_in_a_file_that_decodes_to_what_was_measured():
     assert all((trained[k] == 0).equal(v == 0) for k, v in artifact.load("run/model.dcz").items())
 
 
+@pytest.mark.slow
 def test_a_missed_limit_is_exit_code_3_and_can_be_judged_anew(capsys):
     overrides, _ = shrunk("smoke")
     assert main([*overrides, "limits.min_ratio=1e6"]) == 3
@@ -302,6 +310,7 @@ def test_a_missed_limit_is_exit_code_3_and_can_be_judged_anew(capsys):
     assert main(["resume=run", "limits.max_megabytes=0.000001"]) == 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_judged_by_a_dense_model_that_it_lacks(capsys):
     composed = capture(["+experiment=prune_lenet300", "~phases.train", "--cfg"])
     directory = RunDirectory.claim(Path("run"))
@@ -312,6 +321,7 @@ def test_a_finished_run_is_not_judged_by_a_dense_model_that_it_lacks(capsys):
     assert "there is no dense model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_any_weights_can_be_compressed_without_training(monkeypatch):
     def write_another(directory, content):
         """The same weights, but not the same bytes."""
@@ -335,6 +345,7 @@ def test_any_weights_can_be_compressed_without_training(monkeypatch):
     assert state["fc1.weight"].flatten()[largest].all()
 
 
+@pytest.mark.slow
 def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):
     (tmp_path / "broken.py").write_text(
         "from trainer.models import LeNet300\n"
@@ -359,6 +370,7 @@ def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):
     assert "raise ArithmeticError('out of order')" in Path("run/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_own_experiments_live_in_a_folder_of_their_own(tmp_path):
     folder = tmp_path / "my conf" / "experiment"
     folder.mkdir(parents=True)

@@ -121,6 +121,7 @@ def run(cfg, start=None, stop_at=None, world=None):
     ],
     ids=["sgd", "fp16", "adam", "batch-norm"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_it_ends_in_the_same_bits(changes):
     cfg = config(**changes, checkpoint={"every_steps": 1, "every_seconds": None})
     undisturbed, test, rest = run(cfg)
@@ -136,6 +137,7 @@ def test_stopped_anywhere_and_resumed_it_ends_in_the_same_bits(changes):
         assert weights == undisturbed, f"stopped at {place}"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_many_times_ends_in_the_same_bits():
     cfg = config()
     undisturbed, test, _ = run(cfg)
@@ -149,6 +151,7 @@ def test_a_run_stopped_many_times_ends_in_the_same_bits():
     assert (weights, again) == (undisturbed, test)
 
 
+@pytest.mark.slow
 def test_the_loss_scale_continues_after_an_interruption_between_two_phases():
     """fp16: the weights at the end of a phase hold the scale and its history."""
     cfg = config(precision="fp16")
@@ -167,6 +170,7 @@ def test_the_loss_scale_continues_after_an_interruption_between_two_phases():
     [{"allreduce": {"wire": "bf16", "bucket_mb": 0.004}}, {"precision": "fp16"}],
     ids=["bf16-wire-buckets", "fp16"],
 )
+@pytest.mark.slow
 def test_three_ranks_stopped_anywhere_end_in_the_same_bits(changes):
     """The ranks are threads, which share torch's random state: they begin with given weights."""
     cfg = config(**changes, checkpoint={"every_steps": 1, "every_seconds": None})
@@ -277,6 +281,7 @@ def once(pattern, act):
         watcher.join()
 
 
+@pytest.mark.slow
 def test_interrupted_then_resumed_from_the_command_line(finished, capsys):
     folder = finished / "with space=and equals"
     pattern = f"{folder.name}/checkpoints/01-train-step*.safetensors"
@@ -345,6 +350,7 @@ def fill(file):
                     pass
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(finished, small_disk, capsys):
     run, filler = small_disk / "run", small_disk / "filler"
     with once("disk/run/checkpoints/01-train-step*.safetensors", lambda: fill(filler)):
@@ -362,6 +368,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(finished, sm
 
 
 @pytest.mark.usefixtures("handlers")
+@pytest.mark.slow
 def test_a_run_whose_directory_is_deleted_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with once(
@@ -374,6 +381,7 @@ def test_a_run_whose_directory_is_deleted_says_so(tmp_path, monkeypatch, capsys)
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
     """The first waits for a step that takes a minute."""
     (tmp_path / "slow.py").write_text(

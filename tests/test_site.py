@@ -110,6 +110,7 @@ def test_links_out_of_the_site_become_paths(hooks: Any) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.slow
 def test_commands_are_accepted(page: Path, elsewhere: None) -> None:
     """Those that need files of the reader are tested with them in test_docs.py."""
     for command in set(COMMAND.findall(page.read_text())):

@@ -142,6 +142,7 @@ def test_fp16_rounds_codebooks_biases_and_norms_alone() -> None:
     st.integers(1, 9),
     st.integers(0, 999),
 )
+@pytest.mark.slow
 def test_any_shape_and_density(shape: list[int], density: float, k: int, seed: int) -> None:
     torch.manual_seed(seed)
     weights = {"a": shared(*shape, density=density, k=k), "b": pruned(*shape, density=density)}
@@ -526,6 +527,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.slow
 def test_hostile_files_are_refused(name: str) -> None:
     header, sections = HOSTILE[name]
     refused(join(header, sections))
@@ -586,6 +588,7 @@ BEYOND = {
 }
 
 
+@pytest.mark.slow
 def test_a_small_file_cannot_take_much_memory() -> None:
     bombs = [framed(b" " * (1 << 26)), framed(b"[" + b"[]," * (1 << 22))]
     bombs += [join(*HOSTILE[n]) for n in HOSTILE if n.startswith(("giga", "tera", "empty", "a co"))]

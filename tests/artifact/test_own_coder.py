@@ -176,6 +176,7 @@ def settings(**artifact_settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("coder", [Zip(), {"_target_": PATH, "level": 1}])
 @pytest.mark.usefixtures("elsewhere")
+@pytest.mark.slow
 def test_a_run_writes_and_evaluates_such_a_file(coder: Any) -> None:
     result = trainer.run(**settings(coder=coder), out="run", progress=False)
     assert result.artifact is not None

@@ -66,6 +66,7 @@ def test_every_rank_has_a_node(group):
     assert all(group.nodes)
 
 
+@pytest.mark.slow
 def test_messages_arrive_while_the_function_runs(group):
     stream = group.run(functions.slow)
     next(stream)

@@ -14,6 +14,7 @@ CHOSEN = {"precision"}
 
 
 @pytest.mark.parametrize("name", sorted(choices()["experiment"]))
+@pytest.mark.slow
 def test_every_setting_of_every_experiment_is_explained(name: str) -> None:
     found = settings([f"+experiment={name}"])
     given = ("sweep.params.", "sweep.trial_overrides.", "sweep.lengths.", "sweep.conditions.")

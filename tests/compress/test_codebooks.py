@@ -45,6 +45,7 @@ def least_error(values: list[float], k: int) -> float:
     st.lists(st.integers(-60, 60).filter(bool), min_size=2, max_size=8, unique=True),
     st.integers(1, 3),
 )
+@pytest.mark.slow
 def test_exact_is_the_optimum(values: list[int], k: int) -> None:
     k = min(k, len(values) - 1)
     weights = torch.tensor(values, dtype=torch.float64)
@@ -254,6 +255,7 @@ def with_outliers() -> Tensor:
 
 @pytest.mark.parametrize("init", ["linear", "random"])
 @pytest.mark.parametrize("k", [8, 16, 63, 256])
+@pytest.mark.slow
 def test_outliers_leave_no_cluster_without_weights(init: str, k: int) -> None:
     weights = with_outliers()
     book = cluster(weights, k, init)

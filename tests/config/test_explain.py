@@ -34,6 +34,7 @@ from trainer.errors import ConfigError
         ),
     ],
 )
+@pytest.mark.slow
 def test_advice(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose_config(["+experiment=smoke", override])

@@ -23,6 +23,7 @@ def composed(capsys, *arguments):
         ("sweep.params={model.depth: 'range(1,3)'}", "range(1,3)"),
     ],
 )
+@pytest.mark.slow
 def test_a_range_on_the_command_line_takes_the_place_of_the_experiments(capsys, argument, said):
     params = composed(capsys, argument)["sweep"]["params"]
     assert params["model.depth"] == said

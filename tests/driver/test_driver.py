@@ -134,6 +134,7 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_shows_its_summary(mon
     assert "test set" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_done_is_not_on_disk_before_the_limits_are_judged(monkeypatch):
     statuses = []
     write = RunDirectory.write_summary
@@ -152,6 +153,7 @@ def test_done_is_not_on_disk_before_the_limits_are_judged(monkeypatch):
     assert statuses == ["limits", "done"]
 
 
+@pytest.mark.slow
 def test_equal_runs_leave_files_with_the_same_bytes():
     """The time that a phase took is stored in checkpoints, but not in the files for users."""
     arguments = [*ARGUMENTS, "artifact.make=true"]
@@ -161,6 +163,7 @@ def test_equal_runs_leave_files_with_the_same_bytes():
         assert Path("run", name).read_bytes() == Path("again", name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_an_end_that_was_cut_short_left_out_is_made_up_for():
     assert main(ARGUMENTS) == 0
     weights, page = Path("run/model.safetensors"), Path("run/report.html")

@@ -55,6 +55,7 @@ def share(model):
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.slow
 def test_the_dense_stage_is_the_measure_of_all_ratios(name):
     """Tied weights, buffers, batch norm, a padded embedding: 4 bytes per parameter."""
     torch.manual_seed(0)

@@ -69,6 +69,7 @@ CASES = [
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
 @pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.slow
 def test_ranks_train_like_one(ranks, size, settings):
     losses, weights = train(ALONE, sync=True, **settings)
     results = ranks(size, lambda world: train(world, sync=True, **settings))

@@ -63,6 +63,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float 
 @pytest.mark.parametrize("algorithm", ["ring", "native"])
 @pytest.mark.parametrize(("wire", "tolerance"), [("fp32", 1e-6), ("bf16", 0.03), ("fp16", 0.003)])
 @pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.slow
 def test_gradients_are_the_mean_on_all_ranks(
     ranks: Ranks, size: int, wire: str, tolerance: float, algorithm: str
 ) -> None:
@@ -322,6 +323,7 @@ def test_ranks_with_different_models_are_told(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "native"])
+@pytest.mark.slow
 def test_a_dead_rank_surfaces_in_finish(ranks: Ranks, algorithm: str) -> None:
     config = AllReduceConfig(algorithm=algorithm, bucket_mb=0.001)
 

@@ -137,6 +137,7 @@ def _exchange(world: World) -> None:
 
 
 @pytest.mark.parametrize("wait", [_all_reduce, _exchange])
+@pytest.mark.slow
 def test_a_silent_rank_ends_in_a_time_out(ranks: Ranks, wait: Callable[[World], None]) -> None:
     enough = threading.Event()
 

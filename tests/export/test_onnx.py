@@ -48,6 +48,7 @@ def dequantized(content: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+@pytest.mark.slow
 def test_any_bias_is_exact() -> None:
     """One that is huge beside the grids, one of a channel without weights, and ordinary ones."""
     torch.manual_seed(0)
@@ -74,6 +75,7 @@ def test_any_bias_is_exact() -> None:
         np.testing.assert_allclose(file(batch), model(batch).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_few_bits_have_exact_biases_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3))
@@ -103,6 +105,7 @@ def test_what_no_integer_represents_is_refused(entry: str, value: float) -> None
         to_onnx(model, images(2))
 
 
+@pytest.mark.slow
 def test_a_plain_model_answers_as_pytorch_does() -> None:
     torch.manual_seed(0)
     model = LeNet300().eval()
@@ -114,6 +117,7 @@ def test_a_plain_model_answers_as_pytorch_does() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"per_channel": False}, {"bits": 4, "activations": 6}])
+@pytest.mark.slow
 def test_a_quantized_model_holds_integers_and_answers_as_pytorch_does(settings) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -147,6 +151,7 @@ def test_a_quantized_model_holds_integers_and_answers_as_pytorch_does(settings) 
         assert count_correct(file(batch), expected.argmax(-1)) >= count - 1
 
 
+@pytest.mark.slow
 def test_few_bits_of_activations_end_where_the_grid_does() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
@@ -156,6 +161,7 @@ def test_few_bits_of_activations_end_where_the_grid_does() -> None:
     np.testing.assert_allclose(file(far), model(far).detach(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_residual_net_is_folded_and_its_convolutions_are_integers(tmp_path) -> None:
     import onnxruntime
 
@@ -176,6 +182,7 @@ def test_a_residual_net_is_folded_and_its_convolutions_are_integers(tmp_path) ->
     assert "BatchNormalization" not in kinds
 
 
+@pytest.mark.slow
 def test_a_language_model_with_tied_weights_answers_as_pytorch_does() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(11, (4, 5))
@@ -244,6 +251,7 @@ class LowRank(nn.Module):
     ids=["gru", "rnn", "attention", "encoder", "transposed", "groups", "own"],
 )
 @pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.slow
 def test_layers_of_many_kinds_answer_as_pytorch_does(build, inputs, per_channel) -> None:
     torch.manual_seed(0)
     model = quantized(build(), inputs, per_channel=per_channel, layers=[LowRank])
@@ -257,6 +265,7 @@ def test_layers_of_many_kinds_answer_as_pytorch_does(build, inputs, per_channel)
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_said() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -280,6 +289,7 @@ def test_a_missing_package_is_named(monkeypatch) -> None:
         check_installed()
 
 
+@pytest.mark.slow
 def test_latencies_are_those_of_each_model() -> None:
     torch.manual_seed(0)
     small = OnnxModel(to_onnx(nn.Sequential(nn.Linear(4, 2)), torch.ones(2, 4)))

@@ -45,6 +45,7 @@ def run_dir(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_directory(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_dir), "--json", str(run_dir / "costs.json")]) == 0
     printed = capsys.readouterr()
@@ -67,6 +68,7 @@ def test_a_run_directory(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "a batch of 2 samples" in page
 
 
+@pytest.mark.slow
 def test_a_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.dcz"
     about = {"model": {"_target_": "trainer.models.LeNet300", "classes": 10}}
@@ -127,6 +129,7 @@ def config_dir(tmp_path: Path) -> str:
     return f"--config-dir={tmp_path / 'conf'}"
 
 
+@pytest.mark.slow
 def test_an_experiment(config_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Its phases are applied without training."""
     assert main(["mine", "phases.prune.sparsity=0.75", config_dir, "--json=-"]) == 0
@@ -139,6 +142,7 @@ def test_an_experiment(config_dir: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "not trained" in costs["notes"][0]
 
 
+@pytest.mark.slow
 def test_a_file_and_its_experiment(config_dir: str, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "other.dcz"
     file.write_bytes(artifact.encode(compressed().state_dict()))
@@ -149,6 +153,7 @@ def test_a_file_and_its_experiment(config_dir: str, tmp_path: Path, capsys: Any)
     assert "not of this experiment's model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_energy_table_of_ones_own(
     config_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_closed_bounds_of_theoretical_times() -> None:
     assert len(inside) == 7  # not Alex-8, whose vector is known to be denser, and not VGG-8 by 1%
 
 
+@pytest.mark.slow
 def test_tables_of_eie() -> None:
     runs = [layer_runs(PUBLISHED[name]) for name in ("NT-LSTM", "Alex-7")]
     theoretical, actual = theoretical_times(runs), actual_times(runs)

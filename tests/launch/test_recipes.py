@@ -59,6 +59,7 @@ def commands() -> set[str]:
 
 
 @pytest.mark.parametrize("command", sorted(commands()))
+@pytest.mark.slow
 def test_what_they_run_exists(command, capsys):
     assert main([*command.split(), "--cfg"]) == 0, capsys.readouterr().err
 

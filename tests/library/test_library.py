@@ -40,6 +40,7 @@ def run(**changes: Any) -> trainer.Result:
     return trainer.run(**{"model": net(), "data": DATA, "phases": PHASES, **INLINE, **changes})
 
 
+@pytest.mark.slow
 def test_from_objects_to_a_verified_file() -> None:
     result = run(artifact=True, lr=0.1, out="runs/first")
     assert result.status == "done"
@@ -73,6 +74,7 @@ def test_a_given_model_keeps_its_weights_and_is_the_dense_model() -> None:
     assert result.summary["baseline_accuracy"] == pytest.approx(right)
 
 
+@pytest.mark.slow
 def test_a_class_is_built_under_the_seed() -> None:
     settings = {"phases": [Train(epochs=1)], "data": trainer.data.mnist(train=32, validation=8)}
     model = partial(ConvNet, depth=1, width=2)
@@ -168,6 +170,7 @@ class StopOnce:
         pass
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_it_ends_in_the_same_bits() -> None:
     handler = signal.getsignal(signal.SIGINT)
     undisturbed = run(out="a")
@@ -231,6 +234,7 @@ def test_the_command_refuses_a_run_with_objects(capsys: Any) -> None:
     assert "resume it there: trainer.resume('d')" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_over_objects() -> None:
     experiment = trainer.Experiment(
         model=partial(LeNet300, classes=4),
@@ -279,6 +283,7 @@ class HalveUnits(StructuralPhase):
         model[0], model[2] = new  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_structural_change_is_replayed_wherever_the_weights_are_loaded() -> None:
     phases = [Train(epochs=1), HalveUnits(epochs=1), Quantize(epochs=1)]
     undisturbed = run(phases=phases, artifact=True, out="a")

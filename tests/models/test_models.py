@@ -116,6 +116,7 @@ def test_has_the_published_number_of_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL | LARGE)
+@pytest.mark.slow
 def test_maps_a_batch_to_logits_and_reaches_every_parameter(name: str) -> None:
     case = (SMALL | LARGE)[name]
     with torch.device("meta"):

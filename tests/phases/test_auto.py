@@ -172,6 +172,7 @@ AUTO = {
 }
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_it_ends_in_the_same_bits() -> None:
     cfg = config(phases=AUTO, checkpoint={"every_steps": 1, "every_seconds": None})
     undisturbed, validation, _ = run(cfg)
@@ -235,6 +236,7 @@ def test_a_search_that_may_lose_more_than_the_result_is_refused() -> None:
     config(**(settings | {"limits": {"max_accuracy_drop": 0.15}}))
 
 
+@pytest.mark.slow
 def test_ranks_agree_and_resume_as_well() -> None:
     cfg = config(phases=AUTO, checkpoint={"every_steps": 1, "every_seconds": None})
     torch.manual_seed(cfg.config.seed)

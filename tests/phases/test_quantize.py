@@ -312,6 +312,7 @@ def encoder() -> nn.Module:
     ids=["gru", "rnn", "attention", "cross", "encoder", "conv1d", "ct1", "ct2", "ct3"],
 )
 @pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.slow
 def test_layers_of_many_kinds_compute_nearly_the_same_and_are_decoded_bit_for_bit(
     build: Any, shape: tuple[int, ...], names: list[str], per_channel: bool
 ) -> None:
@@ -413,6 +414,7 @@ def test_pruned_weights_stay_zero_with_a_scale_per_channel() -> None:
         (lambda: LSTMLanguageModel(11, 6, 6, tied=True), torch.randint(11, (4, 5))),
     ],
 )
+@pytest.mark.slow
 def test_a_decoded_file_gives_the_same_outputs_bit_for_bit(build, inputs: Tensor) -> None:
     torch.manual_seed(0)
     model = build()

@@ -352,6 +352,7 @@ def test_no_name_brings_a_plot_out_of_shape(name):
     Page(page(summary, epochs(name, 3), CONFIG))
 
 
+@pytest.mark.slow
 def test_of_many_tensors_the_largest_are_drawn():
     shared = [tensor(f"layer{n}.weight", weights=100 * (n + 1)) for n in range(26)]
     parsed = Page(page({**SUMMARY, "artifact": ARTIFACT}, METRICS, CONFIG, shared))

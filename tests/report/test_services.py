@@ -76,6 +76,7 @@ def feed_open(sink: WandbSink | MlflowSink) -> None:
     sink.close = close  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_mlflow_holds_parameters_curves_and_files_and_continues_a_resumed_run(
     tmp_path, monkeypatch
 ) -> None:
@@ -104,6 +105,7 @@ def test_mlflow_holds_parameters_curves_and_files_and_continues_a_resumed_run(
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_is_not_finished_in_mlflow(tmp_path, monkeypatch) -> None:
     from mlflow.tracking import MlflowClient
 

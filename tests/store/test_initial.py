@@ -36,6 +36,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.slow
 def test_safetensors_pt_and_dcz_give_the_same_weights(tmp_path, state):
     save_file(state, tmp_path / "a.safetensors")
     torch.save(state, tmp_path / "b.pt")

@@ -53,6 +53,7 @@ values = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
         max_size=4,
     )
 )
+@pytest.mark.slow
 def test_any_plain_state_comes_back(state):
     assert equal(unpack(pack(state)), state)
 

@@ -85,6 +85,7 @@ def claims(said: list[str]) -> int:
     return len(accuracy) + sum(", significant)" in s for s in said[1::2])
 
 
+@pytest.mark.slow
 def test_noise_alone_seldom_makes_any_of_the_sentences_claim_something() -> None:
     """In at most one answer in twenty: over 400, 20 on average, and 33 with a chance of 0.2%."""
     draw = random.Random(0)
@@ -231,6 +232,7 @@ def test_sensitivity_is_the_largest_sparsity_before_the_first_that_costs_too_muc
     assert sensitivity(rows[1:4]).tables == []  # there is no trial of the dense model
 
 
+@pytest.mark.slow
 def test_many_layers_have_a_chart_each() -> None:
     rows = [
         Row(

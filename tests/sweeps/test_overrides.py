@@ -13,8 +13,9 @@ from trainer.sweeps.overrides import hydra_text, override
 
 TEXTS = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=8)
 AWKWARD = st.sampled_from(
-    ["true", "null", "NaN", "1", "1e5", "", " a ", "it's", 'a "b"', "\\", "a\\'", "a=b", "a,b", "x: 1",
-     "${seed}", "choice(1,2)", "größe", "[1]", "{a:1}", "-", "~", "a.b", "inf", "0x1", "1_000"]
+    ["true", "null", "NaN", "1", "1e5", "", " a ", "it's", 'a "b"', "\\", "a\\'", "a=b", "a,b",
+     "x: 1", "${seed}", "choice(1,2)", "größe", "[1]", "{a:1}", "-", "~", "a.b", "inf", "0x1",
+     "1_000"]
 )  # fmt: skip
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS | AWKWARD
@@ -62,6 +63,7 @@ def test_keys(key, value, written):
     assert override(key, value) == written
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_awkward_values():
     text = 'it\'s "größe" = 1, true \\'
     shown = capture(["+experiment=lenet300", override("data.root", text), "--cfg"])

@@ -78,6 +78,7 @@ def test_an_analysis_that_fails_takes_no_results_along(tmp_path, monkeypatch) ->
 
 
 @pytest.mark.parametrize("name", ["interference", "sensitivity"])
+@pytest.mark.slow
 def test_the_shipped_experiments_can_answer_what_they_ask(name: str) -> None:
     settings = yaml.safe_load(capture([f"+experiment={name}", "--cfg"]))
     made = Plan(to_dataclass(Config, settings), OmegaConf.create(settings))

@@ -110,6 +110,7 @@ def test_importances_are_of_what_makes_trials_good(directions):
         (["maximize", "minimize"], {"Trade-off between objectives"}),
     ],
 )
+@pytest.mark.slow
 def test_the_sections_follow_from_the_objectives(directions, sections):
     study = make_study(directions, 24)
     found = charts(study)
@@ -120,6 +121,7 @@ def test_the_sections_follow_from_the_objectives(directions, sections):
     assert len(slices) == len(SPACE) * len(directions)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_three_thousand_trials_makes_a_small_page():
     study = make_study(["maximize"], 3000)
     text = page(study, summary(), Answer())
@@ -201,6 +203,7 @@ def test_names_of_parameters_are_text():
     assert not re.search(r"https?://(?!www\.w3\.org)", text)  # nothing is fetched
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_notebook_shows_its_best_trials_analysis_and_charts(tmp_path):
     storage = open_storage(None, tmp_path)
     study = optuna.create_study(directions=["maximize"], storage=storage, study_name="mine/first")

@@ -96,6 +96,7 @@ EQUAL = ["1,true", "true,1", "0,false", "1,1.0", "1.0,1,true,'1','true','1.0'", 
 
 @pytest.mark.parametrize("items", EQUAL)
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])
+@pytest.mark.slow
 def test_choices_that_python_considers_equal_stay_apart(items, sampler, tmp_path):
     searched = space({"a": f"choice({items})"})
     cfg = SweepConfig(
@@ -123,6 +124,7 @@ def _values(text):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.slow
 def test_floats_of_a_range_are_those_that_it_lists(sampler, tmp_path):
     params = {"a": "range(0.1,0.6,0.1)", "b": "choice(1,2)"}
     searched = space(params, conditions={"b": "a <= 0.3"})

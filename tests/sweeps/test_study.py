@@ -48,6 +48,7 @@ def drive(book, count):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+@pytest.mark.slow
 def test_a_seed_gives_the_same_suggestions_also_after_a_restart(tmp_path, sampler):
     (tmp_path / "once").mkdir()
     (tmp_path / "twice").mkdir()
@@ -85,6 +86,7 @@ def test_a_driver_that_is_killed_as_it_asks_leaves_the_grid_in_order(tmp_path):
     assert book.ask() is None
 
 
+@pytest.mark.slow
 def test_the_file_of_a_closed_study_is_complete_alone(tmp_path):
     (tmp_path / "copied").mkdir()
     book = ledger(tmp_path)
@@ -183,6 +185,7 @@ def compared_by_pruners(book):
         ({"bytes": "minimize"}, "accuracy", 0.9, 0.1),
     ],
 )
+@pytest.mark.slow
 def test_one_objective_is_pruned_by_the_metric_in_the_metrics_own_direction(
     tmp_path, objectives, metric, good, bad
 ):
@@ -241,6 +244,7 @@ def test_an_objective_can_be_taken_away():
 @pytest.mark.parametrize(
     "objectives", [{"accuracy": "maximize"}, {"accuracy": "maximize", "nonzero": "minimize"}]
 )
+@pytest.mark.slow
 def test_asha_stops_from_the_second_trial_on(tmp_path, objectives):
     """At epoch 1 one in two goes on; what it knows survives a restart."""
     settings = {"pruner": "asha", "reduction": 2, "objectives": objectives}
@@ -258,6 +262,7 @@ def test_asha_stops_from_the_second_trial_on(tmp_path, objectives):
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
+@pytest.mark.slow
 def test_several_objectives_are_pruned_by_the_watched_value(tmp_path, pruner):
     objectives = {"accuracy": "maximize", "nonzero": "minimize"}
     book = ledger(tmp_path, objectives=objectives, min_trials=3, pruner=pruner, reduction=2)
@@ -308,6 +313,7 @@ def test_a_storage_that_does_not_open_is_a_wrong_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a?b", "50%20x", "{a}", "with space", "ä#"])
+@pytest.mark.slow
 def test_a_folder_of_any_name_holds_its_study(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()

@@ -50,6 +50,7 @@ def summary(folder=FOLDER):
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_of_the_best_trial_gives_the_same_result():
     assert main([*ARGUMENTS, "seed=5"]) == 0
     best = summary()["best"][0]
@@ -62,6 +63,7 @@ def test_the_command_of_the_best_trial_gives_the_same_result():
     }
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_repeats_nothing(capsys):
     assert main(ARGUMENTS) == 0
     before = rows()
@@ -74,6 +76,7 @@ def test_the_same_command_goes_on_and_repeats_nothing(capsys):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_or_resume_finishes_the_trial(resumed):
     def interrupt():
         while not list(FOLDER.glob("trials/*/checkpoints/*")):
@@ -147,6 +150,7 @@ def test_a_diverging_trial_is_retried_then_failed_with_its_reason(capsys):
     assert "the loss is" in row["reason"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_ends_in_nan_is_retried_then_failed(monkeypatch):
     from trainer.sweeps import search
 
@@ -178,6 +182,7 @@ class Net(ConvNet):
 """
 
 
+@pytest.mark.slow
 def test_a_trial_that_failed_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
     """Of six steps, two an epoch, the fifth fails; the second and the fourth left checkpoints."""
     (tmp_path / "once.py").write_text(
@@ -211,6 +216,7 @@ def test_a_trial_that_hangs_is_ended_and_goes_on_from_its_last_checkpoint(tmp_pa
     assert len((tmp_path / "steps").read_text()) == 5 + 2
 
 
+@pytest.mark.slow
 def test_what_a_trials_messages_meet_here_is_that_trials_failure(monkeypatch):
     from trainer import artifact
 
@@ -248,6 +254,7 @@ def test_weights_to_begin_with_are_held_against_the_model(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+@pytest.mark.slow
 def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys):
     import trainer.experiment
 
@@ -289,6 +296,7 @@ def test_what_no_trial_can_begin_with_is_a_wrong_configuration(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["report.write_report", "study.Ledger.complete"])
+@pytest.mark.slow
 def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_the_log(
     where, capsys, monkeypatch
 ):
@@ -309,6 +317,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_the_log(
     assert summary()["error"].startswith("storage gone")
 
 
+@pytest.mark.slow
 def test_where_no_trial_keeps_the_constraints_the_closest_is_named(capsys):
     limits = "sweep.constraints={nonzero: '<= 1000', accuracy: '>= 0'}"
     assert main([*ARGUMENTS, limits, "sweep.trials=2", "sweep.refit=true"]) == 0
@@ -324,6 +333,7 @@ def test_where_no_trial_keeps_the_constraints_the_closest_is_named(capsys):
     assert not (FOLDER / "best").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_whose_values_do_not_go_together_is_told(capsys, monkeypatch):
     """The ends of ranges are tried before, not what lies between."""
     real = Plan.trial
@@ -341,6 +351,7 @@ def test_a_trial_whose_values_do_not_go_together_is_told(capsys, monkeypatch):
     assert told in (FOLDER / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_better_trial_is_trained_anew_and_the_old_one_moves_aside(capsys):
     wanted = [
         *ARGUMENTS, "sweep.refit=true", "phases.train.fit.epochs=10", "sweep.sampler=grid",
@@ -371,6 +382,7 @@ def test_a_new_study_does_not_take_up_what_trials_of_another_left():
     assert [row["epochs"] for row in rows()] == ["2"]
 
 
+@pytest.mark.slow
 def test_what_only_the_data_refuse_is_one_trials_failure_but_for_two_a_wrong_configuration(capsys):
     wanted = [*ARGUMENTS, *ONLY, "sweep.sampler=grid"]
     assert main([*wanted, "sweep.params.data.train=choice(70000,100)"]) == 0
@@ -381,6 +393,7 @@ def test_what_only_the_data_refuse_is_one_trials_failure_but_for_two_a_wrong_con
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 def test_a_study_has_the_settings_and_the_command_that_began_it():
     """An earlier command had failed before there was a study."""
     with pytest.MonkeyPatch.context() as patch:
@@ -396,6 +409,7 @@ def test_a_study_has_the_settings_and_the_command_that_began_it():
     assert "seed=7" in shlex.split(summary()["best"][0]["command"])
 
 
+@pytest.mark.slow
 def test_another_storage_is_refused(capsys):
     assert main([*ARGUMENTS, "sweep.trials=1"]) == 0
     storage = "sweep.storage=sqlite:///elsewhere.db"
@@ -405,6 +419,7 @@ def test_another_storage_is_refused(capsys):
     assert len(rows()) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_that_only_resume_got_to_start_still_tells_commands_that_work(capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.sweeps.pool.Pool.open", killed)
@@ -416,6 +431,7 @@ def test_a_sweep_that_only_resume_got_to_start_still_tells_commands_that_work(ca
     assert main([*command[3:], "--cfg"]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_of_a_trial_keeps_what_is_no_override(capsys):
     experiments = Path("sweeps") / "experiment"
     experiments.mkdir(parents=True)
@@ -429,6 +445,7 @@ def test_the_command_of_a_trial_keeps_what_is_no_override(capsys):
     assert main([*command[3:], "--cfg"]) == 0
 
 
+@pytest.mark.slow
 def test_the_run_of_the_best_that_was_killed_before_it_began_is_begun_again():
     (FOLDER / "best").mkdir(parents=True)  # and nothing in it
     assert main([*ARGUMENTS, "sweep.trials=1", "sweep.refit=true"]) == 0
@@ -436,6 +453,7 @@ def test_the_run_of_the_best_that_was_killed_before_it_began_is_begun_again():
     assert not (FOLDER / "best-2").exists()
 
 
+@pytest.mark.slow
 def test_a_winner_that_cannot_be_trained_in_full_does_not_make_the_sweep_a_wrong_one(capsys):
     many = ["data.train=70000", "sweep.trial_overrides.data.train=100", "sweep.refit=true"]
     assert main([*ARGUMENTS, "sweep.trials=1", *many]) == 1
@@ -443,6 +461,7 @@ def test_a_winner_that_cannot_be_trained_in_full_does_not_make_the_sweep_a_wrong
     assert summary()["status"] == "done"
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_the_budget_that_was_given_last():
     assert main([*ARGUMENTS, "sweep.trials=1"]) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -504,6 +523,7 @@ def test_a_signal_while_ray_starts_leaves_nothing_behind():
         ("sweep.slots=2", "cluster.backend=inline"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_found_before_anything_starts(argument, said, capsys, tmp_path):
     assert main([*ARGUMENTS, argument]) == 2
     message = capsys.readouterr().err
@@ -512,6 +532,7 @@ def test_mistakes_are_found_before_anything_starts(argument, said, capsys, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_budgets_end_a_sweep_and_leave_the_rest_for_later():
     assert main([*ARGUMENTS, "phases.train.fit.epochs=40", "sweep.epochs=45"]) == 0
     assert 45 <= summary()["epochs"] < 80
@@ -546,6 +567,7 @@ def test_a_warm_worker_gives_the_bits_of_a_cold_one():
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_trials_share_their_first_phases_and_end_in_the_same_bits(tmp_path, monkeypatch):
     """With a net so small that it takes no time to train and to encode."""
     (tmp_path / "tiny.py").write_text(

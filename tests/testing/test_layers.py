@@ -38,6 +38,7 @@ def test_layers_with_other_inputs_keep_the_contract() -> None:
     check_quantized_layer(lambda: nn.Embedding(9, 5), torch.randint(9, (4, 3)))
 
 
+@pytest.mark.slow
 def test_the_export_is_checked_on_request() -> None:
     check_quantized_layer(lambda: nn.Linear(6, 5), torch.randn(4, 6), onnx=True)
     with pytest.raises(AssertionError, match="Unexportable: the export to ONNX fails"):

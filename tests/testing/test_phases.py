@@ -34,6 +34,7 @@ BOTH = ["zeros", "sharing"]
     ],
     ids=lambda value: value.kind if isinstance(value, Phase) else "",
 )  # fmt: skip
+@pytest.mark.slow
 def test_shipped_phases_keep_the_contract(phase: Phase, refused: list[dict[str, Any]]) -> None:
     check_phase(phase, refused=refused)
 

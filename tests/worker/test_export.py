@@ -41,6 +41,7 @@ def chosen(**model: Any) -> Experiment:
     return config(model=settings, phases={"quantize": quantize})
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_trained() -> None:
     said = r"export.onnx=true: Odd cannot be exported to ONNX: .*; set export.onnx=false"
     with pytest.raises(ConfigError, match=said):
@@ -60,6 +61,7 @@ def test_only_the_rank_that_exports_needs_the_packages(monkeypatch: pytest.Monke
         list(try_export(WORLD, chosen()))
 
 
+@pytest.mark.slow
 def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = []
 

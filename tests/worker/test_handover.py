@@ -96,6 +96,7 @@ def begin(cfg):
     [({}, 5), ({"precision": "fp16"}, 2), ({"phases": ROUNDS}, 2)],
     ids=["sgd", "fp16", "rounds"],
 )
+@pytest.mark.slow
 def test_the_others_continue_without_repeating_a_step(changes, attempts):
     """Wherever a rank is lost, the end is that of a run that changed its size after that step."""
     cfg = config(**changes, checkpoint=CHECKPOINTS)

@@ -40,6 +40,7 @@ layers = st.tuples(
 @pytest.mark.parametrize("coder", ALL)
 @slow
 @given(layers)
+@pytest.mark.slow
 def test_round_trip(coder: str, case: tuple[Levels, int, int | None]) -> None:
     levels, clusters, negatives = case
     blob = encode_layer(levels, levels.shape, clusters, negatives, coder)
@@ -52,6 +53,7 @@ def test_round_trip(coder: str, case: tuple[Levels, int, int | None]) -> None:
 
 @pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("clusters", [1, 5, 200])
+@pytest.mark.slow
 def test_bits_near_the_entropy(coder: str, clusters: int) -> None:
     levels = layer(0, (200, 300), clusters, 0.1)
     ideal = 60_000 * (-0.1 * np.log2(0.1) - 0.9 * np.log2(0.9)) + 6_000 * np.log2(clusters)
@@ -93,6 +95,7 @@ def test_wider_than_the_context_coder_goes() -> None:
 
 @pytest.mark.parametrize("coder", ALL)
 @pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.slow
 def test_a_layer_of_one_value_justifies_its_positions(coder: str, value: int) -> None:
     levels = np.full((300, 1000), value, np.uint16)
     blob = encode_layer(levels, levels.shape, 1, coder=coder)
@@ -100,6 +103,7 @@ def test_a_layer_of_one_value_justifies_its_positions(coder: str, value: int) ->
     np.testing.assert_array_equal(decode_layer(blob, levels.shape, 1), levels)
 
 
+@pytest.mark.slow
 def test_nearly_nothing_in_a_large_layer_still_justifies_its_positions() -> None:
     shape = (1000, 1000)
     for coder in ALL:
@@ -157,6 +161,7 @@ def harmless(blob: bytes, shape: tuple[int, ...], clusters: int) -> bool:
 @pytest.mark.parametrize("coder", CODERS)
 @slow
 @given(data=st.data())
+@pytest.mark.slow
 def test_damage(coder: str, data: st.DataObject) -> None:
     clusters = data.draw(st.sampled_from([1, 4, 17]))
     shape = data.draw(st.sampled_from([(12, 25), (40, 1), (5, 4, 3, 3)]))
@@ -181,6 +186,7 @@ def test_noise(coder: int, noise: bytes, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.slow
 def test_truncation_is_noticed(coder: str) -> None:
     levels = layer(0, (60, 60), 8, 0.2)
     blob = encode_layer(levels, levels.shape, 8, coder=coder)
@@ -203,6 +209,7 @@ def test_claims_beyond_the_bytes_are_refused_at_once() -> None:
         decode_layer(blob, (1 << 40, 1 << 20), 8)
 
 
+@pytest.mark.slow
 def test_a_large_layer_is_coded_by_context_where_that_saves_bytes() -> None:
     random = np.random.default_rng(0)
     dense = random.normal(127, 30, (300, 400)).round().clip(0, 254).astype(np.uint16)

@@ -33,6 +33,7 @@ Levels = NDArray[np.uint16]
         ((20, 30), 5, 5, 1.0, 2, 4, 0),
     ],
 )
+@pytest.mark.slow
 def test_second_decoder(
     shape: tuple[int, int],
     clusters: int,
@@ -145,6 +146,7 @@ def odd_model() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "model", [pruned_model, shared_model, quantized_model, tied_model, odd_model]
 )
+@pytest.mark.slow
 def test_second_decoder_of_whole_files(model: Callable[[], dict[str, Tensor]], coder: str) -> None:
     torch.manual_seed(0)
     content = artifact.encode(model(), coder=coder, about={"name": "test", "seed": 0})

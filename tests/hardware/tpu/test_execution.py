@@ -235,6 +235,7 @@ def test_infinite_results_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["projected shortcut", "language model"])
+@pytest.mark.slow
 def test_a_model_from_its_compressed_file(name: str) -> None:
     """The file holds integers and scales: the program computes the same."""
     torch.manual_seed(0)
