@@ -1,0 +1,164 @@
+"""Runs on Ray workers: killed, frozen, stopped by a signal, and in the end the same bits."""
+
+import glob
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.test_resume import ARGUMENTS, same_end
+
+RAY_ARGUMENTS = [
+    *(argument for argument in ARGUMENTS if not argument.startswith("cluster")),
+    "data.train=3000",
+    "cluster.hang_timeout_s=8",
+]
+
+
+@pytest.mark.integration
+class TestWorkers:
+    @staticmethod
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+
+    def wait_for(self, run, pattern, but=frozenset()):
+        """Until a file is there."""
+        deadline = time.monotonic() + 60
+        while not set(glob.glob(pattern)) - but:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def undisturbed(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+        run = cls.start(*RAY_ARGUMENTS, f"hydra.run.dir={folder}")
+        said = run.communicate(timeout=100)[0]
+        assert run.returncode == 0, said
+        return folder
+
+    def workers(self, driver):
+        """Process ids of the Ray workers below a driver."""
+        listed = subprocess.run(
+            ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+        ).stdout
+        rows = [line.split(None, 2) for line in listed.splitlines()]
+        below = {driver}
+        for _ in range(6):
+            below |= {int(pid) for pid, parent, _ in rows if int(parent) in below}
+        return [int(pid) for pid, _, args in rows if int(pid) in below and "ray::Worker" in args]
+
+    def test_two_workers_send_what_they_learn(self, undisturbed):
+        extras = 4  # loss, request, ignored targets and missing gradients travel along
+        assert "2 workers on cpu" in (undisturbed / "log.txt").read_text()
+        summary = json.loads((undisturbed / "summary.json").read_text())
+        assert summary["workers"] == 2
+        assert len(summary["nodes"]) == 2
+        train, prune, retrain, share = summary["phases"]
+        for phase in (train, retrain, share):
+            assert phase["sent_bytes_per_step"] == 4 * (phase["learnable"] + extras)
+        assert retrain["learnable"] < 0.12 * train["learnable"]
+        assert share["learnable"] < 0.001 * train["learnable"]
+        assert prune["sparsity"] == pytest.approx(0.9, abs=1e-4)
+        assert retrain["sparsity"] >= prune["sparsity"]
+
+    def test_a_killed_and_a_stopped_worker_cost_nothing_but_time(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        """One worker is killed and the other frozen."""
+        monkeypatch.chdir(tmp_path)
+        run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=disturbed")
+        for number, (hurt, wanted) in enumerate(
+            [(signal.SIGKILL, "01-train-step*"), (signal.SIGSTOP, "03-retrain-step*")]
+        ):
+            self.wait_for(run, f"disturbed/checkpoints/{wanted}")
+            os.kill(self.workers(run.pid)[number % 2], hurt)
+        said = run.communicate(timeout=100)[0]
+        assert run.returncode == 0, said
+        summary = json.loads(Path("disturbed/summary.json").read_text())
+        assert summary["restarts"] == 2
+        assert "the process died; restarting from the last checkpoint" in said
+        assert "no progress" in said
+        assert same_end(undisturbed, "disturbed")
+
+    @pytest.mark.parametrize(
+        ("sent", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)]
+    )
+    def test_a_signal_while_ray_starts_leaves_nothing_behind(
+        self, sent, times, tmp_path, monkeypatch
+    ):
+        """Ctrl-C reaches the whole process group; its second one ends the command before Ray is up.
+
+        ray.init has a handler of its own for SIGTERM.
+        """
+        monkeypatch.chdir(tmp_path)
+        with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:  # short: Ray's sockets
+            monkeypatch.setenv("TMPDIR", folder)
+            run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
+            self.wait_for(run, f"{folder}/trainer-*/session_*/sockets")
+            ray = psutil.Process(run.pid).children(recursive=True)
+            assert ray
+            for _ in range(times):
+                (os.killpg if sent == signal.SIGINT else os.kill)(run.pid, sent)
+                time.sleep(0.2)
+            said = run.communicate(timeout=60)[0]
+            assert run.returncode == 128 + sent, said
+            assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
+            deadline = time.monotonic() + 30
+            while any(p.is_running() for p in ray) or list(Path(folder).glob("trainer-*")):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+    @pytest.mark.timeout(300)  # four commands, one after the other
+    def test_what_ends_the_driver_costs_nothing_but_time_and_leaves_nothing(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        """Killed, then SIGTERM, then Ctrl-C, which reaches the whole process group."""
+        monkeypatch.chdir(tmp_path)
+        with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:  # short: Ray's sockets
+            monkeypatch.setenv("TMPDIR", folder)
+            run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
+            for end, number, code in (
+                (os.kill, signal.SIGKILL, -signal.SIGKILL),
+                (os.kill, signal.SIGTERM, 143),
+                (os.killpg, signal.SIGINT, 130),
+            ):
+                kept = set(glob.glob("run/checkpoints/*.safetensors"))
+                self.wait_for(run, "run/checkpoints/*.safetensors", but=kept)
+                family = psutil.Process(run.pid).children(recursive=True)
+                assert len(family) > 2
+                segments = set(Path("/dev/shm").iterdir())
+                end(run.pid, number)
+                said = run.communicate(timeout=60)[0]
+                assert run.returncode == code, said
+                # Ray's native handler would abort it in three seconds.
+                assert "SIGTERM received" not in said
+                if number != signal.SIGKILL:
+                    summary = json.loads(Path("run/summary.json").read_text())
+                    assert (summary["status"], summary["restarts"]) == ("interrupted", 0), said
+                deadline = time.monotonic() + 30
+                while (
+                    any(p.is_running() for p in family)
+                    or list(Path(folder).glob("trainer-*"))
+                    or set(Path("/dev/shm").iterdir()) - segments  # other tests' go, too
+                ):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                run = self.start("resume=run")
+            said = run.communicate(timeout=100)[0]
+            assert run.returncode == 0, said
+            assert same_end(undisturbed, "run")
