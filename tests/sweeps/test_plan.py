@@ -15,7 +15,7 @@ from trainer.sweeps.analysis import ANALYSES, Analysis
 from trainer.sweeps.plan import Plan
 from trainer.sweeps.results import Results
 from trainer.sweeps.space import parse_space
-from trainer.sweeps.study import Ledger
+from trainer.sweeps.study import SweepStudy
 
 PRUNE = {"_target_": "trainer.phases.Prune", "fit": FIT, "sparsity": 0.5, "include": ["*"]}
 PHASES = {"train": {"_target_": "trainer.phases.Train", "fit": FIT}, "prune": PRUNE}
@@ -66,7 +66,7 @@ def test_an_analysis_that_fails_takes_no_results_along(tmp_path, monkeypatch) ->
     monkeypatch.setitem(ANALYSES, "sensitivity", Analysis(check, fail))
     cfg = config(sweep={**RATE, "analysis": "sensitivity"}).config
     space = parse_space(cfg.sweep, {})
-    ledger = Ledger(cfg.sweep, space, "test", 3, tmp_path, 4)
+    ledger = SweepStudy(cfg.sweep, space, "test", 3, tmp_path, 4)
     made = SimpleNamespace(cfg=cfg, space=space)
     directory = RunDirectory(tmp_path)
     directory.write_command(["+experiment=test"])

@@ -19,7 +19,7 @@ from trainer.sweeps.notebook import sweep_html
 from trainer.sweeps.page import best_table, charts, page
 from trainer.sweeps.parameter_plots import Scale
 from trainer.sweeps.plots import Objective
-from trainer.sweeps.storage import open_storage
+from trainer.sweeps.study import open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

@@ -8,7 +8,7 @@ from trainer.config import SweepConfig
 from trainer.errors import ConfigError
 from trainer.sweeps.ranges import parse_range
 from trainer.sweeps.space import parse_space
-from trainer.sweeps.study import Ledger as Study
+from trainer.sweeps.study import SweepStudy
 
 CONVNET = {
     "model.depth": "range(1,4)",
@@ -102,15 +102,15 @@ def test_choices_that_python_considers_equal_stay_apart(items, sampler, tmp_path
     cfg = SweepConfig(
         params={"a": f"choice({items})"}, sampler=sampler, objectives={"accuracy": "maximize"}
     )
-    study = Study(cfg, searched, "test", 0, tmp_path, 1)
-    study.note({})
+    study = SweepStudy(cfg, searched, "test", 0, tmp_path, 1)
+    study.record_settings({})
     wanted = {repr(value) for value in _values(f"[{items}]")}
     drawn = {}
     for _ in range(24):
-        number = study.ask()
+        number = study.new_trial()
         if number is None:
             break
-        drawn[number] = searched.settings(study.take_up(number))["a"]
+        drawn[number] = searched.settings(study.start(number))["a"]
     assert {repr(value) for value in drawn.values()} == wanted
     stored = {trial.number: searched.settings(trial.params)["a"] for trial in study.trials()}
     assert {n: repr(value) for n, value in stored.items()} == {
@@ -129,11 +129,11 @@ def test_floats_of_a_range_are_those_that_it_lists(sampler, tmp_path):
     params = {"a": "range(0.1,0.6,0.1)", "b": "choice(1,2)"}
     searched = space(params, conditions={"b": "a <= 0.3"})
     cfg = SweepConfig(params=params, sampler=sampler, objectives={"accuracy": "maximize"})
-    study = Study(cfg, searched, "test", 0, tmp_path, 1)
-    study.note({})
+    study = SweepStudy(cfg, searched, "test", 0, tmp_path, 1)
+    study.record_settings({})
     seen = set()
-    for number in iter(study.ask, None):
-        drawn = study.take_up(number)
+    for number in iter(study.new_trial, None):
+        drawn = study.start(number)
         value = searched.settings(drawn)["a"]
         assert value in (0.1, 0.2, 0.3, 0.4, 0.5)
         assert ("b" in drawn) == (value <= 0.3)

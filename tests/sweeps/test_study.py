@@ -1,4 +1,4 @@
-"""The ledger: what is drawn, told and remembered, without training anything."""
+"""The study: what is drawn, pruned and stored, without training anything."""
 
 import json
 import math
@@ -9,11 +9,11 @@ from optuna.trial import TrialState
 
 from trainer.config import SweepConfig
 from trainer.errors import ConfigError, RunError
+from trainer.sweeps import algorithms
 from trainer.sweeps.budget import Budget
 from trainer.sweeps.measures import MEASURES, check_measures, not_finite, watched
 from trainer.sweeps.space import parse_space
-from trainer.sweeps.storage import without_password
-from trainer.sweeps.study import Ledger, watched_values
+from trainer.sweeps.study import SweepStudy, reported_values, without_password
 
 PARAMS = {"a": "range(1,5)", "b": "interval(0,1)"}
 EPOCHS = 4
@@ -27,8 +27,8 @@ def sweep(**settings):
 
 def ledger(folder, **settings):
     cfg = sweep(**settings)
-    book = Ledger(cfg, parse_space(cfg, {}), "test", 3, folder, EPOCHS)
-    book.note({"objectives": list(cfg.objectives.items())})
+    book = SweepStudy(cfg, parse_space(cfg, {}), "test", 3, folder, EPOCHS)
+    book.record_settings({"objectives": list(cfg.objectives.items())})
     return book
 
 
@@ -41,8 +41,8 @@ def drive(book, count):
     """Trials one at a time; what was drawn."""
     drawn = []
     for _ in range(count):
-        number = book.ask()
-        drawn.append(book.take_up(number))
+        number = book.new_trial()
+        drawn.append(book.start(number))
         finish(book, number, drawn[-1]["b"])
     return drawn
 
@@ -66,24 +66,24 @@ def test_a_grid_is_gone_through_once(tmp_path):
     book = ledger(tmp_path, sampler="grid", params=params)
     drawn += drive(book, 2)
     assert len({json.dumps(draw) for draw in drawn}) == 6
-    assert book.ask() is None
+    assert book.new_trial() is None
 
 
 def test_a_driver_that_is_killed_as_it_asks_leaves_the_grid_in_order(tmp_path):
     params = {"a": "range(1,4)", "b": "choice(0.5,0.7)"}
     drive(ledger(tmp_path, sampler="grid", params=params), 2)
     killed = ledger(tmp_path, sampler="grid", params=params)
-    assert killed.ask() == 2  # and nothing was drawn
+    assert killed.new_trial() == 2
     book = ledger(tmp_path, sampler="grid", params=params)
     assert book.unfinished() == [2]
-    third = book.take_up(2)
+    third = book.start(2)
     finish(book, 2, 0.5)
     drive(book, 3)
     assert third == {"a": 2, "b": 0.5}
     assert [trial.params for trial in book.trials()] == [
         {"a": a, "b": b} for a in (1, 2, 3) for b in (0.5, 0.7)
     ]
-    assert book.ask() is None
+    assert book.new_trial() is None
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_a_shared_storage_knows_a_folders_trials_also_after_it_moved(tmp_path):
     storage = f"sqlite:///{tmp_path}/shared.db"
     for name in ("mine", "other"):
         (tmp_path / name).mkdir()
-    ledger(tmp_path / "mine", storage=storage).ask()  # and no more: it was killed
+    ledger(tmp_path / "mine", storage=storage).new_trial()  # and no more: it was killed
     (tmp_path / "mine").rename(tmp_path / "moved")
     assert ledger(tmp_path / "moved", storage=storage).unfinished() == [0]
     assert ledger(tmp_path / "other", storage=storage).unfinished() == []
@@ -113,12 +113,12 @@ def test_a_study_in_which_nothing_began_can_be_taken_back(tmp_path):
     for name in ("mine", "other"):
         (tmp_path / name).mkdir()
     book = ledger(tmp_path / "mine", storage=storage)
-    book.ask()
-    book.withdraw()
+    book.new_trial()
+    book.delete()
     book = ledger(tmp_path / "mine", storage=storage)
-    assert book.ask() == 0
-    ledger(tmp_path / "other", storage=storage).ask()
-    book.withdraw()  # others are at work in it
+    assert book.new_trial() == 0
+    ledger(tmp_path / "other", storage=storage).new_trial()
+    book.delete()  # others are at work in it
     assert len(ledger(tmp_path / "mine", storage=storage).trials()) == 2
 
 
@@ -142,12 +142,12 @@ def test_the_time_of_a_session_that_was_killed_counts(tmp_path, monkeypatch):
 def test_an_unfinished_trial_is_taken_up_with_what_it_had(tmp_path):
     book = ledger(tmp_path)
     drive(book, 1)
-    number = book.ask()
-    drawn = book.take_up(number)
+    number = book.new_trial()
+    drawn = book.start(number)
     book.report(number, 1, 0.5)
     again = ledger(tmp_path)
     assert again.unfinished() == [number]
-    assert again.take_up(number) == drawn
+    assert again.start(number) == drawn
     assert again.reported(number) == {1: 0.5}
     finish(again, number, 0.9)
     assert again.unfinished() == []
@@ -157,22 +157,22 @@ def test_an_unfinished_trial_is_taken_up_with_what_it_had(tmp_path):
 def test_the_median_stops_a_trial_and_tells_it_pruned_with_its_values(tmp_path):
     book = ledger(tmp_path, min_trials=3)
     for value in (0.5, 0.6, 0.7):
-        number = book.ask()
-        book.take_up(number)
+        number = book.new_trial()
+        book.start(number)
         assert not any(book.report(number, epoch, value) for epoch in (1, 2))
         finish(book, number, value)
-    number = book.ask()
-    book.take_up(number)
+    number = book.new_trial()
+    book.start(number)
     assert book.report(number, 1, 0.4)
     book.prune(number)
     (pruned,) = book.trials(TrialState.PRUNED)
     assert pruned.intermediate_values == {1: 0.4}
-    assert book.epochs() == 7
+    assert book.epochs == 7
 
 
 def compared_by_pruners(book):
     """The study whose values pruners compare."""
-    return book._proxy.study if book._proxy else book.study
+    return book._pruner.study
 
 
 @pytest.mark.parametrize(
@@ -193,28 +193,73 @@ def test_one_objective_is_pruned_by_the_metric_in_the_metrics_own_direction(
     book = ledger(tmp_path, **settings)
     (objective,) = objectives
     for value in (0.5, 0.6, 0.7):
-        number = book.ask()
-        book.take_up(number)
+        number = book.new_trial()
+        book.start(number)
         assert not book.report(number, 1, value)
         finish(book, number, value, **{objective: 0.3})
     book = ledger(tmp_path, **settings)  # what pruners know survives
-    best, worst = book.ask(), book.ask()
-    book.take_up(best)
-    book.take_up(worst)
+    best, worst = book.new_trial(), book.new_trial()
+    book.start(best)
+    book.start(worst)
     assert not book.report(best, 1, good)
     assert book.report(worst, 1, bad)
     book.prune(worst)
     (pruned,) = book.trials(TrialState.PRUNED)
-    assert list(watched_values(pruned)) == [1]
+    assert list(reported_values(pruned)) == [1]
     if metric != objective:
         assert pruned.value is None  # the metric is no value of the objective
-    assert compared_by_pruners(book).trials[worst].intermediate_values == watched_values(pruned)
+    assert compared_by_pruners(book).trials[worst].intermediate_values == reported_values(pruned)
+
+
+def test_sampler_and_pruner_consider_recent_trials_and_the_sampler_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(algorithms, "TPE_RECENT", 4)
+    monkeypatch.setattr(algorithms, "TPE_BEST", 2)
+    monkeypatch.setattr(algorithms, "PRUNER_RECENT", 3)
+    book = ledger(tmp_path)
+    for value in (0.5, 0.9, 0.1, 0.8, *[0.2] * 6):
+        number = book.new_trial()
+        book.report(number, 1, value)
+        finish(book, number, value)
+    again = ledger(tmp_path)
+    for each in (book, again):
+        sampled = each._sampler.study.get_trials()
+        assert [trial.value for trial in sampled] == [0.9, 0.8, 0.2, 0.2, 0.2, 0.2]
+        assert [trial.number for trial in compared_by_pruners(each).trials] == [7, 8, 9]
+    assert book.leader.number == again.leader.number == 1
+
+
+def test_the_sampler_considers_the_pareto_front(tmp_path, monkeypatch):
+    monkeypatch.setattr(algorithms, "TPE_RECENT", 2)
+    objectives = {"accuracy": "maximize", "bytes": "minimize"}
+    book = ledger(tmp_path, objectives=objectives, sampler="tpe")
+    results = [(0.9, 9.0), (0.5, 5.0), (0.4, 6.0), (0.9, 8.0), (0.6, 4.0), (0.1, 9.0), (0.2, 9.0)]
+    for accuracy, size in results:
+        finish(book, book.new_trial(), accuracy, bytes=size)
+    sampled = book._sampler.study.get_trials()
+    assert [tuple(trial.values) for trial in sampled] == [*results[3:5], *results[5:]]
+    assert [tuple(trial.values) for trial in book.best()] == results[3:5]
+    assert book.leader.number == 3
+
+
+def test_nothing_is_read_from_the_storage_during_a_sweep(tmp_path, monkeypatch):
+    book = ledger(tmp_path, min_trials=1)
+    read = "optuna.storages._rdb.storage.RDBStorage._get_trials"
+    monkeypatch.setattr(read, lambda *_, **__: pytest.fail("the storage was read"))
+    for _ in range(12):
+        number = book.new_trial()
+        value = book.start(number)["b"]
+        if book.report(number, 1, value):
+            book.prune(number)
+        else:
+            finish(book, number, value)
+    assert book.leader is not None
+    assert sum(book.counts.values()) == 12
 
 
 def test_a_trial_whose_last_watched_value_is_nan_says_nothing_to_the_pruner(tmp_path):
     book = ledger(tmp_path, metric="loss")
-    number = book.ask()
-    book.take_up(number)
+    number = book.new_trial()
+    book.start(number)
     book.report(number, 1, math.nan)
     finish(book, number, 0.5)
     assert compared_by_pruners(book).trials[0].state == TrialState.FAIL
@@ -251,8 +296,8 @@ def test_asha_stops_from_the_second_trial_on(tmp_path, objectives):
     stopped = []
     for value in (0.5, 0.4, 0.6, 0.3, 0.7):
         book = ledger(tmp_path, **settings)
-        number = book.ask()
-        book.take_up(number)
+        number = book.new_trial()
+        book.start(number)
         if book.report(number, 1, value):
             book.prune(number)
             stopped.append(value)
@@ -268,8 +313,8 @@ def test_several_objectives_are_pruned_by_the_watched_value(tmp_path, pruner):
     book = ledger(tmp_path, objectives=objectives, min_trials=3, pruner=pruner, reduction=2)
     stopped = []
     for value in (0.9, 0.8, 0.85, *[0.1] * 10):
-        number = book.ask()
-        book.take_up(number)
+        number = book.new_trial()
+        book.start(number)
         if any(book.report(number, epoch, value) for epoch in range(1, EPOCHS)):
             book.prune(number)
             stopped.append(value)
@@ -282,19 +327,19 @@ def test_several_objectives_are_pruned_by_the_watched_value(tmp_path, pruner):
 def test_the_best_keeps_the_constraints(tmp_path):
     book = ledger(tmp_path)
     for value, missed in ((0.9, 1.0), (0.8, 0.0)):
-        number = book.ask()
-        book.take_up(number)
+        number = book.new_trial()
+        book.start(number)
         book.complete(number, dict.fromkeys(MEASURES, value), {"nonzero": missed})
     assert [trial.value for trial in book.best()] == [0.8]
 
 
 def test_another_sweep_of_the_same_name_is_refused(tmp_path):
     cfg = sweep()
-    book = Ledger(cfg, parse_space(cfg, {}), "test", 3, tmp_path, EPOCHS)
+    book = SweepStudy(cfg, parse_space(cfg, {}), "test", 3, tmp_path, EPOCHS)
     for _ in range(2):
-        book.note({"model": 1, "data": 2})
+        book.record_settings({"model": 1, "data": 2})
     with pytest.raises(ConfigError, match=r"sweep\.name=s.*another data;"):
-        book.note({"model": 1, "data": 3})
+        book.record_settings({"model": 1, "data": 3})
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_what_no_trial_can_begin_with_is_a_wrong_configuration(capsys, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["report.write_report", "study.Ledger.complete"])
+@pytest.mark.parametrize("where", ["report.write_report", "study.SweepStudy.complete"])
 @pytest.mark.slow
 def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_the_log(
     where, capsys, monkeypatch

@@ -3,7 +3,7 @@
 import time
 
 from trainer.config import SweepConfig
-from trainer.sweeps.study import Ledger
+from trainer.sweeps.study import SweepStudy
 
 KEEP_EVERY_S = 5.0  # a killed session is forgotten no more than this
 
@@ -11,11 +11,11 @@ KEEP_EVERY_S = 5.0  # a killed session is forgotten no more than this
 class Budget:
     """Counts, and keeps the time that was used in the study."""
 
-    def __init__(self, cfg: SweepConfig, ledger: Ledger) -> None:
-        self._cfg, self._ledger = cfg, ledger
-        self._trials = len(ledger.trials())
-        self._epochs = ledger.epochs()
-        self._began = time.monotonic() - ledger.seconds
+    def __init__(self, cfg: SweepConfig, study: SweepStudy) -> None:
+        self._cfg, self._study = cfg, study
+        self._trials = len(study.trials())
+        self._epochs = study.epochs
+        self._began = time.monotonic() - study.seconds
         self._kept = time.monotonic()
 
     def seconds(self) -> float:
@@ -49,5 +49,5 @@ class Budget:
     def keep(self, *, now: bool = True) -> None:
         """Note the time in the study: now, or where the last note is some seconds old."""
         if now or time.monotonic() - self._kept >= KEEP_EVERY_S:
-            self._ledger.note_seconds(self.seconds())
+            self._study.record_seconds(self.seconds())
             self._kept = time.monotonic()

@@ -21,8 +21,7 @@ from trainer.sweeps.pool import Pool
 from trainer.sweeps.results import Results
 from trainer.sweeps.search import Search
 from trainer.sweeps.show import LiveTable, total_trials
-from trainer.sweeps.storage import without_password
-from trainer.sweeps.study import Ledger
+from trainer.sweeps.study import SweepStudy, without_password
 
 INTERRUPTED = "interrupted"  # status
 
@@ -119,14 +118,14 @@ class _Sweep:
                 checked.result()  # a wrong configuration would explain more
                 raise
             epochs = checked.result()
-        self.ledger = Ledger(
+        self.study = SweepStudy(
             self.sweep, self.plan.space, self.cfg.name, self.cfg.seed, self.directory.path, epochs
         )
-        opened.callback(self.ledger.close)
-        self.ledger.note(self.plan.identity())
+        opened.callback(self.study.close)
+        self.study.record_settings(self.plan.identity())
         self._keep_settings()
-        self.results = Results(self.plan, self.ledger, self.directory)
-        self.budget = Budget(self.sweep, self.ledger)
+        self.results = Results(self.plan, self.study, self.directory)
+        self.budget = Budget(self.sweep, self.study)
 
     @property
     def _resumed(self) -> bool:
@@ -154,26 +153,26 @@ class _Sweep:
         Of a study that has just begun, all of them: an earlier command may have failed before.
         config.yaml is the lock too: the new one is locked before the old one is let go.
         """
-        if not self._resumed and (self.ledger.new or not self.directory.has_command()):
+        if not self._resumed and (self.study.new or not self.directory.has_command()):
             self.directory.write_command(self.arguments)
         kept, now = self.directory.read_config(), self.plan.unresolved()
-        if not self.ledger.new:
+        if not self.study.new:
             now = {**kept, "sweep": {**kept["sweep"], **self.plan.free()}}
         if now != kept:
             self.directory.write_config(now)
             self.locks.enter_context(self.directory.locked(self.board.say))
 
     def _search(self) -> dict[str, Any] | None:
-        search = Search(self.plan, self.ledger, self.pool, self.board, self.budget, self.directory)
+        search = Search(self.plan, self.study, self.pool, self.board, self.budget, self.directory)
         try:
             with self.board:
                 search.run(self._asked_to_stop)
             if self.interrupted:
                 raise self.signals.interrupted()
-            if not self.ledger.trials(TrialState.COMPLETE):
+            if not self.study.trials(TrialState.COMPLETE):
                 raise RunError(f"no trial was completed (more in {self.directory.path}/log.txt)")
         except ConfigError:  # no trial has begun
-            self.ledger.withdraw()
+            self.study.delete()
             raise
         except Interrupted as error:
             self._finish(search, INTERRUPTED, str(error))
@@ -187,10 +186,9 @@ class _Sweep:
             raise told from error
         if failed := self._finish(search, "done", None):
             raise failed
-        best = self.ledger.best()
-        if not self.sweep.refit or not best:
+        if not self.sweep.refit or self.study.leader is None:
             return None
-        return self.plan.winner(best[0].params)
+        return self.plan.winner(self.study.leader.params)
 
     def _asked_to_stop(self) -> bool:
         if self.interrupted and not self.saved:

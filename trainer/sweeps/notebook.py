@@ -10,7 +10,7 @@ from trainer.report.html import figures, render
 from trainer.report.table import Table
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.page import best_table, charts, highlights
-from trainer.sweeps.storage import close_storage, open_storage
+from trainer.sweeps.study import close_storage, open_storage
 
 
 def sweep_html(folder: Path) -> str:

@@ -15,7 +15,7 @@ from trainer.sweeps import parameter_plots, plots
 from trainer.sweeps.analysis import Answer
 from trainer.sweeps.labels import format_measure, short_names
 from trainer.sweeps.plots import Objective
-from trainer.sweeps.study import watched_values
+from trainer.sweeps.study import reported_values
 
 ENOUGH = 2  # completed trials before there is anything to draw
 
@@ -106,7 +106,7 @@ def charts(study: optuna.Study) -> dict[str, dict[str, str]]:
         }  # fmt: skip
     found |= _by_parameter(trials, front, objectives, names, labels)
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    reported = [trial for trial in ended if watched_values(trial)]
+    reported = [trial for trial in ended if reported_values(trial)]
     if reported:
         shown = plots.thin_out(reported, [])
         label = objectives[0].name if len(objectives) == 1 else "compared value"

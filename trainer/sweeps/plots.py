@@ -27,7 +27,7 @@ from trainer.report.svg import (
     style,
     to_svg,
 )
-from trainer.sweeps.study import watched_values
+from trainer.sweeps.study import reported_values
 
 MAX_TRIALS = 500  # drawn in a chart: the best, and others evenly spaced over the sweep
 MAX_SLICES = 8  # parameters drawn against an objective, the most important ones
@@ -161,7 +161,7 @@ def pareto(
 
 def intermediate(trials: Sequence[FrozenTrial], label: str) -> str:
     """Draw the values that pruners compare, by epoch: those of pruned trials and of the others."""
-    curves = [(trial.state, sorted(watched_values(trial).items())) for trial in trials]
+    curves = [(trial.state, sorted(reported_values(trial).items())) for trial in trials]
     with style():
         figure, axes = new_figure()
         values = [value for _, curve in curves for _, value in curve if math.isfinite(value)]

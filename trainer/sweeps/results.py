@@ -17,7 +17,7 @@ from trainer.sweeps.measures import MEASURES, parse_constraints
 from trainer.sweeps.plan import Plan
 from trainer.sweeps.report import write_report
 from trainer.sweeps.show import LiveTable, tally
-from trainer.sweeps.study import RESULT, Ledger, watched_values
+from trainer.sweeps.study import RESULT, SweepStudy, reported_values
 
 # Overrides that make no difference to a trial of its own.
 _OF_THE_SWEEP = re.compile(r"(~|\+{0,2}(?=[^=]*=))(sweep[.=]|hydra\.)")
@@ -27,8 +27,8 @@ SHOWN = 10  # rows of the table in the terminal, and trials in summary.json
 class Results:
     """Writes what is known, at any moment."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, directory: RunDirectory) -> None:
-        self._plan, self._ledger, self._directory = plan, ledger, directory
+    def __init__(self, plan: Plan, study: SweepStudy, directory: RunDirectory) -> None:
+        self._plan, self._study, self._directory = plan, study, directory
         self._answer = Answer()
         self._objectives = list(plan.cfg.sweep.objectives)
         self._bounds = parse_constraints(plan.cfg.sweep)
@@ -52,7 +52,7 @@ class Results:
         self._directory.write_summary(summary)
         if report:
             path = self._directory.path / "report.html"
-            write_report(path, self._ledger.study, summary, self._answer)
+            write_report(path, self._study.study, summary, self._answer)
 
     def show(self, board: LiveTable) -> None:
         """Tell what was found: the best trials, and what the analysis says."""
@@ -68,8 +68,8 @@ class Results:
 
         Several constraints are compared by what part of its bound each misses.
         """
-        done = self._ledger.trials(TrialState.COMPLETE)
-        if not done or self._ledger.best():
+        done = self._study.trials(TrialState.COMPLETE)
+        if not done or self._study.best():
             return None
         bounds = {k: abs(float(b.right)) or 1.0 for k, b in self._bounds.items()}
         closest = min(done, key=lambda t: max(t.constraints[k] / bounds[k] for k in bounds))
@@ -90,7 +90,7 @@ class Results:
             return Answer()
         rows = [
             Row(self._plan.space.settings(trial.params), trial.user_attrs[RESULT])
-            for trial in self._ledger.trials()
+            for trial in self._study.trials()
             if trial.state == TrialState.COMPLETE
         ]
         return ANALYSES[wanted].answer(rows)
@@ -99,8 +99,7 @@ class Results:
         """The content of summary.json."""
         cfg = self._plan.cfg
         arguments = self._directory.read_command()
-        trials = self._ledger.trials()
-        states = [trial.state for trial in trials]
+        trials, counts = self._study.trials(), self._study.counts
         starts = [trial.datetime_start for trial in trials if trial.datetime_start]
         return {
             "name": cfg.name,
@@ -113,15 +112,15 @@ class Results:
             "status": status,
             "error": error,
             "seconds": round(seconds, 3),
-            "epochs": self._ledger.epochs(),
+            "epochs": self._study.epochs,
             "objectives": dict(cfg.sweep.objectives),
             "trials": {
-                "complete": states.count(TrialState.COMPLETE),
-                "pruned": states.count(TrialState.PRUNED),
-                "failed": states.count(TrialState.FAIL),
-                "unfinished": states.count(TrialState.RUNNING),
+                "complete": counts.get(TrialState.COMPLETE, 0),
+                "pruned": counts.get(TrialState.PRUNED, 0),
+                "failed": counts.get(TrialState.FAIL, 0),
+                "unfinished": counts.get(TrialState.RUNNING, 0),
             },
-            "best": [self._entry(trial) for trial in self._ledger.best()[:SHOWN]],
+            "best": [self._entry(trial) for trial in self._study.best()[:SHOWN]],
         }
 
     def table(self) -> Table:
@@ -133,10 +132,10 @@ class Results:
                 *map(format_measure, self._objectives, trial.values),
                 format_settings(trial.params),
             )
-            for trial in self._ledger.best()[:SHOWN]
+            for trial in self._study.best()[:SHOWN]
         ]
         return Table(
-            f"{what}: {tally(self._ledger.trials())}",
+            f"{what}: {tally(self._study.counts)}",
             ("trial", *self._objectives, "settings"),
             rows,
             prose=("settings",),
@@ -171,14 +170,14 @@ class Results:
         out = io.StringIO()
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["number", "state", "epochs", *measures, *names, "failures", "reason"])
-        for trial in self._ledger.trials():
+        for trial in self._study.trials():
             measured = trial.user_attrs.get(RESULT, {})
             drawn = self._plan.space.values(trial.params)
             rows.writerow(
                 [
                     trial.number,
                     "UNFINISHED" if trial.state == TrialState.RUNNING else trial.state.name,
-                    len(watched_values(trial)),
+                    len(reported_values(trial)),
                     *(measured.get(name, "") for name in measures),
                     *(drawn.get(name, "") for name in names),
                     len(trial.user_attrs.get("failures", [])),

@@ -17,7 +17,7 @@ from trainer.sweeps.pool import Pool
 from trainer.sweeps.shared_phases import SharedPhases
 from trainer.sweeps.show import LiveTable
 from trainer.sweeps.slots import Ended, GivenBack, Said, Slot
-from trainer.sweeps.study import Ledger, watched_values
+from trainer.sweeps.study import SweepStudy, reported_values
 from trainer.sweeps.trial import Trial, folder_of
 
 MOST_WAITING = 8  # trials that wait for what another one trains, before no more are drawn
@@ -30,14 +30,14 @@ class Search:
     def __init__(
         self,
         plan: Plan,
-        ledger: Ledger,
+        study: SweepStudy,
         pool: Pool,
         board: LiveTable,
         budget: Budget,
         directory: RunDirectory,
     ) -> None:
         self._plan, self._cfg = plan, plan.cfg.sweep
-        self._ledger, self._pool, self._board = ledger, pool, board
+        self._study, self._pool, self._board = study, pool, board
         self._budget, self._directory = budget, directory
         self._bounds = parse_constraints(self._cfg)
         self._prefixes = SharedPhases(self._cfg.shared_phases, directory.path)
@@ -60,8 +60,8 @@ class Search:
             ConfigError: no trial has ever begun, and none could.
             RunError: no slot has workers any more.
         """
-        for number in self._ledger.unfinished():
-            if self._begin(number, self._ledger.reported(number)):
+        for number in self._study.unfinished():
+            if self._begin(number, self._study.reported(number)):
                 self._waiting.append(number)
         while True:
             self._look_at_budgets(interrupted())
@@ -110,7 +110,7 @@ class Search:
             return
         self._reported[trial.number].add(epoch)
         self._budget.count_epoch()
-        if self._ledger.report(trial.number, epoch, value) and epoch < trial.epochs:
+        if self._study.report(trial.number, epoch, value) and epoch < trial.epochs:
             trial.pruned = True
             slot.stop_trial()
 
@@ -118,7 +118,7 @@ class Search:
         """Tell what became of a trial, or let it wait for another attempt."""
         error = trial.error or error
         if trial.pruned:
-            self._ledger.prune(trial.number)
+            self._study.prune(trial.number)
         elif error is not None:
             self._fail(trial, error)
             return
@@ -130,7 +130,7 @@ class Search:
             if bad := not_finite(self._cfg, measured):
                 self._fail(trial, RunError(bad))
                 return
-            self._ledger.complete(trial.number, measured, violations(self._bounds, measured))
+            self._study.complete(trial.number, measured, violations(self._bounds, measured))
         self._forget(trial)
 
     def _fail(self, trial: Trial, error: Exception) -> None:
@@ -146,27 +146,26 @@ class Search:
                 raise error
         self._directory.log(_detail(error))
         reason = first_line(error)
-        failures = self._ledger.failed_once_more(trial.number, reason)
+        failures = self._study.record_failure(trial.number, reason)
         if failures <= self._cfg.max_retries and not wrong:
             self._board.say(f"trial {trial.number}: {reason}; it starts again")
             self._wait(trial)
         else:
-            self._ledger.fail(trial.number, reason)
+            self._study.fail(trial.number, reason)
             self._forget(trial)
 
     def _anything_began(self) -> bool:
         """Whether a trial of this sweep, also of an earlier session, has got as far as to train."""
         return self._began or any(
-            trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or watched_values(trial)
-            for trial in self._ledger.trials()
+            trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or reported_values(trial)
+            for trial in self._study.trials()
         )
 
     def _forget(self, trial: Trial) -> None:
         """The trial has ended."""
         trial.forget()
         del self._trials[trial.number], self._reported[trial.number]
-        self._budget.keep()
-        self._board.ended(self._ledger.trial(trial.number))
+        self._board.ended(self._study.trial(trial.number))
 
     def _wait(self, trial: Trial) -> None:
         """The trial's next attempt waits for a slot."""
@@ -199,7 +198,7 @@ class Search:
                 self._waiting.remove(number)
                 return number
         while self._may_begin() and len(self._waiting) < MOST_WAITING:
-            asked = self._ledger.ask()
+            asked = self._study.new_trial()
             if asked is None:
                 self._exhausted = True
                 return None
@@ -229,12 +228,12 @@ class Search:
         Args:
             reported: epochs that earlier attempts have reported.
         """
-        drawn = self._ledger.take_up(number)
+        drawn = self._study.start(number)
         try:
             experiment = self._plan.trial(drawn)
         except ConfigError as error:
-            self._ledger.fail(number, str(error))
-            self._board.ended(self._ledger.trial(number))
+            self._study.fail(number, str(error))
+            self._board.ended(self._study.trial(number))
             return False
         path = self._directory.path
         self._trials[number] = Trial(number, drawn, experiment, self._cfg, path, self._prefixes)
@@ -258,7 +257,7 @@ class Search:
         now = time.monotonic()
         if now - self._shown >= LOOK_EVERY_S:
             self._shown = now
-            self._board.show(self._trials, self._ledger, self._budget.left())
+            self._board.show(self._trials, self._study, self._budget.left())
 
 
 def _is_wrong(experiment: Any) -> bool:

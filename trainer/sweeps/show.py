@@ -17,7 +17,7 @@ from trainer.report.text import duration
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.labels import format_measure, format_settings, format_values
 from trainer.sweeps.space import GRID_LIMIT, Space
-from trainer.sweeps.study import Ledger, watched_values
+from trainer.sweeps.study import SweepStudy, reported_values
 from trainer.sweeps.trial import Trial
 
 PLAIN_EVERY_S = 60.0  # between two lines on progress where the output is no terminal
@@ -32,7 +32,6 @@ class LiveTable:
         self.terminal = Terminal()
         self._cfg, self._directory, self._total = cfg, directory, total
         self._live = live_display(self.terminal)
-        self._best: list[FrozenTrial] | None = None  # None: looked up when it is shown
         self._speed = _Speed()
         self._last_line = time.monotonic()
 
@@ -70,10 +69,9 @@ class LiveTable:
 
     def ended(self, trial: FrozenTrial) -> None:
         """Print how a trial ended."""
-        self._best = None
         self.say(describe(trial, list(self._cfg.objectives)), wrapped=True)
 
-    def show(self, running: Mapping[int, Trial], ledger: Ledger, left: float | None) -> None:
+    def show(self, running: Mapping[int, Trial], study: SweepStudy, left: float | None) -> None:
         """Update the live table; without a terminal, print a line now and then.
 
         Args:
@@ -83,22 +81,19 @@ class LiveTable:
         if not self._live:
             if time.monotonic() - self._last_line >= PLAIN_EVERY_S:
                 self._last_line = time.monotonic()
-                self.say(self._progress(ledger, left))
+                self.say(self._progress(study, left))
             return
-        if self._best is None:
-            self._best = ledger.best()
-        title = self._progress(ledger, left)
-        if self._best:
-            values = format_values(self._cfg.objectives, self._best[0].values)
-            title += f"\nbest: trial {self._best[0].number}, {values}"
+        title = self._progress(study, left)
+        if study.leader:
+            values = format_values(self._cfg.objectives, study.leader.values)
+            title += f"\nbest: trial {study.leader.number}, {values}"
         self._live.update(Group(Text(title), self._table(running)), refresh=True)
 
-    def _progress(self, ledger: Ledger, left: float | None) -> str:
+    def _progress(self, study: SweepStudy, left: float | None) -> str:
         """How many trials have ended, and the time left: the smaller one of budget and estimate."""
-        trials = ledger.trials()
-        ended = sum(trial.state in _ENDED for trial in trials)
+        ended = sum(study.counts.get(state, 0) for state in _ENDED)
         estimate = self._speed.time_left(ended, self._total)
-        text = tally(trials, self._total)
+        text = tally(study.counts, self._total)
         if estimate is not None and (left is None or estimate < left):
             return f"{text}; about {duration(estimate)} left"
         return text if left is None else f"{text}; {duration(left)} left"
@@ -149,18 +144,18 @@ def total_trials(cfg: SweepConfig, space: Space) -> int | None:
     return min((count for count in (cfg.trials, grid) if count is not None), default=None)
 
 
-def tally(trials: Sequence[FrozenTrial], total: int | None = None) -> str:
+def tally(states: Mapping[TrialState, int], total: int | None = None) -> str:
     """How many trials are in which state.
 
     Args:
+        states: number of trials in each state.
         total: trials that the sweep makes; None: no fixed number.
     """
-    states = [trial.state for trial in trials]
     counts = [
-        (states.count(TrialState.COMPLETE), "complete"),
-        (states.count(TrialState.PRUNED), "pruned"),
-        (states.count(TrialState.FAIL), "failed"),
-        (states.count(TrialState.RUNNING), "running"),
+        (states.get(TrialState.COMPLETE, 0), "complete"),
+        (states.get(TrialState.PRUNED, 0), "pruned"),
+        (states.get(TrialState.FAIL, 0), "failed"),
+        (states.get(TrialState.RUNNING, 0), "running"),
     ]
     text = ", ".join(f"{count} {state}" for count, state in counts if count) or "none yet"
     ended = sum(count for count, state in counts if state != "running")
@@ -173,7 +168,7 @@ def describe(trial: FrozenTrial, objectives: Sequence[str]) -> str:
         case TrialState.COMPLETE:
             result = format_values(objectives, trial.values)
         case TrialState.PRUNED:
-            result = f"pruned after epoch {max(watched_values(trial))}"
+            result = f"pruned after epoch {max(reported_values(trial))}"
         case _:
             result = f"failed: {trial.user_attrs.get('reason', '')}"
     return f"trial {trial.number}: {result} ({format_settings(trial.params)})"

@@ -1,93 +1,97 @@
-"""The study: Optuna by ask and tell, in a storage from which a killed sweep goes on.
+"""The study of a sweep: all trials and their results, in a storage of Optuna.
 
-Only the driver's main thread talks to it. The sampler of trial n is seeded by (seed, n), so that a
-sweep that was interrupted draws what an undisturbed one would have drawn.
+A sweep that was killed continues from it. Each trial is created in one transaction. During the
+sweep nothing is read from the storage: the trials are in memory as well, so that the time for each
+trial does not grow with their number. Only the driver's main thread uses it.
 """
 
+import copy
+import datetime
 import json
+import math
+import re
+import sqlite3
+import uuid
 import warnings
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.pruners import (
-    BasePruner,
-    HyperbandPruner,
-    MedianPruner,
-    NopPruner,
-    SuccessiveHalvingPruner,
-)
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.study import StudyDirection
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trainer.config import SweepConfig
-from trainer.data.hashing import mix
 from trainer.errors import ConfigError, RunError, first_line
-from trainer.sweeps.measures import better
-from trainer.sweeps.proxy import Proxy
+from trainer.sweeps.algorithms import PrunerStudy, SamplerStudy, direction
 from trainer.sweeps.space import GRID_LIMIT, Space
-from trainer.sweeps.storage import close_storage, open_storage, owner_of, private, without_password
 
 OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
+FAILURES, REASON = "failures", "reason"
 SECONDS, SETTINGS = "seconds", "settings"  # attributes of the study
-FIXED = "fixed_params"  # Optuna's own attribute of a trial: what it is to draw
+FIXED = "fixed_params"  # Optuna's own attribute of a trial: parameters that are not drawn
 
 
-class Ledger:
-    """All trials of a sweep and what became of them. `note` comes before everything else."""
+class SweepStudy:
+    """All trials of a sweep. Call `record_settings` before anything else."""
 
     def __init__(
         self, cfg: SweepConfig, space: Space, name: str, seed: int, folder: Path, epochs: int
     ) -> None:
-        """Open the storage, or make it.
+        """Open the storage, or create it.
 
         Args:
             name: of the experiment; the study is called NAME/SWEEP.
-            folder: the sweep's own.
-            epochs: the most that a trial takes; Hyperband shares these out.
+            seed: of the sampler.
+            folder: of the sweep.
+            epochs: of a trial at most.
 
         Raises:
-            ConfigError: the storage that was asked for cannot be opened.
-            RunError: the sweep's own file cannot.
+            ConfigError: the storage that `sweep.storage` names cannot be opened.
+            RunError: study.db in the folder cannot be opened.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self._cfg, self._space, self._seed = cfg, space, seed
+        self._cfg, self._space, self._seed, self._epochs = cfg, space, seed, epochs
         self._private = cfg.storage is None
-        directions = [_direction(name) for name in cfg.objectives.values()]
         try:
-            self._owner = None if self._private else owner_of(folder)
+            self._owner = None if self._private else _owner_of(folder)
             self._storage = open_storage(cfg.storage, folder)
             self.study = optuna.create_study(
                 storage=self._storage,
                 study_name=f"{name}/{cfg.name}",
-                directions=directions,
-                pruner=make_pruner(cfg, epochs),
+                directions=[direction(each) for each in cfg.objectives.values()],
                 load_if_exists=True,
             )
-        except Exception as error:  # of whichever data base driver
+        except Exception as error:  # of whichever database driver
             # Optuna does not say which module it lacks.
             reason = first_line((isinstance(error, ImportError) and error.__cause__) or error)
             if self._private:
-                raise RunError(f"{private(folder)}: {reason}") from error
-            said = f"sweep.storage={without_password(cfg.storage)}: {reason}"
-            raise ConfigError(said) from error
+                raise RunError(f"{private_file(folder)}: {reason}") from error
+            shown = f"sweep.storage={without_password(cfg.storage)}: {reason}"
+            raise ConfigError(shown) from error
         self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
-        self._live: dict[int, optuna.Trial] = {}
-        self._proxy: Proxy | None = None
-        self._grid = space.grid(GRID_LIMIT) if cfg.sampler == "grid" else None
-        self.new = False  # this session has begun it
+        self._ids: dict[int, int] = {}  # of trials in the storage, by number
+        self._trials: dict[int, FrozenTrial] = {}
+        self._counts: Counter[TrialState] = Counter()
+        self._epochs_reported = 0
+        self.new = False  # created by this session
+        self.leader: FrozenTrial | None = None  # the best trial so far in the first objective
 
-    def note(self, settings: Mapping[str, Any]) -> None:
-        """Remember what makes this sweep what it is. Raises ConfigError for another one's study."""
+    def record_settings(self, settings: Mapping[str, Any]) -> None:
+        """Store what identifies the sweep in a new study, and read the trials of an existing one.
+
+        Raises:
+            ConfigError: the study belongs to a sweep with other settings.
+        """
         text = json.dumps(settings, sort_keys=True)
         known = self.study.user_attrs.get(SETTINGS)
         if known is None:
             self.new = True
             self.study.set_metric_names(list(self._cfg.objectives))
-            self.study.set_user_attr(SETTINGS, text)  # last: with it, all is there
+            self.study.set_user_attr(SETTINGS, text)  # last: with it, the study is complete
         elif known != text:
             changed = [
                 key
@@ -98,15 +102,35 @@ class Ledger:
                 f"sweep.name={self._cfg.name}: there is a sweep of that name with another "
                 f"{', '.join(sorted(changed))}; choose another sweep.name, or the same settings"
             )
-        if list(self._cfg.objectives) != [self._cfg.metric]:
-            which = _direction(better(self._cfg))
-            self._proxy = Proxy(self.study.study_name, which, self.study.pruner)
-            for trial in self.trials():
-                self._proxy.replay(trial.number, watched_values(trial), trial.state)
+        self._read()
 
-    def withdraw(self) -> None:
-        """Take back a study that this session made, unless others have trials in it by now."""
-        if self.new and all(self._mine(trial) for trial in self.trials()):
+    def _read(self) -> None:
+        self._sampler = SamplerStudy(self._cfg, self._space, self._seed)
+        self._pruner = PrunerStudy(self._cfg, self.study.study_name, self._epochs)
+        self.seconds = float(self.study.user_attrs.get(SECONDS, 0.0))
+        for trial in self.study.get_trials(deepcopy=False):
+            values = reported_values(trial)
+            self._ids[trial.number] = trial._trial_id
+            self._trials[trial.number] = trial
+            self._counts[trial.state] += 1
+            self._consider(trial)
+            self._epochs_reported += len(values)
+            if trial.state != TrialState.RUNNING:
+                self._sampler.add(trial)
+            self._pruner.add(trial.number, values, trial.state, trial.system_attrs)
+        if self._cfg.sampler == "grid":
+            # JSON tells 1 from true.
+            seen = {
+                _canonical(trial.system_attrs.get(FIXED, trial.params))
+                for trial in self._trials.values()
+            }
+            grid = self._space.grid(GRID_LIMIT)
+            self._grid = [drawn for drawn in reversed(grid) if _canonical(drawn) not in seen]
+
+    def delete(self) -> None:
+        """Delete a study that this session created, unless others have added trials."""
+        trials = self.study.get_trials(deepcopy=False)
+        if self.new and all(self._is_mine(trial) for trial in trials):
             self._storage.delete_study(self._study_id)
 
     def close(self) -> None:
@@ -115,173 +139,227 @@ class Ledger:
 
     def trial(self, number: int) -> FrozenTrial:
         """One trial; not to be changed."""
-        return self._storage.get_trial(self._id(number))
+        return self._trials[number]
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in these states, or all; not to be changed."""
-        return self.study.get_trials(deepcopy=False, states=states or None)
+        return [t for t in self._trials.values() if not states or t.state in states]
+
+    @property
+    def counts(self) -> Mapping[TrialState, int]:
+        """The number of trials in each state."""
+        return self._counts
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all trials together."""
+        return self._epochs_reported
 
     def unfinished(self) -> list[int]:
-        """Trials that a driver of this sweep left behind."""
-        return [t.number for t in self.trials(TrialState.RUNNING) if self._mine(t)]
+        """Trials that an earlier session of this sweep has not finished."""
+        return [t.number for t in self.trials(TrialState.RUNNING) if self._is_mine(t)]
 
-    def ask(self) -> int | None:
-        """A new trial, which `take_up` draws; None where a grid has come to its end.
-
-        It is made in one transaction with its owner and its place in the grid: a driver that is
-        killed leaves it whole, or not at all.
-        """
-        fixed = None
-        if self._grid is not None:
-            # JSON keeps the type, which == between 1 and True does not.
-            seen = {_canonical(t.system_attrs.get(FIXED, t.params)) for t in self.trials()}
-            fixed = next((draw for draw in self._grid if _canonical(draw) not in seen), None)
-            if fixed is None:
+    def new_trial(self) -> int | None:
+        """Create a trial with its parameters. Returns its number, or None at the end of a grid."""
+        known = None
+        if self._cfg.sampler == "grid":
+            if not self._grid:
                 return None
-        made = self._storage.create_new_trial(
-            self._study_id,
-            create_trial(
-                state=TrialState.RUNNING,
-                user_attrs=None if self._private else {OWNER: self._owner},
-                system_attrs=None if fixed is None else {FIXED: fixed},
-            ),
-        )
-        return self._storage.get_trial_number_from_id(made)
+            known = create_trial(state=TrialState.RUNNING, system_attrs={FIXED: self._grid.pop()})
+        drawn = self._sampler.draw(len(self._trials), known)
+        trial = copy.copy(drawn)
+        if not self._private:
+            trial.user_attrs = {OWNER: self._owner}
+        made = self._storage.create_new_trial(self._study_id, trial)
+        number = trial.number = self._storage.get_trial_number_from_id(made)
+        self._sampler.begin(number, drawn)
+        self._pruner.add(number, {}, TrialState.RUNNING, {})
+        self._ids[number] = made
+        self._trials[number] = trial
+        self._counts[TrialState.RUNNING] += 1
+        return number
 
-    def take_up(self, number: int) -> dict[str, Any]:
-        """What trial `number` is to try; one that was cut off while it was drawn is completed."""
-        self._seed_sampler(number)
-        self._live[number] = optuna.Trial(self.study, self._id(number))
-        return self._space.suggest(self._live[number])
+    def start(self, number: int) -> dict[str, Any]:
+        """Start a new trial, or one of `unfinished`. Returns its parameters."""
+        trial = self._trials[number]
+        if not self._sampler.knows(number):
+            # An earlier version stored parameters one by one, and may have been killed meanwhile.
+            drawn = self._sampler.draw(number, trial)
+            for name in drawn.params.keys() - trial.params.keys():
+                kind = drawn.distributions[name]
+                stored = kind.to_internal_repr(drawn.params[name])
+                self._storage.set_trial_param(self._ids[number], name, stored, kind)
+            self._sampler.begin(number, drawn)
+            trial.params, trial.distributions = drawn.params, drawn.distributions
+        return dict(trial.params)
 
     def reported(self, number: int) -> dict[int, float]:
-        """What was reported of a trial, by epoch."""
-        return watched_values(self.trial(number))
+        """The values that were reported of a trial, by epoch."""
+        return reported_values(self._trials[number])
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Note the watched value of an epoch (the first is 1). Returns whether to stop there."""
-        trial = self._live[number]
-        if self._proxy:
-            values = {**trial.user_attrs.get(VALUES, {}), str(epoch): value}
-            trial.set_user_attr(VALUES, values)
-            stop = self._proxy.report(number, epoch, value)
+        """Record the watched value of an epoch, from 1. Returns whether to stop the trial."""
+        trial, made = self._trials[number], self._ids[number]
+        if list(self._cfg.objectives) == [self._cfg.metric]:
+            trial.intermediate_values = {**trial.intermediate_values, epoch: value}
+            self._storage.set_trial_intermediate_value(made, epoch, value)
         else:
-            trial.report(value, epoch)
-            stop = trial.should_prune()
+            self._set(number, VALUES, {**trial.user_attrs.get(VALUES, {}), str(epoch): value})
+        self._epochs_reported += 1
+        stop, attributes = self._pruner.report(number, epoch, value)
+        self._set_system(number, attributes)
         return stop and epoch >= self._cfg.min_epochs
 
     def complete(
         self, number: int, measured: Mapping[str, float], missed: Mapping[str, float]
     ) -> None:
-        """Tell the values of the objectives, and by how much constraints were missed."""
-        trial = self._live.pop(number)
-        for name, value in missed.items():
-            if name not in trial.constraints:
-                trial.set_constraint(name, value)
-        trial.set_user_attr(RESULT, dict(measured))
-        self._tell(number, TrialState.COMPLETE, [measured[n] for n in self._cfg.objectives])
+        """Record the result of a trial.
+
+        Args:
+            measured: all measures.
+            missed: by how much each constraint is missed; 0 or less where it is met.
+        """
+        constraints = create_trial(state=TrialState.RUNNING, constraints=dict(missed))
+        self._set_system(number, constraints.system_attrs)
+        self._set(number, RESULT, dict(measured))
+        self._end(number, TrialState.COMPLETE, [measured[n] for n in self._cfg.objectives])
 
     def prune(self, number: int) -> None:
-        """Tell that a trial was stopped early."""
-        self._live.pop(number)
-        self._tell(number, TrialState.PRUNED)
+        """Record that a trial was stopped early."""
+        self._end(number, TrialState.PRUNED)
 
     def fail(self, number: int, reason: str) -> None:
-        """Tell that a trial failed for good."""
-        self._live.pop(number).set_user_attr("reason", reason)
-        self._tell(number, TrialState.FAIL)
+        """Record that a trial failed and is not tried again."""
+        self._set(number, REASON, reason)
+        self._end(number, TrialState.FAIL)
 
-    def failed_once_more(self, number: int, reason: str) -> int:
-        """Note a failure. Returns how many the trial has had."""
-        trial = self._live[number]
-        reasons = [*trial.user_attrs.get("failures", []), reason]
-        trial.set_user_attr("failures", reasons)
+    def record_failure(self, number: int, reason: str) -> int:
+        """Record that an attempt failed. Returns the number of failed attempts."""
+        reasons = [*self._trials[number].user_attrs.get(FAILURES, []), reason]
+        self._set(number, FAILURES, reasons)
         return len(reasons)
 
-    @property
-    def seconds(self) -> float:
-        """Time that earlier sessions took."""
-        return float(self.study.user_attrs.get(SECONDS, 0.0))
-
-    def note_seconds(self, seconds: float) -> None:
-        """Keep the time that the sweep has taken in all."""
+    def record_seconds(self, seconds: float) -> None:
+        """Store the duration of all sessions together."""
+        self.seconds = seconds
         self.study.set_user_attr(SECONDS, seconds)
 
-    def epochs(self) -> int:
-        """Epochs of all trials together."""
-        return sum(len(watched_values(trial)) for trial in self.trials())
-
     def best(self) -> list[FrozenTrial]:
-        """The best trials, constraints kept: one objective: all, best first; several: the front."""
-        done = [t for t in self.trials(TrialState.COMPLETE) if _feasible(t)]
+        """The best trials that meet the constraints, or those of the Pareto front, best first."""
         if len(self._cfg.objectives) > 1:
-            done = self.study.best_trials
-        sign = -1 if next(iter(self._cfg.objectives.values())) == "maximize" else 1
-        return sorted(done, key=lambda t: (sign * t.values[0], t.number))
+            return sorted(self.study.best_trials, key=self._order)
+        done = [t for t in self.trials(TrialState.COMPLETE) if _is_feasible(t)]
+        return sorted(done, key=self._order)
 
-    def _mine(self, trial: FrozenTrial) -> bool:
+    def _is_mine(self, trial: FrozenTrial) -> bool:
         return self._private or trial.user_attrs.get(OWNER) == self._owner
 
-    def _seed_sampler(self, number: int) -> None:
-        seed = mix(self._seed, number, 0) % 2**32
-        self.study.sampler = make_sampler(self._cfg, self._space, seed)
+    def _set(self, number: int, key: str, value: Any) -> None:
+        trial = self._trials[number]
+        trial.user_attrs = {**trial.user_attrs, key: value}
+        self._storage.set_trial_user_attr(self._ids[number], key, value)
 
-    def _tell(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
-        self.study.tell(number, values, state)
-        if self._proxy:
-            self._proxy.end(number, state)
+    def _set_system(self, number: int, attributes: Mapping[str, Any]) -> None:
+        """Store the attributes that Optuna's sampler, pruner or constraints set."""
+        trial = self._trials[number]
+        for key in attributes.keys() - trial.system_attrs.keys():
+            trial.system_attrs = {**trial.system_attrs, key: attributes[key]}
+            self._storage.set_trial_system_attr(self._ids[number], key, attributes[key])
 
-    def _id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+    def _end(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
+        trial = self._trials[number]
+        if state == TrialState.PRUNED and trial.intermediate_values:
+            last = trial.intermediate_values[max(trial.intermediate_values)]
+            values = [last] if math.isfinite(last) else None  # as Optuna does
+        trial.state, trial.values = state, values
+        trial.datetime_complete = datetime.datetime.now()
+        self._set_system(number, self._sampler.end(trial))
+        self._pruner.end(number, state)
+        self._storage.set_trial_state_values(self._ids[number], state, values)
+        self._counts[TrialState.RUNNING] -= 1
+        self._counts[state] += 1
+        self._consider(trial)
+
+    def _consider(self, trial: FrozenTrial) -> None:
+        """Make a trial the leader if it is better."""
+        if trial.state != TrialState.COMPLETE or not _is_feasible(trial):
+            return
+        if self.leader is None or self._order(trial) < self._order(self.leader):
+            self.leader = trial
+
+    def _order(self, trial: FrozenTrial) -> tuple[list[float], int]:
+        """Sorts trials by their objectives, the first one first, the best trial first."""
+        ways = self._cfg.objectives.values()
+        losses = [-v if way == "maximize" else v for v, way in zip(trial.values, ways, strict=True)]
+        return losses, trial.number
 
 
-def watched_values(trial: FrozenTrial) -> dict[int, float]:
-    """What was reported of a trial, by epoch."""
-    kept = trial.user_attrs.get(VALUES, {})  # where a proxy is asked
-    return {int(epoch): value for epoch, value in kept.items()} or dict(trial.intermediate_values)
+def reported_values(trial: FrozenTrial) -> dict[int, float]:
+    """The values that were reported of a trial, by epoch."""
+    values = trial.user_attrs.get(VALUES, {})  # where the objective is another one
+    return {int(epoch): value for epoch, value in values.items()} or dict(trial.intermediate_values)
 
 
-def make_sampler(cfg: SweepConfig, space: Space, seed: int) -> BaseSampler:
-    """The sampler that `sweep.sampler` names; a grid is enqueued and needs none."""
-    match cfg.sampler:
-        case "tpe":
-            grouped = space.conditional
-            return TPESampler(
-                seed=seed,
-                n_startup_trials=cfg.startup_trials,
-                group=grouped,
-                multivariate=True if grouped else None,
-            )
-        case "nsga2":
-            return NSGAIISampler(seed=seed, population_size=max(2, cfg.startup_trials))
-    return RandomSampler(seed=seed)
-
-
-def make_pruner(cfg: SweepConfig, epochs: int) -> BasePruner:
-    """The pruner that `sweep.pruner` names.
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """Open a storage, or create it. Raises whatever the driver of the database raises.
 
     Args:
-        epochs: the most that a trial takes.
+        url: as SQLAlchemy and Optuna read it; None: study.db in `folder`.
     """
-    match cfg.pruner:
-        case "median":
-            return MedianPruner(n_startup_trials=cfg.min_trials, n_warmup_steps=cfg.min_epochs)
-        case "asha":  # Li et al., MLSys 2020
-            return SuccessiveHalvingPruner(cfg.min_epochs, cfg.reduction)
-        case "hyperband":  # Li et al., JMLR 2018
-            return HyperbandPruner(
-                min_resource=cfg.min_epochs,
-                max_resource=max(epochs, cfg.min_epochs),
-                reduction_factor=cfg.reduction,
-            )
-    return NopPruner()
+    if url is not None:
+        return optuna.storages.get_storage(url)
+    # In a URL, characters of the path could have a meaning to Optuna or SQLAlchemy.
+    connect = partial(_connect, private_file(folder))
+    storage = RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+    return optuna.storages.get_storage(storage)
 
 
-def _direction(name: str) -> StudyDirection:
-    return StudyDirection[name.upper()]
+def close_storage(storage: BaseStorage) -> None:
+    """Close the connections to a storage.
+
+    SQLite then moves the content of its write-ahead log (study.db-wal) into study.db, which can be
+    copied alone, unless another program has the file open.
+    """
+    storage.remove_session()
+    backend = getattr(storage, "_backend", storage)  # Optuna wraps it in a cache
+    if isinstance(backend, RDBStorage):
+        backend.engine.dispose()
 
 
-def _feasible(trial: FrozenTrial) -> bool:
+def private_file(folder: Path) -> Path:
+    """The file that holds the study by default."""
+    return folder / "study.db"
+
+
+def without_password(url: str | None) -> str | None:
+    """The URL of a storage, for messages."""
+    return url and re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
+def _owner_of(folder: Path) -> str:
+    """What marks the trials of this folder in a storage with trials of others.
+
+    It is a random text in a file of the folder, and so moves with the folder.
+    """
+    path = folder / "owner"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="ascii")
+    return path.read_text(encoding="ascii")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A connection that does not wait for the disk at every write.
+
+    A driver that is killed loses nothing. A machine that loses power may lose the last seconds, but
+    the file stays intact.
+    """
+    connection = sqlite3.connect(path, check_same_thread=False)  # SQLAlchemy has a pool of them
+    connection.execute("PRAGMA journal_mode=WAL").close()
+    connection.execute("PRAGMA synchronous=NORMAL").close()
+    return connection
+
+
+def _is_feasible(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.constraints.values())
 
 
