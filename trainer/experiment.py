@@ -34,6 +34,7 @@ from trainer.data.datasets import preserved_generators, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
+from trainer.engine.freeze import check_freeze
 from trainer.engine.optim import OptimizerSpec, parse_optimizer
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
@@ -481,6 +482,7 @@ class Experiment:
         for name, phase in self.phases.items():
             try:
                 phase.check_model(model)
+                check_freeze(model, phase.fit)
             except ConfigError as error:
                 raise ConfigError(f"phases.{name}: {error}") from error
 

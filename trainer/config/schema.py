@@ -67,6 +67,8 @@ class FitConfig:
     accumulate: int = 1  # micro-batches per optimizer step
     clip: float | None = None  # maximum L2 norm of the gradient of all trainable values; null: none
     max_steps: int | None = None  # maximum number of optimizer steps; null: no maximum
+    # Pattern of parameters or modules -> first epoch of the phase that trains them; null: none.
+    freeze: dict[str, int | None] = field(default_factory=dict)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
@@ -79,6 +81,8 @@ class FitConfig:
         check_min("fit.accumulate", self.accumulate, 1)
         check_min("fit.clip", self.clip, 0, excluded=True)
         check_min("fit.max_steps", self.max_steps, 1)
+        for pattern, epoch in self.freeze.items():
+            check_min(f"fit.freeze.{pattern}", epoch, 0)
         if self.epochs and self.warmup_epochs > self.epochs:
             raise ConfigError(
                 f"fit.warmup_epochs={self.warmup_epochs:g} with fit.epochs={self.epochs}: the "

@@ -22,6 +22,7 @@ from trainer.data.split import IGNORED, Split
 from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs
+from trainer.engine.freeze import Freezing
 from trainer.engine.objective import Objective, count_targets, supervised
 from trainer.engine.optim import load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
@@ -94,7 +95,8 @@ def fit(
     if total == 0:
         return
     world, precision = runtime.world, runtime.mixed_precision
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    freezing = Freezing(model, cfg.freeze, cfg.epochs)
+    parameters = freezing.trained
     optimizer = runtime.optimizer.build(parameters)
     peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
     step = updates = 0
@@ -119,6 +121,10 @@ def fit(
     model.train()
     try:
         for epoch in range(step // per_epoch, cfg.epochs):
+            if freezing.begin_epoch(epoch):
+                reducer.close()
+                reducer = Reducer(parameters, world, runtime.allreduce, extras=3)
+                loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
             run_epoch = epochs_before + epoch
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
             batches = batches[step % per_epoch :][: total - step]
@@ -212,6 +218,7 @@ def fit(
         raise
     finally:
         reducer.close()
+        freezing.release()
 
 
 def micro_batches(

@@ -52,7 +52,9 @@ class OptimizerSpec:
         if not KERNEL_OPTIONS & options.keys() and not wrong and _has_fused(kind, parameters):
             options["fused"] = True
         try:
-            return kind(parameters, **options)
+            optimizer = kind(parameters, **options)
+            optimizer.register_step_pre_hook(_complete_momenta)
+            return optimizer
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"optimizer: {kind.__name__} rejects its settings: {error}"
@@ -158,6 +160,26 @@ def _fused_agrees(
         results.append(parameter.detach().float())
     tolerance = 8 * torch.finfo(dtype).eps
     return torch.allclose(results[0], results[1], rtol=tolerance, atol=tolerance * options["lr"])
+
+
+def _complete_momenta(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Give a momentum of zero to parameters whose first gradient comes after that of others.
+
+    torch's fused SGD (2.13) raises an error where only some parameters have a momentum. From zero
+    the first one is the gradient, as torch has it, times 1 - dampening, which torch leaves out.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"]:
+            continue
+        active = [p for p in group["params"] if p.grad is not None]
+        without = [p for p in active if optimizer.state[p].get("momentum_buffer") is None]
+        if len(without) < len(active):
+            for parameter in without:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from trainer.config import CheckpointConfig
 from trainer.data.split import Splits
 from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
+from trainer.engine.freeze import frozen_values
 from trainer.engine.loop import StepResult, fit, steps_in
 from trainer.engine.objective import Distilled, Objective, supervised
 from trainer.engine.runtime import Runtime
@@ -167,7 +168,7 @@ class PhaseRun:
             if resumed is not None:
                 load_state(model, resumed["model"])
         entered = counts(model)
-        self.trainable = entered.learnable
+        self.trainable = entered.learnable - frozen_values(model, fit_config)
         if resumed is not None or not rounds:
             yield PhaseStarted(
                 index=self.index,
@@ -175,7 +176,7 @@ class PhaseRun:
                 kind=phase.kind,
                 epochs=fit_config.epochs * self._max_rounds,
                 steps=self._steps_per_round() * self._max_rounds,
-                learnable=entered.learnable,
+                learnable=self.trainable,
                 sparsity=entered.sparsity,
             )
         self.last = None
