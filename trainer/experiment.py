@@ -41,6 +41,7 @@ from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.phases import AutoPrune, Phase, StructuralPhase
 from trainer.phases.auto_prune import expand
+from trainer.phases.base import STRUCTURE
 from trainer.phases.structure import (
     StructureChange,
     apply_changes,
@@ -527,6 +528,8 @@ def check_order(phases: Mapping[str, Phase]) -> None:
     made: dict[str, str] = {}
     for name, phase in phases.items():
         for what, maker in made.items():
+            if what == STRUCTURE:
+                continue
             problem = f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}"
             if what in phase.destroys:
                 raise ConfigError(

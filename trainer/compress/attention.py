@@ -130,7 +130,8 @@ class _Projection(nn.Linear):
         """Args: start, end: Range of the outputs: 0 queries, 1 keys, 2 values."""
         if (start, end) == (0, 3):
             return linear(input, self.weight, self.bias)
-        rows = slice(start * self.in_features, end * self.in_features)
+        size = self.out_features // 3  # less than in_features where heads were removed
+        rows = slice(start * size, end * size)
         bias = None if self.bias is None else self.bias[rows]
         return linear(input, self.weight[rows], bias)
 

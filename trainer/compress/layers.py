@@ -5,7 +5,7 @@ quantized where it is called, as the first argument. Recurrent networks and atte
 their weights elsewhere, so they are rebuilt from Linear layers first.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -42,6 +42,20 @@ def rebuild(model: nn.Module) -> None:
         made = _rebuilt(model.get_submodule(places[0]))
         if made is not None:
             _replace(model, places, made)
+    disable_nested_tensors(model)
+
+
+def rebuild_attention(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Replace attention alone, in place.
+
+    Args:
+        model: The model.
+        names: Names of modules; others stay. None: all attention is replaced.
+    """
+    for places in _by_module(model).values():
+        module = model.get_submodule(places[0])
+        if LinearAttention.accepts(module) and (names is None or not set(places).isdisjoint(names)):
+            _replace(model, places, LinearAttention(cast(nn.MultiheadAttention, module)))
     disable_nested_tensors(model)
 
 

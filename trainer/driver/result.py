@@ -11,7 +11,8 @@ from trainer.report.published import published
 from trainer.store.serialization import from_bytes
 from trainer.worker.evaluate import DECODED
 
-_LETTERS = {"zeros": "P", "sharing": "S", "quantization": "Q"}  # pruned, shared, quantized
+_LETTERS = {"structure": "C", "zeros": "P", "sharing": "S", "quantization": "Q"}
+"""How tables name stages: channels removed, pruned, shared, quantized."""
 
 
 class FinalModels:

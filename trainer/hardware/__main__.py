@@ -39,8 +39,8 @@ from trainer.hardware.costs import CostSettings, NetworkCosts, network_costs, ra
 from trainer.hardware.energy import TABLES, EnergyTable
 from trainer.hardware.figures import Evidence
 from trainer.library.objects import load_objects
-from trainer.phases import Phase, RoundPhase, StructuralPhase
-from trainer.phases.structure import from_metadata
+from trainer.phases import Phase, RoundPhase, StructuralPhase, StructuredPrune
+from trainer.phases.structure import apply_changes, class_path, from_metadata
 from trainer.report.hardware import table
 from trainer.report.output import silence
 from trainer.report.table import rich_table
@@ -240,7 +240,9 @@ def _without_experiment(
     described = metadata.get("model")
     settings = dict(described) if isinstance(described, Mapping) else {}
     target = str(settings.pop("_target_", ""))
-    if target not in _MODELS or from_metadata(metadata):
+    changes = from_metadata(metadata)
+    kinds = {class_path(StructuredPrune): StructuredPrune}
+    if target not in _MODELS or any(change.phase not in kinds for change in changes):
         raise ConfigError(
             f"{path}: which model and data it belongs to is not known; give the run directory, or "
             "the experiment after the file"
@@ -248,6 +250,8 @@ def _without_experiment(
     build, shape = _MODELS[target]
     try:
         model, dense = build(**settings), build(**settings)
+        for each in (model, dense):
+            apply_changes(each, changes, kinds)
         restore(model, weights)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not of {target}: {first_line(error)}") from error
@@ -277,6 +281,8 @@ def _of_experiment(experiment: Experiment, count: int) -> Subject:
 
 def _apply(phase: Phase, model: nn.Module, dense: nn.Module, world: World, samples: Tensor) -> None:
     """Go through a phase without training."""
+    if phase.samples:
+        phase.observe(model, world, [samples])
     if isinstance(phase, StructuralPhase):
         change = phase.plan_change(model, world)
         for each in (model, dense):

@@ -23,7 +23,7 @@ from trainer.errors import ConfigError, LimitsMissed, RunError
 from trainer.experiment import Experiment, collect_objects
 from trainer.library.objects import dump_objects, load_objects
 from trainer.library.result import Result, SweepResult
-from trainer.phases import StructuralPhase
+from trainer.phases import StructuralPhase, StructuredPrune
 from trainer.phases.structure import apply_changes, class_path, from_metadata
 from trainer.report.terminal import Console
 from trainer.signals import Signals
@@ -288,7 +288,9 @@ def load(
         metadata: Mapping[str, Any] = artifact.read_about(content)
     else:
         weights, metadata = from_bytes(content)
-    apply_changes(model, from_metadata(metadata), {class_path(kind): kind for kind in phases})
+    known: tuple[type[StructuralPhase], ...] = (StructuredPrune, *phases)
+    kinds = {class_path(kind): kind for kind in known}
+    apply_changes(model, from_metadata(metadata), kinds)
     return restore(model, weights).eval()
 
 

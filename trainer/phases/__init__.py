@@ -6,6 +6,7 @@ from trainer.phases.prune import Prune
 from trainer.phases.quantize import Quantize
 from trainer.phases.retrain import Retrain
 from trainer.phases.share import Share
+from trainer.phases.structured_prune import StructuredPrune
 from trainer.phases.train import Train
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "RoundPhase",
     "Share",
     "StructuralPhase",
+    "StructuredPrune",
     "Train",
 ]

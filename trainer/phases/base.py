@@ -5,16 +5,19 @@ is visible in their values (a pruned weight is zero) and, after quantization, in
 stored beside them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config import FitConfig
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.messages import RoundRecord
+
+STRUCTURE = "structure"
+"""The property of a model that has fewer channels than the dense one. No phase can destroy it."""
 
 Evaluate = Callable[[nn.Module], Metrics]
 """Evaluates a model on the validation split; returns the same metrics on every rank."""
@@ -67,6 +70,11 @@ class Phase:
         """
         return bool(self.fit.distill.weight)
 
+    @property
+    def samples(self) -> int:
+        """Number of training samples whose inputs `observe` gets; 0: it is not called."""
+        return 0
+
     def check_settings(self) -> None:
         """Raise ConfigError for values that are not allowed. Called when the phase is made."""
 
@@ -78,6 +86,17 @@ class Phase:
                 have shapes but no values. Must not be changed.
         """
 
+    def check_inputs(self, model: nn.Module, inputs: Tensor) -> None:
+        """Raise ConfigError for settings that do not fit `model`, where that takes real inputs.
+
+        Called on each worker before training starts, if `samples` is not 0. Every worker must come
+        to the same result.
+
+        Args:
+            model: The model with its initial weights. Must not be changed.
+            inputs: Of two training samples [2, ...], on the model's device.
+        """
+
     def notices(self, model: nn.Module) -> list[str]:
         """Lines to show the user before the run, such as what the phase will leave as it is.
 
@@ -85,6 +104,17 @@ class Phase:
             model: As for `check_model`. Must not be changed.
         """
         return []
+
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Tensor]) -> None:
+        """Look at the model with real inputs. Called once, before everything else.
+
+        A resumed phase calls it again, with the same model and inputs.
+
+        Args:
+            model: The model as the phase before left it. Must not be changed.
+            inputs: Batches [n, ...] of `samples` training samples in all (fewer, if there are not
+                so many), without augmentation; the same on all ranks, on the model's device.
+        """
 
     def enter(self, model: nn.Module, world: World) -> None:
         """Prepare the model for training, in place. The optimizer is made afterwards.

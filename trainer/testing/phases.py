@@ -122,7 +122,10 @@ def check_structural_phase(
         if _shapes(case.fresh(decided.changes)) == _shapes(case.start):
             raise AssertionError(f"{kind}: apply_change leaves the structure as it is")
         model_before = copy.deepcopy(case.start)
-        copy.deepcopy(phase).plan_change(model_before, World.single(_CPU))
+        planning = copy.deepcopy(phase)
+        if planning.samples:
+            planning.observe(model_before, World.single(_CPU), [case.data[0][:_BATCH]])
+        planning.plan_change(model_before, World.single(_CPU))
         if _difference(model_state(model_before), model_state(case.start)) is not None:
             raise AssertionError(f"{kind}: plan_change changes the model; apply_change must do it")
 

@@ -19,7 +19,7 @@ from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
 from trainer.export.runtime import BATCHES, OnnxModel, count_correct, latencies
 from trainer.messages import Exported, Message
-from trainer.phases import Quantize
+from trainer.phases import Quantize, StructuralPhase
 from trainer.phases.structure import from_metadata
 from trainer.store.serialization import from_bytes
 from trainer.worker.preflight import check_compatible
@@ -53,6 +53,10 @@ def _try(experiment: Experiment) -> None:
     check_compatible(model, data, experiment.build_runtime(alone))
     sample = _inputs(data.validation, 2)
     for phase in experiment.phases.values():
+        if isinstance(phase, StructuralPhase):
+            if phase.samples:
+                phase.observe(model, alone, [sample])
+            phase.apply_change(model, phase.plan_change(model, alone))
         if isinstance(phase, Quantize):
             phase.enter(model, alone)
             model.train()(sample)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.compress.counts import counts
 from trainer.compress.state import load_state, model_state
 from trainer.config import CheckpointConfig
-from trainer.data.split import Splits
+from trainer.data.order import permutation
+from trainer.data.split import Split, Splits
 from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.freeze import frozen_values
@@ -51,6 +52,12 @@ _PLAIN_FIELDS = tuple(
     for field in dataclasses.fields(StepResult)
     if field.name not in ("requested", "state")
 )
+
+
+def observed(split: Split, samples: int, runtime: Runtime) -> list[Tensor]:
+    """The inputs that `Phase.observe` gets: batches on the device, the same on all ranks."""
+    order = permutation(len(split), runtime.seed, 0)[:samples].split(runtime.batch_size)
+    return [runtime.place_batch(*batch)[0] for batch in split.batches(order, None)]
 
 
 @dataclass
@@ -91,8 +98,11 @@ class PhaseRun:
             rounds.extend(RoundRecord(**record) for record in resumed["rounds"])
             if isinstance(phase, RoundPhase):
                 phase.load_state(resumed["phase"])
-        if isinstance(phase, StructuralPhase):
-            self._change_structure(phase, resumed)
+        with world.heartbeat.busy():
+            if phase.samples:
+                phase.observe(model, world, observed(self.data.train, phase.samples, self.runtime))
+            if isinstance(phase, StructuralPhase):
+                self._change_structure(phase, resumed)
         while True:
             yield from self._round(resumed)
             if self.stopped:

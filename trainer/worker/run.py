@@ -7,7 +7,7 @@ code needs no branches for it.
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from trainer.compress.counts import counts
 from trainer.compress.rewrite import restore
+from trainer.data.split import Splits
 from trainer.engine.loop import steps_in
+from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import RunError
+from trainer.errors import ConfigError, RunError
 from trainer.experiment import Experiment
 from trainer.messages import (
     STEP_COMPLETE,
@@ -32,7 +34,7 @@ from trainer.phases import Phase, RoundPhase
 from trainer.phases.structure import StructureChange, from_metadata
 from trainer.store.checkpoints import ResumePoint
 from trainer.store.serialization import check_state, from_bytes, unpack
-from trainer.worker.phase import LOSS_SCALE, PhaseRun
+from trainer.worker.phase import LOSS_SCALE, PhaseRun, observed
 from trainer.worker.preflight import check_compatible
 
 
@@ -97,6 +99,8 @@ def run_phases(
             remaining = list(phases.values())[start.phase :]
             fits = [phase.fit for phase in remaining]
             data, target_shape = check_compatible(model, data, runtime, fits)
+            if start.phase == 0 and handover is None:
+                _check_inputs(model, data, runtime, phases)
             dense = None
             if start.dense is not None:
                 _restore(dense := copy.deepcopy(model), experiment, start.dense)
@@ -165,6 +169,19 @@ def run_phases(
                 if latest is not None:
                     yield latest
         raise
+
+
+def _check_inputs(
+    model: nn.Module, data: Splits, runtime: Runtime, phases: Mapping[str, Phase]
+) -> None:
+    """Let the phases that look at inputs refuse settings, before anything is trained."""
+    for name, phase in phases.items():
+        if phase.samples:
+            inputs = observed(data.train, 2, runtime)
+            try:
+                phase.check_inputs(model, torch.cat(inputs))
+            except ConfigError as error:
+                raise ConfigError(f"phases.{name}: {error}") from error
 
 
 def total_epochs(phase: Phase) -> int:

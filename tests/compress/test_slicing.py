@@ -1,0 +1,125 @@
+"""Smaller models that compute what the larger one computes without the removed units."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.compress.slicing import find_units, remove, to_change
+from trainer.errors import ConfigError
+from trainer.models import ResNetCifar
+from trainer.testing import ExampleNet
+
+
+class Mixed(nn.Module):
+    """Depthwise, grouped and transposed convolutions, a concatenation, and a tied layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+        self.b = nn.Conv2d(8, 16, 3, groups=8)
+        self.c = nn.Conv2d(16, 8, 1, groups=4)
+        self.d = nn.ConvTranspose2d(8, 6, 2, 2)
+        self.norm = nn.BatchNorm2d(6)
+        self.act = nn.PReLU(6)
+        self.e = nn.Conv2d(12, 4, 3)
+        self.f = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm(self.d(self.c(self.b(self.a(x).relu()).relu()))))
+        output: Tensor = self.f(self.e(torch.cat([y, y.sigmoid()], 1)).mean((2, 3)))
+        return output
+
+
+class Fixed(nn.Module):
+    """A reshape with a fixed size; the second hidden layer can be changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.c(self.b(self.a(x).view(-1, 6)).relu())
+        return output
+
+
+def half(units: list[Any]) -> list[Any]:
+    """Every second unit of each layer."""
+    layers: dict[Any, list[Any]] = {}
+    for unit in units:
+        layers.setdefault(unit.dimensions, []).append(unit)
+    return [unit for found in layers.values() for unit in found[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (ExampleNet, (2, 2, 6, 6)),
+        (Mixed, (2, 3, 6, 6)),
+        (lambda: ResNetCifar(8), (2, 3, 8, 8)),
+        (lambda: nn.TransformerEncoderLayer(8, 4, 6, batch_first=True), (2, 3, 8)),
+    ],
+    ids=["example", "mixed", "resnet", "transformer"],
+)
+def test_the_smaller_model_computes_the_same_as_the_zeroed_one(build: Any, shape: Any) -> None:
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(shape)
+    rebuilt, units, refused = find_units(model, x)
+    assert not refused
+    removed = half(units)
+    change = json.loads(json.dumps(to_change(rebuilt, removed, units)))
+    tensors = {**dict(rebuilt.named_parameters()), **dict(rebuilt.named_buffers())}
+    smaller = copy.deepcopy(model)
+    remove(smaller, change)
+    with torch.no_grad():
+        for unit in removed:
+            for part in unit.parts:
+                if not part.name.endswith("running_var"):
+                    tensors[part.name].index_fill_(part.dim, torch.tensor(part.positions), 0)
+        torch.testing.assert_close(smaller(x), rebuilt(x), rtol=1e-4, atol=1e-5)
+    fresh = build()
+    remove(fresh, change)
+    fresh.load_state_dict(smaller.state_dict())
+    assert torch.equal(fresh.eval()(x), smaller(x))
+    assert repr(fresh) == repr(smaller)  # layers state their new sizes
+
+
+def test_memory_format_ties_and_frozen_parameters_stay() -> None:
+    model = Mixed().to(memory_format=torch.channels_last)
+    model.f.weight.requires_grad_(False)
+    model.again = model.e
+    rebuilt, units, _ = find_units(model, torch.randn(2, 3, 6, 6))
+    remove(model, to_change(rebuilt, half(units), units))
+    assert model.e.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.again.weight is model.e.weight
+    assert not model.f.weight.requires_grad
+    assert model.e.weight.requires_grad
+
+
+def test_a_layer_whose_size_is_fixed_in_code_is_left_out() -> None:
+    model = Fixed()
+    _, units, refused = find_units(model, torch.randn(6, 4))
+    assert len(units) == 8
+    (text,) = refused
+    assert "a.weight, b.weight" in text
+    assert "shape '[-1, 6]' is invalid" in text or "shape" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"removed": [["80", ["fc9.weight:0"]]], "attributes": []}, "does not fit ExampleNet: fc9"),
+        ({"removed": [["80", ["fc1.weight:0"]]], "attributes": []}, "does not fit"),
+        ({"removed": [["8000", ["fc1.weight:2"]]], "attributes": []}, "does not fit"),
+        ({"removed": [["xy", ["fc1.weight:0"]]], "attributes": []}, "is damaged"),
+        ({"removed": 3, "attributes": []}, "is damaged"),
+        ({"removed": [], "attributes": [["", "forward", 3]]}, "is damaged"),
+        ({"removed": []}, "is damaged"),
+    ],
+)
+def test_a_damaged_change_is_one_clear_error(change: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        remove(ExampleNet(), change)
