@@ -12,7 +12,16 @@ from tests.experiments import experiment
 from trainer.config import FitConfig
 from trainer.errors import ConfigError
 from trainer.experiment import check_order
-from trainer.phases import AutoPrune, Phase, Prune, Quantize, Retrain, Share, Train
+from trainer.phases import (
+    AutoPrune,
+    Phase,
+    Prune,
+    Quantize,
+    Retrain,
+    Share,
+    StructuredPrune,
+    Train,
+)
 
 CONF = Path(__file__).parents[2] / "conf" / "phase"
 TRAINING = FitConfig(epochs=1)
@@ -45,6 +54,7 @@ KINDS = {
     "retrain": Retrain,
     "share": Share,
     "quantize": Quantize,
+    "structured_prune": StructuredPrune,
 }
 
 
