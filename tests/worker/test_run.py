@@ -11,7 +11,7 @@ import trainer.worker.run
 from tests.test_resume import FIT, STEPS, config
 from trainer.data import Splits, TensorSplit
 from trainer.engine.world import World
-from trainer.errors import Diverged
+from trainer.errors import ConfigError, Diverged
 from trainer.experiment import Experiment
 from trainer.messages import Checkpoint, Notice, PhaseEnded, RunStarted
 from trainer.models import LeNet300
@@ -64,6 +64,31 @@ def test_every_micro_batch_and_every_batch_of_an_evaluation_is_a_beat():
         pass
     evaluations, batches = 2, 2  # 20 samples by 16, after each of the two epochs
     assert world.heartbeat.beats == STEPS * (2 + 1) + evaluations * batches
+
+
+class Refusing(LeNet300):
+    """Cannot load a state_dict."""
+
+    def load_state_dict(self, state, strict=True, assign=False):
+        raise KeyError("version")
+
+
+class Forgetting(LeNet300):
+    """Loads a state_dict without keeping a weight."""
+
+    def load_state_dict(self, state, strict=True, assign=False):
+        super().load_state_dict(state, strict, assign)
+        torch.nn.init.zeros_(self.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [(Refusing, "KeyError: 'version'"), (Forgetting, "other weights afterwards")]
+)
+def test_a_model_that_cannot_be_restored_is_refused_before_it_trains(model, said):
+    cfg = config(phases=TRAIN, model={"_target_": f"{__name__}.{model.__name__}"})
+    messages = run_phases(World.single(torch.device("cpu")), cfg, Start(0))
+    with pytest.raises(ConfigError, match=f"model: a fresh {model.__name__} .*{said}"):
+        next(messages)
 
 
 def test_the_start_announces_the_steps_of_every_phase():

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from trainer.compress.counts import counts
 from trainer.compress.rewrite import restore
+from trainer.compress.state import model_state
+from trainer.data.datasets import preserved_generators
 from trainer.data.split import Splits
 from trainer.engine.loop import steps_in
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError, RunError, first_line
 from trainer.experiment import Experiment
 from trainer.messages import (
     STEP_COMPLETE,
@@ -33,7 +35,7 @@ from trainer.messages import (
 from trainer.phases import Phase, RoundPhase
 from trainer.phases.structure import StructureChange, from_metadata
 from trainer.store.checkpoints import ResumePoint
-from trainer.store.serialization import check_state, from_bytes, unpack
+from trainer.store.serialization import check_state, from_bytes, to_bytes, unpack
 from trainer.worker.phase import LOSS_SCALE, PhaseRun, observed
 from trainer.worker.preflight import check_compatible
 
@@ -95,6 +97,8 @@ def run_phases(
             runtime = experiment.build_runtime(world)
             model = runtime.place(experiment.build_model())
             check_state(model)
+            if start.phase == 0 and handover is None and world.rank == 0:
+                _check_restorable(experiment, model)
             experiment.check_phases(model)
             remaining = list(phases.values())[start.phase :]
             fits = [phase.fit for phase in remaining]
@@ -208,6 +212,28 @@ def _restore(model: nn.Module, experiment: Experiment, content: bytes) -> dict[s
     experiment.apply_changes(model, from_metadata(metadata))
     restore(model, weights)
     return metadata
+
+
+def _check_restorable(experiment: Experiment, model: nn.Module) -> None:
+    """Refuse a model whose weights a fresh one cannot load, as it must when training is over.
+
+    Raises:
+        ConfigError: Loading them fails, or leaves other values than were stored.
+    """
+    stored = to_bytes(model_state(model))
+    try:
+        with preserved_generators():
+            fresh = experiment.load_model(from_bytes(stored)[0])
+    except Exception as error:  # of the user's own code
+        raise ConfigError(
+            f"model: a fresh {type(model).__name__} cannot load the weights of another one: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    if to_bytes(model_state(fresh)) != stored:
+        raise ConfigError(
+            f"model: a fresh {type(model).__name__} that loads the weights of another one has "
+            "other weights afterwards; correct its load_state_dict"
+        )
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
