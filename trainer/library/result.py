@@ -66,7 +66,7 @@ class Result:
         values = ", ".join(f"{name}={value:.4f}" for name, value in self.metrics.items())
         made = self.summary.get("artifact")
         size = f", {made['bytes']:,} bytes ({made['ratio']:.1f}x smaller)" if made else ""
-        return f"Result({self.status}: {values}{size}, folder={str(self.folder)!r})"
+        return f"Result({self.status}: {values}{size}, folder={_shown(self.folder)!r})"
 
     def _repr_html_(self) -> str:
         """Charts and tables of the run, which a notebook shows for a result."""
@@ -109,10 +109,16 @@ class SweepResult:
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {state}" for state, n in self.summary["trials"].items() if n)
         best = f", best {self.best[0]['values']} with {self.best_params}" if self.best else ""
-        return f"SweepResult({counts}{best}, folder={str(self.folder)!r})"
+        return f"SweepResult({counts}{best}, folder={_shown(self.folder)!r})"
 
     def _repr_html_(self) -> str:
         """The best trials, analysis and charts of the sweep, which a notebook shows."""
         from trainer.sweeps.notebook import sweep_html  # loads Optuna and Matplotlib
 
         return sweep_html(self.folder)
+
+
+def _shown(folder: Path) -> str:
+    """A folder as the user would write it: relative to the working directory if it is in there."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
