@@ -16,13 +16,12 @@ _SOURCES = hashlib.sha256(
 
 
 def jit(function: F) -> F:
-    """numba.njit, kept on disk until any file of trainer.compress changes.
+    """numba.njit with a cache on disk that is valid until any file of trainer.compress changes.
 
-    Other threads go on while it runs: a worker with a layer that takes minutes still answers.
-    Numba itself looks only at the file of the function: after a change to a table or a helper
-    elsewhere it would go on with the old one, and decode other levels than were written. Where no
-    directory can be written to, or numba keeps its cache in another way, each process compiles
-    anew.
+    The compiled function releases the GIL, so that a worker that codes a layer for minutes still
+    sends its heartbeat. Numba's own cache depends only on the file of the function: after a change
+    to a table or helper in another file, it would use outdated code and decode wrong levels. If no
+    directory is writable, or numba's cache is organized differently, each process compiles again.
     """
     compiler: Any = functools.partial(njit, nogil=True)
     try:

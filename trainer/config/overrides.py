@@ -1,7 +1,7 @@
-"""A sweep's settings on the command line: sweep.params.model.depth=range(1,5), and its like.
+"""A sweep's settings on the command line, such as sweep.params.model.depth=range(1,5).
 
-The keys of `sweep.params` and others are themselves keys of the configuration, with dots, and their
-values are texts that Hydra would take for a sweep of its own. So such arguments are written anew.
+The keys of `sweep.params` are themselves dotted keys of the configuration, and Hydra would take
+their values for a sweep of its own. So such arguments are rewritten before Hydra reads them.
 """
 
 import re

@@ -112,7 +112,7 @@ def mnist(
 
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What tells files that were changed from those that were read before."""
+    """Name, time and size of each file: they differ once a file has changed."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
 

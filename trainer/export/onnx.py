@@ -219,7 +219,7 @@ def _symbolic(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks about packages that nobody asked for."""
+    """Suppress the exporter's warnings about optional packages."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

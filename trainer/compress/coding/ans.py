@@ -11,7 +11,7 @@ Symbols = NDArray[np.uint16]
 
 
 def shares(counts: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
-    """Counts scaled to a sum of 2^bits; none that occurs becomes 0, and none takes all."""
+    """Scale counts to a sum of 2^bits. A count above 0 stays above 0, and none becomes 2^bits."""
     total = 1 << bits
     out = np.where(counts > 0, np.maximum(1, counts * total // max(1, counts.sum())), 0)
     if np.count_nonzero(counts) == 1:
@@ -33,7 +33,11 @@ def _model(share: NDArray[np.int64], bits: int) -> constriction.stream.model.Cat
 
 
 def encode(symbols: Symbols, alphabet: int) -> bytes:
-    """The shares of the symbols (runs of zeros as 0 and their number), then 32-bit words."""
+    """Encode symbols with one distribution for all of them.
+
+    The bytes hold the share of each symbol of the alphabet (a run of zeros as 0 and its length),
+    then the 32-bit words of the ANS coder.
+    """
     if symbols.size == 0 or alphabet < 2:
         return b""
     bits = _bits(alphabet)
@@ -54,7 +58,7 @@ def encode(symbols: Symbols, alphabet: int) -> bytes:
 
 
 def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
-    """`count` symbols.
+    """Decode `count` symbols.
 
     Raises:
         CorruptError: no encoder wrote these bytes for so many symbols of such an alphabet.

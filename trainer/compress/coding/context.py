@@ -1,10 +1,12 @@
-"""The context-adaptive coder of a layer's levels: position by position, zero or not, then which.
+"""The context-adaptive coder of a layer's levels.
 
-What is decoded already predicts what comes: how full this row, this column and the columns around
-it are, which neighbours (in the image, in the kernel, in the rows above) survive, and their signs
-and sizes. Each decision is binary, predicted by a mixture of such contexts (mixing.py) and
-written by a range coder. Integers only: every machine decodes the same.
-docs/artifact.md, "Context coder", is the specification; encoder and decoder are one function.
+For each position, it codes whether the level is zero and, if not, which cluster it is. Each binary
+decision is predicted from what has been coded before: the densities of this row, of this column
+and of the columns around it, and the neighbours (in the image, in the kernel, in the rows above)
+with their signs and magnitudes. A mixture of such contexts (mixing.py) gives a probability, with
+which a range coder writes the decision. All arithmetic is on integers, so that every machine
+decodes the same levels. Encoder and decoder are one function; docs/artifact.md, "Context coder",
+specifies it.
 """
 
 import functools
@@ -167,7 +169,7 @@ def _code(
     blob: NDArray[np.uint8],
     decode: bool,
 ) -> int:
-    """Write or fill `levels`, [rows, columns]; the length in bytes, _CORRUPT, or _FULL."""
+    """Encode `levels` [rows, columns], or decode into it; return the bytes, _CORRUPT or _FULL."""
     rows, columns = levels.shape
     rc.start(state, blob, decode)
     at, slot, inputs = places.start, places.slot, places.inputs
@@ -297,7 +299,7 @@ def _run(
     blob: NDArray[np.uint8],
     decode: bool,
 ) -> int:
-    """_code with all that it learns in its first state."""
+    """Call `_code` with all adaptive state in its initial state."""
     rows, columns = levels.shape
     near, far = strides
     wide, high = min(columns, _PLACES), min(rows, _PLACES)
@@ -344,14 +346,16 @@ def _run(
 
 
 def encode(levels: Levels, clusters: int, negatives: int, near: int, far: int, speed: int) -> bytes:
-    """The levels [rows, columns], 0 to `clusters`, as bytes.
+    """Encode a matrix of levels.
 
     Args:
-        negatives: clusters 1 to `negatives` lie below zero, the others above.
-        near: how many columns further the neighbour below lies (a row of the image or kernel); 0:
-            no second dimension.
-        far: how many columns further the next channel lies; 0: no channels.
-        speed: of learning, an index into SPEEDS.
+        levels: [rows, columns], from 0 to `clusters`.
+        clusters: Number of clusters.
+        negatives: Clusters 1 to `negatives` have values below zero, the others above.
+        near: Distance in columns to the neighbour in the next row of the image or kernel; 0:
+            there is no second dimension.
+        far: Distance in columns to the same place in the next channel; 0: there are no channels.
+        speed: How fast probabilities adapt, as an index into SPEEDS.
     """
     kept = np.count_nonzero(levels) / levels.size
     odds = np.log(max(kept, 1e-5) / max(1 - kept, 1e-5))

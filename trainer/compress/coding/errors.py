@@ -2,4 +2,4 @@
 
 
 class CorruptError(ValueError):
-    """The bytes are not what an encoder wrote: damaged, cut, or made up."""
+    """The bytes are not what an encoder wrote: damaged, truncated or forged."""

@@ -1,8 +1,9 @@
-"""Small arrays of raw floats, such as biases and norms: byte by byte, with adaptive bits.
+"""A coder of small float arrays, such as biases and the parameters of norms.
 
-The high bytes of floats (sign, exponent) are much alike, so the bytes are put in planes, the
-highest first, and each is coded as a binary tree of adaptive bits by the range coder. Mantissas
-are noise: where a plane gains nothing its bits are even, where none does all is stored as it is.
+The bytes are grouped into planes, the highest bytes (sign and exponent) of all elements first,
+because those resemble each other. The range coder codes each byte as a binary tree of adaptive
+bits. The bits of a plane that does not become smaller this way, such as mantissas, are coded with
+probability 1/2; if no plane becomes smaller, the array is stored as it is.
 """
 
 import numpy as np
@@ -21,9 +22,10 @@ _MAX_BYTES = (
 
 @jit
 def _code(planes: NDArray[np.uint8], adaptive: int, blob: NDArray[np.uint8], decode: bool) -> int:
-    """Write or fill `planes`, [bytes of an element, elements]; the length, or -1 if corrupt.
+    """Encode `planes` [bytes of an element, elements], or decode into it.
 
-    Bit i of `adaptive`: plane i is worth learning.
+    Returns the length in bytes; -1: corrupt. Bit i of `adaptive` is set if the bits of plane i
+    are adaptive.
     """
     state = np.zeros(rc.STATE, np.int64)
     rc.start(state, blob, decode)
@@ -49,9 +51,10 @@ def _code(planes: NDArray[np.uint8], adaptive: int, blob: NDArray[np.uint8], dec
 
 
 def encode_floats(raw: bytes, itemsize: int) -> bytes:
-    """Little-endian elements of `itemsize` bytes (at most 8), in never more than one byte more.
+    """Encode little-endian elements of `itemsize` bytes (at most 8); at most one byte is added.
 
-    The first byte says which planes are learnt, the highest byte's in its lowest bit; 0: raw.
+    The first byte has a bit for each adaptive plane, the lowest for the highest bytes; 0: the
+    elements follow as they are.
     """
     if not raw:
         return b""
@@ -71,7 +74,9 @@ def encode_floats(raw: bytes, itemsize: int) -> bytes:
 
 
 def decode_floats(blob: bytes | memoryview, length: int, itemsize: int) -> bytes | memoryview:
-    """`length` bytes, as given to `encode_floats`; part of `blob` where they are stored as such.
+    """Decode `length` bytes that were given to `encode_floats`.
+
+    The result is a slice of `blob` if the bytes were stored as they are.
 
     Raises:
         CorruptError: no encoder wrote these bytes for so many.

@@ -1,7 +1,7 @@
-"""Levels as two streams: the gaps between survivors, and which cluster each is in.
+"""Levels as two streams of symbols: the gaps between survivors, and the survivors' clusters.
 
-As Han et al. (ICLR 2016) have it: a gap counts the zeros before a survivor; the largest symbol says
-only that so many zeros follow, and no survivor.
+As in Han et al. (ICLR 2016), a gap is the number of zeros before a survivor. The largest symbol is
+a filler: it stands for that many zeros without a survivor after them.
 """
 
 from typing import Protocol
@@ -24,8 +24,10 @@ class SymbolCoder(Protocol):
 
 
 def split(flat: Symbols, longest: int) -> tuple[Symbols, Symbols]:
-    """Gap symbols, 0 to `longest`, and the survivors' levels - 1. `longest` stands for so many
-    zeros and no survivor; zeros after the last survivor are not in it."""
+    """Split levels into gap symbols, from 0 to `longest`, and the survivors' levels minus 1.
+
+    Zeros after the last survivor are left out.
+    """
     places = np.flatnonzero(flat)
     values = flat[places] - np.uint16(1)
     places[1:] -= places[:-1] + 1  # now the gaps
@@ -40,10 +42,10 @@ def split(flat: Symbols, longest: int) -> tuple[Symbols, Symbols]:
 
 
 def join(gap_symbols: Symbols, values: Symbols, longest: int, size: int) -> Symbols:
-    """The levels that were split.
+    """Inverse of `split`.
 
     Raises:
-        CorruptError: more zeros than `size` has room for, or not one value for each survivor.
+        CorruptError: there are more than `size` positions, or not one value for each survivor.
     """
     filler = gap_symbols == longest
     steps = gap_symbols.astype(np.int64)
@@ -59,7 +61,11 @@ def join(gap_symbols: Symbols, values: Symbols, longest: int, size: int) -> Symb
 
 
 def encode(flat: Symbols, clusters: int, coder: SymbolCoder) -> bytes:
-    """The numbers of survivors and fillers, log2(longest + 1), bytes of the gaps; gaps, values."""
+    """Encode levels.
+
+    The bytes hold the number of survivors, the number of fillers, log2(longest + 1), the length of
+    the coded gaps, the coded gaps and the coded values.
+    """
     survivors = int(np.count_nonzero(flat))
     mean = flat.size // max(1, survivors)
     bits = min(14, max(4, mean.bit_length() + 3))
@@ -71,7 +77,7 @@ def encode(flat: Symbols, clusters: int, coder: SymbolCoder) -> bytes:
 
 
 def decode(blob: bytes, size: int, clusters: int, coder: SymbolCoder) -> Symbols:
-    """`size` levels.
+    """Decode `size` levels.
 
     Raises:
         CorruptError: no encoder wrote these bytes for such a layer.

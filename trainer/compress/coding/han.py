@@ -1,10 +1,9 @@
-"""The format of Deep Compression itself (Han et al., ICLR 2016), for comparison like for like.
+"""The file format of Deep Compression (Han et al., ICLR 2016), for a comparison at equal weights.
 
-Survivors are a relative gap in `gap_bits` (5 in fully connected layers, 8 in convolutions) and a
-cluster index of ceil(log2 K) bits. Where more zeros lie between two survivors than the largest gap,
-a filler is stored: the largest gap with the value zero. The fillers' value needs no bits of its
-own in Huffman's alphabet count here, but it is a symbol: index 0, as in the paper's figure 2. The
-codebook has K FP32 numbers.
+A survivor is stored as a gap of `gap_bits` bits (5 in fully connected layers, 8 in convolutions)
+and a cluster index of ceil(log2 K) bits. If there are more zeros between two survivors than the
+largest gap, a filler is stored: the largest gap with the value zero, which is index 0 as in the
+paper's figure 2. The codebook has K float32 values.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ FC_BITS, CONV_BITS = 5, 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one layer, codebook included, as the columns of the paper's tables have them."""
+    """Bytes of one layer with its codebook, named like the columns of the paper's tables."""
 
     shared: int  # P+Q: gaps and indices of fixed length
     coded: int  # P+Q+H: both Huffman-coded, code tables included
@@ -30,7 +29,7 @@ class Sizes:
 def entries(flat: Symbols, gap_bits: int) -> tuple[Symbols, Symbols]:
     """The gap and the level of each entry; a filler has the largest gap and level 0.
 
-    A gap counts the zeros before the entry, so an entry moves on by gap + 1 positions.
+    A gap is the number of zeros before the entry, so an entry advances by gap + 1 positions.
     """
     span = 1 << gap_bits
     places = np.flatnonzero(flat)
@@ -83,8 +82,11 @@ def decode(coded: tuple[bytes, bytes, int], size: int, clusters: int, gap_bits: 
 
 
 def sizes(flat: Symbols, clusters: int, gap_bits: int) -> Sizes:
-    """What a layer takes in this format. With K <= 2^b clusters, a filler's zero shares the code
-    of fixed length b, as in the paper: its gap is the largest and its weight adds nothing."""
+    """The size of a layer in this format.
+
+    As in the paper, a filler's value needs no additional code among the K <= 2^b clusters: its gap
+    is the largest, and adding its weight changes nothing.
+    """
     gap_stream, value_stream, count = encode(flat, clusters, gap_bits)
     codebook = 4 * clusters
     index_bits = max(1, (clusters - 1).bit_length())

@@ -1,12 +1,12 @@
 """A binary range coder: each bit shrinks a 32-bit range in proportion to its probability.
 
-Carries go back into the bytes already written, so nothing is lost to carry-less ranges. At the end
-the fewest bytes are written that still name a number inside the range; a decoder that reads past
-the end reads zeros, knows from its own state how many bytes there must be, and checks it.
-After Subbotin's and LZMA's coders.
+Carries are propagated into the bytes already written. At the end, the encoder writes the fewest
+bytes that identify a number inside the range. A decoder reads zeros past the end; from its own
+state it knows how many bytes there must be, and checks it. Derived from the coders of Subbotin and
+of LZMA.
 
-State, int64: LOW and RANGE as the encoder has them (modulo 2^32), POS bytes written or read, CODE
-(decoder only) the number read less LOW.
+The state is an int64 array: LOW and RANGE of the encoder (modulo 2^32), POS (bytes written or
+read) and, in a decoder, CODE (the number read minus LOW).
 """
 
 import numpy as np
@@ -83,7 +83,7 @@ def code(state: Int64, blob: Bytes, one: int, bit: int, decode: bool) -> int:
 
 @jit
 def _tail(state: Int64) -> tuple[int, int]:
-    """The roundest number in the range, and how many of its four bytes need not be written."""
+    """The number in the range with the most trailing zero bytes, and how many of them it has."""
     for spare in range(4, 0, -1):
         unit = 1 << 8 * spare
         number = (state[LOW] + unit - 1) // unit * unit
@@ -106,6 +106,6 @@ def finish(state: Int64, blob: Bytes) -> int:
 
 @jit
 def ended(state: Int64, blob: Bytes) -> bool:
-    """Whether the decoder stands where `finish` of these bits would have left the encoder."""
+    """Whether the decoder has consumed exactly the bytes that `finish` wrote after these bits."""
     number, spare = _tail(state)
     return bool(state[POS] - spare == blob.size and state[CODE] == number - state[LOW])
