@@ -158,7 +158,7 @@ class Experiment:
                 f"model is a {type(model).__name__}: pass an nn.Module, a class or function that "
                 "returns one, or a mapping with a _target_"
             )
-        chosen = _describe("optimizer", optimizer or DEFAULT_OPTIMIZER, objects)
+        chosen = describe_object("optimizer", optimizer or DEFAULT_OPTIMIZER, objects)
         if OBJECT in chosen:
             raise ConfigError("optimizer: pass its class, not an object: it is made for each phase")
         sections = {
@@ -171,14 +171,14 @@ class Experiment:
         }
         settings = {
             "name": name,
-            "model": _describe("model", model, objects),
-            "data": {**_describe("data", data, objects), "batch_size": batch_size},
+            "model": describe_object("model", model, objects),
+            "data": {**describe_object("data", data, objects), "batch_size": batch_size},
             "optimizer": chosen if lr is None else {**chosen, "lr": lr},
             "phases": {
                 key: _describe_phase(key, phase, objects) for key, phase in _by_name(phases).items()
             },
             "logger": {
-                key: _describe(f"logger.{key}", sink, objects)
+                key: describe_object(f"logger.{key}", sink, objects)
                 for key, sink in (logger or {}).items()
             },
             "init_from": None if init_from is None else str(init_from),
@@ -584,11 +584,11 @@ def collect_objects(
     objects: dict[str, Any] = {}
     for key, value in (("model", model), ("data", data)):
         if value is not None:
-            _describe(key, value, objects)
+            describe_object(key, value, objects)
     for key, phase in _by_name(phases).items():
         _describe_phase(key, phase, objects)
     for key, sink in (logger or {}).items():
-        _describe(f"logger.{key}", sink, objects)
+        describe_object(f"logger.{key}", sink, objects)
     _describe_artifact(artifact, objects)
     return objects
 
@@ -607,7 +607,7 @@ def _by_name(phases: Sequence[Phase] | Mapping[str, Phase]) -> dict[str, Phase]:
     return named
 
 
-def _describe(key: str, value: Any, objects: dict[str, Any]) -> dict[str, Any]:
+def describe_object(key: str, value: Any, objects: dict[str, Any]) -> dict[str, Any]:
     """Settings that describe what was passed for `key`.
 
     Callables are described by their dotted path and arguments; one that other processes cannot
@@ -665,7 +665,7 @@ def _describe_artifact(
             field.name: getattr(artifact, field.name) for field in dataclasses.fields(artifact)
         }
     coder = artifact.get("coder", "auto")
-    described = coder if _is_plain(coder) else _describe("artifact.coder", coder, objects)
+    described = coder if _is_plain(coder) else describe_object("artifact.coder", coder, objects)
     return {**artifact, "coder": described}
 
 

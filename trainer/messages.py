@@ -172,6 +172,13 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class FileEncoded:
+    """The final model of a trial was encoded as model.dcz, to measure its size."""
+
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
 class Exported:
     """A model as an ONNX file, run by onnxruntime on one thread, on validation data."""
 
@@ -276,6 +283,7 @@ Message = (
     | EpochEnded
     | Checkpoint
     | PhaseEnded
+    | FileEncoded
     | Handover
     | RunStopped
     | Evaluated

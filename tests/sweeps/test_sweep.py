@@ -662,13 +662,12 @@ def test_a_sweep_waits_for_room_when_its_only_node_is_lost(tmp_path):
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
             },
-            timeout=100,
+            timeout=200,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["state"] for row in rows()] == ["COMPLETE"] * 3
     told = (FOLDER / "log.txt").read_text()
-    assert "it starts again" in told
+    assert "it continues on another host" in told
     assert [told.count(f"trial {number}: accuracy") for number in range(3)] == [1] * 3
-    finished = (tmp_path / "finished").read_text().split()
-    assert [row["failures"] for row in rows() if row["number"] in finished] == ["0"] * len(finished)
-    assert finished
+    assert [row["failures"] for row in rows()] == ["0"] * 3  # a lost host is no failure of a trial
+    assert (tmp_path / "finished").read_text().split()

@@ -239,9 +239,9 @@ class SweepConfig:
     storage: str | None = None  # URL of Optuna's storage; null: SQLite in the sweep's folder
     objectives: dict[str, Any] = field(default_factory=dict)  # measure -> maximize | minimize
     constraints: dict[str, str] = field(default_factory=dict)  # measure -> bound, such as ">= 0.98"
-    sampler: str = "tpe"  # tpe | random | grid | nsga2
+    sampler: Any = "tpe"  # tpe | random | grid | nsga2 | settings of a class, with _target_
     startup_trials: int = 10  # trials drawn at random before the sampler learns from them
-    pruner: str = "median"  # median | asha | hyperband | none
+    pruner: Any = "median"  # median | asha | hyperband | none | settings of a class
     metric: str = "accuracy"  # validation measure that the pruner watches: accuracy | loss
     min_trials: int = 5  # pruner=median: trials that must end before one is pruned
     min_epochs: int = 1  # epochs that every trial gets
@@ -261,8 +261,10 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_file_name("sweep.name", self.name)
-        check_choice("sweep.sampler", self.sampler, ("tpe", "random", "grid", "nsga2"))
-        check_choice("sweep.pruner", self.pruner, ("median", "asha", "hyperband", "none"))
+        if not isinstance(self.sampler, Mapping):
+            check_choice("sweep.sampler", self.sampler, ("tpe", "random", "grid", "nsga2"))
+        if not isinstance(self.pruner, Mapping):
+            check_choice("sweep.pruner", self.pruner, ("median", "asha", "hyperband", "none"))
         if self.analysis is not None:
             check_choice("sweep.analysis", self.analysis, ("interference", "sensitivity"))
         check_choice("sweep.metric", self.metric, ("accuracy", "loss"))

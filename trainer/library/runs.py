@@ -20,7 +20,7 @@ from trainer.config.resumed import check_code
 from trainer.driver import drive
 from trainer.driver import resume as resume_run
 from trainer.errors import ConfigError, LimitsMissed, RunError
-from trainer.experiment import Experiment, collect_objects
+from trainer.experiment import Experiment, collect_objects, describe_object
 from trainer.library.objects import dump_objects, load_objects
 from trainer.library.result import Result, SweepResult
 from trainer.phases import StructuralPhase, StructuredPrune
@@ -209,7 +209,7 @@ def sweep(
             searched; pass the class instead.
         out: The sweep's folder. By default outputs/NAME/sweep.
         options: Other settings of the section `sweep`: trials, seconds, objectives, constraints,
-            sampler, pruner, slots, refit, ...
+            sampler, pruner (a name, or an object of a class of your own), slots, refit, ...
 
     Returns:
         The result: best trials, all trials, and summary.
@@ -222,6 +222,10 @@ def sweep(
     from trainer.sweeps.driver import run_sweep  # imports Optuna
 
     settings = experiment.settings()
+    objects = dict(experiment.objects)
+    for key in ("sampler", "pruner"):
+        if not isinstance(options.get(key, ""), str):
+            options[key] = describe_object(f"sweep.{key}", options[key], objects)
     settings["sweep"] = {
         **dataclasses.asdict(SweepConfig(objectives={"accuracy": "maximize"})),
         **options,
@@ -232,7 +236,7 @@ def sweep(
     tree = OmegaConf.create(dataclasses.asdict(config))
     signals = Signals()
     with signals.installed():
-        best = run_sweep(config, tree, folder, None, signals, experiment.objects)
+        best = run_sweep(config, tree, folder, None, signals, objects)
     refit = None
     if best is not None:
         refit = _refit(Experiment.from_config(best, experiment.objects), folder / "best")

@@ -26,11 +26,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trainer.config import SweepConfig
+from trainer.config.instantiate import Factory
 from trainer.data.hashing import mix
 from trainer.sweeps.measures import better
 from trainer.sweeps.space import Space
 
-TPE_RECENT, TPE_BEST = 300, 50  # trials that TPE considers: the most recent, and the best
+TPE_RECENT, TPE_BEST = 200, 50  # trials that TPE considers: the most recent, and the best
 PRUNER_RECENT = 500  # trials that a pruner considers: the most recent
 
 TrialValues = Mapping[int, float]
@@ -41,11 +42,13 @@ class SamplerStudy:
     """Draws the parameters of trials.
 
     The sampler of trial n is seeded by (seed, n), so that a sweep that was interrupted draws what
-    an undisturbed one would have drawn.
+    an undisturbed one would have drawn. A sampler of the user's own is one object per session.
     """
 
-    def __init__(self, cfg: SweepConfig, space: Space, seed: int) -> None:
-        self._cfg, self._space, self._seed = cfg, space, seed
+    def __init__(
+        self, cfg: SweepConfig, space: Space, seed: int, own: BaseSampler | None = None
+    ) -> None:
+        self._cfg, self._space, self._seed, self._own = cfg, space, seed, own
         self._storage = _WindowedStorage(TPE_RECENT if cfg.sampler == "tpe" else None)
         directions = [direction(name) for name in cfg.objectives.values()]
         self._maximized = [each == StudyDirection.MAXIMIZE for each in directions]
@@ -68,7 +71,8 @@ class SamplerStudy:
         Returns:
             The trial with its parameters, and with the attributes that the sampler set.
         """
-        self.study.sampler = make_sampler(self._cfg, self._space, mix(self._seed, number, 0))
+        seed = mix(self._seed, number, 0)
+        self.study.sampler = self._own or make_sampler(self._cfg, self._space, seed)
         template = known or create_trial(state=TrialState.RUNNING)
         made = self._storage.create_new_trial(self._study_id, template)
         self._space.suggest(optuna.Trial(self.study, made))
@@ -138,19 +142,22 @@ class SamplerStudy:
 class PrunerStudy:
     """Compares the watched values of trials, which have the same numbers as on the disk."""
 
-    def __init__(self, cfg: SweepConfig, name: str, epochs: int) -> None:
+    def __init__(
+        self, cfg: SweepConfig, name: str, epochs: int, own: BasePruner | None = None
+    ) -> None:
         """
         Args:
             name: of the study; Hyperband assigns trials to brackets by it.
             epochs: of a trial at most; see `make_pruner`.
+            own: a pruner of the user's own.
         """
-        self._storage = _WindowedStorage(PRUNER_RECENT)
+        self._storage = _WindowedStorage(None if own else PRUNER_RECENT)
         self.study = optuna.create_study(
             storage=self._storage,
             study_name=name,
             direction=direction(better(cfg)),
             sampler=RandomSampler(seed=0),  # draws nothing
-            pruner=make_pruner(cfg, epochs),
+            pruner=own or make_pruner(cfg, epochs),
         )
         self._study_id = self._storage.get_study_id_from_name(name)
         self._ids: list[int] = []
@@ -225,6 +232,36 @@ class _WindowedStorage(InMemoryStorage):
             older = [trials[number] for number in sorted(self.kept) if number < first]
             trials = [*older, *trials[first:]]
         return [trial for trial in trials if states is None or trial.state in states]
+
+
+def own_sampler(cfg: SweepConfig, seed: int, objects: Mapping[str, Any]) -> BaseSampler | None:
+    """The sampler of the user's own that `sweep.sampler` describes; None: it names one of ours.
+
+    Args:
+        seed: passed to the class if it accepts `seed`.
+        objects: what was passed from Python, by name.
+
+    Raises:
+        ConfigError: the class cannot be imported or built, or is no sampler.
+    """
+    if isinstance(cfg.sampler, str):
+        return None
+    factory = Factory("sweep.sampler", cfg.sampler, BaseSampler, objects)  # type: ignore[type-abstract]
+    return factory.build(seed=seed % 2**32)
+
+
+def own_pruner(cfg: SweepConfig, objects: Mapping[str, Any]) -> BasePruner | None:
+    """The pruner of the user's own that `sweep.pruner` describes; None: it names one of ours.
+
+    Args:
+        objects: what was passed from Python, by name.
+
+    Raises:
+        ConfigError: the class cannot be imported or built, or is no pruner.
+    """
+    if isinstance(cfg.pruner, str):
+        return None
+    return Factory("sweep.pruner", cfg.pruner, BasePruner, objects).build()  # type: ignore[type-abstract]
 
 
 def make_sampler(cfg: SweepConfig, space: Space, seed: int) -> BaseSampler:

@@ -119,7 +119,14 @@ class _Sweep:
                 raise
             epochs = checked.result()
         self.study = SweepStudy(
-            self.sweep, self.plan.space, self.cfg.name, self.cfg.seed, self.directory.path, epochs
+            self.sweep,
+            self.plan.space,
+            self.cfg.name,
+            self.cfg.seed,
+            self.directory.path,
+            epochs,
+            self.plan.sampler,
+            self.plan.pruner,
         )
         opened.callback(self.study.close)
         self.study.record_settings(self.plan.identity())

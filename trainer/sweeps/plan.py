@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Config
 from trainer.errors import ConfigError, first_line
+from trainer.sweeps.algorithms import own_pruner, own_sampler
 from trainer.sweeps.analysis import check_analysis
 from trainer.sweeps.measures import check_measures
 from trainer.sweeps.overrides import override
@@ -36,7 +37,12 @@ class Plan:
     ) -> None:
         self.cfg = cfg
         self._base = base
-        self._objects = dict(objects or {})
+        given = dict(objects or {})
+        self.sampler = own_sampler(cfg.sweep, cfg.seed, given)
+        self.pruner = own_pruner(cfg.sweep, given)
+        # Of the driver alone, and so not sent to the workers with each trial.
+        mine = ("sweep.sampler", "sweep.pruner")
+        self._objects = {name: value for name, value in given.items() if name not in mine}
         self._literal = "${" not in OmegaConf.to_yaml(base)  # also in what is searched
         settings = _container(base, resolve=True)
         self._plain = {**settings, "sweep": {"name": cfg.sweep.name}}

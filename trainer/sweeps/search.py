@@ -8,10 +8,11 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from trainer.cluster import WorkerFailed
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.budget import Budget
-from trainer.sweeps.measures import measure, not_finite, parse_constraints, violations
+from trainer.sweeps.measures import needs_artifact, not_finite, parse_constraints, violations
 from trainer.sweeps.plan import Plan
 from trainer.sweeps.pool import Pool
 from trainer.sweeps.shared_phases import SharedPhases
@@ -126,7 +127,7 @@ class Search:
             self._wait(trial)
             return
         else:
-            measured = measure(trial.records)
+            measured = trial.measured()
             if bad := not_finite(self._cfg, measured):
                 self._fail(trial, RunError(bad))
                 return
@@ -146,6 +147,10 @@ class Search:
                 raise error
         self._directory.log(_detail(error))
         reason = first_line(error)
+        if _host_has_left(error):
+            self._board.say(f"trial {trial.number}: {reason}; it continues on another host")
+            self._wait(trial)
+            return
         failures = self._study.record_failure(trial.number, reason)
         if failures <= self._cfg.max_retries and not wrong:
             self._board.say(f"trial {trial.number}: {reason}; it starts again")
@@ -189,7 +194,7 @@ class Search:
             except Exception as error:  # its weights to begin with, its checkpoints
                 self._fail(trial, error)
                 continue
-            self._pool.take().run(number, trial.experiment, start)
+            self._pool.take().run(number, trial.experiment, start, needs_artifact(self._cfg))
 
     def _next(self) -> int | None:
         """A trial to run now: one that waits, or a new one; None where there is none."""
@@ -267,6 +272,11 @@ def _is_wrong(experiment: Any) -> bool:
     except ConfigError:
         return True
     return False
+
+
+def _host_has_left(error: Exception) -> bool:
+    """Whether a worker was lost because its host left the cluster, which is no fault of a trial."""
+    return isinstance(error, WorkerFailed) and "its node has died" in error.detail
 
 
 def _detail(error: Exception) -> str:

@@ -66,19 +66,24 @@ class Slot:
         self._fleet = fleet
         self._events = events
         self._recycle_after = recycle_after
-        self._jobs: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._starting: WorkerGroup | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name="slot")
         self._thread.start()
 
-    def run(self, number: int, experiment: Any, start: Any) -> None:
-        """Run a trial; only after Ready."""
+    def run(self, number: int, *arguments: Any) -> None:
+        """Run a trial; only after Ready.
+
+        Args:
+            number: of the trial.
+            arguments: of `trainer.worker.trial.run_trial`, after the world.
+        """
         assert self.group is not None
         # In the thread that calls `stop_trial`, so that no request is lost.
         self.group.stop_requested.clear()
         self.trial = number
-        self._jobs.put((experiment, start))
+        self._jobs.put(arguments)
 
     def stop_trial(self) -> None:
         """Let the trial end at its next step, with a checkpoint."""
@@ -97,7 +102,7 @@ class Slot:
         self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        from trainer.worker.run import run_phases
+        from trainer.worker.trial import run_trial
 
         done = 0
         while not self._closed.is_set():
@@ -116,7 +121,7 @@ class Slot:
                 self._events.put(GivenBack(self))
                 continue
             try:
-                for message in self.group.run(run_phases, *job):
+                for message in self.group.run(run_trial, *job):
                     self._events.put(Said(self, message))
             except Exception as raised:  # whatever it is, the sweep goes on
                 error = raised

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -38,7 +40,15 @@ class SweepStudy:
     """All trials of a sweep. Call `record_settings` before anything else."""
 
     def __init__(
-        self, cfg: SweepConfig, space: Space, name: str, seed: int, folder: Path, epochs: int
+        self,
+        cfg: SweepConfig,
+        space: Space,
+        name: str,
+        seed: int,
+        folder: Path,
+        epochs: int,
+        sampler: BaseSampler | None = None,
+        pruner: BasePruner | None = None,
     ) -> None:
         """Open the storage, or create it.
 
@@ -47,6 +57,8 @@ class SweepStudy:
             seed: of the sampler.
             folder: of the sweep.
             epochs: of a trial at most.
+            sampler: one of the user's own.
+            pruner: one of the user's own.
 
         Raises:
             ConfigError: the storage that `sweep.storage` names cannot be opened.
@@ -55,6 +67,7 @@ class SweepStudy:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._cfg, self._space, self._seed, self._epochs = cfg, space, seed, epochs
+        self._own = sampler, pruner
         self._private = cfg.storage is None
         try:
             self._owner = None if self._private else _owner_of(folder)
@@ -105,8 +118,9 @@ class SweepStudy:
         self._read()
 
     def _read(self) -> None:
-        self._sampler = SamplerStudy(self._cfg, self._space, self._seed)
-        self._pruner = PrunerStudy(self._cfg, self.study.study_name, self._epochs)
+        sampler, pruner = self._own
+        self._sampler = SamplerStudy(self._cfg, self._space, self._seed, sampler)
+        self._pruner = PrunerStudy(self._cfg, self.study.study_name, self._epochs, pruner)
         self.seconds = float(self.study.user_attrs.get(SECONDS, 0.0))
         for trial in self.study.get_trials(deepcopy=False):
             values = reported_values(trial)

@@ -9,10 +9,18 @@ from typing import Any
 
 from trainer.config import SweepConfig
 from trainer.errors import RunError
-from trainer.messages import Checkpoint, EpochEnded, Message, PhaseEnded, RunStarted, RunStopped
+from trainer.messages import (
+    Checkpoint,
+    EpochEnded,
+    FileEncoded,
+    Message,
+    PhaseEnded,
+    RunStarted,
+    RunStopped,
+)
 from trainer.store.checkpoints import Checkpoints
 from trainer.store.directory import as_json
-from trainer.sweeps.measures import needs_artifact, watched
+from trainer.sweeps.measures import measure, watched
 from trainer.sweeps.shared_phases import SharedPhases
 
 
@@ -44,6 +52,7 @@ class Trial:
         self._folder = folder_of(folder, number)
         self._checkpoints: Checkpoints | None = None
         self._parameters = 0
+        self._file_bytes: int | None = None
 
     def start(self, say: Callable[[str], None]) -> Any:
         """Where the next attempt begins: at the last checkpoint, if there is one.
@@ -62,12 +71,17 @@ class Trial:
             self._checkpoints.save_initial(self.experiment.initial_weights(None))
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
-        if point.weights and point.phase == len(self._names) and needs_artifact(self._sweep):
-            self.records[-1]["bytes"] = self._artifact_bytes(point.weights)
+        self._file_bytes = None
         self.stopped, self.error = False, None
         return start_at(
             self.experiment, point, partial(self._checkpoints.weights_after, self._names)
         )
+
+    def measured(self) -> dict[str, float]:
+        """All measures, once it has ended."""
+        if self._file_bytes is not None:
+            self.records[-1]["bytes"] = self._file_bytes
+        return measure(self.records)
 
     @property
     def epochs(self) -> int:
@@ -85,11 +99,11 @@ class Trial:
             case Checkpoint() if not self.pruned:
                 name = self._names[message.phase]
                 self._checkpoints.save_within(message.phase, name, message.step, message.content)
+            case FileEncoded():
+                self._file_bytes = message.size
             case PhaseEnded():
                 record = as_json(message.record)
                 last = message.index == len(self._names) - 1
-                if last and needs_artifact(self._sweep):
-                    record["bytes"] = self._artifact_bytes(message.weights)
                 self.records.append(record)
                 shared = self.prefix and record["name"] == self._prefixes.last
                 if not last or shared:  # after the last one nothing goes on
@@ -105,9 +119,6 @@ class Trial:
                 left = self._parameters * (1 - message.sparsity)
                 return self.epoch, watched(self._sweep, self.value, left)
         return None
-
-    def _artifact_bytes(self, weights: bytes) -> int:
-        return len(self.experiment.encode_artifact(weights))
 
     def pause(self) -> None:
         """The attempt is over; what is written stays.

@@ -3,6 +3,7 @@
 They raise AssertionError, so that they can be called from a test.
 """
 
+from trainer.sweeps.contracts import check_pruner, check_sampler
 from trainer.testing.coders import check_coder
 from trainer.testing.layers import check_quantized_layer
 from trainer.testing.phases import ExampleNet, check_phase, check_structural_phase
@@ -12,7 +13,9 @@ __all__ = [
     "ExampleNet",
     "check_coder",
     "check_phase",
+    "check_pruner",
     "check_quantized_layer",
+    "check_sampler",
     "check_sink",
     "check_structural_phase",
 ]
