@@ -299,3 +299,14 @@ def test_test_runs_only_the_tests_that_are_named(checkout: Checkout) -> None:
     _, _, calls = checkout.call("test", "test_one.py::test_a", "-x")
     assert "-n2" not in calls[-1]
     assert calls[-1].endswith("test_one.py::test_a -x")
+
+
+def test_files_of_the_user_in_the_checkout_are_not_checked(tmp_path: Path) -> None:
+    shutil.copy(LAUNCH.parent / "pyproject.toml", tmp_path)
+    for name in ("trainer/ours.py", "tests/unit/ours.py", "theirs.py", "experiments/theirs.ipynb"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    command = [sys.executable, "-P", "-m", "ruff", "check", "--show-files", tmp_path]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = sorted(str(Path(line).relative_to(tmp_path)) for line in shown.splitlines())
+    assert found == ["pyproject.toml", "tests/unit/ours.py", "trainer/ours.py"]
