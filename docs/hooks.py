@@ -14,6 +14,7 @@ _GROUPS = {
     "cluster": ("Workers", "cluster/local.yaml", "cluster."),
     "data": ("Data: MNIST", "data/mnist.yaml", "data."),
     "data: Datasets": ("Data: Datasets of torch", "data/dataset.yaml", "data."),
+    "data: images": ("Data: images", "data/images.yaml", "data."),
     "data: text": ("Data: text", "data/text.yaml", "data."),
     "optimizer": ("Optimizer", "optimizer/sgd.yaml", "optimizer."),
     "sweep": ("Sweeps", "sweep/default.yaml", "sweep."),

@@ -1,12 +1,14 @@
 """Data sets, and the order in which any number of workers reads them.
 
 `data._target_` names a callable that takes the other settings of the `data` section, and `seed` if
-it accepts one, and returns `Splits`. `mnist`, `text` and `dataset` are such callables.
+it accepts one, and returns `Splits`. `mnist`, `text`, `images` and `dataset` are such
+callables.
 """
 
 from trainer.data.characters import text
 from trainer.data.datasets import dataset
 from trainer.data.idx import mnist
+from trainer.data.images import images
 from trainer.data.order import global_batches, permutation, shard
 from trainer.data.sources import as_splits
 from trainer.data.split import Split, Splits, TensorSplit
@@ -18,6 +20,7 @@ __all__ = [
     "as_splits",
     "dataset",
     "global_batches",
+    "images",
     "mnist",
     "permutation",
     "shard",

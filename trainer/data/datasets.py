@@ -7,7 +7,7 @@ processes.
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,8 @@ class SeededBatches(Dataset[Batch | SampleError]):
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
+        self._check = _as_it_is if getattr(dataset, "trusted", False) else _check_item
+        self._draws = getattr(dataset, "draws", True)  # whether samples draw random numbers
 
     def __getitem__(self, request: Request) -> Batch | SampleError:
         epoch, wanted = request
@@ -82,8 +84,9 @@ class SeededBatches(Dataset[Batch | SampleError]):
         try:
             with preserved_generators():
                 for index in indices:
-                    seed_generators(mix(self.seed, epoch, index))
-                    pairs.append(_check_item(self._read(index), index))
+                    if self._draws:
+                        seed_generators(mix(self.seed, epoch, index))
+                    pairs.append(self._check(self._read(index), index))
             inputs = _stack([value for value, _ in pairs], indices, "inputs")
             targets = _stack([torch.as_tensor(target) for _, target in pairs], indices, "targets")
         except SampleError as error:
@@ -117,11 +120,20 @@ class DatasetSplit:
         seed: Seeds the random numbers of each sample.
         loader_workers: Processes that read samples; 0: this one does. They start with the first
             batch, and end with this object.
+        prepare: Turns the inputs of a batch into those of the model, after they were read, so that
+            loader processes send a compact form of them (bytes).
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int, loader_workers: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        seed: int,
+        loader_workers: int = 0,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.prepare = prepare
         self._requests = Requests()
         self._reading = False
         self._loader = self._make_loader(self._requests, loader_workers, persistent=True)
@@ -152,7 +164,7 @@ class DatasetSplit:
         self._requests.order = order
         self._requests.epoch = EVALUATION if epoch is None else epoch
         try:
-            yield from _usable(self._loader)
+            yield from self._usable(self._loader)
         finally:
             self._reading = False
 
@@ -164,7 +176,15 @@ class DatasetSplit:
         """
         requests = ((EVALUATION, indices.tolist()) for indices in order)
         workers = min(1, self._loader.num_workers)
-        yield from _usable(self._make_loader(_Once(requests), workers, persistent=False))
+        yield from self._usable(self._make_loader(_Once(requests), workers, persistent=False))
+
+    def _usable(self, batches: Iterable[Batch | SampleError]) -> Iterator[Batch]:
+        """The batches, prepared; raises the first SampleError among them."""
+        for batch in batches:
+            if isinstance(batch, SampleError):
+                raise batch
+            inputs, targets = batch
+            yield inputs if self.prepare is None else self.prepare(inputs), targets
 
     def sample_name(self, index: int) -> str:
         """A sample in words; one that was held out also by its number in the whole Dataset."""
@@ -192,14 +212,6 @@ class _Once:
         return self._requests
 
 
-def _usable(batches: Iterable[Batch | SampleError]) -> Iterator[Batch]:
-    """The batches; raises the first SampleError among them."""
-    for batch in batches:
-        if isinstance(batch, SampleError):
-            raise batch
-        yield batch
-
-
 def _listed_targets(dataset: Dataset[Any]) -> Tensor | None:
     if isinstance(dataset, Subset):
         whole = _listed_targets(dataset.dataset)
@@ -214,6 +226,11 @@ def _listed_targets(dataset: Dataset[Any]) -> Tensor | None:
     fits = targets.ndim == 1 and len(targets) == len(dataset)  # type: ignore[arg-type]
     whole_numbers = not (targets.is_floating_point() or targets.is_complex())
     return targets.long() if fits and whole_numbers else None
+
+
+def _as_it_is(item: Any, index: int) -> Any:
+    """An item of a Dataset that returns only pairs (Tensor, class)."""
+    return item
 
 
 def _check_item(item: Any, index: int) -> tuple[Tensor, int | Tensor]:
