@@ -30,6 +30,8 @@ BOTH = ["zeros", "sharing"]
         (Share(3, biases=2, epochs=2), [{"bits": 17}, {"clusters": {"*": 0}}]),
         (Share(3), []),
         (Quantize(4, epochs=2), [{"bits": 9}, {"outputs": ["*"], "activations": None}]),
+        (Quantize(4, samples=16, epochs=0), [{"samples": 0}, {"ranges": "x"}, {"rounding": "x"}]),
+        (Quantize(4, samples=16, epochs=2), []),
         (Quantize(4, fold=False, per_channel=False, keep=BOTH), [{"keep": ["x"]}]),
     ],
     ids=lambda value: value.kind if isinstance(value, Phase) else "",
@@ -43,6 +45,7 @@ def test_a_model_and_data_of_ones_own() -> None:
     data = torch.randint(9, (24, 5)), torch.arange(24) % 3
     check_phase(Share(2, epochs=1), Sequences, data)
     check_phase(Quantize(8), Sequences, data)
+    check_phase(Quantize(8, samples=10, epochs=0), Sequences, data)
 
 
 class Sequences(nn.Module):

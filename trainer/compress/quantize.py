@@ -158,6 +158,12 @@ class ActivationQuantizer(Quantizer):
         self.seen.fill_(torch.nan)
         self.ready = self.ready or not self.empty
 
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Spread the grid over [low, high], which holds zero."""
+        self.range.copy_(torch.stack((low, high)))
+        self.ready = not self.empty
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape on the grid, float32."""
         x = x.float()

@@ -1,4 +1,4 @@
-"""Quantization-aware training: weights and layer inputs are rounded while the model trains."""
+"""Quantization: weights and layer inputs are rounded, before or while the model trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,9 @@ from functools import reduce
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from trainer.compress.calibrate import RANGES, calibrate
 from trainer.compress.half import round_to_half
 from trainer.compress.install import fold, install
 from trainer.compress.layers import LAYERS, SUPPORTED, is_transposed, rebuild, transpose
@@ -31,7 +32,7 @@ from trainer.compress.select import (
     select_weights,
     weights,
 )
-from trainer.config import FitConfig, check_choice
+from trainer.config import FitConfig, check_choice, check_min
 from trainer.config.instantiate import locate
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -45,6 +46,10 @@ UNSUPPORTED = "unsupported"
 @dataclass
 class Quantize(Phase):
     """Round weights and layer inputs to a grid of few integers, and train with the rounding.
+
+    With `samples` the phase first calibrates itself with the inputs of that many training samples,
+    whose labels it does not use (trainer.compress.calibrate), and with `epochs=0` it trains nothing
+    more.
 
     Batch norm is folded first where that changes nothing (trainer.compress.rewrite.foldable).
     LSTM, GRU, RNN and MultiheadAttention are rebuilt from Linear layers, so that their weights get
@@ -67,6 +72,14 @@ class Quantize(Phase):
             paths; docs/own-layer.md says what they must do.
         per_channel: Whether each output channel has its own scale, or one per weight. Channels are
             the first dimension of a weight; in a ConvTranspose these are the input's.
+        samples: Number of training samples to calibrate with; 0: the ranges of inputs are learned
+            in training.
+        ranges: How calibration finds the range of an input: "mse" (least squared error),
+            "percentile" (99.99% of the values on each side of zero), or "minmax".
+        rounding: Of weights, in calibration: "nearest", or "second_order", which makes up for the
+            error of a weight by others of the same output, according to the layer's inputs (GPTQ,
+            arXiv:2210.17323). It is done for Linear and convolutions; others take the nearest.
+        correct_bias: Whether calibration restores the mean of each output by a change of the bias.
         momentum: Weight of a step in the moving average of the ranges, in (0, 1].
         fold: Whether batch norm is folded into the layer before it.
         keep: Properties of the weights that are preserved: "zeros", "sharing".
@@ -84,12 +97,20 @@ class Quantize(Phase):
     outputs: list[str] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
     per_channel: bool = True
+    samples: int = 0
+    ranges: str = "mse"
+    rounding: str = "second_order"
+    correct_bias: bool = True
     momentum: float = 0.05
     fold: bool = True
     keep: list[str] = field(default_factory=lambda: ["zeros"])
     include: list[str] = field(default_factory=lambda: ["*"])
     exempt: list[str] = field(default_factory=list)
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=1), kw_only=True)
+
+    def __post_init__(self, epochs: int | None, lr: float | None) -> None:
+        super().__post_init__(epochs, lr)
+        self._inputs: Sequence[Tensor] = ()
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -114,10 +135,18 @@ class Quantize(Phase):
                 "per_channel=true with keep=[sharing]: weights of one value would get several "
                 "scales, and so several values; set per_channel=false"
             )
-        if self.activations is not None and self.fit.epochs == 0:
+        check_min("samples", self.samples, 0)
+        check_choice("ranges", self.ranges, RANGES)
+        check_choice("rounding", self.rounding, ("nearest", "second_order"))
+        if self.samples and "sharing" in self.keep and self.rounding == "second_order":
+            raise ConfigError(
+                "rounding=second_order with keep=[sharing]: weights of one value would get several "
+                "values; set rounding=nearest"
+            )
+        if self.activations is not None and self.fit.epochs == 0 and not self.samples:
             raise ConfigError(
                 f"activations={self.activations} with fit.epochs=0: the ranges are learned in "
-                "training; set epochs, or activations=null"
+                "training, or from samples; set samples=256, epochs, or activations=null"
             )
         if self.outputs and self.activations is None:
             raise ConfigError(f"outputs={self.outputs} with activations=null: set activations=8")
@@ -131,11 +160,28 @@ class Quantize(Phase):
             )
         self._rewrite(skeleton(model))
 
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Tensor]) -> None:
+        self._inputs = inputs
+
     def enter(self, model: nn.Module, world: World) -> None:
         quantizers = self._rewrite(model)
         places = parameters(model)
-        for name, quantizer in quantizers.items():
-            quantizer.calibrate(places[name][0].value)
+        if self.samples:
+            calibrate(
+                model,
+                {name: places[name] for name in quantizers},
+                quantizers,
+                self._inputs,
+                self.ranges,
+                self.rounding == "second_order",
+                self.correct_bias,
+            )
+            self._inputs = ()
+            world.broadcast(places[name][0].value for name in places)
+            _broadcast_ranges(model, world)
+        else:
+            for name, quantizer in quantizers.items():
+                quantizer.calibrate(places[name][0].value)
         world.broadcast(quantizer.scale for quantizer in quantizers.values())
         inner = surviving(model, world, self.keeps)
         made = {
@@ -230,6 +276,14 @@ class Quantize(Phase):
                 )
             found.append(kind)
         return tuple(found)
+
+
+def _broadcast_ranges(model: nn.Module, world: World) -> None:
+    """Rank 0's ranges on all ranks."""
+    found = activation_quantizers(model)
+    world.broadcast(quantizer.range for quantizer in found)
+    for quantizer in found:
+        quantizer.set_range(*quantizer.range)
 
 
 def _unsupported(places: Sequence[ParameterRef], own: tuple[type[nn.Module], ...]) -> str | None:

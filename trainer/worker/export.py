@@ -53,9 +53,9 @@ def _try(experiment: Experiment) -> None:
     check_compatible(model, data, experiment.build_runtime(alone))
     sample = _inputs(data.validation, 2)
     for phase in experiment.phases.values():
+        if phase.samples:
+            phase.observe(model, alone, [sample])
         if isinstance(phase, StructuralPhase):
-            if phase.samples:
-                phase.observe(model, alone, [sample])
             phase.apply_change(model, phase.plan_change(model, alone))
         if isinstance(phase, Quantize):
             phase.enter(model, alone)

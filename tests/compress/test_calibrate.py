@@ -1,0 +1,95 @@
+"""Quantization without training: what it does to ranges, weights and biases of each layer."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.compress.calibrate import calibrate
+from trainer.compress.quantize import INPUT, ActivationQuantizer, WeightQuantizer, attach
+from trainer.compress.select import weights
+
+
+def quantized(model: nn.Module, x: Tensor, bits: int = 3, **settings: object) -> nn.Module:
+    """A copy of a model, calibrated."""
+    model = copy.deepcopy(model)
+    places = weights(model)
+    quantizers = {}
+    for name, found in places.items():
+        quantizers[name] = WeightQuantizer(bits, len(found[0].value))
+        attach(found[0].module, "weight", quantizers[name])
+        attach(found[0].module, INPUT, ActivationQuantizer(8))
+    calibrate(model, places, quantizers, x.split(16), **settings)  # type: ignore[arg-type]
+    for name, found in places.items():
+        value = found[0].value.detach()
+        found[0].module._parameters["weight"] = nn.Parameter(quantizers[name](value))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 5), (48, 6)),
+        (nn.Linear(6, 5), (48, 4, 6)),
+        (nn.Conv1d(4, 6, 3, stride=2, dilation=2, padding=1), (48, 4, 12)),
+        (nn.Conv2d(4, 6, (3, 2), groups=2), (48, 4, 5, 6)),
+        (nn.Conv2d(4, 8, 3, groups=4, padding=1, padding_mode="reflect"), (48, 4, 5, 5)),
+        (nn.Conv3d(2, 4, 2), (48, 2, 3, 3, 3)),
+    ],
+)
+def test_a_layer_keeps_its_mean_output_and_changes_less(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    features = -1 if isinstance(layer, nn.Linear) else 1
+    x = torch.randn(shape).movedim(features, -1) + 0.5
+    x = (x @ torch.randn(x.shape[-1], x.shape[-1])).movedim(-1, features)
+    with torch.no_grad():
+        exact = layer(x)
+        second, nearest = (
+            quantized(layer, x, second_order=on, ranges="minmax") for on in (True, False)
+        )
+        error, before = ((net(x) - exact).norm() for net in (second, nearest))
+    assert error <= before
+    means = [y.movedim(features, 0).flatten(1).mean(1) for y in (second(x), nearest(x), exact)]
+    for mean in means[:2]:
+        torch.testing.assert_close(mean, means[2], atol=0.02, rtol=0.02)
+
+
+@torch.no_grad()
+def test_later_layers_make_up_for_earlier_ones() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 5) @ torch.randn(5, 12)
+    net = nn.Sequential(
+        nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    exact = net(x)
+    errors = [
+        float((quantized(net, x, **settings)(x) - exact).norm() / exact.norm())  # type: ignore[arg-type]
+        for settings in (
+            {},
+            {"second_order": False},
+            {"second_order": False, "correct_bias": False},
+        )
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.7 * errors[2]
+
+
+def test_ranges() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4000, 4).relu()
+    x[7, 2] = 100.0
+    layer = nn.Linear(4, 3)
+    found = {
+        kind: quantized(layer, x, ranges=kind).input_quantizer.range  # type: ignore[union-attr]
+        for kind in ("minmax", "percentile", "mse")
+    }
+    assert found["minmax"].tolist() == [0.0, 100.0]
+    assert 3.0 < float(found["percentile"][1]) < 6.0  # type: ignore[index]
+    assert float(found["mse"][1]) <= 100.0  # type: ignore[index]
+    x[7, 2] = 3.0
+    (low, high) = quantized(layer, x.mul_(-1), ranges="mse").input_quantizer.range  # type: ignore
+    assert high == 0
+    assert -5.0 < float(low) < -3.0
