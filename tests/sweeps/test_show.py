@@ -61,9 +61,9 @@ def test_it_shows_the_best_trial_the_counts_the_time_left_and_what_runs(tmp_path
     assert "2 of 40 trials ended: 1 complete, 1 pruned, 1 running; 30 s left" in said
     assert "best: trial 7, accuracy 98.77%" in said
     assert "settings" in said
-    assert "optimizer.lr=0.01235, prune.fc1=0.9" in said
-    (row,) = {line for line in said.splitlines() if "0.01235" in line}
-    assert re.match(r" *9 +1/4 +50.00% +optimizer.lr=0.01235, .*…$", row)  # settings are cut
+    assert "optimizer.lr=0.0123, prune.fc1=0.9" in said
+    (row,) = {line for line in said.splitlines() if "0.0123" in line}
+    assert re.match(r" *9 +1/4 +50.00% +optimizer.lr=0.0123, .*…$", row)  # settings are cut
     assert len(row) <= 80
 
 
@@ -127,8 +127,9 @@ def test_it_is_renewed_by_the_clock_however_much_the_trials_say(tmp_path, monkey
             self.busy = self.left > 0
             return "said"
 
-    board = SimpleNamespace(show=lambda *_: shown.append(now[0]))
-    plan = SimpleNamespace(cfg=SimpleNamespace(sweep=SweepConfig(**{**vars(CFG), "trials": 3})))
+    board = SimpleNamespace(show=lambda *_: shown.append(now[0]), say=None)
+    cfg = SweepConfig(**{**vars(CFG), "trials": 3})
+    plan = SimpleNamespace(cfg=SimpleNamespace(name="n", sweep=cfg))
     book, pool = Book(), Talking()
     search = Search(plan, book, pool, board, Budget(CFG, book), RunDirectory(tmp_path))
     monkeypatch.setattr(search, "_on", lambda event: None)

@@ -52,7 +52,14 @@ def summary(folder=FOLDER):
 
 @pytest.mark.slow
 def test_the_command_of_the_best_trial_gives_the_same_result():
-    assert main([*ARGUMENTS, "seed=5"]) == 0
+    assert main([*ARGUMENTS, "seed=5", "logger=[csv]"]) == 0
+    for row in rows():
+        with (FOLDER / "curves" / f"000{row['number']}" / "curves.csv").open() as file:
+            curves = [float(each["value"]) for each in csv.DictReader(file)
+                      if each["name"] == "epoch/validation_accuracy"]  # fmt: skip
+        assert len(curves) == int(row["epochs"])
+        if row["accuracy"]:
+            assert curves[-1] == float(row["accuracy"])
     best = summary()["best"][0]
     command = shlex.split(best["command"])
     assert command[:3] == ["python", "-m", "trainer"]

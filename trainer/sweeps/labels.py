@@ -22,9 +22,9 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def format_settings(drawn: Mapping[str, Any]) -> str:
-    """The drawn values of a trial in one line, with four significant digits."""
+    """The drawn values of a trial in one line, with three significant digits."""
     names = short_names(drawn)
-    return ", ".join(f"{names[name]}={significant(value)}" for name, value in drawn.items())
+    return ", ".join(f"{names[name]}={significant(value, 3)}" for name, value in drawn.items())
 
 
 def format_measure(name: str, value: float) -> str:

@@ -67,7 +67,7 @@ def best_table(summary: Mapping[str, Any]) -> Table:
         (
             str(trial["number"]),
             *(format_measure(name, trial["values"][name]) for name in objectives),
-            *(significant(trial["params"].get(name, "")) for name in names),
+            *(significant(trial["params"].get(name, ""), 3) for name in names),
         )
         for trial in summary["best"]
     ]

@@ -11,6 +11,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError, first_line
 from trainer.sweeps.algorithms import own_pruner, own_sampler
 from trainer.sweeps.analysis import check_analysis
+from trainer.sweeps.loggers import check_loggers
 from trainer.sweeps.measures import check_measures
 from trainer.sweeps.overrides import override
 from trainer.sweeps.shared_phases import check_shared_phases
@@ -56,6 +57,7 @@ class Plan:
             for key in sorted(keys):
                 _check_key(f"sweep.{where}.{key}", key, settings)
         check_measures(cfg.sweep)
+        check_loggers(cfg.logger)
         check_shared_phases(cfg)
         check_analysis(cfg.sweep, self.space)
         if cfg.sweep.sampler == "grid":

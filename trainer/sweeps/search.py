@@ -10,8 +10,10 @@ from optuna.trial import TrialState
 
 from trainer.cluster import WorkerFailed
 from trainer.errors import ConfigError, RunError, first_line
+from trainer.messages import RunEnded
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.budget import Budget
+from trainer.sweeps.loggers import TrialLoggers
 from trainer.sweeps.measures import needs_artifact, not_finite, parse_constraints, violations
 from trainer.sweeps.plan import Plan
 from trainer.sweeps.pool import Pool
@@ -42,6 +44,8 @@ class Search:
         self._budget, self._directory = budget, directory
         self._bounds = parse_constraints(self._cfg)
         self._prefixes = SharedPhases(self._cfg.shared_phases, directory.path)
+        name = f"{plan.cfg.name}/{self._cfg.name}"
+        self._loggers = TrialLoggers(directory.path, name, board.say)
         self._trials: dict[int, Trial] = {}  # that were taken up and have not ended
         self._reported: dict[int, set[int]] = {}  # epochs, by trial
         self._waiting: list[int] = []  # of the trials, those that no slot runs
@@ -80,6 +84,7 @@ class Search:
         """Leave the trials that have not ended to the next session."""
         for trial in self._trials.values():
             self._pause(trial)
+        self._loggers.close()
 
     def _on(self, event: Said | Ended | GivenBack) -> None:
         number = event.slot.trial
@@ -96,6 +101,7 @@ class Search:
 
     def _listen(self, slot: Slot, trial: Trial, message: Any) -> None:
         self._began = True
+        self._loggers.on(trial.number, message)
         if trial.error:
             return
         try:
@@ -169,12 +175,29 @@ class Search:
     def _forget(self, trial: Trial) -> None:
         """The trial has ended."""
         trial.forget()
+        self._end_logging(trial)
         del self._trials[trial.number], self._reported[trial.number]
         self._board.ended(self._study.trial(trial.number))
+
+    def _end_logging(self, trial: Trial) -> None:
+        """Tell the loggers how a trial has ended."""
+        ended = self._study.trial(trial.number)
+        last = trial.records[-1] if trial.records else {}
+        summary = {
+            "status": {TrialState.COMPLETE: "done", TrialState.FAIL: "failed"}.get(
+                ended.state, "interrupted"
+            ),
+            "error": ended.user_attrs.get("reason"),
+            "accuracy": last.get("accuracy"),  # validation: trials do not see the test set
+            "loss": last.get("loss"),
+        }
+        self._loggers.on(trial.number, RunEnded(summary))
+        self._loggers.end(trial.number)
 
     def _wait(self, trial: Trial) -> None:
         """The trial's next attempt waits for a slot."""
         self._pause(trial)
+        self._loggers.end(trial.number)
         self._waiting.append(trial.number)
 
     def _pause(self, trial: Trial) -> None:
@@ -194,6 +217,8 @@ class Search:
             except Exception as error:  # its weights to begin with, its checkpoints
                 self._fail(trial, error)
                 continue
+            assert trial.resumed is not None
+            self._loggers.begin(number, trial.experiment, trial.resumed)
             self._pool.take().run(number, trial.experiment, start, needs_artifact(self._cfg))
 
     def _next(self) -> int | None:
@@ -262,6 +287,7 @@ class Search:
         now = time.monotonic()
         if now - self._shown >= LOOK_EVERY_S:
             self._shown = now
+            self._loggers.show_problems()
             self._board.show(self._trials, self._study, self._budget.left())
 
 

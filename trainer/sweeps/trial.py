@@ -15,6 +15,7 @@ from trainer.messages import (
     FileEncoded,
     Message,
     PhaseEnded,
+    Resumed,
     RunStarted,
     RunStopped,
 )
@@ -51,6 +52,7 @@ class Trial:
         self._names = list(experiment.phases)
         self._folder = folder_of(folder, number)
         self._checkpoints: Checkpoints | None = None
+        self.resumed: Resumed | None = None  # where the last attempt began
         self._parameters = 0
         self._file_bytes: int | None = None
 
@@ -71,6 +73,7 @@ class Trial:
             self._checkpoints.save_initial(self.experiment.initial_weights(None))
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
+        self.resumed = Resumed(point.phase, point.step, self._names, point.records, point.progress)
         self._file_bytes = None
         self.stopped, self.error = False, None
         return start_at(

@@ -57,6 +57,7 @@ class WandbSink(ScalarSink):
                 dir=folder,
                 id=run_id(folder),
                 resume="allow",
+                reinit="create_new",  # trials of a sweep run side by side
                 name=name,
                 group=group,
                 project=project,
