@@ -80,7 +80,7 @@ class RayConnection:
         Raises:
             ConfigError: this process is already connected to another cluster.
             ClusterLost: the head node of the connected cluster does not answer.
-            RunError: no Ray answers at the address.
+            RunError: no Ray answers at the address, or a private one does not start.
         """
         if ray.is_initialized():
             self._check_same_cluster()
@@ -110,6 +110,10 @@ class RayConnection:
         if self._owner:
             self._disconnect()
             self._owner = False
+        self._remove_private_ray()
+
+    def _remove_private_ray(self) -> None:
+        """Remove the processes and the folder of the private Ray, if there is one."""
         if self._reaper:
             self._reaper.communicate()  # closes the pipe and waits until everything is removed
             self._folder = self._reaper = RayConnection._private_ray = None
@@ -126,6 +130,22 @@ class RayConnection:
         ray.shutdown()
 
     def _start(self) -> None:
+        """Start a private Ray. On a busy machine, Ray's own limit of 30 s may not suffice once."""
+        try:
+            self._start_once()
+        except Exception:
+            ray.shutdown()
+            self._remove_private_ray()
+            try:
+                self._start_once()
+            except Exception as error:
+                raise RunError(
+                    f"Ray did not start on this machine, twice ({first_line(error)}); the load "
+                    f"average is {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs: wait until it "
+                    "is less busy, or run without Ray: cluster=inline"
+                ) from error
+
+    def _start_once(self) -> None:
         needed = math.ceil(self._groups * self._cfg.workers * self._cfg.cpus_per_worker)
         self._folder = tempfile.mkdtemp(prefix="trainer-", dir=_short_folder())
         self._reaper = subprocess.Popen(
