@@ -15,6 +15,7 @@ _GROUPS = {
     "data": ("Data: MNIST", "data/mnist.yaml", "data."),
     "data: Datasets": ("Data: Datasets of torch", "data/dataset.yaml", "data."),
     "data: images": ("Data: images", "data/images.yaml", "data."),
+    "data: table": ("Data: tables", "data/table.yaml", "data."),
     "data: text": ("Data: text", "data/text.yaml", "data."),
     "optimizer": ("Optimizer", "optimizer/sgd.yaml", "optimizer."),
     "sweep": ("Sweeps", "sweep/default.yaml", "sweep."),

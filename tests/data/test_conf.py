@@ -19,9 +19,10 @@ def test_file_lists_all_settings_with_their_defaults(file: Path) -> None:
     parameters.pop("seed", None)
     assert list(settings) == list(parameters)
     for name, parameter in parameters.items():
-        expected = MISSING if parameter.default is parameter.empty else parameter.default
+        default = list(parameter.default) if parameter.default == () else parameter.default
+        expected = MISSING if parameter.default is parameter.empty else default
         assert settings[name] == expected, name
 
 
 def test_there_are_files() -> None:
-    assert [file.stem for file in FILES] == ["dataset", "images", "mnist", "text"]
+    assert [file.stem for file in FILES] == ["dataset", "images", "mnist", "table", "text"]

@@ -1,7 +1,7 @@
 """Data sets, and the order in which any number of workers reads them.
 
 `data._target_` names a callable that takes the other settings of the `data` section, and `seed` if
-it accepts one, and returns `Splits`. `mnist`, `text`, `images` and `dataset` are such
+it accepts one, and returns `Splits`. `mnist`, `text`, `images`, `table` and `dataset` are such
 callables.
 """
 
@@ -12,6 +12,7 @@ from trainer.data.images import images
 from trainer.data.order import global_batches, permutation, shard
 from trainer.data.sources import as_splits
 from trainer.data.split import Split, Splits, TensorSplit
+from trainer.data.table import table
 
 __all__ = [
     "Split",
@@ -24,5 +25,6 @@ __all__ = [
     "mnist",
     "permutation",
     "shard",
+    "table",
     "text",
 ]
