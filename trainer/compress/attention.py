@@ -1,11 +1,17 @@
 """Multi-head attention built from Linear layers, so that its projections can be quantized."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, linear, scaled_dot_product_attention
+
+_settings = RLock()
 
 
 class LinearAttention(nn.Module):
@@ -162,6 +168,23 @@ def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Let attention run as matrix products, which its fused operators would hide.
+
+    PyTorch's settings belong to the process, so one thread at a time is in such a block: trials of
+    a sweep may run in several.
+    """
+    with _settings:
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def disable_nested_tensors(model: nn.Module) -> None:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trainer.compress.attention import unfused_attention
+
 Labels = NDArray[np.int64]  # one per position of a dimension
 _aten = torch.ops.aten
 
@@ -62,14 +64,11 @@ def removable_units(model: nn.Module, inputs: Tensor) -> list[Unit]:
     """
     tracer = _Tracer(model)
     training = model.training
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its operator hides the projections
     try:
         model.eval()
-        with torch.autocast(inputs.device.type, enabled=False), tracer:
+        with unfused_attention(), torch.autocast(inputs.device.type, enabled=False), tracer:
             outputs = model(inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         model.train(training)
     for leaf in tree_leaves(outputs):
         tracer.fix(leaf)

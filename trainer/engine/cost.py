@@ -3,23 +3,19 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from math import prod
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-_aten = torch.ops.aten
+from trainer.compress.attention import unfused_attention
 
-# PyTorch's settings of fused attention belong to the process, and trials of a sweep may count in
-# several threads.
-_fused_attention = Lock()
+_aten = torch.ops.aten
 
 # The operands that are multiplied, by their positions among the arguments of each operator.
 _OPERANDS: dict[Any, tuple[int, ...]] = {
@@ -62,12 +58,7 @@ def macs(model: nn.Module, sample: Tensor) -> int:
             after = module.register_forward_hook(counter.leave_recurrent, always_call=True)
             stack.callback(before.remove)
             stack.callback(after.remove)
-        # Fused attention would hide its products.
-        stack.enter_context(_fused_attention)
-        enabled = torch.backends.mha.get_fastpath_enabled()
-        stack.callback(torch.backends.mha.set_fastpath_enabled, enabled)
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(unfused_attention())
         # float16 would round small weights to zero.
         stack.enter_context(torch.autocast(sample.device.type, enabled=False))
         stack.enter_context(counter)
