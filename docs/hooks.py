@@ -17,6 +17,10 @@ _GROUPS = {
     "data: images": ("Data: images", "data/images.yaml", "data."),
     "data: table": ("Data: tables", "data/table.yaml", "data."),
     "data: text": ("Data: text", "data/text.yaml", "data."),
+    **{
+        f"task: {path.stem}": (f"Task: {path.stem}", f"task/{path.name}", "task.")
+        for path in sorted((CONF / "task").glob("*.yaml"))
+    },
     "optimizer": ("Optimizer", "optimizer/sgd.yaml", "optimizer."),
     "sweep": ("Sweeps", "sweep/default.yaml", "sweep."),
 }
@@ -104,7 +108,7 @@ def configuration() -> str:
         "`GROUP=NAME` selects a file of `conf/GROUP/`, such as `model=convnet`.",
         "",
     ]
-    for group in ("model", "data", "optimizer", "precision", "cluster", "logger"):
+    for group in ("model", "data", "task", "optimizer", "precision", "cluster", "logger"):
         names = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
         lines.append(f"- `{group}`: {', '.join(f'`{name}`' for name in names)}")
     return "\n".join(lines)

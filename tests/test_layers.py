@@ -22,6 +22,7 @@ FLOORS = {
     "data": 1,
     "config": 2,
     "compress": 2,
+    "tasks": 2,
     "engine": 3,
     "artifact": 3,
     "export": 3,

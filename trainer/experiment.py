@@ -4,6 +4,7 @@ The driver, the workers, sweeps and reports all receive an `Experiment`. Only th
 settings into objects; nothing above it reads plain settings.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from trainer.config import (
     LimitsConfig,
     to_dataclass,
 )
+from trainer.config.drop import exceeds
 from trainer.config.instantiate import OBJECT, Factory, locate
 from trainer.config.renamed import rename_keys
 from trainer.data.datasets import preserved_generators, seed_generators
@@ -51,6 +53,7 @@ from trainer.phases.structure import (
 )
 from trainer.store.initial import initial_weights as read_initial
 from trainer.store.serialization import check_state, from_bytes, to_bytes
+from trainer.tasks import Task
 
 DEFAULT_OPTIMIZER = {
     "_target_": "torch.optim.SGD",
@@ -88,6 +91,9 @@ class Experiment:
         data: Splits, Datasets or tensors (see `trainer.data.as_splits`); a callable that returns
             `Splits`; or a mapping with a `_target_`.
         phases: Phases in order, as a sequence or as a mapping by name.
+        task: What is minimized and measured: an object of a class of `trainer.tasks`, such as
+            `trainer.tasks.Regression(loss="huber")`, or of your own (docs/own-task.md), or a
+            mapping with a `_target_`. By default `Classification()`.
         optimizer: A class or `functools.partial` of one, such as
             `partial(torch.optim.AdamW, lr=1e-3)`, or a mapping with a `_target_`. By default SGD
             with a learning rate of 0.02, momentum 0.9, Nesterov, and weight decay 0.0005.
@@ -122,6 +128,7 @@ class Experiment:
         config: All settings, typed.
         model: Factory of the model.
         data: Factory of the data.
+        task: The task.
         optimizer: The optimizer class and its settings.
         phases: The phases by name, in order.
     """
@@ -132,6 +139,7 @@ class Experiment:
         model: nn.Module | Callable[..., nn.Module] | Mapping[str, Any],
         data: Any,
         phases: Sequence[Phase] | Mapping[str, Phase],
+        task: Task | Callable[..., Task] | Mapping[str, Any] | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] | Mapping[str, Any] | None = None,
         lr: float | None = None,
         name: str = "experiment",
@@ -173,6 +181,7 @@ class Experiment:
             "name": name,
             "model": describe_object("model", model, objects),
             "data": {**describe_object("data", data, objects), "batch_size": batch_size},
+            **({} if task is None else {"task": _describe_task(task, objects)}),
             "optimizer": chosen if lr is None else {**chosen, "lr": lr},
             "phases": {
                 key: _describe_phase(key, phase, objects) for key, phase in _by_name(phases).items()
@@ -218,8 +227,12 @@ class Experiment:
         self.model: Factory[nn.Module] = Factory("model", config.model, nn.Module, objects)
         settings = {key: value for key, value in config.data.items() if key != "batch_size"}
         self.data: Factory[Splits] = Factory("data", settings, Splits, objects)
+        task: Factory[Task] = Factory("task", config.task, Task, objects)
+        self.task: Task = task.build()
         self.optimizer: OptimizerSpec = parse_optimizer(config.optimizer, objects)
-        self.phases: dict[str, Phase] = _build_phases(config.phases, objects)
+        self.phases: dict[str, Phase] = _build_phases(
+            config.phases, config.limits.max_drop, objects
+        )
         self.loggers: dict[str, Factory[Any]] = {
             name: Factory(f"logger.{name}", settings, object, objects)
             for name, settings in config.logger.items()
@@ -321,6 +334,7 @@ class Experiment:
             seed=self.config.seed,
             channels_last=self.config.channels_last,
             sync_batchnorm=self.config.sync_batchnorm,
+            task=copy.deepcopy(self.task),  # its tensors move to the device of the worker
         )
 
     def build_loggers(self, folder: Path, name: str, group: str | None = None) -> list[Any]:
@@ -489,10 +503,19 @@ class Experiment:
 
     def check_limits(self, limits: LimitsConfig) -> None:
         """Raise ConfigError for a limit that cannot be applied."""
-        if limits.max_accuracy_drop is not None and not self.has_dense_model:
+        if limits.drop is None:
+            return
+        key = "max_accuracy_drop" if limits.max_drop is None else "max_drop"
+        if not self.has_dense_model:
             raise ConfigError(
-                f"limits.max_accuracy_drop={limits.max_accuracy_drop:g}: there is no dense model "
-                "to compare with; put a train phase first, or set init_from"
+                f"limits.{key}={limits.drop}: there is no dense model to compare with; put a train "
+                "phase first, or set init_from"
+            )
+        first = self.task.first_metric
+        if limits.max_drop is None and first != "accuracy":
+            raise ConfigError(
+                f"limits.max_accuracy_drop={limits.drop}: the first metric of the task is {first}; "
+                "set limits.max_drop, which limits any metric"
             )
 
     def _check_distillation(self) -> None:
@@ -500,6 +523,12 @@ class Experiment:
         dense = self.stages[0].phase
         for index, (name, phase) in enumerate(self.phases.items()):
             weight = phase.fit.distill.weight
+            if weight and not self.task.can_distill:
+                raise ConfigError(
+                    f"phases.{name}.fit.distill.weight={weight}: {type(self.task).__name__} does "
+                    "not define how far two predictions are apart (`Task.divergence`); choose "
+                    "another task, or set distill.weight=0"
+                )
             if weight and (index <= dense or (dense < 0 and not self.has_initial_weights)):
                 raise ConfigError(
                     f"phases.{name}.fit.distill.weight={weight}: there is no dense model to learn "
@@ -508,14 +537,15 @@ class Experiment:
                 )
 
     def _check_max_drops(self) -> None:
-        """Refuse a search that may lose more accuracy than the result is allowed to."""
-        limit = self.config.limits.max_accuracy_drop
+        """Refuse a search that may lose more than the result is allowed to."""
+        limit = self.config.limits.drop
         for name, phase in self.phases.items():
             drop = phase.max_drop if isinstance(phase, AutoPrune) else None
-            if limit is not None and drop is not None and drop > limit:
+            if limit is not None and drop is not None and exceeds(drop, limit):
+                key = "max_accuracy_drop" if self.config.limits.max_drop is None else "max_drop"
                 raise ConfigError(
-                    f"phases.{name}.max_drop={drop:g}: the search may lose more than "
-                    f"limits.max_accuracy_drop={limit:g} allows; lower it, a little below the limit"
+                    f"phases.{name}.max_drop={drop}: the search may lose more than "
+                    f"limits.{key}={limit} allows; lower it, a little below the limit"
                 )
 
 
@@ -542,11 +572,17 @@ def check_order(phases: Mapping[str, Phase]) -> None:
 
 
 def _build_phases(
-    settings: Mapping[str, Mapping[str, Any]], objects: Mapping[str, Any]
+    settings: Mapping[str, Mapping[str, Any]], max_drop: Any, objects: Mapping[str, Any]
 ) -> dict[str, Phase]:
+    """The phases by name. A search for sparsity without a `max_drop` gets that of the limits."""
     if not settings:
         raise ConfigError("phases: there are none; an experiment needs at least one, such as train")
-    return {name: _build_phase(name, chosen, objects) for name, chosen in settings.items()}
+    found = {}
+    for name, chosen in settings.items():
+        if max_drop is not None and "max_drop" in chosen and chosen["max_drop"] is None:
+            chosen = {**chosen, "max_drop": max_drop}
+        found[name] = _build_phase(name, chosen, objects)
+    return found
 
 
 def _build_phase(name: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Phase:
@@ -573,6 +609,7 @@ def collect_objects(
     *,
     model: Any = None,
     data: Any = None,
+    task: Task | Callable[..., Task] | Mapping[str, Any] | None = None,
     phases: Sequence[Phase] | Mapping[str, Phase] = (),
     logger: Mapping[str, Any] | None = None,
     artifact: bool | ArtifactConfig | Mapping[str, Any] = False,
@@ -585,6 +622,8 @@ def collect_objects(
     for key, value in (("model", model), ("data", data)):
         if value is not None:
             describe_object(key, value, objects)
+    if task is not None:
+        _describe_task(task, objects)
     for key, phase in _by_name(phases).items():
         _describe_phase(key, phase, objects)
     for key, sink in (logger or {}).items():
@@ -636,21 +675,39 @@ def _describe_phase(name: str, phase: Phase, objects: dict[str, Any]) -> dict[st
             f"phases: {name} is a {type(phase).__name__}; pass objects of subclasses of Phase, "
             "such as Train(epochs=2)"
         )
-    values = {
-        field.name: getattr(phase, field.name) for field in dataclasses.fields(phase) if field.init
-    }
-    settings = {
-        key: dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-        for key, value in values.items()
-    }
+    return _describe_dataclass(f"phases.{name}", phase, objects)
+
+
+def _describe_task(task: Any, objects: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a task that was passed as an object, a class, or a mapping."""
+    if not isinstance(task, Task):
+        if not (callable(task) or isinstance(task, Mapping)):
+            raise ConfigError(
+                f"task is a {type(task).__name__}: pass an object of a class of trainer.tasks, "
+                "such as trainer.tasks.Regression(), or a mapping with a _target_"
+            )
+        return describe_object("task", task, objects)
+    if not dataclasses.is_dataclass(task):
+        objects["task"] = task
+        return {OBJECT: "task"}
+    return _describe_dataclass("task", task, objects)
+
+
+def _describe_dataclass(key: str, value: Any, objects: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an object of a dataclass; the object itself if they are not all plain values."""
+    settings = {}
+    for field in dataclasses.fields(value):
+        if field.init:
+            item = getattr(value, field.name)
+            is_dataclass = dataclasses.is_dataclass(item) and not isinstance(item, type)
+            settings[field.name] = dataclasses.asdict(item) if is_dataclass else item
+    kind = type(value)
     if not _is_plain(settings):
-        objects[f"phases.{name}"] = phase
-        return {OBJECT: f"phases.{name}"}
-    path = class_path(type(phase))
-    if not _can_import(path, type(phase)):
-        objects[path] = type(phase)
+        objects[key] = value
+        return {OBJECT: key}
+    path = class_path(kind)
+    if not _can_import(path, kind):
+        objects[path] = kind
     return {"_target_": path, **settings}
 
 

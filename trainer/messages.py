@@ -5,6 +5,20 @@ from dataclasses import dataclass, field
 from pickle import PickleBuffer
 from typing import Any
 
+# `metrics` of a message are those of the task by name, in order, such as {"accuracy": 0.98}; in
+# summary.json and metrics.jsonl they are entries of the record itself.
+
+
+class _Measured:
+    """A message with metrics."""
+
+    metrics: Mapping[str, float]
+
+    @property
+    def accuracy(self) -> float | None:
+        """The metric "accuracy", a fraction; None if the task has no such metric."""
+        return self.metrics.get("accuracy")
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -18,6 +32,10 @@ class RunStarted:
     test: int
     phase_steps: tuple[int, ...] = ()  # steps that each phase of the run takes at most
     sequence_targets: bool = False  # a sample's targets are a sequence, as of a language model
+    task: str = "classification"  # kind of the task
+    directions: Mapping[str, str] = field(  # of its metrics by name: maximize or minimize
+        default_factory=lambda: {"accuracy": "maximize"}
+    )
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class EpochEnded:
+class EpochEnded(_Measured):
     """Means over an epoch, over all workers."""
 
     phase: str
@@ -56,7 +74,7 @@ class EpochEnded:
     step: int
     train_loss: float
     loss: float  # validation
-    accuracy: float  # validation, fraction
+    metrics: Mapping[str, float]  # validation
     lr: float
     sparsity: float
     images_per_second: float
@@ -64,13 +82,13 @@ class EpochEnded:
 
 
 @dataclass(frozen=True)
-class RoundRecord:
+class RoundRecord(_Measured):
     """One round of a phase that has several."""
 
     round: int  # 1 is the first
     sparsity: float
-    accuracy: float  # validation, fraction
-    loss: float  # validation, nats
+    metrics: Mapping[str, float]  # validation
+    loss: float  # validation
     accepted: bool  # False: the last accepted weights were restored, unless the round is extended
     stopped: str  # why this was the last round; empty: another round follows
     extended: bool = False  # not accepted yet: the next round continues from this one's weights
@@ -85,7 +103,7 @@ class RoundEnded:
 
 
 @dataclass(frozen=True)
-class PhaseRecord:
+class PhaseRecord(_Measured):
     """One entry of `phases` in summary.json."""
 
     name: str
@@ -93,8 +111,8 @@ class PhaseRecord:
     seconds: float
     steps: int
     train_loss: float | None  # of the last epoch; None where nothing was trained
-    accuracy: float  # validation, fraction
-    loss: float  # validation, nats
+    metrics: Mapping[str, float]  # validation
+    loss: float  # validation
     parameters: int
     learnable: int
     nonzero: int
@@ -162,12 +180,12 @@ class RunStopped:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluated(_Measured):
     """One model on the test set."""
 
     name: str
-    accuracy: float  # fraction
-    loss: float  # nats
+    metrics: Mapping[str, float]
+    loss: float
     parameters: tuple[str, ...] = ()  # the model's entries in its state_dict, tied ones once
 
 
@@ -184,9 +202,9 @@ class Exported:
 
     name: str  # fp32 or int8
     file_bytes: int
-    accuracy: float  # fraction
-    torch_accuracy: float  # of the same model in PyTorch, fp32 arithmetic
-    difference: float  # largest one of a logit, between the two
+    metrics: Mapping[str, float]
+    torch_metrics: Mapping[str, float]  # of the same model in PyTorch, fp32 arithmetic
+    difference: float  # largest one of an output, between the two
     milliseconds: dict[str, float]  # median per batch, by the samples in it
     content: bytes  # the file, of the run's last model; empty: not kept
 

@@ -27,7 +27,7 @@ from trainer.errors import ConfigError
         (["--ver"], ["--version"]),
         (["--completion", ""], ["bash", "fish", "zsh"]),
         (["checkpoint.k"], ["checkpoint.keep="]),
-        (["limit"], ["limits.max_accuracy_drop=", "limits.max_megabytes=", "limits.min_ratio="]),
+        (["limits.min"], ["limits.min_ratio="]),
     ],
 )  # fmt: skip
 def test_candidates(words: list[str], found: list[str]) -> None:

@@ -4,16 +4,21 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from trainer.data.checked import CheckedSplit, sample_name
+from trainer.data.checked import CheckedSplit, TargetCheck, sample_name
 from trainer.data.datasets import DatasetSplit
 from trainer.data.split import TensorSplit
 from trainer.errors import RunError
+from trainer.tasks import Classification
 
 INPUTS = torch.arange(6.0)[:, None]
 
 
+def check(classes: int) -> TargetCheck:
+    return lambda targets: Classification().check_values(targets, (1, classes))
+
+
 def checked(targets: torch.Tensor, classes: int = 4) -> CheckedSplit:
-    return CheckedSplit(TensorSplit(INPUTS, targets), "train", classes)
+    return CheckedSplit(TensorSplit(INPUTS, targets), "train", check(classes))
 
 
 def test_right_samples_pass_unchanged() -> None:
@@ -44,7 +49,7 @@ def test_a_target_of_a_sequence_is_named_by_its_sample() -> None:
 def test_an_unusable_sample_ends_the_run_with_its_name() -> None:
     items = [(torch.zeros(2), 0), (torch.zeros(2), 0.5), (torch.zeros(2), 0)]
     part = DatasetSplit(Subset(items, [2, 1]), seed=0)  # type: ignore[arg-type]
-    split = CheckedSplit(part, "test", 4)
+    split = CheckedSplit(part, "test", check(4))
     with pytest.raises(RunError, match=r"test sample 1 \(number 1 of .* its target must be an int"):
         list(split.batches([torch.tensor([0, 1])], None))
     assert sample_name(split, 0) == sample_name(part, 0)

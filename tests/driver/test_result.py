@@ -39,7 +39,7 @@ def config(**changes):
 
 
 def record(name):
-    return PhaseRecord(name, name, 1.0, 0, None, 0.9, 0.3, 1, 1, 1, 0.0, 0, None)
+    return PhaseRecord(name, name, 1.0, 0, None, {"accuracy": 0.9}, 0.3, 1, 1, 1, 0.0, 0, None)
 
 
 def names(model):
@@ -72,9 +72,9 @@ def test_the_dense_stage_is_the_measure_of_all_ratios(name):
     ends.append(to_bytes(model.state_dict()))
     result = FinalModels(config(), ends.__getitem__, record("share"))
     tested = {
-        "dense": Evaluated("dense", 0.9, 0.3, names(model)),
-        "S": Evaluated("S", 0.89, 0.31, names(model)),
-        "artifact": Evaluated("artifact", 0.88, 0.32, names(model)),
+        "dense": Evaluated("dense", {"accuracy": 0.9}, 0.3, names(model)),
+        "S": Evaluated("S", {"accuracy": 0.89}, 0.31, names(model)),
+        "artifact": Evaluated("artifact", {"accuracy": 0.88}, 0.32, names(model)),
     }
     facts = result.facts(tested)
     found = facts["artifact"]

@@ -12,6 +12,7 @@ from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit
 from trainer.engine.optim import parse_optimizer
 from trainer.engine.runtime import Runtime
+from trainer.tasks import Classification
 
 BUILDING = threading.Lock()  # ranks that are threads share torch's random state
 
@@ -50,6 +51,7 @@ def runtime(
     optimizer=None,
     sync_batchnorm=False,
     channels_last=False,
+    task=None,
     **allreduce,
 ):
     return Runtime(
@@ -63,6 +65,7 @@ def runtime(
         seed=5,
         sync_batchnorm=sync_batchnorm,
         channels_last=channels_last,
+        task=task or Classification(),
     )
 
 

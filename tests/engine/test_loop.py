@@ -18,10 +18,11 @@ from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit, steps_in
-from trainer.engine.objective import Distilled, supervised
+from trainer.engine.objective import Distilled, Supervised
 from trainer.engine.optim import lr_factor
 from trainer.engine.world import World
 from trainer.errors import Diverged, RunError
+from trainer.tasks import Classification
 
 ALONE = World.single(torch.device("cpu"))
 
@@ -277,7 +278,7 @@ def test_ignored_targets_do_not_depend_on_workers_or_micro_batches(ranks, size, 
     def train(world, accumulate):
         split, model = bodies.sentences()
         teacher = bodies.sentences()[1]
-        objective = Distilled(teacher, weight, 2.0) if weight else supervised
+        objective = Distilled(Classification(), teacher, weight, 2.0) if weight else None
         run = bodies.runtime(world, batch_size=4)
         losses = []
         settings = FitConfig(epochs=1, accumulate=accumulate)
@@ -404,7 +405,7 @@ def test_an_fp16_wire_reports_no_divergence_for_a_large_loss(ranks):
         split, model = bodies.problem()
 
         def objective(model, inputs, targets, counted):
-            return supervised(model, inputs, targets, counted) + 7e4
+            return Supervised(Classification())(model, inputs, targets, counted) + 7e4
 
         run = bodies.runtime(world, wire="fp16")
         return len(list(fit(model, split, FitConfig(epochs=1), run, objective=objective)))

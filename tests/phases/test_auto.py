@@ -29,7 +29,7 @@ TRAINING = FitConfig(epochs=1)
     [
         ({"sparsity": "most", "max_drop": 0.1}, "sparsity=most: it must be a number in"),
         ({}, "sparsity=auto with max_drop=null.* limits.max_accuracy_drop=0.002"),
-        ({"max_drop": -0.1}, "max_drop=-0.1: it must be at least 0"),
+        ({"max_drop": -0.1}, "max_drop=-0.1: it must be a number of at least 0"),
         ({"max_drop": 0.1, "rounds": 0}, "rounds=0: it must be at least 1"),
         ({"max_drop": 0.1, "fit": FitConfig(epochs=0)}, "auto with fit.epochs=0"),
         ({"max_drop": 0.1, "schedule": "cubic"}, "sparsity=auto with schedule=cubic"),
@@ -58,10 +58,10 @@ class Scripted:
     def measure(self, model: nn.Module) -> Metrics:
         self.measured += 1
         if model is self.dense:
-            return Metrics(loss=0.0, accuracy=0.95)
+            return Metrics(loss=0.0, values={"accuracy": 0.95})
         # The second layer is worth ten times as much as the first.
         lost = [1 - float(layer.weight.count_nonzero() / layer.weight.numel()) for layer in model]
-        return Metrics(loss=lost[0] + 10 * lost[1], accuracy=0.9)
+        return Metrics(loss=lost[0] + 10 * lost[1], values={"accuracy": 0.9})
 
     def run(self) -> list[Any]:
         records = []
@@ -71,7 +71,7 @@ class Scripted:
             self.phase.leave(self.model)
             self.kept.append(sum(int(layer.weight.count_nonzero()) for layer in self.model))
             self.states.append({k: v.clone() for k, v in self.model.state_dict().items()})
-            metrics = Metrics(loss=1.0, accuracy=next(self.left))
+            metrics = Metrics(loss=1.0, values={"accuracy": next(self.left)})
             records.append(self.phase.end_round(self.model, WORLD, metrics))
             if records[-1].stopped:
                 return records

@@ -29,7 +29,7 @@ RECORD = PhaseRecord(
     seconds=2.5,
     steps=20,
     train_loss=0.25,
-    accuracy=0.975,
+    metrics={"accuracy": 0.975},
     loss=0.1,
     parameters=1000,
     learnable=1000,
@@ -45,10 +45,10 @@ MESSAGES = [
         index=0, name="train", kind="train", epochs=2, steps=20, learnable=1000, sparsity=0.0
     ),
     Progress("train", epoch=1, epochs=2, step=5, steps=20, loss=0.5, lr=0.1, images_per_second=9.0),
-    EpochEnded("train", 1, 10, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, skipped=3),
-    EpochEnded("train", 2, 20, 0.25, 0.1, 0.975, 0.0, 0.92, 512.0, skipped=0),
+    EpochEnded("train", 1, 10, 0.3, 0.2, {"accuracy": 0.95}, 0.1, 0.0, 500.0, skipped=3),
+    EpochEnded("train", 2, 20, 0.25, 0.1, {"accuracy": 0.975}, 0.0, 0.92, 512.0, skipped=0),
     PhaseEnded(index=0, record=RECORD, weights=b""),
-    Evaluated("dense", accuracy=0.96, loss=0.12),
+    Evaluated("dense", metrics={"accuracy": 0.96}, loss=0.12),
 ]
 
 

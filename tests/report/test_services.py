@@ -89,7 +89,7 @@ def test_mlflow_holds_parameters_curves_and_files_and_continues_a_resumed_run(
     for _ in range(2):
         sink = MlflowSink(folder, "mine", {**SETTINGS, "odd+key": {"a=b": 1}}, group="sweep")
         feed(sink)
-        sink.on(Evaluated("P+S", accuracy=0.9, loss=0.3))
+        sink.on(Evaluated("P+S", metrics={"accuracy": 0.9}, loss=0.3))
         sink.on(ENDED)
         sink.close()
     client = MlflowClient(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}")

@@ -68,7 +68,7 @@ def test_the_summary_is_complete_at_any_moment() -> None:
     assert summary.evaluated["dense"].accuracy == 0.96
     summary.result = {"accuracy": 0.96, "loss": 0.12}
     done = summary.as_dict("done")
-    assert set(early) | {"device", "samples", "sequence_targets"} == set(done)
+    assert set(early) | {"device", "samples", "sequence_targets", "task"} == set(done)
     facts = {"name": "mine", "seed": 3, "precision": "bf16", "workers": 2, "restarts": 0}
     assert {key: done[key] for key in facts} == facts
     assert (done["accuracy"], done["loss"]) == (0.96, 0.12)
@@ -119,7 +119,9 @@ def test_metrics_beyond_the_point_of_resumption_are_deleted(tmp_path) -> None:
     directory = RunDirectory(tmp_path)
     sink = MetricsSink(directory)
     for phase, step in (("train", 10), ("train", 20), ("prune", 10), ("prune", 20)):
-        sink.on(EpochEnded(phase, 1, step, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, skipped=0))
+        sink.on(
+            EpochEnded(phase, 1, step, 0.3, 0.2, {"accuracy": 0.95}, 0.1, 0.0, 500.0, skipped=0)
+        )
     sink.on(dataclasses.replace(BEGINNING, phase=1, step=10))
 
     def left() -> list[tuple[str, int]]:

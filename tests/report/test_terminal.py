@@ -34,7 +34,7 @@ RECORD = PhaseRecord(
     seconds=2.5,
     steps=20,
     train_loss=0.25,
-    accuracy=0.975,
+    metrics={"accuracy": 0.975},
     loss=0.1,
     parameters=1000,
     learnable=1000,
@@ -60,8 +60,8 @@ MESSAGES = [
     STARTED,
     PHASE,
     Progress("prune", epoch=1, epochs=2, step=5, steps=20, loss=0.5, lr=0.1, images_per_second=9.0),
-    EpochEnded("prune", 1, 10, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, skipped=3),
-    EpochEnded("prune", 2, 20, 0.25, 0.1, 0.975, 0.0, 0.92, 512.0, skipped=0),
+    EpochEnded("prune", 1, 10, 0.3, 0.2, {"accuracy": 0.95}, 0.1, 0.0, 500.0, skipped=3),
+    EpochEnded("prune", 2, 20, 0.25, 0.1, {"accuracy": 0.975}, 0.0, 0.92, 512.0, skipped=0),
     PhaseEnded(index=0, record=RECORD, weights=b""),
 ]
 
@@ -223,11 +223,14 @@ def test_lines_break_between_words_and_paths_stay_whole():
         (PhaseStarted(0, "prune", "prune", 0, 0, 7, 0.0), "prune: no training"),
         (RunStarted(1, "cpu", 9, 1, 1, 1), "1 worker on cpu"),
         (
-            RoundEnded("p", RoundRecord(2, 0.9, 0.97, 0.1, False, "no more", False)),
-            "p round 2: sparsity 90.00%, accuracy 97.00%: accuracy too low, reverted to the last "
+            RoundEnded("p", RoundRecord(2, 0.9, {"accuracy": 0.97}, 0.1, False, "no more", False)),
+            "p round 2: sparsity 90.00%, accuracy 97.00%: beyond the limit, reverted to the last "
             "accepted weights; last round: no more",
         ),
-        (RoundEnded("p", RoundRecord(2, 0.9, 0.97, 0.1, True, "")), "97.00%: accepted"),
+        (
+            RoundEnded("p", RoundRecord(2, 0.9, {"accuracy": 0.97}, 0.1, True, "")),
+            "97.00%: accepted",
+        ),
     ],
 )
 def test_lines(message, line):

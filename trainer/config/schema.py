@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.config.drop import check_drop
 from trainer.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -152,6 +153,9 @@ class LimitsConfig:
     """What the result must reach. A run that misses a limit ends with exit code 3."""
 
     max_accuracy_drop: float | None = None  # below the dense model's test accuracy, as a fraction
+    # How much worse than the dense model's the first metric of the task may be on the test set: a
+    # number in its unit, or a percentage of the dense model's value, such as "5%".
+    max_drop: Any = None
     min_ratio: float | None = None  # 4 bytes per parameter / bytes of model.dcz
     max_megabytes: float | None = None  # of model.dcz, in 10^6 bytes
 
@@ -162,8 +166,20 @@ class LimitsConfig:
                 f"limits.max_accuracy_drop={self.max_accuracy_drop:g}: it is a fraction, so that "
                 f"{self.max_accuracy_drop:g} points are {self.max_accuracy_drop / 100:g}"
             )
+        check_drop("limits.max_drop", self.max_drop)
+        if self.max_drop is not None and self.max_accuracy_drop is not None:
+            raise ConfigError(
+                f"limits.max_drop={self.max_drop} with limits.max_accuracy_drop="
+                f"{self.max_accuracy_drop:g}: both limit the first metric; set one of them"
+            )
         check_min("limits.min_ratio", self.min_ratio, 0, excluded=True)
         check_min("limits.max_megabytes", self.max_megabytes, 0, excluded=True)
+
+    @property
+    def drop(self) -> float | str | None:
+        """How much worse the first metric may be; None: it is not limited."""
+        found: float | str | None = self.max_drop
+        return self.max_accuracy_drop if found is None else found
 
 
 @dataclass
@@ -299,6 +315,9 @@ class Config:
     data: dict[str, Any]
     optimizer: dict[str, Any]
     phases: dict[str, dict[str, Any]]  # `enabled: false` leaves a phase out
+    task: dict[str, Any] = field(  # what is minimized and measured
+        default_factory=lambda: {"_target_": "trainer.tasks.Classification"}
+    )
     logger: dict[str, dict[str, Any]] = field(default_factory=dict)  # sinks besides the run's files
     init_from: str | None = None  # file or folder with the initial weights
     init_skip: list[str] = field(default_factory=list)  # names in the model that are not loaded

@@ -1,37 +1,39 @@
 """A split whose samples are checked as they are read: errors name the split and the sample."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from trainer.data.datasets import DatasetSplit
-from trainer.data.split import IGNORED, SampleError, Split
+from trainer.data.split import SampleError, Split
 from trainer.errors import RunError
+
+TargetCheck = Callable[[Tensor], tuple[int, str] | None]
+"""From targets [n, ...] to the position of one that cannot be used and the reason, or None."""
 
 
 class CheckedSplit:
-    """A `Split` that refuses targets for which the model has no output.
+    """A `Split` that refuses targets that the task cannot use with the model.
 
     On CUDA such a target would end the process without saying which one it was.
 
     Args:
         split: What to read from.
         name: Of the split, for messages: train, validation or test.
-        classes: Number of outputs of the model; targets are below it, or IGNORED.
+        check: Finds a target that cannot be used.
     """
 
-    def __init__(self, split: Split, name: str, classes: int) -> None:
+    def __init__(self, split: Split, name: str, check: TargetCheck) -> None:
         self.split = split
         self.name = name
-        self.classes = classes
+        self.check = check
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def batches(
-        self, order: Iterable[Tensor], epoch: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
         """As `Split.batches`. Raises RunError for a sample that cannot be used."""
         requested: deque[Tensor] = deque()  # a loader may request batches ahead
 
@@ -48,29 +50,24 @@ class CheckedSplit:
             raise RunError(f"data: {self.describe(error)}") from error
 
     def check_targets(self, indices: Tensor, targets: Tensor) -> None:
-        """Raise SampleError for a target that is neither below `classes` nor IGNORED.
+        """Raise SampleError for a target that cannot be used.
 
         Args:
             indices: Of the samples [n].
-            targets: Of the samples, int64 [n, ...].
+            targets: Of the samples [n, ...].
         """
-        if not targets.numel():
-            return
-        values = targets.numpy()  # for a few values, NumPy is faster than torch
-        if values.min() >= 0 and values.max() < self.classes:
-            return
-        wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= self.classes)
-        for position in wrong.reshape(len(wrong), -1).any(1).nonzero().flatten().tolist()[:1]:
-            label = targets[position][wrong[position]].flatten()[0]
-            raise SampleError(
-                int(indices[position]),
-                f"its target is {int(label)}, but the model has {self.classes} outputs, for "
-                f"targets from 0 to {self.classes - 1} (and {IGNORED}, which is ignored)",
-            )
+        if len(targets) and (found := self.check(targets)) is not None:
+            position, reason = found
+            raise SampleError(int(indices[position]), reason)
 
     def describe(self, error: SampleError) -> str:
         """The error in words, with the names of split and sample."""
-        return f"{self.name} {sample_name(self.split, error.index)}: {error.reason}"
+        return describe_sample(self.name, self.split, error)
+
+
+def describe_sample(name: str, split: Split, error: SampleError) -> str:
+    """The error in words, with the names of split and sample."""
+    return f"{name} {sample_name(split, error.index)}: {error.reason}"
 
 
 def sample_name(split: Split, index: int) -> str:

@@ -7,7 +7,7 @@ processes.
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from trainer.data.hashing import mix
 from trainer.data.loaders import fork_server
 from trainer.data.order import permutation
 from trainer.data.split import SampleError, Split, Splits
+from trainer.data.tree import map_tensors, merge
 
 SPLIT_SEED = 0
 """Of the permutation that chooses held-out samples. The seed of the run would move them."""
@@ -28,7 +29,7 @@ EVALUATION = -1
 """Takes the place of the epoch when a sample is seeded for evaluation."""
 
 Request = tuple[int, list[int]]  # epoch, sample indices
-Batch = tuple[Tensor, Tensor]  # inputs, targets
+Batch = tuple[Any, Tensor]  # inputs (see Split.batches), targets
 
 
 def seed_generators(seed: int) -> None:
@@ -91,7 +92,8 @@ class SeededBatches(Dataset[Batch | SampleError]):
             targets = _stack([torch.as_tensor(target) for _, target in pairs], indices, "targets")
         except SampleError as error:
             return error
-        return inputs[: len(wanted)], targets[: len(wanted)].long()
+        targets = targets.float() if targets.is_floating_point() else targets.long()
+        return map_tensors(lambda tensor: tensor[: len(wanted)], inputs), targets[: len(wanted)]
 
     def _read(self, index: int) -> Any:
         try:
@@ -116,7 +118,9 @@ class DatasetSplit:
     """A map-style Dataset as a `Split`.
 
     Args:
-        dataset: Has `__len__` and `__getitem__`, which returns an (input, integer target) pair.
+        dataset: Has `__len__` and `__getitem__`, which returns an (input, target) pair. An input is
+            a tensor or array, or a tuple or mapping of them; a target is a number, a tensor or an
+            array.
         seed: Seeds the random numbers of each sample.
         loader_workers: Processes that read samples; 0: this one does. They start with the first
             batch, and end with this object.
@@ -233,33 +237,49 @@ def _as_it_is(item: Any, index: int) -> Any:
     return item
 
 
-def _check_item(item: Any, index: int) -> tuple[Tensor, int | Tensor]:
+def _check_item(item: Any, index: int) -> tuple[Any, Any]:
     """An item of a Dataset as (input, target). Raises SampleError if it is no such pair."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise SampleError(index, f"it must be a pair (input, target), not {_type_name(item)}")
     value, target = item
     try:
-        if isinstance(value, np.ndarray):
-            value = to_tensor(value)
         if isinstance(target, np.ndarray | np.generic):
             target = to_tensor(np.asarray(target))
     except TypeError:  # a type of numbers that torch does not have; it is named below
         pass
+    if isinstance(target, Tensor):
+        known = not target.is_complex()
+    else:
+        known = isinstance(target, int | float)
+    if not known:
+        raise SampleError(
+            index, f"its target must be a number or a tensor, not {_type_name(target)}"
+        )
+    return _check_input(value, index), target
+
+
+def _check_input(value: Any, index: int) -> Any:
+    """An input, with arrays as tensors. Raises SampleError if it holds anything else."""
+    if isinstance(value, Mapping):
+        return {key: _check_input(item, index) for key, item in value.items()}
+    if isinstance(value, tuple | list) and any(
+        isinstance(item, Tensor | np.ndarray | Mapping) for item in value
+    ):
+        return tuple(_check_input(item, index) for item in value)
+    try:
+        if isinstance(value, np.ndarray):
+            value = to_tensor(value)
+    except TypeError:  # as above
+        pass
     if not isinstance(value, Tensor) or not (
-        value.is_floating_point() or value.dtype in (torch.int32, torch.int64)
+        value.is_floating_point() or value.dtype in (torch.int32, torch.int64, torch.bool)
     ):
         raise SampleError(
             index,
             f"its input must be a tensor or array of floats (or of int32/int64 tokens), not "
             f"{_type_name(value)}; {_advice(value)}",
         )
-    if isinstance(target, Tensor):
-        whole = not (target.is_floating_point() or target.is_complex())
-    else:
-        whole = isinstance(target, int)
-    if not whole:
-        raise SampleError(index, f"its target must be an integer class, not {_type_name(target)}")
-    return value, target
+    return value
 
 
 def _advice(value: Any) -> str:
@@ -279,16 +299,29 @@ def _type_name(value: Any) -> str:
     return type(value).__name__
 
 
-def _stack(tensors: Sequence[Tensor], indices: Sequence[int], what: str) -> Tensor:
-    """The tensors as one with a new first dimension. Raises SampleError if shapes differ."""
-    for index, tensor in zip(indices, tensors, strict=True):
-        if tensor.shape != tensors[0].shape:
-            raise SampleError(
-                index,
-                f"its {what} have the shape {[*tensor.shape]}, those of sample {indices[0]} "
-                f"{[*tensors[0].shape]}; make them equal",
-            )
-    return torch.stack(list(tensors))
+def _stack(values: Sequence[Any], indices: Sequence[int], what: str) -> Any:
+    """Tensors, or their tuples or mappings, with a new first dimension.
+
+    Raises:
+        SampleError: Shapes or structures differ.
+    """
+
+    def stack(tensors: Sequence[Tensor]) -> Tensor:
+        for index, tensor in zip(indices, tensors, strict=True):
+            if tensor.shape != tensors[0].shape:
+                raise SampleError(
+                    index,
+                    f"its {what} have the shape {[*tensor.shape]}, those of sample {indices[0]} "
+                    f"{[*tensors[0].shape]}; make them equal",
+                )
+        return torch.stack(list(tensors))
+
+    try:
+        return merge(stack, values)
+    except SampleError:
+        raise
+    except ValueError as error:
+        raise SampleError(indices[0], f"its {what} differ from those of others: {error}") from error
 
 
 def held_out_size(samples: int, share: float, n_parts: int) -> int:
@@ -326,7 +359,7 @@ def dataset(
     loader_workers: int = 0,
     seed: int = 0,
 ) -> Splits:
-    """Splits of Datasets whose items are (input, integer target) pairs.
+    """Splits of Datasets whose items are (input, target) pairs: see `trainer.tasks` for targets.
 
     Args:
         train: Map-style Dataset of the training samples.

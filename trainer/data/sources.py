@@ -1,6 +1,7 @@
 """Data that is passed as Python objects: splits, Datasets, or tensors."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from trainer.data.datasets import SPLIT_SEED, DatasetSplit, dataset, held_out_size
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits, TensorSplit
+from trainer.data.tree import map_tensors
 
 _PARTS = ("train", "validation", "test")
 _ACCEPTED = (
@@ -27,7 +29,8 @@ def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
 
             - `Splits`, which are returned as they are;
             - a map-style Dataset of (input, target) pairs, or a pair (inputs, targets) of tensors
-              or NumPy arrays: a fixed permutation holds out parts for validation and test;
+              or NumPy arrays: a fixed permutation holds out parts for validation and test. The
+              inputs of a model with several are a tuple (positional) or a mapping (by keyword);
             - three of these, as a sequence (train, validation, test) or a mapping with these keys,
               of which validation and test may be missing or None: they are held out from train.
         seed: Seeds the random numbers of augmentation in Datasets.
@@ -42,12 +45,12 @@ def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
     missing = [name for name in _PARTS[1:] if parts.get(name) is None]
     train = parts["train"]
     if _is_pair(train) and missing:
-        inputs, targets = map(_tensor, train)
-        size = held_out_size(len(inputs), hold_out, len(missing))
-        order = permutation(len(inputs), SPLIT_SEED, 0)
+        inputs, targets = map(_tensors, train)
+        size = held_out_size(len(targets), hold_out, len(missing))
+        order = permutation(len(targets), SPLIT_SEED, 0)
         *held, rest = order.tensor_split([size * (i + 1) for i in range(len(missing))])
         parts |= {
-            name: (inputs[indices], targets[indices])
+            name: (map_tensors(itemgetter(indices), inputs), targets[indices])
             for name, indices in zip([*missing, "train"], [*held, rest], strict=True)
         }
     elif missing:
@@ -73,8 +76,7 @@ def _parts(data: Any) -> dict[str, Any]:
 
 def _split(name: str, part: Any, seed: int) -> Split:
     if _is_pair(part):
-        inputs, targets = map(_tensor, part)
-        return TensorSplit(inputs, targets)
+        return TensorSplit(*map(_tensors, part))
     if isinstance(part, TensorDataset) and len(part.tensors) == 2:
         return TensorSplit(*part.tensors)
     if hasattr(part, "batches"):
@@ -86,13 +88,14 @@ def _split(name: str, part: Any, seed: int) -> Split:
 
 
 def _is_pair(data: Any) -> bool:
-    """Whether `data` is (inputs, targets)."""
-    arrays = Tensor | np.ndarray
-    return (
-        isinstance(data, tuple | list)
-        and len(data) == 2
-        and all(isinstance(x, arrays) for x in data)
-    )
+    """Whether `data` is (inputs, targets), where inputs may be a tuple or mapping of arrays."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        return False
+    inputs, targets = data
+    if isinstance(inputs, Mapping):
+        inputs = [*inputs.values()]
+    several = inputs if isinstance(inputs, tuple | list) and inputs else [inputs]
+    return all(isinstance(x, Tensor | np.ndarray) for x in (*several, targets))
 
 
 def _is_dataset(data: Any) -> bool:
@@ -105,5 +108,9 @@ def _is_dataset(data: Any) -> bool:
     )
 
 
-def _tensor(data: Any) -> Tensor:
+def _tensors(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _tensors(item) for key, item in data.items()}
+    if isinstance(data, tuple | list):
+        return tuple(map(_tensors, data))
     return torch.from_numpy(data) if isinstance(data, np.ndarray) else data

@@ -5,9 +5,13 @@ A `Split` turns index tensors into batches. It knows nothing of workers, shuffli
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from trainer.data.tree import map_tensors, tensors
 
 IGNORED = -100
 """The target that does not count in loss and accuracy, as in torch.nn.functional.cross_entropy."""
@@ -39,9 +43,7 @@ class Split(Protocol):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def batches(
-        self, order: Iterable[Tensor], epoch: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
         """Yield one batch for each index tensor.
 
         Args:
@@ -49,7 +51,9 @@ class Split(Protocol):
             epoch: Seeds the augmentation; None: evaluation, without augmentation.
 
         Yields:
-            (inputs [n, ...], targets [n, ...]) on the CPU; targets are int64 classes or IGNORED.
+            (inputs, targets) on the CPU. Inputs are a tensor [n, ...]; or a tuple of tensors, which
+            are positional arguments of the model; or a mapping of tensors, which are keyword
+            arguments. Targets [n, ...] are int64 or floats: see `trainer.tasks`.
         """
 
 
@@ -72,8 +76,8 @@ class TensorSplit:
     """A split in memory. A batch costs one indexed copy, and what `augment` and `prepare` cost.
 
     Args:
-        inputs: [n, ...] of any type.
-        targets: int64 [n, ...].
+        inputs: [n, ...] of any type; or a tuple or mapping of such tensors.
+        targets: [n, ...], int64 or floats.
         augment: Changes the stored inputs of a training batch.
         prepare: Turns the inputs of any batch into those of the model, so that a compact form of
             them (bytes) can be stored.
@@ -84,27 +88,28 @@ class TensorSplit:
 
     def __init__(
         self,
-        inputs: Tensor,
+        inputs: Any,
         targets: Tensor,
         augment: Augment | None = None,
-        prepare: Callable[[Tensor], Tensor] | None = None,
+        prepare: Callable[[Any], Any] | None = None,
     ) -> None:
-        if len(inputs) != len(targets):
-            raise ValueError(f"{len(inputs)} inputs with {len(targets)} targets: give one for each")
+        for tensor in tensors(inputs):
+            if len(tensor) != len(targets):
+                raise ValueError(
+                    f"{len(tensor)} inputs with {len(targets)} targets: give one for each"
+                )
         self.inputs = inputs
         self.targets = targets
         self.augment = augment
         self.prepare = prepare
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.targets)
 
-    def batches(
-        self, order: Iterable[Tensor], epoch: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
         """As `Split.batches`."""
         for indices in order:
-            inputs = self.inputs.index_select(0, indices)
+            inputs = map_tensors(partial(torch.index_select, dim=0, index=indices), self.inputs)
             if epoch is not None and self.augment is not None:
                 inputs = self.augment(inputs, indices, epoch)
             if self.prepare is not None:

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import LimitsConfig
+from trainer.config.drop import is_worse, worst_allowed
+from trainer.report.metrics import first_metric
+from trainer.tasks.metrics import MAXIMIZE
 
 _ROUNDING = 1e-9  # 0.9912 - 0.9892 is a little more than 0.002
 
@@ -24,13 +27,17 @@ def missed_limits(summary: Mapping[str, Any], limits: LimitsConfig) -> list[str]
     """
     found = []
     artifact = summary.get("artifact")
-    if limits.max_accuracy_drop is not None:
-        accuracy = artifact["accuracy"] if artifact else summary["accuracy"]
-        drop = summary["baseline_accuracy"] - accuracy
-        if drop > limits.max_accuracy_drop + _ROUNDING:
+    if limits.drop is not None:
+        metric, direction = first_metric(summary)
+        value = artifact[metric] if artifact else summary[metric]
+        baseline = summary[f"baseline_{metric}"]
+        worst = worst_allowed(baseline, limits.drop, direction)
+        if is_worse(value, worst, direction, _ROUNDING):
+            key = "max_accuracy_drop" if limits.max_drop is None else "max_drop"
+            verb = "fell" if direction == MAXIMIZE else "rose"
             found.append(
-                f"accuracy fell by {drop:.4f} from {summary['baseline_accuracy']:.4f} to "
-                f"{accuracy:.4f}, limits.max_accuracy_drop={limits.max_accuracy_drop:g}"
+                f"{metric} {verb} by {abs(value - baseline):.4f} from {baseline:.4f} to "
+                f"{value:.4f}, limits.{key}={limits.drop}"
             )
     if artifact and limits.min_ratio is not None and artifact["ratio"] < limits.min_ratio:
         found.append(

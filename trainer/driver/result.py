@@ -38,7 +38,7 @@ class FinalModels:
         self._weights = {_label(stage): saved(stage.phase) for stage in self._stages}
         self.artifact = b""
         if experiment.config.artifact.make:
-            about = {"validation_accuracy": round(last.accuracy, 6)}
+            about = {f"validation_{name}": round(of, 6) for name, of in last.metrics.items()}
             self.artifact = experiment.encode_artifact(self.final, about)
 
     @property
@@ -62,7 +62,7 @@ class FinalModels:
         """The entries of summary.json that depend on the test set."""
         final = evaluated[_label(self._stages[-1])]
         facts: dict[str, Any] = {
-            "accuracy": final.accuracy,
+            **final.metrics,
             "loss": final.loss,
             **self._baseline(evaluated),
         }
@@ -73,9 +73,13 @@ class FinalModels:
     def _baseline(self, evaluated: Mapping[str, Evaluated]) -> dict[str, float | None]:
         """Metrics of the dense model; None if there is none."""
         if not self._experiment.has_dense_model:
-            return {"baseline_accuracy": None, "baseline_loss": None}
+            final = evaluated[_label(self._stages[-1])]
+            return {f"baseline_{name}": None for name in (*final.metrics, "loss")}
         dense = evaluated[_label(self._stages[0])]
-        return {"baseline_accuracy": dense.accuracy, "baseline_loss": dense.loss}
+        return {
+            f"baseline_{name}": value
+            for name, value in {**dense.metrics, "loss": dense.loss}.items()
+        }
 
     def _artifact_facts(self, evaluated: Mapping[str, Evaluated]) -> dict[str, Any]:
         # Written by this run, so its size needs no limit.
@@ -102,7 +106,7 @@ class FinalModels:
             "bytes": len(self.artifact),
             "dense_bytes": dense,
             "ratio": dense / len(self.artifact),
-            "accuracy": evaluated[DECODED].accuracy,
+            **evaluated[DECODED].metrics,
             "loss": evaluated[DECODED].loss,
             **self._baseline(evaluated),
             "stages": [
@@ -110,7 +114,7 @@ class FinalModels:
                     "name": name,
                     "bytes": size,
                     "ratio": dense / size,
-                    "accuracy": metrics.accuracy,
+                    **metrics.metrics,
                     "loss": metrics.loss,
                     "published": literature.get(name),
                 }

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from trainer.compress.attention import unfused_attention
+from trainer.data.tree import tensors
 
 _aten = torch.ops.aten
 
@@ -35,7 +36,7 @@ _OPERANDS: dict[Any, tuple[int, ...]] = {
 
 
 @torch.no_grad()
-def macs(model: nn.Module, sample: Tensor) -> int:
+def macs(model: nn.Module, sample: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> int:
     """Count the multiply-accumulates of matrix products and convolutions for one sample.
 
     Every operator that torch runs is looked at (as `torch.utils.flop_counter` does), whatever layer
@@ -46,7 +47,8 @@ def macs(model: nn.Module, sample: Tensor) -> int:
 
     Args:
         model: With plain weights; its mode is restored afterwards.
-        sample: Inputs [1, ...], on the model's device.
+        sample: Inputs [1, ...], on the model's device; several in a tuple or mapping.
+        call: Calls the model with the sample; None: `model(sample)`.
     """
     counter = _Counter(sample)
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
@@ -60,23 +62,28 @@ def macs(model: nn.Module, sample: Tensor) -> int:
             stack.callback(after.remove)
         stack.enter_context(unfused_attention())
         # float16 would round small weights to zero.
-        stack.enter_context(torch.autocast(sample.device.type, enabled=False))
+        device = next(tensors(sample)).device.type
+        stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(counter)
         model.eval()
-        model(sample)
+        if call is None:
+            model(sample)
+        else:
+            call(model, sample)
     return counter.total
 
 
 class _Counter(TorchDispatchMode):
     """Counts the products of the operators that run while it is active."""
 
-    def __init__(self, sample: Tensor) -> None:
+    def __init__(self, sample: Any) -> None:
         super().__init__()
         self.total = 0
         self._in_recurrent = 0
         # Memory that depends on the sample. A weak reference keeps the address from being reused.
         self._dependent: dict[int, StorageWeakRef] = {}
-        self._mark(sample)
+        for tensor in tensors(sample):
+            self._mark(tensor)
 
     def enter_recurrent(self, module: nn.RNNBase, args: tuple[Any, ...], named: Any) -> None:
         """Forward pre-hook: count the weights of a recurrent layer, which run as one operator."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trainer.data.checked import sample_name
 from trainer.data.split import Split
+from trainer.data.tree import tensors
 from trainer.engine.world import World
 from trainer.errors import RunError
 
@@ -32,11 +33,13 @@ def check_inputs(
     order = list(order)
     found = torch.zeros(world.size, dtype=torch.int64)  # a sample's index + 1, or 0
     for indices, (inputs, _) in zip(order, split.batches(order, epoch), strict=True):
-        if inputs.is_floating_point() and len(inputs):
-            wrong = ~inputs.isfinite().reshape(len(inputs), -1).all(1)
-            if bool(wrong.any()):
-                found[world.rank] = indices[wrong][0] + 1
-                break
+        broken = torch.zeros(len(indices), dtype=torch.bool)
+        for tensor in tensors(inputs):
+            if tensor.is_floating_point() and len(tensor):
+                broken |= ~tensor.isfinite().reshape(len(tensor), -1).all(1)
+        if bool(broken.any()):
+            found[world.rank] = indices[broken][0] + 1
+            break
         world.heartbeat.beat()
     world.all_reduce(found)
     for index in found[found > 0].tolist():

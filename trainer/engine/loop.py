@@ -1,9 +1,9 @@
 """The training loop: one generator that yields after every optimizer step.
 
 Between two steps the caller may change a pruning mask, evaluate, report or stop. Global batch k of
-epoch e holds the same samples for any number of workers (trainer.data.order), and every target that
-counts has the same weight in it, on whichever worker and in whichever micro-batch it is: the mean
-over workers of the gradients is the gradient of the mean over the global batch.
+epoch e holds the same samples for any number of workers (trainer.data.order), and every unit of
+loss (`Task.units`) has the same weight in it, on whichever worker and in whichever micro-batch it
+is: the mean over workers of the gradients is the gradient of the mean over the global batch.
 """
 
 import math
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from trainer.config import FitConfig
 from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
-from trainer.data.split import IGNORED, Split
+from trainer.data.split import Split
 from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs
 from trainer.engine.freeze import Freezing
-from trainer.engine.objective import Objective, count_targets, supervised
+from trainer.engine.objective import Objective, Supervised
 from trainer.engine.optim import load_state, lr_factor, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
-from trainer.engine.world import World
 from trainer.errors import Diverged
 
 Request = Callable[[], int]
@@ -43,10 +42,10 @@ class StepResult:
     epoch: int  # 0 is the first
     epoch_ends: bool  # the last step of its epoch, or of the phase
     samples: int  # size of the global batch
-    targets: int  # counted targets of the global batch
-    loss: float  # mean over the counted targets of the global batch; 0 if there are none
+    targets: float  # units of loss of the global batch, such as targets that are not ignored
+    loss: float  # mean over the units of loss of the global batch; 0 if there are none
     lr: float
-    applied: bool  # False: skipped by loss scaling, or no target counted
+    applied: bool  # False: skipped by loss scaling, or there is no unit of loss
     sent_bytes: int  # gradient bytes that this worker sent
     requested: int  # sum of the ranks' requests; the same on all ranks
     state: Callable[[], dict[str, Any]]  # returns what `fit` needs to continue from here
@@ -67,7 +66,7 @@ def fit(
     epochs_before: int = 0,
     start: Mapping[str, Any] | None = None,
     request: Request = lambda: 0,
-    objective: Objective = supervised,
+    objective: Objective | None = None,
 ) -> Iterator[StepResult]:
     """Train `model` in place on `split`, yielding after every optimizer step.
 
@@ -82,7 +81,7 @@ def fit(
             of the run, so that no phase repeats those of another.
         start: Continue from this `StepResult.state`, with the model as it was then.
         request: Called on each rank in each step; all ranks get the sum in `requested`.
-        objective: What is minimized.
+        objective: What is minimized; None: the loss of the task.
 
     Raises:
         Diverged: The loss is NaN or infinite. All ranks raise it in the same step.
@@ -94,7 +93,8 @@ def fit(
     per_epoch, total = steps_in(len(split), runtime.batch_size, cfg)
     if total == 0:
         return
-    world, precision = runtime.world, runtime.mixed_precision
+    world, precision, task = runtime.world, runtime.mixed_precision, runtime.task
+    objective = objective or Supervised(task)
     freezing = Freezing(model, cfg.freeze, cfg.epochs)
     parameters = freezing.trained
     optimizer = runtime.optimizer.build(parameters)
@@ -113,7 +113,7 @@ def fit(
             "scaler": precision.state(),
         }
 
-    per_sample = _targets_per_sample(split, world)
+    per_sample = _units_per_sample(split, runtime)
     synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
     reducer = Reducer(parameters, world, runtime.allreduce, extras=3)
     buffers = ForwardBuffers(model) if world.size > 1 else None
@@ -132,7 +132,7 @@ def fit(
                 micro_batches(b, world.rank, world.size, cfg.accumulate, runtime.sync_batchnorm)
                 for b in batches
             ]
-            # An empty micro-batch is computed with a substitute, whose targets do not count.
+            # An empty micro-batch is computed with a substitute, which does not count.
             order = [
                 m if len(m) else b[:1]
                 for b, share in zip(batches, shares, strict=True)
@@ -148,13 +148,11 @@ def fit(
                 reducer.zero_grad()
                 request_slot.fill_(request())
                 loss = torch.zeros((), device=world.device)
-                full = len(batch) * per_sample  # targets, if none is ignored
-                ignored = 0  # of them, on this rank
+                full = len(batch) * per_sample  # units of loss, if no target is ignored
+                ignored = 0.0  # of them, on this rank
                 for number, indices in enumerate(share, start=1):
                     inputs, targets = next(loaded)
-                    if not len(indices):
-                        targets = torch.full_like(targets, IGNORED)
-                    counted = count_targets(targets)
+                    counted = task.units(targets) if len(indices) else 0
                     ignored += len(indices) * per_sample - counted
                     inputs, targets = runtime.place_batch(inputs, targets)
                     if synchronized is not None:
@@ -175,8 +173,10 @@ def fit(
                     ignored_slot.zero_()
                 reducer.finish()
                 mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
-                # So far the weights were those of a batch in which every target counts.
-                counted = full - round(mean_ignored * world.size)
+                # So far the weights were those of a batch in which no target is ignored.
+                counted = full - mean_ignored * world.size
+                if not task.fractional_units:
+                    counted = round(counted)
                 if counted == 0:
                     reducer.zero_grad()
                 elif counted != full:
@@ -245,11 +245,11 @@ def micro_batches(
     return [piece for piece in pieces if len(piece)]
 
 
-def _targets_per_sample(split: Split, world: World) -> int:
-    """Targets of the first sample, ignored ones included; the same on all ranks."""
-    with world.heartbeat.busy():
+def _units_per_sample(split: Split, runtime: Runtime) -> int:
+    """Units of loss of the first sample, if no target is ignored; the same on all ranks."""
+    with runtime.world.heartbeat.busy():
         ((_, targets),) = split.batches([torch.tensor([0])], None)
-    return targets.numel()
+    return max(1, runtime.task.full_units(targets))
 
 
 def _multiply_gradients(parameters: list[nn.Parameter], factor: float) -> None:

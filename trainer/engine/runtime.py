@@ -1,15 +1,18 @@
 """What all phases of a run share, and how a model and a batch get to the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import AllReduceConfig
+from trainer.data.tree import map_tensors
 from trainer.engine.optim import OptimizerSpec
 from trainer.engine.precision import Precision
 from trainer.engine.world import World
+from trainer.tasks import Classification, Task
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of dimensions
 
@@ -26,6 +29,7 @@ class Runtime:
     seed: int
     channels_last: bool = False
     sync_batchnorm: bool = False
+    task: Task = field(default_factory=Classification)
 
     @cached_property
     def mixed_precision(self) -> Precision:
@@ -35,15 +39,22 @@ class Runtime:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model, in place, to the device and the memory format of this run."""
         model.to(device=self.world.device)
+        self.task.to(self.world.device)
         if self.channels_last:
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.ndim in _CHANNELS_LAST and tensor.is_floating_point():
                     tensor.data = tensor.data.to(memory_format=_CHANNELS_LAST[tensor.ndim])
         return model
 
-    def place_batch(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def place_batch(self, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
         """Move a batch to the device; inputs with 4 or 5 dimensions get the model's format."""
-        inputs = inputs.to(self.world.device, non_blocking=True)
-        if self.channels_last and inputs.ndim in _CHANNELS_LAST:
-            inputs = inputs.contiguous(memory_format=_CHANNELS_LAST[inputs.ndim])
-        return inputs, targets.to(self.world.device, non_blocking=True)
+        return map_tensors(self._place, inputs), self._move(targets)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        tensor = self._move(tensor)
+        if self.channels_last and tensor.ndim in _CHANNELS_LAST:
+            return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.ndim])
+        return tensor
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.world.device, non_blocking=True)

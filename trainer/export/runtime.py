@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
@@ -56,8 +55,3 @@ def latencies(models: Mapping[str, OnnxModel], inputs: Tensor) -> dict[str, floa
         if repeat >= 3 and time.perf_counter() - begun > SECONDS:
             break
     return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def count_correct(logits: Array, targets: Tensor) -> int:
-    """How many of the largest logits are those of the targets."""
-    return int((logits.argmax(-1) == np.asarray(targets)).sum())

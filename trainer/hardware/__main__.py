@@ -299,6 +299,8 @@ def _validation_samples(experiment: Experiment, count: int) -> Tensor:
     split = experiment.build_data().validation
     indices = torch.arange(count) % len(split)
     ((inputs, _),) = split.batches([indices], None)
+    if not isinstance(inputs, Tensor):
+        raise ConfigError("the cost on hardware is only known for models with one input tensor")
     return inputs
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from trainer import artifact
 from trainer.experiment import Experiment
 from trainer.phases.structure import from_metadata
+from trainer.report.metrics import metric_names
 from trainer.report.notebook import run_html
 from trainer.store.directory import RunDirectory
 from trainer.store.serialization import from_bytes
@@ -39,7 +40,7 @@ class Result:
     def metrics(self) -> dict[str, float]:
         """Metrics on the test set by name: of the decoded model file if there is one."""
         source = self.summary.get("artifact") or self.summary
-        return {name: float(source[name]) for name in ("accuracy", "loss")}
+        return {name: float(source[name]) for name in (*metric_names(self.summary), "loss")}
 
     @property
     def artifact(self) -> Path | None:

@@ -151,8 +151,8 @@ def resume(
         checkpoint: Other settings of the section `checkpoint`.
         limits: Other settings of the section `limits`.
         progress: Whether to print the progress.
-        objects: `model`, `data`, `phases`, `logger` or `artifact` as passed to `run`, if they could
-            not be stored in the run directory.
+        objects: `model`, `data`, `task`, `phases`, `logger` or `artifact` as passed to `run`, if
+            they could not be stored in the run directory.
 
     Returns:
         The result.

@@ -1,8 +1,8 @@
-"""The search for the highest sparsity at which a model keeps its accuracy."""
+"""The search for the highest sparsity at which a model keeps the first metric of its task."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from trainer.compress.masks import largest
 from trainer.compress.select import select_weights
 from trainer.compress.state import load_state, model_state
 from trainer.config import FitConfig, check_min
+from trainer.config.drop import check_drop, is_worse, worst_allowed
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -22,6 +23,7 @@ from trainer.messages import RoundRecord
 from trainer.phases.base import Evaluate, Phase, RoundPhase
 from trainer.phases.prune import AUTO, Prune, check_min_density, min_kept, prune_weights
 from trainer.phases.retrain import preserve
+from trainer.tasks.metrics import MAXIMIZE, format_metric
 
 FIRST_FRACTION = 0.5  # of the weights, kept by the first round
 LAST_FRACTION = 0.97  # a round that would keep more than this is not worth its training
@@ -32,7 +34,7 @@ PROBES = (0.7, 0.5, 0.3, 0.15)  # fractions of a layer's weights at which sensit
 class _Search:
     """The state of a search; the same on all ranks."""
 
-    baseline: float = math.nan  # accuracy of the dense model
+    baseline: float = math.nan  # first metric of the dense model
     fraction: float = FIRST_FRACTION  # of the weights that the next round keeps
     targets: dict[str, int] = field(default_factory=dict)  # weights kept by each layer
     curves: dict[str, Curve] = field(default_factory=dict)  # sensitivity of each layer
@@ -45,20 +47,22 @@ class _Search:
 
 @dataclass
 class AutoPrune(RoundPhase):
-    """Prune and retrain in rounds, as far as validation accuracy stays close to the dense model's.
+    """Prune and retrain in rounds, as far as the first metric stays close to the dense model's.
 
     Each round prunes the layers by their sensitivity: those whose loss rises most when they are
-    pruned alone keep most of their weights. A round whose accuracy falls below the limit is trained
-    once more without pruning, since survivors may need longer and accuracies scatter. If that does
+    pruned alone keep most of their weights. A round whose metric is beyond the limit is trained
+    once more without pruning, since survivors may need longer and metrics scatter. If that does
     not help, both rounds are undone, and the next one prunes less: the fraction of weights that it
     keeps is the square root of the previous one, and its square again after an accepted round. The
     phase ends in the last accepted state.
 
     The search ends at the limit on validation data, and other data may fall below it: if the test
-    set must stay within `limits.max_accuracy_drop`, select_weights a smaller `max_drop`.
+    set must stay within `limits.max_accuracy_drop`, choose a smaller `max_drop`.
 
     Args:
-        max_drop: Largest drop of validation accuracy below the dense model's, as a fraction.
+        max_drop: How much worse than the dense model's the first metric of the task may be on
+            validation data: a number in its unit, such as a fraction for accuracy, or a percentage
+            of the dense model's value, such as "5%".
         rounds: Largest number of rounds; each trains for `fit.epochs`.
         min_density: Smallest fraction of its weights that any layer keeps, in [0, 1].
         include: Name patterns of the weights to prune.
@@ -68,7 +72,7 @@ class AutoPrune(RoundPhase):
     kind: ClassVar[str] = "auto_prune"
     makes: ClassVar[frozenset[str]] = frozenset({"zeros"})
 
-    max_drop: float | None = None
+    max_drop: Any = None
     rounds: int = 15
     min_density: float = 0.01
     include: list[str] = field(default_factory=lambda: ["*"])
@@ -94,10 +98,10 @@ class AutoPrune(RoundPhase):
     def check_settings(self) -> None:
         if self.max_drop is None:
             raise ConfigError(
-                "max_drop=null: set how far the accuracy may fall, such as "
-                "limits.max_accuracy_drop=0.002, which max_drop follows"
+                "max_drop=null: set how much worse the first metric may become, such as "
+                "limits.max_accuracy_drop=0.002 or limits.max_drop=5%, which max_drop follows"
             )
-        check_min("max_drop", self.max_drop, 0)
+        check_drop("max_drop", self.max_drop)
         check_min("rounds", self.rounds, 1)
         check_min_density(self.min_density)
         if self.fit.epochs == 0:
@@ -118,7 +122,7 @@ class AutoPrune(RoundPhase):
         if not search.curves:
             now = evaluate(model)
             if not search.accepted:
-                search.baseline = (evaluate(dense) if dense is not None else now).accuracy
+                search.baseline = (evaluate(dense) if dense is not None else now).first
                 search.accepted = _copy_state(model)
             search.curves = {
                 name: _sensitivity(model, value, kept[name], evaluate, now.loss)
@@ -145,8 +149,8 @@ class AutoPrune(RoundPhase):
         assert self.max_drop is not None
         search = self._search
         sparsity = counts(model).sparsity
-        limit = search.baseline - self.max_drop
-        accepted = metrics.accuracy >= limit - 1e-12
+        limit = worst_allowed(search.baseline, self.max_drop, metrics.direction)
+        accepted = not is_worse(metrics.first, limit, metrics.direction, rounding=1e-12)
         number = len(search.history) + 1
         if accepted:
             search.accepted, search.pending = _copy_state(model), {}
@@ -161,8 +165,11 @@ class AutoPrune(RoundPhase):
         stopped = ""
         if search.fraction > LAST_FRACTION:
             stopped = (
-                f"{sparsity:.2%} sparse: accuracy {metrics.accuracy:.2%} is below {limit:.2%}, "
-                "and a smaller step would not be worth a round"
+                f"{sparsity:.2%} sparse: {metrics.name} "
+                f"{format_metric(metrics.name, metrics.first)} is "
+                f"{'below' if metrics.direction == MAXIMIZE else 'above'} "
+                f"{format_metric(metrics.name, limit)}, and a smaller step would not be worth a "
+                "round"
             )
         elif accepted and search.exhausted:
             stopped = "every layer has reached min_density"
@@ -173,7 +180,7 @@ class AutoPrune(RoundPhase):
         record = RoundRecord(
             round=number,
             sparsity=sparsity,
-            accuracy=metrics.accuracy,
+            metrics=metrics.values,
             loss=metrics.loss,
             accepted=accepted,
             stopped=stopped,
@@ -184,7 +191,7 @@ class AutoPrune(RoundPhase):
 
     def state(self) -> Mapping[str, Any]:
         plain = {key: value for key, value in vars(self._search).items() if key != "history"}
-        return {**plain, "history": [asdict(record) for record in self._search.history]}
+        return {**plain, "history": [dict(vars(record)) for record in self._search.history]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._search = _Search(

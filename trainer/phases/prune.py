@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ class Prune(Phase):
     interval: int = 10
     include: list[str] = field(default_factory=lambda: ["*"])
     exempt: list[str] = field(default_factory=list)
-    max_drop: float | None = None
+    max_drop: Any = None
     rounds: int = 15
 
     def __post_init__(self, epochs: int | None, lr: float | None) -> None:

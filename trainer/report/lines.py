@@ -1,5 +1,7 @@
 """One line of text about each message of a run, for the terminal and for log.txt."""
 
+from collections.abc import Mapping
+
 from trainer.messages import (
     EpochEnded,
     HeadLost,
@@ -14,6 +16,7 @@ from trainer.messages import (
     WorkersLost,
 )
 from trainer.report.text import plural
+from trainer.tasks.metrics import format_metric
 
 
 def describe(message: Message) -> str | None:
@@ -55,7 +58,7 @@ def describe(message: Message) -> str | None:
             parts = [
                 f"{message.phase} epoch {message.epoch}: loss {message.train_loss:.4f} "
                 f"(validation {message.loss:.4f})",
-                f"accuracy {message.accuracy:.2%}",
+                *(f"{name} {format_metric(name, of)}" for name, of in message.metrics.items()),
                 *([f"sparsity {message.sparsity:.1%}"] if message.sparsity else []),
                 f"{message.images_per_second:,.0f} samples/s",
                 *([f"{_count(message.skipped, 'step')} skipped"] if message.skipped else []),
@@ -66,8 +69,8 @@ def describe(message: Message) -> str | None:
             otherwise = "extended" if record.extended else "reverted to the last accepted weights"
             return (
                 f"{message.phase} round {record.round}: sparsity {record.sparsity:.2%}, "
-                f"accuracy {record.accuracy:.2%}: "
-                + ("accepted" if record.accepted else f"accuracy too low, {otherwise}")
+                f"{_first(record.metrics, record.loss)}: "
+                + ("accepted" if record.accepted else f"beyond the limit, {otherwise}")
                 + (f"; last round: {record.stopped}" if record.stopped else "")
             )
         case PhaseEnded():
@@ -75,7 +78,8 @@ def describe(message: Message) -> str | None:
             kept = f"{done.nonzero:,} of {done.parameters:,} parameters are nonzero"
             if done.nonzero == done.parameters:
                 kept = f"{done.parameters:,} parameters"
-            return f"{done.name} done in {done.seconds:.1f} s: accuracy {done.accuracy:.2%}, {kept}"
+            first = _first(done.metrics, done.loss)
+            return f"{done.name} done in {done.seconds:.1f} s: {first}, {kept}"
     return None
 
 
@@ -88,6 +92,12 @@ def phase_title(message: PhaseStarted, phases: int) -> str:
     if phases > 1:
         return f"phase {message.index + 1} of {phases}: {message.name}"
     return message.name
+
+
+def _first(metrics: Mapping[str, float], loss: float) -> str:
+    """Name and value of the first metric; of the loss, if there is none."""
+    name, value = next(iter(metrics.items()), ("loss", loss))
+    return f"{name} {format_metric(name, value)}"
 
 
 def _count(count: int, noun: str) -> str:

@@ -97,12 +97,13 @@ def run_html(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         metrics: the lines of metrics.jsonl.
     """
     from trainer.report.html import figures, render  # slow to import, with matplotlib below
+    from trainer.report.metrics import first_metric
     from trainer.report.page import compression_chart, highlights, learning_curves
     from trainer.report.tables import tables
 
     charts = learning_curves(summary, metrics)
     if summary.get("artifact"):
-        charts |= compression_chart(summary["artifact"])
+        charts |= compression_chart(summary["artifact"], first_metric(summary)[0])
     return render(
         "run_notebook.html.j2",
         title=summary["name"],

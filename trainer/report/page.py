@@ -8,6 +8,7 @@ import yaml
 from trainer.report import hardware, plots
 from trainer.report.distributions import Distribution
 from trainer.report.html import figures, render
+from trainer.report.metrics import first_metric, metric_names
 from trainer.report.tables import (
     has_perplexity,
     has_published,
@@ -17,7 +18,8 @@ from trainer.report.tables import (
     stages,
     workers,
 )
-from trainer.report.text import megabytes, number
+from trainer.report.text import megabytes
+from trainer.tasks.metrics import format_metric
 
 _DRAWN = 24  # tensors whose weights are drawn, the largest ones
 
@@ -52,10 +54,12 @@ def page(
         highlights=highlights(summary),
         curves=figures(learning_curves(summary, metrics)),
         artifact_path=artifact and artifact["path"],
-        stages=artifact and stages(artifact, has_perplexity(summary)),
-        compression=figures(compression_chart(artifact)) if artifact else [],
+        stages=artifact and stages(artifact, has_perplexity(summary), metric_names(summary)),
+        compression=figures(compression_chart(artifact, first_metric(summary)[0]))
+        if artifact
+        else [],
         layers=artifact and layers(artifact),
-        onnx=onnx(summary["onnx"]) if summary.get("onnx") else None,
+        onnx=onnx(summary["onnx"], metric_names(summary)) if summary.get("onnx") else None,
         weights=figures(
             {
                 tensor.name: plots.distribution(index, tensor)
@@ -79,29 +83,33 @@ def learning_curves(
     if not summary["phases"]:
         return {}
     return {
-        "Accuracy on validation data after each epoch. A diamond is a phase without training.":
-            plots.accuracies(summary["phases"], metrics),
+        **{
+            f"{name.capitalize()} on validation data after each epoch. A diamond is a phase "
+            "without training.": plots.metric_curve(summary["phases"], metrics, name)
+            for name in metric_names(summary)[:1]
+        },
         "Loss on training data (mean over each epoch) and on validation data (after it).":
             plots.losses(summary["phases"], metrics),
     }  # fmt: skip
 
 
-def compression_chart(artifact: Mapping[str, Any]) -> dict[str, str]:
-    """Accuracy against compression ratio as SVG, by caption."""
-    caption = "Test accuracy against compression."
+def compression_chart(artifact: Mapping[str, Any], name: str = "accuracy") -> dict[str, str]:
+    """The first metric, `name`, against compression ratio as SVG, by caption."""
+    caption = f"Test {name} against compression."
     if has_published(artifact):
         caption += " Hollow: published."
-    return {caption: plots.compression(artifact["stages"])}
+    return {caption: plots.compression(artifact["stages"], name)}
 
 
 def highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The result in a few figures, each with what it is."""
     artifact = summary.get("artifact")
-    accuracy = artifact["accuracy"] if artifact else summary["accuracy"]
-    found = [(number(accuracy, ".2%"), "test accuracy" + " of the file" * bool(artifact))]
-    baseline = summary.get("baseline_accuracy")
-    if baseline is not None and baseline != accuracy:
-        found.append((number(baseline, ".2%"), "test accuracy of the dense model"))
+    name, _ = first_metric(summary)
+    value = (artifact or summary)[name]
+    found = [(format_metric(name, value), f"test {name}" + " of the file" * bool(artifact))]
+    baseline = summary.get(f"baseline_{name}")
+    if baseline is not None and baseline != value:
+        found.append((format_metric(name, baseline), f"test {name} of the dense model"))
     if artifact:
         found.append((f"{artifact['ratio']:.1f}x", "smaller than the dense weights"))
         dense = megabytes(artifact["dense_bytes"])

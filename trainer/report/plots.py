@@ -41,7 +41,7 @@ _NAME_SIZE = 8.5  # of the names of phases, in points
 
 
 def losses(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
-    """Draw training and validation loss over the epochs of all phases; arguments as `accuracies`.
+    """Draw training and validation loss over the epochs of all phases; arguments as `metric_curve`.
 
     The axis is logarithmic where the losses span more than a factor of 20.
     """
@@ -59,26 +59,27 @@ def losses(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
         return to_svg(figure, "losses")
 
 
-def accuracies(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
-    """Draw validation accuracy over the epochs of all phases.
+def metric_curve(phases: Sequence[Record], metrics: Sequence[Record], name: str) -> str:
+    """Draw a validation metric over the epochs of all phases.
 
     Args:
         phases: the records of summary.json; a phase without training is one point.
         metrics: the lines of metrics.jsonl.
+        name: of the metric.
     """
     with style():
         figure, axes = new_figure()
-        _over_epochs(axes, phases, metrics, [("accuracy", "accuracy", "validation", BLUE)])
-        axes.set_ylabel("accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _over_epochs(axes, phases, metrics, [(name, name, "validation", BLUE)])
+        _metric_axis(axes, name)
         return to_svg(figure, "accuracies")
 
 
-def compression(stages: Sequence[Record]) -> str:
-    """Draw test accuracy over compression ratio; published figures are hollow.
+def compression(stages: Sequence[Record], name: str = "accuracy") -> str:
+    """Draw a test metric over compression ratio; published figures, of accuracy, are hollow.
 
     Args:
         stages: of the artifact, as in summary.json.
+        name: of the metric.
     """
     with style():
         figure, axes = new_figure(WIDTH, HEIGHT + 0.19 * len(stages))
@@ -86,13 +87,13 @@ def compression(stages: Sequence[Record]) -> str:
             colour = SERIES[index % len(SERIES)]
             axes.plot(
                 stage["ratio"],
-                stage["accuracy"],
+                _value(stage[name]),
                 "o",
                 color=colour,
                 markersize=8,
                 label=f"{stage['name']}, {stage['ratio']:.1f}x",
             )
-            published = stage["published"] or {}
+            published = (stage["published"] or {}) if name == "accuracy" else {}
             if published.get("error") is not None:
                 axes.plot(
                     published["ratio"],
@@ -105,11 +106,17 @@ def compression(stages: Sequence[Record]) -> str:
         axes.set_xscale("log", base=2)
         log_ticks(axes.xaxis, 2, "x")
         axes.set_xlabel("times smaller than the dense fp32 weights")
-        axes.set_ylabel("test accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _metric_axis(axes, name, "test ")
         axes.margins(0.08, 0.15)
         legend(figure, axes, columns=1)
         return to_svg(figure, "compression")
+
+
+def _metric_axis(axes: Axes, name: str, prefix: str = "") -> None:
+    """Label the vertical axis with the name of a metric."""
+    axes.set_ylabel(f"{prefix}{name}")
+    if name.endswith("accuracy"):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def distribution(index: int, tensor: Distribution) -> str:

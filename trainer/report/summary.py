@@ -19,7 +19,8 @@ from trainer.messages import (
     WorkersLost,
     WorkersStarted,
 )
-from trainer.store.directory import as_json
+from trainer.report.metrics import metric_names
+from trainer.store.directory import as_json, from_json
 from trainer.version import __version__
 
 
@@ -75,6 +76,7 @@ class SummarySink:
                     "device": message.device,
                     "workers": message.workers,
                     "sequence_targets": message.sequence_targets,
+                    "task": {"name": message.task, "metrics": dict(message.directions)},
                     "samples": {
                         "train": message.train,
                         "validation": message.validation,
@@ -94,7 +96,7 @@ class SummarySink:
         """Nothing is open: the driver writes what `as_dict` returns."""
 
     def _restore(self, message: Resumed) -> None:
-        self.phases = [PhaseRecord(**record) for record in message.records]
+        self.phases = [from_json(PhaseRecord, record) for record in message.records]
         if self._earlier is None:
             # The progress stored in the checkpoint is that of earlier commands. Their last summary
             # may have counted more, after that checkpoint. Later it is this command's own.
@@ -110,6 +112,7 @@ class SummarySink:
             status: One of done, failed, interrupted or limits.
             error: One line, if the run did not succeed.
         """
+        metrics = metric_names(self._facts)
         return {
             **self._facts,
             "status": status,
@@ -123,9 +126,7 @@ class SummarySink:
                 **{name: importlib.metadata.version(name) for name in ("torch", "ray")},
             },
             "images_per_second": self._speed(),
-            "accuracy": None,
-            "loss": None,
-            "baseline_accuracy": None,
+            **dict.fromkeys([*metrics, "loss", *(f"baseline_{name}" for name in metrics)]),
             "baseline_loss": None,
             "phases": [as_json(p) for p in self.phases],
             **self.result,

@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.report.metrics import metric_names
 from trainer.report.table import Table
 from trainer.report.text import megabytes, number, perplexity, plural
+from trainer.tasks.metrics import format_metric
 
 _FRAME = "names, shapes, checksums"  # what a file holds besides its tensors
 # Letters in the names of stages.
@@ -23,20 +25,24 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     artifact = summary.get("artifact")
     found = [phases(summary)]
     if artifact:
-        found += [stages(artifact, has_perplexity(summary)), layers(artifact)]
+        found += [
+            stages(artifact, has_perplexity(summary), metric_names(summary)),
+            layers(artifact),
+        ]
     if summary.get("onnx"):
-        found.append(onnx(summary["onnx"]))
+        found.append(onnx(summary["onnx"], metric_names(summary)))
     return found
 
 
 def phases(summary: Mapping[str, Any]) -> Table:
-    """One row for each phase; loss and accuracy are of validation data."""
+    """One row for each phase; loss and metrics are of validation data."""
+    metrics = metric_names(summary)
     rows = [
         (
             phase["name"],
             f"{phase['steps']:,}",
             number(phase["loss"], ".4f"),
-            number(phase["accuracy"], ".2%"),
+            *(format_metric(name, phase[name]) for name in metrics),
             f"{phase['nonzero']:,}",
             f"{phase['nonzero'] / phase['parameters']:.1%}",
             megabytes(phase["sent_bytes_per_step"]) if phase["sent_bytes_per_step"] else "",
@@ -46,19 +52,18 @@ def phases(summary: Mapping[str, Any]) -> Table:
         for phase in summary["phases"]
     ]
     caption = [where(summary)]
-    if summary["accuracy"] is not None:
-        caption.insert(
-            0,
-            f"test set: accuracy {summary['accuracy']:.2%}, error {1 - summary['accuracy']:.2%}, "
-            f"loss {number(summary['loss'], '.4f')}",
-        )
+    if summary["loss"] is not None:
+        values = [f"{name} {format_metric(name, summary[name])}" for name in metrics]
+        if "accuracy" in metrics:
+            values.insert(1 + metrics.index("accuracy"), f"error {1 - summary['accuracy']:.2%}")
+        caption.insert(0, f"test set: {', '.join(values)}, loss {number(summary['loss'], '.4f')}")
     return Table(
         f"{summary['name']}: {summary['status']}",
         (
             "phase",
             "steps",
             "loss",
-            "accuracy",
+            *metrics,
             "nonzero",
             "kept",
             "sent/step",
@@ -76,15 +81,19 @@ def has_perplexity(summary: Mapping[str, Any]) -> bool:
     return bool(summary.get("sequence_targets"))
 
 
-def stages(artifact: Mapping[str, Any], perplexities: bool = False) -> Table:
-    """Size and test error of each stage, beside published figures where there are any.
+def stages(
+    artifact: Mapping[str, Any], perplexities: bool = False, metrics: Sequence[str] = ("accuracy",)
+) -> Table:
+    """Size and test metrics of each stage, beside published figures where there are any.
 
     Args:
         artifact: of summary.json.
         perplexities: add the perplexity, which only means something for a language model.
+        metrics: Names of the metrics. Of an accuracy, the error is shown.
     """
     published = has_published(artifact)
-    columns = ["stage", "bytes", "ratio", "error", "loss"]
+    names = ["error" if name == "accuracy" else name for name in metrics]
+    columns = ["stage", "bytes", "ratio", *names, "loss"]
     columns += ["perplexity"] * perplexities + ["published"] * published
     rows = []
     for stage in artifact["stages"]:
@@ -93,7 +102,10 @@ def stages(artifact: Mapping[str, Any], perplexities: bool = False) -> Table:
             stage["name"],
             f"{stage['bytes']:,}",
             f"{stage['ratio']:.1f}x",
-            f"{1 - stage['accuracy']:.2%}",
+            *(
+                f"{1 - stage[name]:.2%}" if name == "accuracy" else format_metric(name, stage[name])
+                for name in metrics
+            ),
             number(loss, ".4f"),
         ]
         if perplexities:
@@ -190,15 +202,15 @@ def fold_quantizers(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     return list(kept.values())
 
 
-def onnx(converted: Sequence[Mapping[str, Any]]) -> Table:
+def onnx(converted: Sequence[Mapping[str, Any]], metrics: Sequence[str] = ("accuracy",)) -> Table:
     """What onnxruntime makes of the models, on validation data with one thread."""
     batches = list(converted[0]["milliseconds"])
     rows = [
         (
             model["name"],
             f"{model['file_bytes']:,}",
-            f"{model['accuracy']:.2%}",
-            f"{model['torch_accuracy']:.2%}",
+            *(format_metric(name, model[name]) for name in metrics[:1]),
+            *(format_metric(name, model[f"torch_{name}"]) for name in metrics[:1]),
             number(model["difference"], ".2g"),
             *(f"{model['milliseconds'][batch]:.3g}" for batch in batches),
         )
@@ -209,13 +221,14 @@ def onnx(converted: Sequence[Mapping[str, Any]]) -> Table:
         (
             "model",
             "bytes",
-            "accuracy",
-            "PyTorch",
+            *metrics[:1],
+            *["PyTorch"] * bool(metrics),
             "difference",
             *(f"ms, batch {b}" for b in batches),
         ),
         rows,
-        "PyTorch: accuracy of the same model in PyTorch; difference: the largest one of a logit",
+        f"PyTorch: {next(iter(metrics), 'loss')} of the same model in PyTorch; difference: the "
+        "largest one of an output",
         optional=("difference", "PyTorch"),
     )
 

@@ -9,12 +9,14 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, cast
 
 import yaml
 
 from trainer.errors import ConfigError, RunError
 from trainer.store.files import atomic_write
+
+T = TypeVar("T")
 
 
 class RunDirectory:
@@ -221,5 +223,28 @@ def _finite(value: Any) -> Any:
 
 
 def as_json(record: Any) -> dict[str, Any]:
-    """A dataclass as plain values."""
-    return dataclasses.asdict(record)
+    """A dataclass as plain values, in which metrics are entries of the record itself."""
+    return cast(dict[str, Any], _with_metrics(dataclasses.asdict(record)))
+
+
+def from_json(kind: type[T], record: Mapping[str, Any]) -> T:
+    """The dataclass with `metrics` that `as_json` turned into `record`."""
+    names = {field.name for field in dataclasses.fields(cast(Any, kind))}
+    metrics = {key: value for key, value in record.items() if key not in names}
+    own = {key: value for key, value in record.items() if key in names}
+    return kind(**{"metrics": metrics, **own})
+
+
+def _with_metrics(value: Any) -> Any:
+    """Replace `metrics` by its entries, and `torch_metrics` by entries named torch_NAME."""
+    if isinstance(value, list):
+        return [_with_metrics(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if key in ("metrics", "torch_metrics"):
+            found |= {f"{key.removesuffix('metrics')}{name}": of for name, of in item.items()}
+        else:
+            found[key] = _with_metrics(item)
+    return found

@@ -118,7 +118,8 @@ class Trial:
                 before = self._names[: self._names.index(message.phase)]
                 done = sum(self.experiment.phases[name].fit.epochs for name in before)
                 self.epoch = done + message.epoch
-                self.value = message.accuracy if self._sweep.metric == "accuracy" else message.loss
+                metric = self._sweep.metric
+                self.value = message.loss if metric == "loss" else message.metrics[metric]
                 left = self._parameters * (1 - message.sparsity)
                 return self.epoch, watched(self._sweep, self.value, left)
         return None

@@ -8,6 +8,7 @@ from trainer.testing.coders import check_coder
 from trainer.testing.layers import check_quantized_layer
 from trainer.testing.phases import ExampleNet, check_phase, check_structural_phase
 from trainer.testing.sinks import check_sink
+from trainer.testing.tasks import check_task
 
 __all__ = [
     "ExampleNet",
@@ -18,4 +19,5 @@ __all__ = [
     "check_sampler",
     "check_sink",
     "check_structural_phase",
+    "check_task",
 ]

@@ -94,7 +94,7 @@ def _phase(index: int) -> list[Message]:
         seconds=2.5,
         steps=_STEPS,
         train_loss=0.25,
-        accuracy=0.975,
+        metrics={"accuracy": 0.975},
         loss=0.1,
         parameters=1000,
         learnable=1000,
@@ -106,19 +106,19 @@ def _phase(index: int) -> list[Message]:
     return [
         PhaseStarted(index, name, name, 2, _STEPS, 1000, 0.0),
         Progress(name, 1, 2, 5, _STEPS, 0.5, 0.1, 9.0),
-        EpochEnded(name, 1, 10, 0.3, 0.2, 0.95, 0.1, 0.0, 500.0, 0),
+        EpochEnded(name, 1, 10, 0.3, 0.2, {"accuracy": 0.95}, 0.1, 0.0, 500.0, 0),
         Checkpoint(index, 10, b"state"),
-        RoundEnded(name, RoundRecord(1, 0.5, 0.97, 0.1, True, "")),
-        EpochEnded(name, 2, _STEPS, 0.25, 0.1, 0.975, 0.0, 0.92, 512.0, 3),
+        RoundEnded(name, RoundRecord(1, 0.5, {"accuracy": 0.97}, 0.1, True, "")),
+        EpochEnded(name, 2, _STEPS, 0.25, 0.1, {"accuracy": 0.975}, 0.0, 0.92, 512.0, 3),
         PhaseEnded(index, record, b"weights"),
     ]
 
 
 def _end() -> list[Message]:
     return [
-        Evaluated("dense", 0.96, 0.12),
-        Evaluated("P+S+H (Han's format)", 0.95, _NAN),
-        Exported("fp32", 4000, 0.96, 0.96, 1e-6, {"1": 0.2}, b"onnx"),
+        Evaluated("dense", {"accuracy": 0.96}, 0.12),
+        Evaluated("P+S+H (Han's format)", {"accuracy": 0.95}, _NAN),
+        Exported("fp32", 4000, {"accuracy": 0.96}, {"accuracy": 0.96}, 1e-6, {"1": 0.2}, b"onnx"),
         RunEnded(_summary("done")),
     ]
 

@@ -34,8 +34,8 @@ class PhaseClock:
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self._loss = 0.0  # sum over the counted targets
-        self._targets = 0
+        self._loss = 0.0  # sum over the units of loss
+        self._targets = 0.0  # units of loss
         self._samples = 0
         self._applied = 0
         self._steps = 0
@@ -131,7 +131,7 @@ class PhaseClock:
             step=step.step,
             train_loss=self.train_loss,
             loss=validation.loss,
-            accuracy=validation.accuracy,
+            metrics=validation.values,
             lr=step.lr,
             sparsity=sparsity,
             images_per_second=self._speed,

@@ -51,4 +51,4 @@ def evaluate_models(
             )
         entries = model.state_dict()
         parameters = tuple(key for key, _ in model.named_parameters() if key in entries)
-        yield Evaluated(name, metrics.accuracy, metrics.loss, parameters)
+        yield Evaluated(name, metrics.values, metrics.loss, parameters)

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.split import Split
-from trainer.engine.objective import count_targets
 from trainer.engine.world import World
 from trainer.errors import ConfigError, first_line
 from trainer.experiment import Experiment
 from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
-from trainer.export.runtime import BATCHES, OnnxModel, count_correct, latencies
+from trainer.export.runtime import BATCHES, OnnxModel, latencies
 from trainer.messages import Exported, Message
 from trainer.phases import Quantize, StructuralPhase
 from trainer.phases.structure import from_metadata
 from trainer.store.serialization import from_bytes
+from trainer.tasks import Task
 from trainer.worker.preflight import check_compatible
 
 FP32, INT8 = "fp32", "int8"
@@ -99,12 +99,14 @@ def _exported(experiment: Experiment, final: bytes, dense: bytes | None) -> Iter
     speeds = {batch: latencies(loaded, sample[:batch]) for batch in BATCHES if batch <= len(sample)}
     last, batch_size = list(models)[-1], min(MAX_BATCH, experiment.config.batch_size)
     for name, model in models.items():
-        accuracy, in_torch, difference = _compare(model, loaded[name], split, batch_size)
+        metrics, in_torch, difference = _compare(
+            experiment.task, model, loaded[name], split, batch_size
+        )
         yield Exported(
             name=name,
             file_bytes=len(files[name]),
-            accuracy=accuracy,
-            torch_accuracy=in_torch,
+            metrics=metrics,
+            torch_metrics=in_torch,
             difference=difference,
             milliseconds={str(batch): speed[name] for batch, speed in speeds.items()},
             content=files[name] if name == last else b"",
@@ -117,28 +119,45 @@ def _loaded(experiment: Experiment, content: bytes) -> nn.Module:
 
 
 def _inputs(split: Split, count: int) -> Tensor:
-    """The first `count` samples of a split; repeated if it has fewer."""
+    """The first `count` samples of a split; repeated if it has fewer.
+
+    Raises:
+        ConfigError: The model has several inputs.
+    """
     indices = torch.arange(count) % len(split)
     ((inputs, _),) = split.batches([indices], None)
+    if not isinstance(inputs, Tensor):
+        raise ConfigError(
+            "export.onnx=true: only models with one input tensor can be exported; set "
+            "export.onnx=false"
+        )
     return inputs
 
 
 @torch.no_grad()
 def _compare(
-    model: nn.Module, onnx: OnnxModel, split: Split, batch_size: int
-) -> tuple[float, float, float]:
-    """Accuracy in onnxruntime and in PyTorch, and the largest difference of a logit.
+    task: Task, model: nn.Module, onnx: OnnxModel, split: Split, batch_size: int
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Metrics in onnxruntime and in PyTorch, and the largest difference of an output.
 
     Args:
+        task: Defines the metrics.
         batch_size: samples that are evaluated at a time.
     """
-    right = right_plain = count = 0
+    in_onnx, in_torch = (
+        {name: metric.start() for name, metric in task.measured.items()} for _ in range(2)
+    )
     differences = []
     for inputs, targets in split.batches(torch.arange(len(split)).split(batch_size), None):
-        plain = model(inputs).numpy()
-        logits = onnx(inputs)
-        right += count_correct(logits, targets)
-        right_plain += count_correct(plain, targets)
-        count += count_targets(targets)
-        differences.append(float(abs(logits - plain).max()))
-    return right / count, right_plain / count, float(np.max(differences))  # NaN, if there is one
+        plain = task.prediction(task.call(model, inputs))
+        found = torch.from_numpy(onnx(inputs))
+        for accumulators, prediction in ((in_onnx, found), (in_torch, plain)):
+            measured = task.metric_inputs(prediction, targets)
+            for accumulator in accumulators.values():
+                accumulator.add(*measured)
+        differences.append(float((found - plain).abs().max()))
+    values, plain_values = (
+        {name: accumulator.value(lambda own: [own]) for name, accumulator in each.items()}
+        for each in (in_onnx, in_torch)
+    )
+    return values, plain_values, float(np.max(differences))  # NaN, if there is one

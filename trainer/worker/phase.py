@@ -20,7 +20,7 @@ from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.freeze import frozen_values
 from trainer.engine.loop import StepResult, fit, steps_in
-from trainer.engine.objective import Distilled, Objective, supervised
+from trainer.engine.objective import Distilled, Objective, Supervised
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
 from trainer.messages import (
@@ -39,6 +39,7 @@ from trainer.messages import (
 )
 from trainer.phases import Phase, RoundPhase, StructuralPhase
 from trainer.phases.structure import StructureChange, class_path, to_metadata
+from trainer.store.directory import as_json, from_json
 from trainer.store.serialization import pack, to_bytes
 from trainer.worker.clock import PhaseClock
 
@@ -95,7 +96,7 @@ class PhaseRun:
         clock, rounds = self.clock, self.rounds
         if resumed is not None:
             clock.load(resumed["clock"])
-            rounds.extend(RoundRecord(**record) for record in resumed["rounds"])
+            rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
             if isinstance(phase, RoundPhase):
                 phase.load_state(resumed["phase"])
         with world.heartbeat.busy():
@@ -127,7 +128,7 @@ class PhaseRun:
             seconds=clock.seconds(),
             steps=self._steps_per_round() * max(1, len(rounds)),
             train_loss=clock.train_loss,
-            accuracy=metrics.accuracy,
+            metrics=metrics.values,
             loss=metrics.loss,
             parameters=after.parameters,
             learnable=self.trainable,
@@ -289,11 +290,11 @@ class PhaseRun:
         )
 
     def _objective(self) -> Objective:
-        distill = self.phase.fit.distill
+        distill, task = self.phase.fit.distill, self.runtime.task
         if not distill.weight:
-            return supervised
+            return Supervised(task)
         assert self.dense is not None  # Experiment has checked that there is one
-        return Distilled(self.dense, distill.weight, distill.temperature)
+        return Distilled(task, self.dense, distill.weight, distill.temperature)
 
     def _request(self, clock: PhaseClock) -> int:
         """What this rank requests after the step. Only rank 0 hears the driver."""
@@ -307,7 +308,7 @@ class PhaseRun:
     def _macs(self) -> int:
         order = iter([torch.zeros(1, dtype=torch.long)])
         inputs, _ = self.runtime.place_batch(*next(self.data.validation.batches(order, None)))
-        return macs(self.model, inputs)
+        return macs(self.model, inputs, self.runtime.task.call)
 
     def _checkpoint(self, step: StepResult) -> Checkpoint:
         """The state after a complete step; on other ranks than 0 without its content."""
@@ -338,7 +339,7 @@ class PhaseRun:
             "fit": step.state(),
             "unfinished": unfinished,
             "phase": phase.state() if isinstance(phase, RoundPhase) else {},
-            "rounds": [dataclasses.asdict(record) for record in self.rounds],
+            "rounds": [as_json(record) for record in self.rounds],
         }
         if isinstance(phase, StructuralPhase):
             state["change"] = self.changes[-1].change

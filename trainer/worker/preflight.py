@@ -6,17 +6,20 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import FitConfig
-from trainer.data.checked import CheckedSplit
+from trainer.data.checked import CheckedSplit, describe_sample
 from trainer.data.datasets import DatasetSplit, preserved_generators
 from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
+from trainer.data.tree import describe, map_tensors
 from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
 from trainer.errors import ConfigError, RunError, first_line
+from trainer.tasks import output as outputs
 
 SCAN_SECONDS = 0.2  # spent on looking for unusable samples in a split that is not in memory
 _SCAN_BATCH = 16  # samples
@@ -58,7 +61,7 @@ def check_compatible(
         model.train()
         _, inputs, targets = checked["train"]
         for fit in fits:
-            _check_smallest_batch(inputs, len(data.train), model, runtime, fit)
+            _check_smallest_batch(inputs, targets, len(data.train), model, runtime, fit)
     splits = Splits(**{name: split for name, (split, _, _) in checked.items()})
     return splits, targets.shape[1:]
 
@@ -114,35 +117,69 @@ def _check_parameters(model: nn.Module, runtime: Runtime, trained: bool) -> None
 
 def _check_split(
     name: str, split: Split, model: nn.Module, runtime: Runtime, scan: bool
-) -> tuple[CheckedSplit, Tensor, Tensor]:
+) -> tuple[CheckedSplit, Any, Tensor]:
     """The split, checked, and inputs and targets of its first sample."""
-    kind = type(model).__name__
-    with _readable(name, split, classes=0):
+    kind, task = type(model).__name__, runtime.task
+    with _readable(name, split):
         ((inputs, targets),) = _read(split, [torch.tensor([0])])
-    sample = f"{str(inputs.dtype).removeprefix('torch.')} {[*inputs.shape[1:]]}"
-    if targets.dtype != torch.int64:
+    if wrong := task.check_type(targets):
         raise ConfigError(
-            f"data: the targets of {name} are {str(targets.dtype).removeprefix('torch.')}; they "
-            "must be classes, int64: targets.long()"
+            f"data: the targets of {name} are {str(targets.dtype).removeprefix('torch.')}; {wrong}"
         )
-    problem = f"data and model: {kind} cannot take a {name} sample ({sample})"
-    logits = _forward(model, inputs, runtime, problem)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
+    problem = f"data and model: {kind} cannot take a {name} sample ({describe(inputs)})"
+    output = _forward(model, inputs, targets, runtime, problem)
+    try:
+        prediction = task.prediction(output)
+        wrong = task.check(prediction, targets)
+        shown = outputs.describe(prediction)
+    except ValueError as error:
+        raise ConfigError(f"data and model: {kind} returns {error}") from error
+    if wrong:
         raise ConfigError(
-            f"data and model: for targets {[*targets.shape]} of {name} {kind} returns "
-            f"{_describe(logits)}; it must be a tensor of logits, with one more dimension for the "
-            "classes"
+            f"data and model: for targets {[*targets.shape]} of {name} {kind} returns {shown}; "
+            f"{wrong}"
         )
-    checked = CheckedSplit(split, name, classes=logits.shape[-1])
-    with _readable(name, split, checked.classes):
+    shape = prediction.shape
+    checked = CheckedSplit(split, name, lambda found: task.check_values(found, shape))
+    with _readable(name, split):
         checked.check_targets(torch.tensor([0]), targets)
         if isinstance(split, TensorSplit):
             checked.check_targets(torch.arange(len(split)), split.targets)
-            if bool((split.targets == IGNORED).all()):
-                raise ConfigError(f"data: every target of {name} is {IGNORED}, which is ignored")
+            if not task.units(split.targets):
+                raise ConfigError(
+                    f"data: every target of {name} is {getattr(task, 'ignore_index', IGNORED)}, "
+                    "which is ignored"
+                )
         elif scan:
             _scan(checked, runtime)
+    _check_measures(name, output, targets, runtime)
     return checked, inputs, targets
+
+
+def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime) -> None:
+    """Refuse a loss or a metric that cannot be computed for the first sample."""
+    task = runtime.task
+    units = task.units(targets)
+    placed = targets.to(runtime.world.device)
+    what = "loss"
+    try:
+        loss = task.evaluation_loss(output, placed, units)
+        if loss.numel() != 1:
+            raise ValueError(f"it returned {outputs.describe(loss)} for one sample")
+        if task.measured:
+            what = "metrics"
+            inputs = task.metric_inputs(task.prediction(output), placed)
+        for metric_name, metric in task.measured.items():
+            what = f"metrics.{metric_name}"
+            metric.start().add(*inputs)
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if "CUDA error" in str(error):
+            raise
+        raise ConfigError(
+            f"task.{what}: it cannot be computed for a {name} sample (output "
+            f"{outputs.describe(output)}, target {describe(targets) or 'a number'}): "
+            f"{type(error).__name__}: {first_line(error)}{_source_line(error)}"
+        ) from error
 
 
 def _scan(checked: CheckedSplit, runtime: Runtime) -> None:
@@ -168,19 +205,19 @@ def _check(checked: CheckedSplit, order: Sequence[Tensor], seconds: float = math
             return
 
 
-def _read(split: Split, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _read(split: Split, order: Iterable[Tensor]) -> Iterator[tuple[Any, Tensor]]:
     if isinstance(split, DatasetSplit):
         return split.probe(order)
     return split.batches(order, None)
 
 
 @contextlib.contextmanager
-def _readable(name: str, split: Split, classes: int) -> Iterator[None]:
+def _readable(name: str, split: Split) -> Iterator[None]:
     """Turn an error that reading samples raises into one that ends the command with one line."""
     try:
         yield
     except SampleError as error:
-        raise ConfigError(f"data: {CheckedSplit(split, name, classes).describe(error)}") from error
+        raise ConfigError(f"data: {describe_sample(name, split, error)}") from error
     except (ConfigError, RunError):
         raise
     except Exception as error:
@@ -192,7 +229,7 @@ def _readable(name: str, split: Split, classes: int) -> Iterator[None]:
 
 
 def _check_smallest_batch(
-    inputs: Tensor, samples: int, model: nn.Module, runtime: Runtime, fit: FitConfig
+    inputs: Any, targets: Tensor, samples: int, model: nn.Module, runtime: Runtime, fit: FitConfig
 ) -> None:
     """Try a forward pass in training mode with as few samples as the training will have.
 
@@ -200,6 +237,7 @@ def _check_smallest_batch(
 
     Args:
         inputs: Of one sample [1, ...].
+        targets: Likewise.
         samples: Number of training samples.
         model: In training mode.
         runtime: What all phases share.
@@ -218,22 +256,31 @@ def _check_smallest_batch(
         for rank in range(parts)
         for micro in micro_batches(torch.arange(batch), rank, parts, fit.accumulate)
     ]
-    few = inputs.expand(min(sizes), *inputs.shape[1:]).contiguous()
-    kind = type(model).__name__
+    count = min(sizes)
+
+    def repeated(tensor: Tensor) -> Tensor:
+        return tensor.expand(count, *tensor.shape[1:]).contiguous()
+
+    kind, task = type(model).__name__, runtime.task
     problem = (
         f"data.batch_size={batch_size} with cluster.workers={size} and "
-        f"fit.accumulate={fit.accumulate}: {kind} cannot be trained on as little as {len(few)} of "
+        f"fit.accumulate={fit.accumulate}: {kind} cannot be trained on as little as {count} of "
         f"the {samples} training samples at a time"
     )
-    logits = _forward(model, few, runtime, problem)
-    if not isinstance(logits, Tensor):
+    few, given = map_tensors(repeated, inputs), repeated(targets)
+    output = _forward(model, few, given, runtime, problem)
+    try:
+        task.training_loss(output, given.to(runtime.world.device), task.units(given))
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"data and model: {kind} returns {_describe(logits)} in training mode; it must be a "
-            "tensor of logits, as in evaluation"
-        )
+            f"data and model: the loss of what {kind} returns in training mode, "
+            f"{outputs.describe(output)}, cannot be computed: {first_line(error)}"
+        ) from error
 
 
-def _forward(model: nn.Module, inputs: Tensor, runtime: Runtime, problem: str) -> object:
+def _forward(
+    model: nn.Module, inputs: Any, targets: Tensor, runtime: Runtime, problem: str
+) -> object:
     """The model's output for a batch; its buffers keep their values.
 
     Raises:
@@ -243,9 +290,9 @@ def _forward(model: nn.Module, inputs: Tensor, runtime: Runtime, problem: str) -
     device = runtime.world.device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        placed, _ = runtime.place_batch(inputs, torch.zeros(0, dtype=torch.int64))
+        placed = runtime.place_batch(inputs, targets)
         with runtime.mixed_precision.autocast():
-            output: object = model(placed)
+            output: object = runtime.task.call_with_targets(model, *placed)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # errors of kernels appear here, not later
     except torch.OutOfMemoryError:
@@ -267,7 +314,3 @@ def _source_line(error: Exception) -> str:
         if not (path.is_relative_to(_LIBRARY) or path.is_relative_to(_OURS)):
             return f" ({path.name}, line {frame.lineno})"
     return ""
-
-
-def _describe(output: object) -> str:
-    return str([*output.shape]) if isinstance(output, Tensor) else type(output).__name__

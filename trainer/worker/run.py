@@ -126,7 +126,9 @@ def run_phases(
                 planned_steps(phase, len(data.train), runtime.batch_size)
                 for phase in phases.values()
             ),
-            sequence_targets=len(target_shape) == 1,
+            sequence_targets=runtime.task.kind == "classification" and len(target_shape) == 1,
+            task=runtime.task.kind,
+            directions=runtime.task.directions,
         )
         if start.phase == 0 and handover is None:
             if runtime.batch_size > len(data.train):

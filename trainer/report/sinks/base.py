@@ -58,7 +58,7 @@ class ScalarSink:
                     {
                         "epoch/train_loss": message.train_loss,
                         "epoch/validation_loss": message.loss,
-                        "epoch/validation_accuracy": message.accuracy,
+                        **{f"epoch/validation_{k}": v for k, v in message.metrics.items()},
                         "epoch/sparsity": message.sparsity,
                         "epoch/samples_per_second": message.images_per_second,
                     },
@@ -67,7 +67,8 @@ class ScalarSink:
                 self._steps_before += message.record.steps
             case Evaluated():
                 name = f"test/{message.name}"
-                values = {f"{name}_accuracy": message.accuracy, f"{name}_loss": message.loss}
+                values = {**message.metrics, "loss": message.loss}
+                values = {f"{name}_{key}": value for key, value in values.items()}
                 self.log(self._steps_before, values)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.errors import ConfigError, first_line
 from trainer.messages import Message, RunEnded
+from trainer.report.metrics import metric_names
 from trainer.report.sinks.base import ScalarSink
 from trainer.report.sinks.identity import run_id
 
@@ -79,7 +80,7 @@ class WandbSink(ScalarSink):
         """Take one message of the run."""
         super().on(message)
         if isinstance(message, RunEnded):
-            for key in ("status", "accuracy", "loss"):
+            for key in ("status", *metric_names(message.summary), "loss"):
                 self._run.summary[key] = message.summary[key]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

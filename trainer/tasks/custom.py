@@ -1,0 +1,73 @@
+"""A task of the user's own: any loss, also one that the model computes."""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from trainer.data.split import IGNORED
+from trainer.errors import ConfigError
+from trainer.tasks import output as outputs
+from trainer.tasks.base import Task
+
+MODEL = "model"
+_COUNTS = ("samples", "targets")
+
+
+@dataclass
+class Custom(Task):
+    """Any loss, and metrics of your own. Without metrics, the loss is the first metric.
+
+    Args:
+        loss: A function or module, called with the prediction and the targets of a batch. It
+            returns their mean loss, or one loss for each unit. "model": the model computes its
+            loss, `loss` of its output.
+        target_argument: Name of the argument by which the model receives the targets; None: it
+            does not need them.
+        count: What the loss is a mean over: "samples", or "targets": all values of the targets but
+            those that are ignored. Micro-batches and workers are weighted by their number.
+        ignore_index: Value of targets that are ignored, if count=targets.
+    """
+
+    kind: ClassVar[str] = "custom"
+
+    _: KW_ONLY
+    target_argument: str | None = None
+    count: str = "samples"
+    ignore_index: int = IGNORED
+
+    def check_settings(self) -> None:
+        if not self.has_own_loss and self.loss != MODEL:
+            raise ConfigError(
+                f"loss={self.loss}: it must be a mapping with the _target_ of a loss, or "
+                "loss=model if the model computes it"
+            )
+        if self.count not in _COUNTS:
+            raise ConfigError(f"count={self.count}: it must be one of {', '.join(_COUNTS)}")
+
+    def call_with_targets(self, model: nn.Module, inputs: Any, targets: Tensor) -> Any:
+        if self.target_argument is None:
+            return self.call(model, inputs)
+        named = {self.target_argument: targets}
+        if isinstance(inputs, Mapping):
+            return model(**inputs, **named)
+        return model(*(inputs if isinstance(inputs, tuple | list) else (inputs,)), **named)
+
+    def units(self, targets: Tensor) -> float:
+        if self.count == "samples":
+            return len(targets)
+        return int((targets != self.ignore_index).sum())
+
+    def full_units(self, targets: Tensor) -> int:
+        return len(targets) if self.count == "samples" else targets.numel()
+
+    def training_loss(self, output: Any, targets: Tensor, units: float) -> Tensor:
+        if self.loss == MODEL:
+            return outputs.model_loss(output)
+        return super().training_loss(output, targets, units)
+
+    def evaluation_loss(self, output: Any, targets: Tensor, units: float) -> Tensor:
+        if self.loss == MODEL:
+            return outputs.model_loss(output).float() * units
+        return super().evaluation_loss(output, targets, units)

@@ -1,0 +1,93 @@
+"""What a model returns: which part of it is the prediction, and which are auxiliary outputs."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+PREDICTIONS = ("logits", "out", "prediction", "predictions")
+"""Names of the prediction in outputs with names: of transformers, of torchvision's segmentation."""
+
+
+def prediction(output: Any, wanted: str | int | None = None) -> Tensor:
+    """The prediction in a model's output.
+
+    Args:
+        output: A tensor; a tuple, whose first element is the prediction; or a mapping or an object
+            with named values, where it is the first of `PREDICTIONS` that there is.
+        wanted: The key, attribute or position of the prediction, if it is another one.
+
+    Raises:
+        ValueError: There is no such tensor.
+    """
+    found = output
+    if wanted is not None:
+        found = _entry(output, wanted)
+    elif not isinstance(output, Tensor):
+        named = dict(_named(output))
+        present = [name for name in PREDICTIONS if name in named]
+        if present:
+            found = named[present[0]]
+        elif isinstance(output, tuple | list) and output:
+            found = output[0]
+    if not isinstance(found, Tensor):
+        where = "" if wanted is None else f" with {wanted!r} being a {type(found).__name__}"
+        raise ValueError(
+            f"{describe(output)}{where}; set task.output to the name or position of the prediction"
+        )
+    return found
+
+
+def auxiliary(output: Any) -> list[Tensor]:
+    """The predictions of auxiliary heads: tensors whose name begins with "aux".
+
+    torchvision's Inception, GoogLeNet and segmentation networks return them in training mode.
+    """
+    return [value for name, value in _named(output) if name.startswith("aux")]
+
+
+def model_loss(output: Any) -> Tensor:
+    """The loss that a model computed itself: `loss` of its output.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = dict(_named(output)).get("loss")
+    if found is None:
+        raise ValueError(
+            f"{describe(output)} without a loss; pass the targets to the model by setting "
+            "task.target_argument, such as labels"
+        )
+    return found
+
+
+def describe(output: Any) -> str:
+    """What a model returned, for messages."""
+    if isinstance(output, Tensor):
+        return str([*output.shape])
+    names = [name for name, _ in _named(output)]
+    return f"{type(output).__name__} ({', '.join(names)})" if names else type(output).__name__
+
+
+def _entry(output: Any, key: str | int) -> Any:
+    if isinstance(output, Mapping):
+        return output.get(key)
+    if isinstance(key, int):
+        whole = isinstance(output, tuple | list) and -len(output) <= key < len(output)
+        return output[key] if whole else None
+    return getattr(output, key, None)
+
+
+def _named(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an output that have names."""
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    elif hasattr(output, "_fields"):
+        items = [(name, getattr(output, name)) for name in output._fields]
+    elif isinstance(output, Tensor | tuple | list):
+        items = []
+    else:
+        items = list(getattr(output, "__dict__", {}).items())
+    for name, value in items:
+        if isinstance(value, Tensor):
+            yield str(name), value
