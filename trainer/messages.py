@@ -178,6 +178,8 @@ class Handover:
 class RunStopped:
     """The run stopped on request. Nothing was done after the last checkpoint."""
 
+    changes_members: bool = False  # it continues at once, with another group of workers
+
 
 @dataclass(frozen=True)
 class Evaluated(_Measured):
@@ -232,11 +234,34 @@ class WorkersStarted:
 
 @dataclass(frozen=True)
 class WorkersLost:
-    """Workers were lost, and the run restarts from the last checkpoint."""
+    """Workers were lost, and the run restarts from the last checkpoint.
+
+    With `cluster.min_workers`, it continues with the others: see `MembersChanged`.
+    """
 
     reason: str
     detail: str  # a traceback, or what is known about their death
     restart: int  # number of this restart in the present command; 1 is the first
+    elastic: bool = False  # the others continue
+    counted: bool = True  # against cluster.max_restarts; False: the host has left the cluster
+
+
+@dataclass(frozen=True)
+class MembersChanged:
+    """A group of workers has started in an elastic run: one line of members.jsonl.
+
+    The group continues from the state of one rank of the group before it, or from a checkpoint.
+    """
+
+    phase: int  # index of the phase in which it starts
+    step: int  # steps done of that phase; 0: it begins
+    stage: int  # of that step: STEP_UPDATED, STEP_COUNTED or STEP_COMPLETE
+    workers: int
+    nodes: list[str]  # host name of each rank
+    source: int  # rank in the group before, whose state is continued; 0 after a checkpoint
+    reason: str  # why it differs from the group before
+    seconds: float  # since the loss or the change was noticed, until the group was ready to train
+    time: str  # when it was ready, in ISO 8601
 
 
 @dataclass(frozen=True)
@@ -291,6 +316,7 @@ Message = (
     | Status
     | WorkersStarted
     | WorkersLost
+    | MembersChanged
     | HeadLost
     | HeadRecovered
     | Resumed

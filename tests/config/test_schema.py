@@ -31,6 +31,20 @@ def test_plain_settings_become_nested_dataclasses():
         ({"cluster": {"working_dir": "/no/where"}}, ["cluster.working_dir", "/no/where"]),
         ({"cluster": {"device": "cuda", "gpus_per_worker": 0.5}}, ["cluster.gpus_per_worker=0.5"]),
         ({"cluster": {"gpus_per_worker": 2}}, ["cluster.gpus_per_worker=2", "one GPU"]),
+        ({"cluster": {"min_workers": 0}}, ["cluster.min_workers=0: it must be at least 1"]),
+        ({"cluster": {"workers": 2, "min_workers": 3}}, ["cluster.min_workers=3", "workers=2"]),
+        ({"cluster": {"min_workers": 1, "replay": "m.jsonl"}}, ["cluster.replay=m.jsonl with"]),
+        (
+            {"cluster": {"workers": 1, "backend": "inline", "min_workers": 1}},
+            ["cluster.min_workers=1 with cluster.backend=inline"],
+        ),
+        (
+            {
+                "cluster": {"min_workers": 1},
+                "sweep": {"params": {"seed": "range(2)"}, "objectives": {"accuracy": "maximize"}},
+            },
+            ["cluster.min_workers=1", "in a sweep"],
+        ),
         ({"phases": {"a/b": {}}}, ["phases='a/b'"]),
         ({"seed": 2**63}, ["seed="]),
         ({"cluster": {"nice": 20}}, ["cluster.nice=20", "between 0 and 19"]),

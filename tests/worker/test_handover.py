@@ -44,7 +44,7 @@ class Driver:
     handovers: dict[int, Handover] = field(default_factory=dict)  # by rank
     lost_at: tuple[int, int] | None = None
 
-    def run(self, size, handover=None, victim=None, beats=None):
+    def run(self, size, handover=None, victim=None, beats=None, leave_at=None):
         """Run a group; rank `victim` fails at its beat number `beats`."""
 
         def body(world):
@@ -59,7 +59,9 @@ class Driver:
             if world.rank == victim:
                 world.heartbeat.beat = fails
             try:
-                for message in run_phases(world, self.cfg, self.start, handover):
+                world.kept = handover if world.rank == 0 else None
+                continues = handover is not None
+                for message in run_phases(world, self.cfg, self.start, continues, leave_at):
                     if isinstance(message, Handover):
                         self.handovers[world.rank] = message
                     elif world.rank == 0:
@@ -132,6 +134,12 @@ def test_the_others_continue_without_repeating_a_step(changes, attempts):
         else:
             assert driver.ended[phase] == undisturbed.ended[phase]
     assert STEP_COMPLETE in stages
+    if handover is not None:  # the last attempt again, from its record: where, and which rank's
+        replay = Driver(cfg, begin(cfg))
+        replay.run(3, leave_at=handover.position)
+        assert {one.position for one in replay.handovers.values()} == {handover.position}
+        replay.run(2, replay.handovers[2 if attempt % 3 != 2 else 1])
+        assert replay.ended == driver.ended
 
 
 def test_a_rank_that_is_lost_in_an_evaluation_leaves_it_to_the_others():

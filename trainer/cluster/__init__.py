@@ -8,6 +8,7 @@ from trainer.cluster.fleet import Fleet
 from trainer.cluster.group import (
     ClusterLost,
     InsufficientResources,
+    Reformed,
     WorkerFailed,
     WorkerFunction,
     WorkerGroup,
@@ -19,6 +20,7 @@ __all__ = [
     "ClusterLost",
     "Fleet",
     "InsufficientResources",
+    "Reformed",
     "WorkerFailed",
     "WorkerFunction",
     "WorkerGroup",

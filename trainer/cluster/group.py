@@ -22,6 +22,8 @@ class Failure:
     is_permanent: bool = False  # a repetition would fail in the same way
     is_peer_loss: bool = False  # only a consequence: another worker disappeared first
     position: tuple[int, int] | None = None  # phase and step; None: unknown
+    lost_rank: int | None = None  # with `is_peer_loss`: the other worker, if it is known
+    has_left: bool = False  # the worker's host has left the cluster, or is about to
 
     def makes_worker_unusable(self, device: str) -> bool:
         """Whether the worker cannot be reused although its process is alive.
@@ -52,6 +54,7 @@ class WorkerFailed(RunError):
         rank: the worker's rank.
         node: the name of its host.
         detail: its whole traceback, or what is known about its death.
+        has_left: whether its host has left the cluster, so that no restart is used up.
         loss: the data on which the decision to restart is based (trainer.cluster.restart).
     """
 
@@ -62,20 +65,35 @@ class WorkerFailed(RunError):
         reason: str,
         detail: str,
         position: tuple[int, int] | None = None,
+        has_left: bool = False,
     ) -> None:
         super().__init__(f"worker {rank} on {node}: {reason}", detail)
         self.rank = rank
         self.node = node
-        self.loss = WorkerLoss(reason, position)
+        self.has_left = has_left
+        self.loss = WorkerLoss(reason, position, has_left)
+
+
+@dataclass(frozen=True)
+class Reformed:
+    """What `WorkerGroup.reform` did."""
+
+    kept: tuple[int, int, int] | None  # phase, step and stage of the state of rank 0; None: none
+    source: int  # rank that this worker had in the group before; 0 if there is no state
+    left: list[str]  # the workers that are not in the group any more, in words
+    joined: list[str]  # host name of each new worker
 
 
 class WorkerGroup(Protocol):
     """A group of warm workers with the ranks 0 to size - 1."""
 
-    size: int
     stop_requested: threading.Event
     """Set it to end the current function at its next step. The caller clears it before the next
     `run`."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks; `reform` may change it."""
 
     @property
     def nodes(self) -> list[str]:
@@ -116,6 +134,20 @@ class WorkerGroup(Protocol):
         """Make the group usable after `run` failed: replace lost workers, keep the others.
 
         Raises as `start`; InsufficientResources if a lost node was not replaced in time.
+        """
+
+    def reform(self, size: int | None = None, source: int | None = None) -> Reformed:
+        """Make the group usable after `run` failed or stopped to change members: an elastic run.
+
+        The workers that are left become the ranks of a new group, with those that have become ready
+        meanwhile. Where workers keep a state of the run, one with the latest state is rank 0.
+
+        Args:
+            size: number of ranks, to repeat a recorded run; None: all workers that are there.
+            source: the worker that becomes rank 0, by its rank up to now; None: see above.
+
+        Raises as `start`; InsufficientResources if there are fewer than `cluster.min_workers` and
+        no other became ready in time.
         """
 
     def alive(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trainer.cluster.environment import available_cpus
-from trainer.cluster.group import WorkerFailed, WorkerFunction
+from trainer.cluster.group import Reformed, WorkerFailed, WorkerFunction
 from trainer.cluster.memory import memory_released
 from trainer.config import ClusterConfig
 from trainer.engine.world import World, same_bits_on_cuda
@@ -59,6 +59,10 @@ class InlineGroup:
 
     def restart(self) -> None:
         """Nothing to do: this process is alive."""
+
+    def reform(self, size: int | None = None, source: int | None = None) -> Reformed:
+        """Nothing to do, and no state: after an error, this process has none."""
+        return Reformed(None, 0, [], [])
 
     def alive(self) -> bool:
         """This process answers."""

@@ -12,6 +12,10 @@ def open_group(cfg: ClusterConfig) -> WorkerGroup:
 
         return InlineGroup(cfg)
     prepare_environment()
+    if cfg.min_workers is not None:
+        from trainer.cluster.elastic import ElasticGroup
+
+        return ElasticGroup(cfg)
     from trainer.cluster.ray_group import RayGroup
 
     return RayGroup(cfg)

@@ -18,7 +18,7 @@ class Placement:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self.device = "cpu"  # the type of device that the workers train on, chosen by `reserve`
-        self.group: PlacementGroup | None = None  # a bundle per worker, once reserved
+        self.group: PlacementGroup | None = None  # a bundle per worker, if reserved together
         self._cfg = cfg
 
     @property
@@ -39,10 +39,10 @@ class Placement:
             ConfigError: the cluster can never hold all workers, or lacks GPUs.
             InsufficientResources: it could, but other work occupies it.
         """
-        self.device = self._choose_device()
+        self.choose_device()
         self.group = placement_group([self.bundle] * self._cfg.workers, strategy="PACK")
         if not self._wait(check_stop):
-            message, permanent = self._shortage()
+            message, permanent = self.shortage()
             raise ConfigError(message) if permanent else InsufficientResources(message)
 
     def keep(self, check_stop: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ class Placement:
             InsufficientResources: no other node replaced it.
         """
         if not self._wait(check_stop):
-            raise InsufficientResources(self._shortage()[0])
+            raise InsufficientResources(self.shortage()[0])
 
     def free(self) -> None:
         """Release the resources."""
@@ -82,7 +82,8 @@ class Placement:
         self.free()
         return False
 
-    def _shortage(self) -> tuple[str, bool]:
+    def shortage(self) -> tuple[str, bool]:
+        """Why not all workers found resources in time, and whether they never can."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         missing, permanent = shortage(
             self.bundle, self._cfg.workers, nodes, ray.available_resources()
@@ -93,8 +94,11 @@ class Placement:
         )
         return message, permanent
 
-    def _choose_device(self) -> str:
-        """Return "cpu" or "cuda". Raises ConfigError if CUDA is required and unavailable."""
+    def choose_device(self) -> None:
+        """Set `device`. Raises ConfigError if CUDA is required and unavailable."""
+        self.device = self._device()
+
+    def _device(self) -> str:
         if self._cfg.device == "cpu":
             return "cpu"
         needed = self._cfg.workers * self._cfg.gpus_per_worker

@@ -7,17 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    RayActorError,
-    RayError,
-    RaySystemError,
-    RayTaskError,
-)
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -27,44 +20,43 @@ from trainer.cluster.connection import RayConnection
 from trainer.cluster.group import (
     Failure,
     InsufficientResources,
+    Reformed,
     WorkerFailed,
     WorkerFunction,
 )
 from trainer.cluster.heartbeat import POLL_INTERVAL_S, HeartbeatMonitor, HeartbeatStatus
 from trainer.cluster.placement import Placement
+from trainer.cluster.recruits import Rank
+from trainer.cluster.streams import END, died, put, ready, receive, startup_errors
 from trainer.config import ClusterConfig
-from trainer.errors import ConfigError, RunError, first_line
+from trainer.errors import ConfigError, RunError
 
-ROOT_CAUSE_WAIT_S = 1.0  # how long to wait for the root cause after a rank lost a peer
 IDLE_WAIT_S = 5.0  # how long a worker may take to return from a failed function
 COLLECTIVE_FACTOR = 2.0  # timeout of collectives / hang_timeout_s: the monitor must be faster
+START_MARGIN_S = 5.0  # how long an answer may take to arrive, in addition to what it waits for
 START_WAIT_S = 300.0  # how long a worker may take to start and import torch
-
-_END = object()
-
-
-@dataclass
-class _Rank:
-    """What the driver knows about one worker."""
-
-    actor: Any
-    node: str = ""  # host name
-    node_id: str = ""
-    pid: int = 0
 
 
 class RayGroup:
-    """See `WorkerGroup`."""
+    """See `WorkerGroup`. The number of workers is fixed; trainer.cluster.elastic has the other."""
+
+    root_cause_wait_s = 1.0  # how long to wait for the root cause after a rank lost a peer
 
     def __init__(self, cfg: ClusterConfig) -> None:
-        self.size = cfg.workers
         self.stop_requested = threading.Event()
         self._cfg = cfg
         self._connection = RayConnection(cfg)
         self._placement = Placement(cfg)
-        self._ranks: list[_Rank] = []
-        self._runs = 0
+        self._ranks: list[Rank] = []
+        self._idle: list[Rank] = []  # workers that are not in the present group
+        self._runs = 0  # number of the current or last run
+        self._suspects: set[int] = set()  # ranks that others have lost in the last run
         self._head_lost = False  # as far as reported
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self._ranks) or self._cfg.workers
 
     @property
     def nodes(self) -> list[str]:
@@ -76,7 +68,7 @@ class RayGroup:
         self._connection.open()
         self._check_stop()
         self._placement.reserve(self._check_stop)
-        self._ranks = [_Rank(self._new_actor(rank)) for rank in range(self.size)]
+        self._ranks = [Rank(self._new_actor(rank)) for rank in range(self.size)]
         self._wait_until_up()
         if self._placement.device == "cuda" and self._ranks_without_gpu():
             self._placement.device = self._placement.without_cuda(
@@ -94,9 +86,9 @@ class RayGroup:
                 number = idle.pop(ref)
                 if not answered:
                     self._kill(self._ranks[number])
-                elif not _died(ref):
+                elif not died(ref):
                     continue
-                self._ranks[number] = _Rank(self._new_actor(number))
+                self._ranks[number] = Rank(self._new_actor(number))
         self._wait_until_up()
         if self._placement.device == "cuda" and (blind := self._ranks_without_gpu()):
             lost = blind[0]
@@ -104,6 +96,18 @@ class RayGroup:
                 f"worker {lost} on {self.nodes[lost]}: torch sees no GPU there any more"
             )
         self._connect()
+
+    def reform(self, size: int | None = None, source: int | None = None) -> Reformed:
+        """Repeat a recorded change: connect the first `size` workers, `source` as rank 0."""
+        workers = [*self._ranks, *self._idle]
+        source = source or 0
+        workers.insert(0, workers.pop(source))
+        kept = ray.get([worker.actor.kept.remote() for worker in workers], timeout=IDLE_WAIT_S)
+        size = len(workers) if size is None else size
+        before, self._ranks, self._idle = self.size, workers[:size], workers[size:]
+        self._connect(keep=True)
+        left = [f"worker {rank}" for rank in range(size, before)]
+        return Reformed(kept[0], source, left, self.nodes[before:])
 
     def alive(self) -> bool:
         """Ask every worker; also False while a lost node is not yet known to be lost."""
@@ -118,7 +122,8 @@ class RayGroup:
         if not self._ranks:
             raise RuntimeError("start() the group before run()")
         self._runs += 1
-        shared = [_put(value) for value in (function, *args)]
+        self._suspects = set()
+        shared = [put(value) for value in (function, *args)]
         streams = {
             rank.actor.run.options(num_returns="streaming").remote(self._runs, *shared): number
             for number, rank in enumerate(self._ranks)
@@ -128,6 +133,7 @@ class RayGroup:
         finally:
             if streams:  # the run failed, or the caller closed the iterator
                 self._request_stop()
+                self._disconnect()
 
     def _messages(self, streams: dict[Any, int]) -> Iterator[Any]:
         """Yield the messages of all `streams`, which map to ranks, and remove those that end."""
@@ -140,9 +146,10 @@ class RayGroup:
             if self.stop_requested.is_set() and not stop_sent:
                 stop_sent = True
                 self._request_stop()
-            for stream in _ready(streams, POLL_INTERVAL_S):
-                message = _receive(stream)
-                if message is _END:
+            self._attend()
+            for stream in ready(streams, POLL_INTERVAL_S):
+                message = receive(stream)
+                if message is END:
                     monitor.finish(streams.pop(stream))
                 elif isinstance(message, Failure):
                     late, error = self._find_root_cause(streams[stream], message, streams)
@@ -162,6 +169,15 @@ class RayGroup:
         with contextlib.suppress(RayError):  # the connection may be gone
             self._ranks[0].actor.request_stop.remote(self._runs)
 
+    def _attend(self) -> None:
+        """Do what a group does regularly during a run: nothing, if its members are fixed."""
+
+    def _disconnect(self) -> None:
+        """Let workers whose function has not ended stop waiting for other ranks at once."""
+        for rank in self._ranks:
+            with contextlib.suppress(RayError):
+                rank.actor.disconnect.remote(self._runs)
+
     def stop(self) -> None:
         """Kill the actors, the only reliable way to end a stuck collective; free the resources.
 
@@ -169,27 +185,39 @@ class RayGroup:
         """
         if not self._connection.ends_ray and self._connection.answers():
             with contextlib.suppress(RayError):  # the cluster may be gone
-                for rank in self._ranks:
-                    ray.kill(rank.actor)
+                for actor in self._actors():
+                    ray.kill(actor)
                 self._placement.free()
-        self._ranks, self._placement = [], Placement(self._cfg)
+        self._ranks, self._idle, self._placement = [], [], Placement(self._cfg)
         self._connection.close()
 
-    def _new_actor(self, rank: int) -> Any:
+    def _actors(self) -> list[Any]:
+        """Every worker that may be alive."""
+        return [rank.actor for rank in (*self._ranks, *self._idle)]
+
+    def _new_actor(self, rank: int | None) -> Any:
+        """Request a worker.
+
+        Args:
+            rank: its place in the placement group; None: wherever there are resources for it.
+        """
         from trainer.cluster.worker import CONTROL, Worker  # imports torch, after Ray has started
 
         bundle = self._placement.bundle
         threads = self._cfg.threads or max(1, int(self._cfg.cpus_per_worker))
         paths = [os.getcwd(), *sys.path] if self._connection.private else []
-        assert self._placement.group is not None
+        strategy: Any = "DEFAULT"
+        if rank is not None:
+            assert self._placement.group is not None
+            strategy = PlacementGroupSchedulingStrategy(self._placement.group, rank)
         return (
             ray.remote(concurrency_groups={CONTROL: 1})(Worker)  # type: ignore[call-overload]
             .options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement.group, rank),
+                scheduling_strategy=strategy,
             )
-            .remote(rank, self.size, threads, self._cfg.nice, paths)
+            .remote(threads, self._cfg.nice, paths)
         )
 
     def _wait_until_up(self) -> None:
@@ -197,7 +225,7 @@ class RayGroup:
         answers = [rank.actor.identity.remote() for rank in self._ranks]
         deadline = time.monotonic() + START_WAIT_S
         waiting = answers
-        with _startup_errors():
+        with startup_errors():
             while waiting:
                 up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_INTERVAL_S)
                 ray.get(up)  # raises where one has died
@@ -208,17 +236,44 @@ class RayGroup:
             for rank, identity in zip(self._ranks, ray.get(answers), strict=True):
                 rank.node, rank.node_id, rank.pid = identity
 
-    def _connect(self) -> None:
-        """Connect the workers with one another in a new group."""
-        timeout_s = COLLECTIVE_FACTOR * self._cfg.hang_timeout_s
-        with _startup_errors():
-            loopback = "127.0.0.1" if self._connection.private else None
-            rendezvous = ray.get(self._ranks[0].actor.listen.remote(loopback))
-            self._on_all("connect", *rendezvous, self._placement.device, timeout_s)
+    def _connect(self, keep: bool = False) -> None:
+        """Connect the workers with one another in a new group.
+
+        Args:
+            keep: whether the group may continue from a state that the first worker keeps.
+        """
+        with startup_errors():
+            failures = ray.get(self._request_connect(self._wait_s, keep), timeout=START_WAIT_S)
+        for failure in failures:
+            if failure is not None:
+                raise RunError(f"the workers did not start: {failure.reason}", failure.detail)
+
+    def _request_connect(self, timeout_s: float, keep: bool) -> list[Any]:
+        """Let the workers form a new group. Returns the pending answers of all ranks.
+
+        Args:
+            timeout_s: how long they may take, in seconds.
+            keep: as for `_connect`.
+        """
+        loopback = "127.0.0.1" if self._connection.private else None
+        listening = self._ranks[0].actor.listen.remote(loopback)
+        rendezvous = ray.get(listening, timeout=timeout_s + START_MARGIN_S)
+        device = self._placement.device
+        return [
+            rank.actor.connect.remote(
+                number, self.size, *rendezvous, device, timeout_s, self._wait_s, keep
+            )
+            for number, rank in enumerate(self._ranks)
+        ]
+
+    @property
+    def _wait_s(self) -> float:
+        """How long a rank waits for the others in a collective, in seconds."""
+        return COLLECTIVE_FACTOR * self._cfg.hang_timeout_s
 
     def _ranks_without_gpu(self) -> list[int]:
         """The ranks in whose process torch sees no GPU."""
-        with _startup_errors():
+        with startup_errors():
             return [rank for rank, sees in enumerate(self._on_all("sees_cuda")) if not sees]
 
     def _on_all(self, method: str, *args: Any, timeout_s: float = START_WAIT_S) -> list[Any]:
@@ -230,7 +285,7 @@ class RayGroup:
         if self.stop_requested.is_set():
             raise RunError("the group was asked to stop before it had started")
 
-    def _kill(self, rank: _Rank) -> None:
+    def _kill(self, rank: Rank) -> None:
         """End a worker even if its process is suspended and cannot handle requests."""
         ray.kill(rank.actor)
         if not rank.pid:  # it never started
@@ -265,99 +320,56 @@ class RayGroup:
         """
         self._kill_if_unusable(rank, failure)
         late = []
-        deadline = time.monotonic() + ROOT_CAUSE_WAIT_S
+        self._suspect(rank, failure)
+        deadline = time.monotonic() + self.root_cause_wait_s
+        failures = {rank: failure}
         waiting = {stream: r for stream, r in streams.items() if r != rank}
         while waiting:
             left = max(0, deadline - time.monotonic()) if failure.is_peer_loss else 0
-            ready = _ready(waiting, left)
-            for stream in ready:
-                message = _receive(stream)
-                if message is _END:
+            found = ready(waiting, left)
+            for stream in found:
+                message = receive(stream)
+                if message is END:
                     del waiting[stream]
                 elif not isinstance(message, Failure):
                     late.append(message)
                 else:
                     other = waiting.pop(stream)
                     self._kill_if_unusable(other, message)
+                    self._suspect(other, message)
+                    failures[other] = message
                     if failure.is_peer_loss and not message.is_peer_loss:
                         rank, failure = other, message
-            if not ready:
+            if not found:
                 break
         if failure.is_config_error:
             return late, ConfigError(failure.reason)
         if failure.is_permanent:
             return late, RunError(failure.reason, failure.detail)
+        # Name the worker that was lost first: it lost no other one, and others lost it.
+        while rank in failures and (lost := failures.pop(rank).lost_rank) is not None:
+            rank = lost
         node = self.nodes[rank]
-        return late, WorkerFailed(rank, node, failure.reason, failure.detail, failure.position)
+        has_left = failure.has_left or self._has_left(rank)
+        return late, WorkerFailed(
+            rank, node, failure.reason, failure.detail, failure.position, has_left
+        )
+
+    def _suspect(self, rank: int, failure: Failure) -> None:
+        """Remember which worker a failure is about: it may be unable to answer."""
+        if not failure.is_peer_loss:
+            self._suspects.add(rank)
+        elif failure.lost_rank is not None:
+            self._suspects.add(failure.lost_rank)
+
+    def _has_left(self, rank: int) -> bool:
+        """Whether the host of a worker is known to have left the cluster."""
+        if not self._connection.answers():
+            return False
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return self._ranks[rank].node_id not in alive
 
 
 @ray.remote(num_cpus=0)
 def _kill_process(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _startup_errors() -> Iterator[None]:
-    """Convert Ray's errors at the start of workers to a RunError."""
-    try:
-        yield
-    except RayError as error:
-        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise RunError(f"the workers did not start: {last}", str(error)) from error
-
-
-def _put(value: Any) -> Any:
-    """Store a value for the workers. Raises ConfigError if it cannot be pickled."""
-    try:
-        return ray.put(value)
-    except RayError:
-        raise
-    except Exception as error:
-        cause = first_line(error.__cause__ or error)
-        raise ConfigError(
-            f"a {type(value).__name__} cannot be sent to the workers: {cause}; "
-            "make it picklable, or set cluster.backend=inline"
-        ) from error
-
-
-def _died(answer: Any) -> bool:
-    """Whether an actor died before it could answer."""
-    try:
-        ray.get(answer)
-    except RayActorError:
-        return True
-    return False
-
-
-def _ready(streams: Mapping[Any, int], timeout: float) -> list[Any]:
-    """The streams that have a message, after waiting for the first of them."""
-    ready, _ = ray.wait(list(streams), timeout=timeout, fetch_local=False)
-    return ready
-
-
-def _receive(stream: Any) -> Any:
-    """The next message of a stream: a Failure where the worker died, _END at the end."""
-    try:
-        return ray.get(next(stream))
-    except StopIteration:
-        return _END
-    except RayActorError as error:
-        return Failure("the process died", str(error))
-    except RayTaskError as error:
-        return _transfer_failure(error)
-    except RayError as error:
-        return Failure(type(error).__name__, str(error))
-
-
-def _transfer_failure(error: RayTaskError) -> Failure:
-    """The failure of a worker to load an argument or to send a message.
-
-    Exceptions of the function itself arrive as messages, so nothing else raises RayTaskError.
-    """
-    if not isinstance(error.cause, RaySystemError):
-        return Failure(f"a message cannot be sent: {error.cause}", str(error), is_permanent=True)
-    cause = first_line(error.cause).removeprefix("System error: ")
-    reason = f"an argument cannot be loaded: {cause}"
-    if "No module named" in cause:
-        reason += "; cluster.working_dir or cluster.py_modules sends your code to the workers"
-    return Failure(reason, str(error), is_permanent=True)

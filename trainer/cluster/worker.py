@@ -15,6 +15,7 @@ from trainer.cluster.group import Failure, WorkerFunction
 from trainer.cluster.heartbeat import HeartbeatStatus
 from trainer.cluster.memory import memory_released
 from trainer.engine.rendezvous import RendezvousServer
+from trainer.engine.transport import PeerLost
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
 from trainer.messages import Handover
@@ -26,18 +27,18 @@ CONTROL = "control"
 class Worker:
     """One rank. Ray calls its methods one after the other, those of CONTROL in parallel to them."""
 
-    def __init__(self, rank: int, size: int, threads: int, nice: int, paths: list[str]) -> None:
-        self._rank = rank
-        self._size = size
+    def __init__(self, threads: int, nice: int, paths: list[str]) -> None:
+        self._rank = 0  # in the present group
         self._threads = threads
         sys.path.extend(path for path in paths if path not in sys.path)
         with contextlib.suppress(PermissionError):  # a cluster may start its workers with more
             os.setpriority(os.PRIO_PROCESS, 0, nice)
         self._server: RendezvousServer | None = None
         self._world: World | None = None
-        self._handover: Handover | None = None  # the state with which the last run ended
+        self._handover: Handover | None = None  # the state with which the last run stopped
         self._run = 0  # number of the current run
         self._stopped_run = 0  # number of the last run that was requested to stop
+        self._changed_run = 0  # number of the last run that was requested to change its members
 
     def identity(self) -> tuple[str, str, int]:
         """Host name, Ray's node id and process id. Answers once the process is up and idle."""
@@ -62,15 +63,56 @@ class Worker:
         self._server = World.listen(host)
         return host, self._server.port, self._server.token
 
-    def connect(self, host: str, port: int, token: str, device: str, timeout_s: float) -> None:
-        """Join the other ranks in a new group; the first three arguments are those of `listen`."""
+    def kept(self) -> tuple[int, int, int] | None:
+        """The position of the state that this worker keeps. Answers once no function runs."""
+        return None if self._handover is None else self._handover.position
+
+    def connect(
+        self,
+        rank: int,
+        size: int,
+        host: str,
+        port: int,
+        token: str,
+        device: str,
+        timeout_s: float,
+        wait_s: float,
+        keep: bool,
+    ) -> Failure | None:
+        """Join the other ranks in a new group.
+
+        Args:
+            rank: of this worker in the group.
+            size: number of ranks.
+            host: these three are what `listen` returned.
+            port: likewise.
+            token: likewise.
+            device: cpu or cuda.
+            timeout_s: limit of this call, in seconds.
+            wait_s: limit of each later wait for the other ranks, in seconds.
+            keep: whether the group may continue from a state that a rank keeps.
+
+        Returns:
+            Why the group is not complete; None: it is.
+        """
+        self._rank = rank
         if self._world:
             self._world.close()
+        if not keep:
+            self._handover = None
         # Ray shows a worker its own GPUs only, counted from 0.
         place = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
-        self._world = World.connect(
-            self._rank, self._size, host, port, place, timeout_s, self._server, token
-        )
+        server = self._server if rank == 0 else None
+        try:
+            world = World.connect(rank, size, host, port, place, timeout_s, server, token, wait_s)
+        except RunError as error:
+            cause = error.__cause__
+            lost = cause.rank if isinstance(cause, PeerLost) else None
+            return Failure(str(error), traceback.format_exc(), lost_rank=lost)
+        if rank == 0:
+            world.kept = self._handover
+        self._world = world
+        return None
 
     def run(self, number: int, function: WorkerFunction, *args: Any) -> Iterator[Any]:
         """Execute the function. Rank 0 yields what it yields; every rank yields its own failure.
@@ -83,20 +125,25 @@ class Worker:
         world = self._world
         assert world is not None
         world.stop.clear()
+        world.change.clear()
         self._run = number
-        self._handover = None
         if self._stopped_run == number:  # the request arrived before the run
             world.stop.set()
+        if self._changed_run == number:
+            world.change.set()
+        state: Handover | None = None
         torch.set_num_threads(self._threads)  # applies only to the thread that calls it
         with memory_released(world.device):
             try:
                 for message in function(world, *args):
                     if isinstance(message, Handover):
-                        self._handover = message
+                        state = message
                     elif self._rank == 0:
                         yield message
+                self._handover = state
             except (Exception, SystemExit) as error:
                 world.close()  # so that the other ranks do not wait for this one
+                self._handover = state or self._handover
                 known = isinstance(error, ConfigError | RunError)
                 yield Failure(
                     reason=str(error) if known else f"{type(error).__name__}: {error}",
@@ -105,7 +152,10 @@ class Worker:
                     is_permanent=isinstance(error, RunError),
                     is_peer_loss=isinstance(error, ConnectionError | TimeoutError),
                     position=world.heartbeat.position,
+                    lost_rank=error.rank if isinstance(error, PeerLost) else None,
                 )
+            finally:
+                world.kept = None
 
     @ray.method(concurrency_group=CONTROL)
     def heartbeat(self) -> HeartbeatStatus | None:
@@ -123,3 +173,16 @@ class Worker:
         self._stopped_run = number
         if self._world and self._run == number:
             self._world.stop.set()
+
+    @ray.method(concurrency_group=CONTROL)
+    def request_change(self, number: int) -> None:
+        """Stop the function of run `number` at its next step, to continue with other members."""
+        self._changed_run = number
+        if self._world and self._run == number:
+            self._world.change.set()
+
+    @ray.method(concurrency_group=CONTROL)
+    def disconnect(self, number: int) -> None:
+        """End every wait of run `number` for other ranks at once, with an error."""
+        if self._world and self._run == number:
+            self._world.close()

@@ -187,6 +187,7 @@ class ClusterConfig:
     """Which processes train, and on what."""
 
     workers: int = 2  # data-parallel processes
+    min_workers: int | None = None  # elastic: continue with as few as that; null: always `workers`
     backend: str = "ray"  # ray | inline (one worker in this process; a debugger works)
     device: str = "auto"  # auto (cuda if every worker can have a GPU) | cpu | cuda
     address: str | None = (
@@ -201,9 +202,22 @@ class ClusterConfig:
     hang_timeout_s: float = 60.0  # seconds without progress after which a worker is replaced
     working_dir: str | None = None  # folder of your code for the workers of a remote cluster
     py_modules: list[str] = field(default_factory=list)  # further packages to send along
+    replay: str | None = None  # members.jsonl of an elastic run, whose changes are repeated
 
     def __post_init__(self) -> None:
         check_min("cluster.workers", self.workers, 1)
+        check_min("cluster.min_workers", self.min_workers, 1)
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ConfigError(
+                f"cluster.min_workers={self.min_workers} with cluster.workers={self.workers}: it "
+                "is the smallest number of workers with which a run continues; set it to at most "
+                "cluster.workers"
+            )
+        if self.min_workers is not None and self.replay is not None:
+            raise ConfigError(
+                f"cluster.replay={self.replay} with cluster.min_workers={self.min_workers}: the "
+                "file states how many workers there are; remove cluster.min_workers"
+            )
         check_choice("cluster.backend", self.backend, ("ray", "inline"))
         check_choice("cluster.device", self.device, ("auto", "cpu", "cuda"))
         check_min("cluster.cpus_per_worker", self.cpus_per_worker, 0, excluded=True)
@@ -235,7 +249,8 @@ class ClusterConfig:
                 "only worker; set cluster.workers=1, or cluster.backend=ray for more"
             )
         if self.backend == "inline":
-            for key, value in (("address", self.address), ("nice", self.nice)):
+            for key in ("address", "nice", "min_workers", "replay"):
+                value = getattr(self, key)
                 if value:
                     raise ConfigError(
                         f"cluster.{key}={value} with cluster.backend=inline: only Ray workers use "
@@ -360,6 +375,12 @@ class Config:
                     f"limits.{limit}={getattr(self.limits, limit)}: it limits the compressed file; "
                     "set artifact.make=true"
                 )
+        if self.sweep.params and (self.cluster.min_workers or self.cluster.replay):
+            raise ConfigError(
+                f"cluster.min_workers={self.cluster.min_workers}, cluster.replay="
+                f"{self.cluster.replay} in a sweep: a trial has a fixed number of workers, and the "
+                "number of trials at a time follows the cluster; remove both"
+            )
         inline = self.cluster.backend == "inline"
         if inline and self.sweep.params and (self.sweep.slots or 1) > 1:
             raise ConfigError(

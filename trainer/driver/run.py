@@ -28,8 +28,10 @@ from trainer.cluster import (
 )
 from trainer.config import Config
 from trainer.driver.limits import apply_limits
+from trainer.driver.members import Members, Position
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
 from trainer.messages import (
+    STEP_COMPLETE,
     Checkpoint,
     Exported,
     HeadLost,
@@ -39,12 +41,13 @@ from trainer.messages import (
     PhaseEnded,
     Resumed,
     RunEnded,
+    RunStarted,
     RunStopped,
     Status,
     WorkersLost,
     WorkersStarted,
 )
-from trainer.report.sinks import LogSink, MetricsSink, Sink
+from trainer.report.sinks import LogSink, MembersSink, MetricsSink, Sink
 from trainer.report.summary import SummarySink
 from trainer.report.tables import tables
 from trainer.report.terminal import Console
@@ -198,9 +201,11 @@ class _Run:
             LogSink(directory),  # first: a line that the user has seen is in the log
             console,
             MetricsSink(directory),
+            MembersSink(directory),
             self.summary,
         ]
         self.loggers: list[Sink] = []  # chosen by `logger`; a failure of theirs ends no run
+        self.members = Members(config.cluster)
         self.experiment: Any = None  # an Experiment, once it is built
         self.head_lost: HeadLost | None = None  # until it recovers
         self.started = False  # once a worker has sent a message, the directory is kept
@@ -283,21 +288,35 @@ class _Run:
                     self._evaluate(group)
                     return
                 except WorkerFailed as lost:
+                    if self.members.is_replay:
+                        raise
                     self._restart(group, lost, lost.loss, losses)
 
     def _train(self, group: WorkerGroup) -> None:
-        """Run the phases, from the last checkpoint on."""
+        """Run the phases, from the last checkpoint or from a state that the workers keep."""
         from trainer.worker.export import try_export
         from trainer.worker.run import run_phases, start_at
 
-        point = self._rewind()
-        if self.config.export.onnx and not (point.phase or point.step):
-            self.on(Status("trying to export the fresh model to ONNX"))
-            self._follow(group, try_export)
-        self.on(Status("building model and data on the workers"))
         saved = partial(self.checkpoints.weights_after, self.names)
-        self._follow(group, run_phases, start_at(self.experiment, point, saved))
-        self.checkpoints.wait()
+        point, position, continues = self._rewind()
+        if self.members.is_replay:
+            self.members.begin(group, position)
+        while True:
+            if self.config.export.onnx and not (point.phase or point.step or continues):
+                self.on(Status("trying to export the fresh model to ONNX"))
+                self._follow(group, try_export)
+            self.on(Status("building model and data on the workers"))
+            start = start_at(self.experiment, point, saved)
+            leave_at = self.members.leave_at(position)
+            if not self._follow(group, run_phases, start, continues, leave_at, position=position):
+                self.checkpoints.wait()
+                return
+            if leave_at is not None:
+                self.members.begin(group, leave_at)
+            else:
+                self.members.change(group)
+            self.on(WorkersStarted(group.nodes))
+            point, position, continues = self._rewind()
 
     def _evaluate(self, group: WorkerGroup) -> None:
         """Write the model files, and evaluate every stage and the compressed file."""
@@ -332,20 +351,38 @@ class _Run:
         """What the run does after the last phase, as a status."""
         return "encoding model.dcz" if self.config.artifact.make else "reading the final weights"
 
-    def _follow(self, group: WorkerGroup, function: WorkerFunction, *args: Any) -> None:
-        """Run a function on the workers and take all its messages."""
-        from trainer.worker.run import run_phases
+    def _follow(
+        self,
+        group: WorkerGroup,
+        function: WorkerFunction,
+        *args: Any,
+        position: Position | None = None,
+    ) -> bool:
+        """Run a function on the workers and take all its messages.
 
+        Args:
+            position: Where the function begins to train; None: it does not train.
+
+        Returns:
+            Whether it has stopped to continue with other members.
+        """
+        changes = False
         for message in group.run(function, self.experiment, *args):
             self.started = True
             self.on(message)
-            if function is run_phases and self._head_lost_for_long():
+            if position is not None and self._head_lost_for_long():
                 group.stop_requested.set()
+            if isinstance(message, RunStarted) and self.members.is_recorded and position:
+                self.on(self.members.started(group, position))
             if isinstance(message, RunStopped):
+                if message.changes_members:
+                    changes = True
+                    continue
                 self.checkpoints.wait()
                 if self.signals.received is None and self.head_lost is not None:
                     raise ClusterLost(self.head_lost.address)
                 raise self.signals.interrupted()
+        return changes
 
     def _head_lost_for_long(self) -> bool:
         """Whether training must save its state and stop, before Ray ends all processes."""
@@ -363,21 +400,35 @@ class _Run:
         if reason is not None:
             self.notify(f"not restarting: {reason}")
             raise lost
-        self.on(WorkersLost(str(lost), lost.detail, len(losses)))
+        counted = sum(not one.has_left for one in losses)
+        elastic = self.config.cluster.min_workers is not None
+        self.on(WorkersLost(str(lost), lost.detail, counted, elastic, not loss.has_left))
         try:
-            group.restart()
+            if elastic:
+                self.members.change(group, str(lost))
+            else:
+                group.restart()
         except InsufficientResources:  # it has waited for them
             raise
         except RunError as error:  # another worker was lost meanwhile
             self._restart(group, error, WorkerLoss(str(error), None), losses)
         self.on(WorkersStarted(group.nodes))
 
-    def _rewind(self) -> ResumePoint:
-        """Find the last checkpoint, and let the sinks discard what was reported after it."""
+    def _rewind(self) -> tuple[ResumePoint, Position, bool]:
+        """Find where the run continues, and let the sinks discard what was reported after it.
+
+        Returns:
+            The last checkpoint; the position at which training continues; whether that is a later
+            state, which the workers keep.
+        """
         self.checkpoints.wait()
         point = self.checkpoints.latest(self.names, self.notify)
-        self.on(Resumed(point.phase, point.step, self.names, point.records, point.progress))
-        return point
+        kept = self.members.continues_at(point)
+        position = kept or (point.phase, point.step, STEP_COMPLETE)
+        phase, step, stage = position
+        is_evaluated = stage == STEP_COMPLETE
+        self.on(Resumed(phase, step, self.names, point.records, point.progress, is_evaluated))
+        return point, position, kept is not None
 
     def on(self, message: Message) -> None:
         """Pass a message to all sinks, and store what it carries."""

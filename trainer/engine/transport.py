@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed import Store
 
 _HELLO = 20  # bytes: 16 of the group's token, 4 of the caller's rank
-_HELLO_TIMEOUT_S = 5.0  # a caller that has not said hello by then is none of ours
+_HELLO_TIMEOUT_S = 5.0  # a caller that has not sent its token by then is no rank of the group
 _SILENT_S = 10.0  # a host whose kernel acknowledges nothing for so long is lost
-_CHECK_S = 1.0  # between two looks at that, while nothing arrives
-_KEEPALIVE = {  # of a connection on which nothing is under way: together they take _SILENT_S
+_CHECK_S = 1.0  # between two checks of that, while nothing arrives
+_KEEPALIVE = {  # of a connection without traffic: together they take _SILENT_S
     "TCP_KEEPIDLE": 4,  # seconds until the first probe
     "TCP_KEEPINTVL": 2,  # seconds between probes
     "TCP_KEEPCNT": 3,  # probes without an answer
@@ -32,14 +32,26 @@ _KEEPALIVE = {  # of a connection on which nothing is under way: together they t
 _TCP_INFO_BYTES = 104  # the part of struct tcp_info that every Linux has
 
 
+class PeerLost(ConnectionError):
+    """The connection to another rank has ended, or its host does not answer.
+
+    Attributes:
+        rank: The other rank.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class Handle(Protocol):
-    """An exchange under way."""
+    """An exchange that has been started."""
 
     def wait(self) -> None:
-        """Return when both tensors may be touched again.
+        """Return when both tensors may be used again.
 
         On CUDA the current stream waits, not the caller. Raises ConnectionError when a peer is
-        gone, TimeoutError when nothing has moved for the transport's time-out.
+        lost, TimeoutError when no byte has moved for the transport's time-out.
         """
 
 
@@ -71,7 +83,7 @@ class _Transfer:
 
 
 class _Peer:
-    """One connection and what waits to cross it, in order."""
+    """One connection and the transfers that wait for it, in order."""
 
     __slots__ = ("incoming", "outgoing", "rank", "sock")
 
@@ -133,7 +145,7 @@ class _Peer:
 
 
 class _TcpExchange:
-    """Handle of one exchange: done when nothing of either tensor is left."""
+    """Handle of one exchange, which is done when both tensors have crossed completely."""
 
     __slots__ = ("_received", "_sent", "_transport")
 
@@ -151,16 +163,16 @@ class TcpTransport:
     """Stream sockets to every other rank, driven by whichever thread waits.
 
     Bytes move inside `exchange` and `wait` only; in between, the kernel's socket buffers keep the
-    pipeline full. A peer that dies or falls silent is therefore noticed by the wait itself, and
-    after such an error every further call fails at once: the streams are no longer in step.
+    pipeline full. So it is the wait that detects a peer that died or is silent. After such an error
+    every further call fails at once, because the streams are no longer in step.
     """
 
     def __init__(self, rank: int, peers: dict[int, socket.socket], timeout_s: float) -> None:
         self.rank = rank
         self.size = len(peers) + 1
         self._peers = {peer: _Peer(peer, sock) for peer, sock in peers.items()}
-        self._timeout_s = timeout_s
-        self._error: str | None = None
+        self.timeout_s = timeout_s  # limit of each wait, in seconds
+        self._error: ConnectionError | TimeoutError | None = None
 
     def exchange(self, outgoing: Tensor, to: int, incoming: Tensor, source: int) -> Handle:
         self._refuse_if_broken()
@@ -181,25 +193,26 @@ class TcpTransport:
             moved |= self._move(peer)
         if moved:
             return
-        deadline = time.monotonic() + self._timeout_s
-        while not self._poll(busy, min(_CHECK_S, self._timeout_s)):
+        deadline = time.monotonic() + self.timeout_s
+        while not self._poll(busy, min(_CHECK_S, self.timeout_s)):
             for peer in busy:
                 if peer.is_silent():
-                    self._error = (
+                    self._error = PeerLost(
                         f"rank {self.rank} lost rank {peer.rank}: its host has not answered for "
-                        f"{_SILENT_S:g} s"
+                        f"{_SILENT_S:g} s",
+                        peer.rank,
                     )
-                    raise ConnectionError(self._error)
+                    raise self._error
             if time.monotonic() >= deadline:
                 names = ", ".join(str(peer.rank) for peer in busy)
-                self._error = (
-                    f"rank {self.rank} heard nothing from rank {names} for {self._timeout_s} s"
+                self._error = TimeoutError(
+                    f"rank {self.rank} received nothing from rank {names} for {self.timeout_s} s"
                 )
-                raise TimeoutError(self._error)
+                raise self._error
 
     def close(self) -> None:
         """Close all connections; a thread that waits on them fails at once, and so do the peers."""
-        self._error = self._error or f"rank {self.rank} closed its connections"
+        self._error = self._error or ConnectionError(f"rank {self.rank} closed its connections")
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # the peer was faster, or this is the second close
                 peer.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that polls; close would not
@@ -209,8 +222,11 @@ class TcpTransport:
         try:
             return peer.push() | peer.pull()
         except OSError as error:
-            self._error = self._error or f"rank {self.rank} lost rank {peer.rank}: {error}"
-            raise ConnectionError(self._error) from error
+            if self._error is None:
+                message = f"rank {self.rank} lost rank {peer.rank}: {error}"
+                self._error = PeerLost(message, peer.rank)
+            self._refuse_if_broken(error)
+            raise
 
     def _poll(self, busy: list[_Peer], timeout_s: float) -> bool:
         """Wait until a busy connection can move bytes. Returns False after the time-out."""
@@ -226,9 +242,13 @@ class TcpTransport:
                 raise
         return bool(poll.poll(timeout_s * 1000))
 
-    def _refuse_if_broken(self) -> None:
-        if self._error:
-            raise ConnectionError(self._error)
+    def _refuse_if_broken(self, cause: Exception | None = None) -> None:
+        """Raise the first error again; a time-out as the ConnectionError that it amounts to."""
+        match self._error:
+            case PeerLost() as lost:
+                raise PeerLost(str(lost), lost.rank) from cause
+            case ConnectionError() | TimeoutError() as error:
+                raise ConnectionError(str(error)) from cause
 
 
 class NcclTransport:
@@ -261,9 +281,17 @@ class _NcclExchange:
 def connect_tcp(rank: int, size: int, store: Store, address: str, timeout_s: float) -> TcpTransport:
     """Connect every pair of ranks; all of them must call this.
 
-    `address` is this host's own, as the others reach it; the port is the system's choice and is
-    told through `store`. A token from the store keeps strangers out of the group. Raises
-    ConnectionError or TimeoutError.
+    Args:
+        rank: Of this process.
+        size: Number of ranks.
+        store: Through which the ranks exchange their ports, and a token that callers must know.
+        address: Of this host, as the others reach it.
+        timeout_s: Limit of this call, and of each later wait, in seconds.
+
+    Raises:
+        PeerLost: A rank cannot be reached, or has died.
+        OSError: Another failure of the network.
+        TimeoutError: Not all ranks have connected in time.
     """
     if rank == 0:
         store.set("token", secrets.token_hex(8))
@@ -275,8 +303,12 @@ def connect_tcp(rank: int, size: int, store: Store, address: str, timeout_s: flo
         token: bytes = store.get("token")
         for peer in range(rank):
             host, port = store.get(f"address{peer}").decode().split()
-            sock = socket.create_connection((host, int(port)), timeout_s)
-            sock.sendall(token + rank.to_bytes(4, "little"))
+            try:
+                sock = socket.create_connection((host, int(port)), timeout_s)
+                sock.sendall(token + rank.to_bytes(4, "little"))
+            except OSError as error:
+                message = f"rank {rank} cannot reach rank {peer} at {host}: {error}"
+                raise PeerLost(message, peer) from error
             peers[peer] = sock
         while len(peers) < size - 1:
             listener.settimeout(max(0.001, deadline - time.monotonic()))

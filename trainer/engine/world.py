@@ -28,6 +28,7 @@ from trainer.engine.rendezvous import RendezvousServer, RendezvousStore
 from trainer.engine.ring import RingAllReduce, broadcast
 from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
 from trainer.errors import RunError
+from trainer.messages import Handover
 
 _SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of a network interface (netdevice(7))
 
@@ -50,6 +51,8 @@ class World:
         self.transport = transport  # for the algorithms of ring.py; not while a collective runs
         self.heartbeat = Heartbeat()
         self.stop = threading.Event()  # set from outside: the run should end at its next step
+        self.change = threading.Event()  # likewise: it should continue in another group
+        self.kept: Handover | None = None  # on rank 0: the state that a new group continues from
         self._tcp = tcp  # moves CPU tensors; on the CPU it is `transport`
         self._gloo: Any = None  # a ProcessGroupGloo, whose methods torch's type stubs leave out
         self._store: RendezvousStore | None = None
@@ -91,6 +94,7 @@ class World:
         timeout_s: float,
         server: RendezvousServer | None = None,
         token: str = "",
+        wait_s: float | None = None,
     ) -> "World":
         """Join a group; returns when all its ranks are there.
 
@@ -105,14 +109,17 @@ class World:
             host: Where the rendezvous listens.
             port: Likewise.
             device: Where this rank computes.
-            timeout_s: Limit of this call and of each later wait, in seconds.
+            timeout_s: Limit of this call, in seconds.
             server: What `listen` returned, on rank 0; without it rank 0 opens `port` itself.
             token: Of the server.
+            wait_s: Limit of each later wait, in seconds; None: `timeout_s`.
 
         Raises:
-            RunError: The group was not complete in time.
+            RunError: The group was not complete in time. Its cause is a PeerLost if a certain rank
+                could not be reached.
         """
-        limit = timedelta(seconds=timeout_s)
+        wait_s = timeout_s if wait_s is None else wait_s
+        limit = timedelta(seconds=wait_s)
         try:
             if size == 1:
                 return cls._connect_one(device, server)
@@ -139,8 +146,9 @@ class World:
                 transport = NcclTransport()
             world = cls(rank, size, device, tcp, transport)
             world._store, world._server = store, server
-            world._address, world._timeout_s = address, timeout_s
+            world._address, world._timeout_s = address, wait_s
             world.barrier()
+            tcp.timeout_s = wait_s
         except (RuntimeError, OSError) as error:
             if server is not None:
                 server.close()

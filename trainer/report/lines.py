@@ -6,6 +6,7 @@ from trainer.messages import (
     EpochEnded,
     HeadLost,
     HeadRecovered,
+    MembersChanged,
     Message,
     Notice,
     PhaseEnded,
@@ -24,6 +25,15 @@ def describe(message: Message) -> str | None:
     match message:
         case Notice():
             return message.text
+        case WorkersLost(elastic=True):
+            count = "" if message.counted else "; its host has left the cluster"
+            return f"{message.reason}{count}; the other workers continue"
+        case MembersChanged():
+            after = f"after step {message.step:,} of" if message.step else "at the start of"
+            return (
+                f"{_count(message.workers, 'worker')} {after} phase {message.phase + 1}, ready in "
+                f"{message.seconds:.1f} s: {message.reason}"
+            )
         case WorkersLost():
             return (
                 f"{message.reason}; restarting from the last checkpoint (restart {message.restart})"

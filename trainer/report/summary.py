@@ -11,6 +11,7 @@ from trainer.config import Config
 from trainer.messages import (
     Evaluated,
     Exported,
+    MembersChanged,
     Message,
     PhaseEnded,
     PhaseRecord,
@@ -50,6 +51,7 @@ class SummarySink:
         }
         self._nodes: list[str] = []
         self._restarts = 0  # of this command
+        self._members: list[dict[str, Any]] = []  # groups of workers of an elastic run
         self.phases: list[PhaseRecord] = []
         self.evaluated: dict[str, Evaluated] = {}  # by name of the model
         self._exported: dict[str, dict[str, Any]] = {}  # by name of the model
@@ -68,7 +70,9 @@ class SummarySink:
             case WorkersStarted():
                 self._nodes = message.nodes
             case WorkersLost():
-                self._restarts += 1
+                self._restarts += message.counted
+            case MembersChanged():
+                self._members.append(as_json(message))
             case Resumed():
                 self._restore(message)
             case RunStarted():
@@ -96,6 +100,9 @@ class SummarySink:
         """Nothing is open: the driver writes what `as_dict` returns."""
 
     def _restore(self, message: Resumed) -> None:
+        members = self._before.get("members", []) if self._earlier is None else self._members
+        end = (message.phase, message.step)
+        self._members = [one for one in members if (one["phase"], one["step"]) <= end]
         self.phases = [from_json(PhaseRecord, record) for record in message.records]
         if self._earlier is None:
             # The progress stored in the checkpoint is that of earlier commands. Their last summary
@@ -130,6 +137,7 @@ class SummarySink:
             "baseline_loss": None,
             "phases": [as_json(p) for p in self.phases],
             **self.result,
+            **({"members": self._members} if self._members else {}),
             **({"onnx": [*self._exported.values()]} if self._exported else {}),
         }
 

@@ -24,6 +24,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     """
     artifact = summary.get("artifact")
     found = [phases(summary)]
+    if summary.get("members"):
+        found.append(members(summary["members"]))
     if artifact:
         found += [
             stages(artifact, has_perplexity(summary), metric_names(summary)),
@@ -230,6 +232,28 @@ def onnx(converted: Sequence[Mapping[str, Any]], metrics: Sequence[str] = ("accu
         f"PyTorch: {next(iter(metrics), 'loss')} of the same model in PyTorch; difference: the "
         "largest one of an output",
         optional=("difference", "PyTorch"),
+    )
+
+
+def members(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each group of workers of an elastic run."""
+    rows = [
+        (
+            f"{group['phase'] + 1}",
+            f"{group['step']:,}",
+            f"{group['workers']}",
+            f"{group['seconds']:.1f}",
+            group["time"].partition("T")[2][:8],
+            group["reason"],
+        )
+        for group in groups
+    ]
+    return Table(
+        "workers over the run",
+        ("phase", "after step", "workers", "ready after s", "time", "reason"),
+        rows,
+        "ready after: seconds from noticing the loss or the change until the workers could train",
+        optional=("time",),
     )
 
 

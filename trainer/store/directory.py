@@ -155,9 +155,20 @@ class RunDirectory:
         """Append a line to metrics.jsonl."""
         self._append("metrics.jsonl", _json(entry))
 
+    def append_members(self, entry: Mapping[str, Any]) -> None:
+        """Append a line to members.jsonl."""
+        self._append("members.jsonl", _json(entry))
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The entries of metrics.jsonl. An incomplete line is skipped."""
-        path = self.path / "metrics.jsonl"
+        return self._read_lines("metrics.jsonl")
+
+    def read_members(self) -> list[dict[str, Any]]:
+        """The entries of members.jsonl; none if the run is not elastic."""
+        return self._read_lines("members.jsonl")
+
+    def _read_lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         entries = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):  # a killed driver left an incomplete line
@@ -166,9 +177,16 @@ class RunDirectory:
 
     def truncate_metrics(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
         """Keep only the entries of metrics.jsonl for which `keep` returns True."""
-        kept = [_json(entry) for entry in self.read_metrics() if keep(entry)]
-        if (self.path / "metrics.jsonl").exists():
-            self._replace("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
+        self._truncate("metrics.jsonl", keep)
+
+    def truncate_members(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Keep only the entries of members.jsonl for which `keep` returns True."""
+        self._truncate("members.jsonl", keep)
+
+    def _truncate(self, name: str, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        kept = [_json(entry) for entry in self._read_lines(name) if keep(entry)]
+        if (self.path / name).exists():
+            self._replace(name, "".join(f"{line}\n" for line in kept).encode())
 
     def log(self, text: str) -> None:
         """Append lines to log.txt."""

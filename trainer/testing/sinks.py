@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.messages import (
+    STEP_COUNTED,
     Checkpoint,
     EpochEnded,
     Evaluated,
     Exported,
+    MembersChanged,
     Message,
     Notice,
     PhaseEnded,
@@ -68,6 +70,13 @@ def _runs() -> Iterator[tuple[str, list[Any]]]:
     resumed = Resumed(0, 10, _NAMES, [], {"seconds": 1.0, "restarts": 0})
     cut = _phase(0)[:4]
     yield "lost worker", [*_start(), *cut, lost, resumed, *_phase(0)[3:], *_phase(1), *_end()]
+    shrunk = WorkersLost("worker 1 died", "traceback", 1, elastic=True)
+    later = Resumed(0, 10, _NAMES, [], {"seconds": 1.0, "restarts": 0}, is_evaluated=False)
+    group = MembersChanged(
+        0, 10, STEP_COUNTED, 1, ["here"], 0, "worker 1 died", 0.3, "2026-01-01T00:00:00+0000"
+    )
+    changed = [shrunk, later, RunStarted(1, "cpu", 1000, 640, 64, 64, (_STEPS, _STEPS)), group]
+    yield "elastic run", [*_start(), *cut, *changed, *_phase(0)[2:], *_phase(1), *_end()]
     yield "interrupted run", [*_start(), *cut, RunStopped(), RunEnded(_summary("interrupted"))]
     yield "interrupted run, resumed", [*_start(resumed), *_phase(0)[3:], *_phase(1), *_end()]
     yield "run that fails at once", [Notice("run directory"), RunEnded(_summary("failed"))]

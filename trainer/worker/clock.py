@@ -23,7 +23,7 @@ class PhaseClock:
 
     def __init__(self, started: float) -> None:
         self.train_loss: float | None = None  # of the last whole epoch
-        self.kept = time.monotonic()  # when the last checkpoint was made
+        self.checkpointed = time.monotonic()  # when the last checkpoint was made
         self._started = started
         self._before = 0.0  # seconds of the phase before it was resumed
         self._speed = 0.0

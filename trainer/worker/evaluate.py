@@ -12,8 +12,9 @@ from trainer.experiment import Experiment
 from trainer.messages import Evaluated, Message, RunStopped
 from trainer.phases.structure import from_metadata
 from trainer.store.serialization import from_bytes
+from trainer.worker.phase import STOP
 from trainer.worker.preflight import check_split
-from trainer.worker.run import should_stop
+from trainer.worker.run import request_of_all
 
 DECODED = "artifact"
 """Name of the model whose weights are decoded from the compressed file."""
@@ -32,7 +33,7 @@ def evaluate_models(
         test = experiment.build_data().test
     runtime = experiment.build_runtime(world)
     for name, content in models.items():
-        if should_stop(world):
+        if request_of_all(world) == STOP:  # members change in training only
             yield RunStopped()
             return
         with world.heartbeat.busy():

@@ -46,7 +46,10 @@ from trainer.worker.clock import PhaseClock
 LOSS_SCALE = "loss_scale"
 """Key of the loss scale, with which the next phase starts, in the metadata of the weights."""
 
-CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 may request of all ranks after a step
+CONTINUE, SAVE, STOP, CHANGE = range(4)  # what rank 0 may request of all ranks after a step
+
+Position = tuple[int, int, int]
+"""Phase, step and stage, as in `Handover.position`."""
 
 _PLAIN_FIELDS = tuple(
     field.name
@@ -59,6 +62,10 @@ def observed(split: Split, samples: int, runtime: Runtime) -> list[Tensor]:
     """The inputs that `Phase.observe` gets: batches on the device, the same on all ranks."""
     order = permutation(len(split), runtime.seed, 0)[:samples].split(runtime.batch_size)
     return [runtime.place_batch(*batch)[0] for batch in split.batches(order, None)]
+
+
+class _Leave(Exception):
+    """The position has been reached at which the group ends."""
 
 
 @dataclass
@@ -76,7 +83,8 @@ class PhaseRun:
     checkpoint: CheckpointConfig
     changes: list[StructureChange]  # structural changes so far; a structural phase adds its own
     earlier: Handover | None = None  # the state with which the phase begins, if it is known
-    stopped: bool = False  # the run was asked to stop within this phase
+    leave_at: Position | None = None  # where the group ends, to continue with other members
+    stopped: bool = False  # the run was requested to stop within this phase
     trainable: int = 0  # trainable values in the last round
     last: StepResult | None = None  # last step of the last round
 
@@ -205,18 +213,18 @@ class PhaseRun:
                     clock.end_epoch(ended)
                     shown = self._over_rounds(step, number)
                     yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
-                self._stage = STEP_COMPLETE
+                self._reach(STEP_COMPLETE)
                 every = self.checkpoint.every_steps
                 if step.requested != CONTINUE or (every and step.step % every == 0):
                     with world.heartbeat.busy():
                         yield self._checkpoint(step)
-                    clock.kept = time.monotonic()
-                if step.requested == STOP:
-                    self.stopped = True
-                    if handover := self._needed_handover():
-                        yield handover
-                    yield RunStopped()
+                    clock.checkpointed = time.monotonic()
+                if step.requested in (STOP, CHANGE):
+                    yield from self._stop(changes_members=step.requested == CHANGE)
                     return
+        except _Leave:
+            yield from self._stop(changes_members=True)
+            return
         except Diverged as error:
             raise Diverged(f"phase {self.name}: {error}") from error
         if self.last:
@@ -248,12 +256,30 @@ class PhaseRun:
 
     def _finish_step(self, step: StepResult, stage: int) -> StepResult:
         """Do the phase's work after a step."""
-        self._step, self._stage = step, stage
+        self._step = step
+        self._reach(stage)
         if stage == STEP_UPDATED:
             self.phase.after_step(self.model, self.runtime.world, step.step, step.total)
             self.clock.count(step)
-            self._stage = STEP_COUNTED
+            self._reach(STEP_COUNTED)
         return step
+
+    def _reach(self, stage: int) -> None:
+        """A stage of the present step is done. Raises _Leave if the group ends here."""
+        assert self._step is not None
+        self._stage = stage
+        step = self._over_rounds(self._step, len(self.rounds)).step
+        if self.leave_at == (self.index, step, stage):
+            raise _Leave
+
+    def _stop(self, *, changes_members: bool) -> Iterator[Message]:
+        """End the run on this worker; what it needs to continue stays in its memory."""
+        self.stopped = True
+        with self.runtime.world.heartbeat.busy():
+            handover = self.handover()
+        if handover is not None and (changes_members or self.runtime.world.size > 1):
+            yield handover
+        yield RunStopped(changes_members)
 
     @property
     def _max_rounds(self) -> int:
@@ -297,13 +323,15 @@ class PhaseRun:
         return Distilled(task, self.dense, distill.weight, distill.temperature)
 
     def _request(self, clock: PhaseClock) -> int:
-        """What this rank requests after the step. Only rank 0 hears the driver."""
+        """What this rank requests after the step. Only rank 0 receives the driver's requests."""
         world, every = self.runtime.world, self.checkpoint.every_seconds
         if world.rank != 0:
             return CONTINUE
         if world.stop.is_set():
             return STOP
-        return SAVE if every and time.monotonic() - clock.kept >= every else CONTINUE
+        if world.change.is_set():
+            return CHANGE
+        return SAVE if every and time.monotonic() - clock.checkpointed >= every else CONTINUE
 
     def _macs(self) -> int:
         order = iter([torch.zeros(1, dtype=torch.long)])

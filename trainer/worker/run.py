@@ -36,7 +36,15 @@ from trainer.phases import Phase, RoundPhase
 from trainer.phases.structure import StructureChange, from_metadata
 from trainer.store.checkpoints import ResumePoint
 from trainer.store.serialization import check_state, from_bytes, to_bytes, unpack
-from trainer.worker.phase import LOSS_SCALE, PhaseRun, observed
+from trainer.worker.phase import (
+    CHANGE,
+    CONTINUE,
+    LOSS_SCALE,
+    STOP,
+    PhaseRun,
+    Position,
+    observed,
+)
 from trainer.worker.preflight import check_compatible
 
 
@@ -71,26 +79,35 @@ def start_at(experiment: Experiment, point: ResumePoint, saved: Callable[[int], 
 
 
 def run_phases(
-    world: World, experiment: Experiment, start: Start, handover: Handover | None = None
+    world: World,
+    experiment: Experiment,
+    start: Start,
+    continues: bool = False,
+    leave_at: Position | None = None,
 ) -> Iterator[Message]:
     """Run the phases of an experiment on this worker. The test set is not used.
 
-    If another rank is lost, the last message is a `Handover`, unless there is no state yet.
+    If another rank is lost or the members of the group change, the last message but RunStopped is
+    a `Handover`, unless there is no state yet.
 
     Args:
         world: The group of workers.
         experiment: What to run.
         start: Where to start.
-        handover: A later state of the phase in which to start, to continue from; None: there is
-            none.
+        continues: Whether rank 0 has a later state of the phase in which to start, in
+            `World.kept`, from which all ranks continue.
+        leave_at: Where to stop, as if the members of the group changed there; None: nowhere.
     """
-    if handover is None and start.checkpoint is not None:
+    handover: Handover | None = None
+    if start.checkpoint is not None and not continues:
         checkpoint = Checkpoint(start.phase, start.step, start.checkpoint)
         handover = Handover(checkpoint, STEP_COMPLETE)
     run: PhaseRun | None = None
     try:
         world.heartbeat.begin("at the start", 0)  # a warm worker may have run something else before
         with world.heartbeat.busy():
+            if continues:
+                handover = _receive_state(world)
             torch.manual_seed(experiment.config.seed)
             data = experiment.build_data()
             phases = copy.deepcopy(experiment.phases)  # phases have state, experiments have none
@@ -142,8 +159,13 @@ def run_phases(
         last_dense = experiment.stages[0].phase
         for index, (name, phase) in enumerate(phases.items()):
             if index >= start.phase:
-                if should_stop(world):
-                    yield RunStopped()
+                current = handover if index == start.phase else None
+                begins = (index, 0) if current is None else None
+                request = request_of_all(world)
+                if request != CONTINUE or (leave_at and leave_at[:2] == begins):
+                    if current is not None:
+                        yield current
+                    yield RunStopped(changes_members=request != STOP)
                     return
                 rest = list(phases.values())[index:]
                 if index == last_dense + 1 and any(p.needs_dense_model for p in rest):
@@ -160,9 +182,9 @@ def run_phases(
                     checkpoint=experiment.config.checkpoint,
                     changes=changes,
                     earlier=handover,
+                    leave_at=leave_at,
                 )
-                resumed = handover if index == start.phase else None
-                content = None if resumed is None else unpack(bytes(resumed.checkpoint.content))
+                content = None if current is None else unpack(bytes(current.checkpoint.content))
                 yield from run.messages(content)
                 if run.stopped:
                     return
@@ -201,11 +223,41 @@ def planned_steps(phase: Phase, samples: int, batch_size: int) -> int:
     return steps * (phase.max_rounds if isinstance(phase, RoundPhase) else 1)
 
 
-def should_stop(world: World) -> bool:
-    """Whether rank 0 was asked to stop; the same answer on all ranks. A collective call."""
-    asked = torch.tensor(int(world.rank == 0 and world.stop.is_set()), device=world.device)
-    world.all_reduce(asked)
-    return bool(asked)
+def request_of_all(world: World) -> int:
+    """What rank 0 was requested to do: CONTINUE, STOP or CHANGE. A collective call.
+
+    Returns:
+        The same answer on all ranks.
+    """
+    request = CONTINUE
+    if world.rank == 0:
+        request = STOP if world.stop.is_set() else CHANGE if world.change.is_set() else CONTINUE
+    shared = torch.tensor(request, device=world.device)
+    world.all_reduce(shared)
+    return int(shared)
+
+
+def _receive_state(world: World) -> Handover:
+    """Give all ranks the state that rank 0 keeps. A collective call.
+
+    Ranks of the group before have equal parameters, but each has its own buffers, such as the
+    running statistics of batch norm; a new rank has nothing.
+    """
+    kept = world.kept
+    if world.size == 1:
+        assert kept is not None
+        return kept
+    head = torch.zeros(4, dtype=torch.int64)
+    content = torch.empty(0, dtype=torch.uint8)
+    if kept is not None:
+        content = torch.frombuffer(bytearray(kept.checkpoint.content), dtype=torch.uint8)
+        head = torch.tensor([*kept.position, len(content)])
+    world.broadcast([head])
+    phase, step, stage, length = head.tolist()
+    if kept is None:
+        content = torch.empty(length, dtype=torch.uint8)
+    world.broadcast([content])
+    return Handover(Checkpoint(phase, step, content.numpy().tobytes()), stage)
 
 
 def _restore(model: nn.Module, experiment: Experiment, content: bytes) -> dict[str, str]:

@@ -6,6 +6,6 @@ their libraries are slow to import or optional.
 
 from trainer.report.sinks.base import ScalarSink, Sink
 from trainer.report.sinks.csv_file import CsvSink
-from trainer.report.sinks.files import LogSink, MetricsSink
+from trainer.report.sinks.files import LogSink, MembersSink, MetricsSink
 
-__all__ = ["CsvSink", "LogSink", "MetricsSink", "ScalarSink", "Sink"]
+__all__ = ["CsvSink", "LogSink", "MembersSink", "MetricsSink", "ScalarSink", "Sink"]

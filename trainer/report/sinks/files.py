@@ -1,9 +1,9 @@
-"""The run's own files that grow with its messages: log.txt and metrics.jsonl."""
+"""The run's own files that grow with its messages: log.txt, metrics.jsonl and members.jsonl."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.messages import EpochEnded, Message, Resumed, Status, WorkersLost
+from trainer.messages import EpochEnded, MembersChanged, Message, Resumed, Status, WorkersLost
 from trainer.report.lines import describe
 from trainer.store.directory import RunDirectory, as_json
 
@@ -44,6 +44,25 @@ class MetricsSink:
                     return (index[entry["phase"]], entry["step"]) < end
 
                 self._directory.truncate_metrics(is_before)
+
+    def close(self) -> None:
+        """Every line is written at once: nothing to do."""
+
+
+class MembersSink:
+    """Writes members.jsonl: a line per group of workers, in an elastic run."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+
+    def on(self, message: Message) -> None:
+        """Append a group; when the run resumes, delete the groups that began after the point."""
+        match message:
+            case MembersChanged():
+                self._directory.append_members(as_json(message))
+            case Resumed(phase=phase, step=step):
+                end = (phase, step)
+                self._directory.truncate_members(lambda e: (e["phase"], e["step"]) <= end)
 
     def close(self) -> None:
         """Every line is written at once: nothing to do."""

@@ -1,0 +1,207 @@
+"""A group of Ray actors whose members come and go during a run (`cluster.min_workers`)."""
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from trainer.cluster.group import Failure, InsufficientResources, Reformed
+from trainer.cluster.members import Answer, choose, to_drop
+from trainer.cluster.nodes import NodeMonitor
+from trainer.cluster.placement import Placement
+from trainer.cluster.ray_group import IDLE_WAIT_S, START_MARGIN_S, RayGroup
+from trainer.cluster.recruits import Rank, Recruits
+from trainer.config import ClusterConfig
+from trainer.errors import ConfigError
+
+SUSPECT_WAIT_S = 0.3  # how long to wait for a worker that others have lost, after all the others
+SETTLE_S = 5.0  # at the start: how long to wait for more than `min_workers` after the last one came
+CONNECT_WAIT_S = 10.0  # how long the members may take to connect with one another
+POLL_S = 0.05  # between two checks whether enough workers are ready
+
+
+class ElasticGroup(RayGroup):
+    """See `WorkerGroup`. It has between `cluster.min_workers` and `cluster.workers` members.
+
+    While there are fewer than `cluster.workers`, others are requested from Ray. When one is ready,
+    or the host of a member gets notice to leave, the run is asked to stop at its next step with
+    RunStopped(changes_members=True), and the caller calls `reform`.
+    """
+
+    root_cause_wait_s = 0.3
+
+    def __init__(self, cfg: ClusterConfig) -> None:
+        super().__init__(cfg)
+        assert cfg.min_workers is not None
+        self._minimum = cfg.min_workers
+        # The device, and the message about missing resources, are those of the smallest group.
+        self._placement = Placement(dataclasses.replace(cfg, workers=self._minimum))
+        self._recruits = Recruits(lambda: self._new_actor(None))
+        self._nodes: NodeMonitor | None = None
+        self._changed_run = 0  # the last run that was requested to change its members
+        self._noticed: set[str] = set()  # hosts whose notice has been followed
+
+    def start(self) -> None:
+        """Connect to Ray, and start as many workers as there are resources for."""
+        self._connection.open()
+        self._check_stop()
+        self._nodes = NodeMonitor()
+        self._placement.choose_device()
+        self._reform([], keep=False, settle_s=SETTLE_S)
+        if self._placement.device == "cuda" and self._ranks_without_gpu():
+            raise ConfigError(
+                "cluster.device=cuda: torch sees no GPU on some worker's node; use "
+                "cluster.device=cpu, or a build of PyTorch for CUDA"
+            )
+
+    def restart(self) -> None:
+        """Make the group usable without any state of the run before."""
+        self._reform(self._answers(), keep=False)
+
+    def reform(self, size: int | None = None, source: int | None = None) -> Reformed:
+        """See `WorkerGroup`. It takes no arguments: recorded runs are repeated by `RayGroup`."""
+        self._connection.check_head()
+        return self._reform(self._answers(), keep=True)
+
+    def stop(self) -> None:
+        """See `RayGroup`."""
+        if self._nodes is not None:
+            self._nodes.stop()
+        super().stop()
+        self._recruits = Recruits(lambda: self._new_actor(None))
+
+    def _actors(self) -> list[Any]:
+        return [*super()._actors(), *self._recruits.actors()]
+
+    def _attend(self) -> None:
+        """Look for new workers and for hosts with notice; if there are any, request a change."""
+        if self._connection.head.lost or self._changed_run == self._runs:
+            return
+        ready = self._recruits.poll(self._cfg.workers - self.size)
+        notice = {rank.node_id for rank in self._ranks if self._has_notice(rank)} - self._noticed
+        if ready or notice:
+            self._changed_run = self._runs
+            with contextlib.suppress(RayError):  # it is lost: its stream reports that
+                self._ranks[0].actor.request_change.remote(self._runs)
+
+    def _has_notice(self, rank: Rank) -> bool:
+        return self._nodes is not None and rank.node_id in self._nodes.draining
+
+    def _has_left(self, rank: int) -> bool:
+        if not self._connection.answers() or self._nodes is None:
+            return False
+        return self._nodes.has_left(self._ranks[rank].node_id)
+
+    def _answers(self) -> list[Answer]:
+        """Ask all members which state they keep; those that do not answer are ended."""
+        pending = {rank.actor.kept.remote(): number for number, rank in enumerate(self._ranks)}
+        now = time.monotonic()
+        deadline, suspects_until = now + IDLE_WAIT_S, 0.0
+        answers = []
+        while pending:
+            until = deadline
+            if set(pending.values()) <= self._suspects:
+                suspects_until = suspects_until or time.monotonic() + SUSPECT_WAIT_S
+                until = min(deadline, suspects_until)
+            found, _ = ray.wait(list(pending), timeout=max(0.0, until - time.monotonic()))
+            for ref in found:
+                number = pending.pop(ref)
+                with contextlib.suppress(RayError):  # it has died
+                    kept = ray.get(ref)
+                    leaves = self._has_notice(self._ranks[number])
+                    answers.append(Answer(number, kept, leaves))
+            if not found:
+                break
+        for number in pending.values():
+            self._kill(self._ranks[number])
+        return answers
+
+    def _reform(self, answers: list[Answer], *, keep: bool, settle_s: float = 0.0) -> Reformed:
+        """Connect the workers that are there in a new group.
+
+        Args:
+            answers: of the members of the group before.
+            keep: whether to continue from a state that they keep.
+            settle_s: how long to wait for further workers when there are enough, in seconds.
+        """
+        before = self._ranks
+        joined: list[Rank] = []
+        while True:
+            present = sum(not answer.leaves for answer in answers)
+            joined += self._gather(present + len(joined), len(answers) + len(joined), settle_s)
+            members = choose(answers, len(joined), self._minimum)
+            self._ranks = [*(before[answer.rank] for answer in members), *joined]
+            lost = self._try_connect(keep)
+            if not lost:
+                break
+            for rank in lost:
+                self._kill(rank)
+            answers = [answer for answer in answers if before[answer.rank] not in lost]
+            joined = [rank for rank in joined if rank not in lost]
+        left = []
+        for number, rank in enumerate(before):
+            if rank not in self._ranks:
+                self._kill(rank)
+                left.append(f"worker {number} on {rank.node}")
+        self._noticed = {rank.node_id for rank in self._ranks if self._has_notice(rank)}
+        new = [rank.node for rank in joined]
+        if not keep or not members or members[0].kept is None:
+            return Reformed(None, 0, left, new)
+        return Reformed(members[0].kept, members[0].rank, left, new)
+
+    def _gather(self, present: int, available: int, settle_s: float) -> list[Rank]:
+        """Take in new workers; wait for them while there are too few.
+
+        Args:
+            present: number of workers that are there and stay.
+            available: the same, with those whose host has notice.
+            settle_s: as for `_reform`.
+        """
+        deadline = time.monotonic() + self._cfg.start_timeout_s
+        wanted = self._cfg.workers - present
+        last, since = -1, time.monotonic()
+        while True:
+            ready = self._recruits.poll(wanted)
+            now = time.monotonic()
+            if ready != last:
+                last, since = ready, now
+            enough = available + ready >= self._minimum
+            if ready >= wanted or (enough and now - since >= settle_s):
+                return self._recruits.take(wanted)
+            if now > deadline:
+                if enough:
+                    return self._recruits.take(wanted)
+                message, permanent = self._placement.shortage()
+                message = message.replace("cluster.workers=", "cluster.min_workers=", 1)
+                raise (
+                    ConfigError(message)
+                    if permanent and not self._ranks
+                    else (InsufficientResources(message))
+                )
+            self._check_stop()
+            time.sleep(POLL_S)
+
+    def _try_connect(self, keep: bool) -> list[Rank]:
+        """Connect `_ranks`. Returns those to leave out at the next attempt; none: it worked."""
+        limit = CONNECT_WAIT_S + START_MARGIN_S
+        try:
+            pending = self._request_connect(CONNECT_WAIT_S, keep)
+        except RayError:
+            return self._ranks[:1]
+        found, silent = ray.wait(pending, num_returns=len(pending), timeout=limit)
+        lost, failures = [self._ranks[pending.index(ref)] for ref in silent], {}
+        for ref in found:
+            number = pending.index(ref)
+            try:
+                failure: Failure | None = ray.get(ref)
+            except RayError:
+                lost.append(self._ranks[number])
+            else:
+                if failure is not None:
+                    failures[number] = failure.lost_rank
+        if failures and not lost:
+            lost = [self._ranks[to_drop(list(failures), list(failures.values()))]]
+        return lost
