@@ -119,6 +119,7 @@ class PhaseRecord(_Measured):
     sparsity: float
     sent_bytes_per_step: int  # per worker
     images_per_second: float | None
+    data_wait: float | None = None  # fraction of the training time that a worker waited for data
     macs: int = 0  # multiply-accumulates per sample of weights that are not zero
     rounds: list[RoundRecord] = field(default_factory=list)  # of a phase with rounds
 

@@ -1,5 +1,7 @@
 """Targets without an output are refused as they are read, by split and sample."""
 
+import time
+
 import pytest
 import torch
 from torch.utils.data import Subset
@@ -54,3 +56,18 @@ def test_an_unusable_sample_ends_the_run_with_its_name() -> None:
         list(split.batches([torch.tensor([0, 1])], None))
     assert sample_name(split, 0) == sample_name(part, 0)
     assert len(list(split.batches([torch.tensor([0])], None))) == 1  # the pass before has ended
+
+
+def test_the_time_that_the_caller_waits_is_counted():
+    class Slow(TensorSplit):
+        def batches(self, order, epoch):
+            for batch in super().batches(order, epoch):
+                time.sleep(0.01)
+                yield batch
+
+    split = CheckedSplit(
+        Slow(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)), "train", check(2)
+    )
+    for _ in split.batches(torch.arange(4).split(2), None):
+        pass
+    assert split.waited_s >= 0.02

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trainer.data import datasets
 from trainer.data.archives import open_files
 from trainer.data.checked import CheckedSplit
 from trainer.data.datasets import DatasetSplit
@@ -195,7 +196,7 @@ def test_transforms_of_ones_own(root):
 
 def test_a_bad_image_is_named(root):
     (root / "test" / "cat" / "3.png").write_bytes(b"GIF89a and no more")
-    split = CheckedSplit(images(str(root)).test, "test", 2)
+    split = CheckedSplit(images(str(root)).test, "test", lambda targets: None)
     with pytest.raises(RunError, match=r"test sample 3: .*test/cat/3\.png cannot be read as an im"):
         read(split)
     content = picture(1, 64, 64, "JPEG")[0]
@@ -207,7 +208,7 @@ def test_a_bad_image_is_named(root):
 def test_images_of_other_sizes_are_named_with_what_to_do(root):
     (root / "test" / "dog" / "0.png").write_bytes(picture(1, 9, 9)[0])
     with pytest.raises(RunError, match=r"sample 6: its inputs have the shape \[9, 9, 3\]"):
-        read(CheckedSplit(images(str(root)).test, "test", 2))
+        read(CheckedSplit(images(str(root)).test, "test", lambda targets: None))
 
 
 @pytest.mark.parametrize(
@@ -244,3 +245,12 @@ def test_targets_are_listed(root):
     split = images(str(root)).train
     assert isinstance(split, DatasetSplit)
     assert split.listed_targets().tolist() == [0] * 6 + [1] * 6
+
+
+def test_loader_processes_are_chosen_by_spare_cpus_and_cost(root, monkeypatch):
+    def chosen(spare, cost):
+        monkeypatch.setattr(datasets, "spare_cpus", lambda: spare)
+        monkeypatch.setattr(datasets, "_PROCESS_S", cost)
+        return images(str(root)).train.loader_workers
+
+    assert (chosen(0, 0), chosen(3, 0), chosen(99, 0), chosen(3, 60)) == (0, 3, 8, 0)

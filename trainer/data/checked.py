@@ -1,5 +1,6 @@
 """A split whose samples are checked as they are read: errors name the split and the sample."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -23,12 +24,16 @@ class CheckedSplit:
         split: What to read from.
         name: Of the split, for messages: train, validation or test.
         check: Finds a target that cannot be used.
+
+    Attributes:
+        waited_s: Seconds that the caller has waited for batches.
     """
 
     def __init__(self, split: Split, name: str, check: TargetCheck) -> None:
         self.split = split
         self.name = name
         self.check = check
+        self.waited_s = 0.0
 
     def __len__(self) -> int:
         return len(self.split)
@@ -43,7 +48,14 @@ class CheckedSplit:
                 yield indices
 
         try:
-            for inputs, targets in self.split.batches(recorded(), epoch):
+            batches = self.split.batches(recorded(), epoch)
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                self.waited_s += time.perf_counter() - began
+                if batch is None:
+                    return
+                inputs, targets = batch
                 self.check_targets(requested.popleft(), targets)
                 yield inputs, targets
         except SampleError as error:

@@ -7,7 +7,9 @@ processes.
 
 import contextlib
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from trainer.data.hashing import mix
 from trainer.data.loaders import fork_server
 from trainer.data.order import permutation
+from trainer.data.prefetch import spare_cpus
 from trainer.data.split import SampleError, Split, Splits
 from trainer.data.tree import map_tensors, merge
 
@@ -27,6 +30,10 @@ SPLIT_SEED = 0
 
 EVALUATION = -1
 """Takes the place of the epoch when a sample is seeded for evaluation."""
+
+_MAX_WORKERS = 8  # loader processes that are started by default, per split
+_TIMED_SAMPLES = 8  # that are read to find out what one costs
+_PROCESS_S = 50e-6  # seconds per sample from which on another process is worth it
 
 Request = tuple[int, list[int]]  # epoch, sample indices
 Batch = tuple[Any, Tensor]  # inputs (see Split.batches), targets
@@ -123,7 +130,9 @@ class DatasetSplit:
             array.
         seed: Seeds the random numbers of each sample.
         loader_workers: Processes that read samples; 0: this one does. They start with the first
-            batch, and end with this object.
+            batch, and end with this object. None: as many as CPUs are left to reading, up to 8, if
+            a sample costs more than sending it between processes; the Dataset must then be one that
+            can be pickled after samples were read.
         prepare: Turns the inputs of a batch into those of the model, after they were read, so that
             loader processes send a compact form of them (bytes).
     """
@@ -132,7 +141,7 @@ class DatasetSplit:
         self,
         dataset: Dataset[Any],
         seed: int,
-        loader_workers: int = 0,
+        loader_workers: int | None = 0,
         prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.dataset = dataset
@@ -140,7 +149,18 @@ class DatasetSplit:
         self.prepare = prepare
         self._requests = Requests()
         self._reading = False
-        self._loader = self._make_loader(self._requests, loader_workers, persistent=True)
+        self._workers = loader_workers
+
+    @cached_property
+    def _loader(self) -> "DataLoader[Batch | SampleError]":
+        return self._make_loader(self._requests, self.loader_workers, persistent=True)
+
+    @property
+    def loader_workers(self) -> int:
+        """Number of processes that read samples; chosen now if it was left open."""
+        if self._workers is None:
+            self._workers = _choose_workers(SeededBatches(self.dataset, self.seed), len(self))
+        return self._workers
 
     def _make_loader(
         self, requests: Iterable[Request], workers: int, persistent: bool
@@ -179,7 +199,7 @@ class DatasetSplit:
         after it was read here.
         """
         requests = ((EVALUATION, indices.tolist()) for indices in order)
-        workers = min(1, self._loader.num_workers)
+        workers = min(1, self.loader_workers)
         yield from self._usable(self._make_loader(_Once(requests), workers, persistent=False))
 
     def _usable(self, batches: Iterable[Batch | SampleError]) -> Iterator[Batch]:
@@ -204,6 +224,18 @@ class DatasetSplit:
         for instance because of a transform.
         """
         return _listed_targets(self.dataset)
+
+
+def _choose_workers(batches: SeededBatches, samples: int) -> int:
+    """How many processes should read samples, by the CPUs that are left and what a sample costs."""
+    spare = spare_cpus()
+    if spare < 1:
+        return 0
+    for _ in range(2):  # the first time files are opened and modules imported
+        began = time.perf_counter()
+        batches[EVALUATION, list(range(min(samples, _TIMED_SAMPLES)))]
+        seconds = time.perf_counter() - began
+    return min(spare, _MAX_WORKERS) if seconds > _TIMED_SAMPLES * _PROCESS_S else 0
 
 
 class _Once:

@@ -140,7 +140,7 @@ def images(
     std: Sequence[float] | None = None,
     train_transform: Transform | None = None,
     transform: Transform | None = None,
-    loader_workers: int = 0,
+    loader_workers: int | None = None,
     seed: int = 0,
 ) -> Splits:
     """Splits of image files. Inputs float32 [n, channels, height, width], targets int64 [n].
@@ -173,7 +173,8 @@ def images(
             `torchvision.transforms.v2.Compose`; takes the place of all settings from `size` to
             `std`, and draws from the global generators of torch, NumPy or Python.
         transform: Likewise for validation and test; give both or none.
-        loader_workers: Processes per worker and split that read images; 0: the worker does.
+        loader_workers: Processes per worker and split that read images; 0: the worker does; None:
+            as many as CPUs are left to reading, up to 8.
         seed: Seeds the random numbers of each image.
 
     Raises:
@@ -229,7 +230,7 @@ def _check(
     resize: int | None,
     area: Sequence[float] | None,
     pad: int,
-    loader_workers: int,
+    loader_workers: int | None,
 ) -> None:
     if channels not in (1, 3):
         raise ValueError(f"data.channels={channels}: it must be 3 (RGB) or 1 (grey)")
@@ -245,7 +246,7 @@ def _check(
             raise ValueError("data.area: it needs data.size, and data.pad=0")
     if pad < 0:
         raise ValueError(f"data.pad={pad}: it must be at least 0 pixels")
-    if loader_workers < 0:
+    if loader_workers is not None and loader_workers < 0:
         raise ValueError(f"data.loader_workers={loader_workers}: it must be at least 0")
 
 

@@ -3,6 +3,7 @@
 A `Split` turns index tensors into batches. It knows nothing of workers, shuffling or batch sizes.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainer.data.prefetch import generator_states, prefetched, spare_cpus
 from trainer.data.tree import map_tensors, tensors
+
+_PREFETCH_S = 1e-3  # of a batch; making a cheaper one ahead costs more than it saves
 
 IGNORED = -100
 """The target that does not count in loss and accuracy, as in torch.nn.functional.cross_entropy."""
@@ -107,7 +111,24 @@ class TensorSplit:
         return len(self.targets)
 
     def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
-        """As `Split.batches`."""
+        """As `Split.batches`.
+
+        Where a batch costs a millisecond and there are CPUs to spare, a thread makes the next ones
+        ahead; not if `augment` or `prepare` draw from the global random generators, since the
+        numbers would then depend on when they are drawn.
+        """
+        batches = self._batches(order, epoch)
+        if spare_cpus() < 1:
+            yield from batches
+            return
+        states, began = generator_states(), time.perf_counter()
+        for first in batches:
+            slow = time.perf_counter() - began >= _PREFETCH_S
+            ahead = slow and generator_states() == states
+            yield first
+            yield from prefetched(batches) if ahead else batches
+
+    def _batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
         for indices in order:
             inputs = map_tensors(partial(torch.index_select, dim=0, index=indices), self.inputs)
             if epoch is not None and self.augment is not None:

@@ -1,7 +1,7 @@
 """Training loss and speed of a phase, for each of its epochs."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.engine.evaluate import Metrics
@@ -10,6 +10,8 @@ from trainer.errors import RunError
 from trainer.messages import EpochEnded, Progress
 
 PROGRESS_EVERY_S = 0.2
+WAIT_SHARE = 0.1  # of the training time, above which waiting for data is worth a notice,
+WAIT_SECONDS = 10  # if the training lasted so long
 
 
 class PhaseClock:
@@ -19,9 +21,12 @@ class PhaseClock:
 
     Args:
         started: When the phase began, by time.monotonic(); its first epoch begins now.
+        waited: Returns the seconds that this worker has waited for training data so far.
     """
 
-    def __init__(self, started: float) -> None:
+    def __init__(self, started: float, waited: Callable[[], float] = lambda: 0.0) -> None:
+        self._waited = waited
+        self._waited_before = -waited()  # of the phase before it was resumed, less other phases'
         self.train_loss: float | None = None  # of the last whole epoch
         self.checkpointed = time.monotonic()  # when the last checkpoint was made
         self._started = started
@@ -54,6 +59,7 @@ class PhaseClock:
             "epoch_seconds": time.monotonic() - self._epoch_started,
             "all_samples": self._all_samples,
             "all_seconds": self._all_seconds,
+            "waited": self._waited_before + self._waited(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -66,6 +72,7 @@ class PhaseClock:
         self._before = state["seconds"]
         self._epoch_started = time.monotonic() - state["epoch_seconds"]
         self._all_samples, self._all_seconds = state["all_samples"], state["all_seconds"]
+        self._waited_before += state.get("waited", 0.0)  # earlier versions did not measure it
 
     def seconds(self) -> float:
         """Seconds that the phase has taken."""
@@ -141,3 +148,19 @@ class PhaseClock:
     def overall(self) -> float | None:
         """Samples per second of the whole phase; None if nothing was trained."""
         return self._all_samples / self._all_seconds if self._all_seconds else None
+
+    def data_wait(self) -> float | None:
+        """Fraction of the training time in which this worker waited for data; None as above."""
+        if not self._all_seconds:
+            return None
+        return min(1.0, (self._waited_before + self._waited()) / self._all_seconds)
+
+    def data_notice(self) -> str:
+        """What to tell the user about the waiting; empty if there is nothing to say."""
+        share = self.data_wait()
+        if share is None or share <= WAIT_SHARE or self._all_seconds < WAIT_SECONDS:
+            return ""
+        return (
+            f"the worker waited for data in {share:.0%} of the training time: raise "
+            "data.loader_workers, if the data has it, or cluster.cpus_per_worker"
+        )

@@ -30,6 +30,7 @@ from trainer.messages import (
     Checkpoint,
     Handover,
     Message,
+    Notice,
     PhaseEnded,
     PhaseRecord,
     PhaseStarted,
@@ -89,7 +90,8 @@ class PhaseRun:
     last: StepResult | None = None  # last step of the last round
 
     def __post_init__(self) -> None:
-        self.clock = PhaseClock(time.monotonic())
+        train = self.data.train
+        self.clock = PhaseClock(time.monotonic(), lambda: getattr(train, "waited_s", 0.0))
         self.rounds: list[RoundRecord] = []
         self._step: StepResult | None = None  # the last one whose update is in the model
         self._stage = STEP_COMPLETE  # of that step
@@ -144,9 +146,12 @@ class PhaseRun:
             sparsity=after.sparsity,
             sent_bytes_per_step=self.last.sent_bytes if self.last else 0,
             images_per_second=clock.overall(),
+            data_wait=clock.data_wait(),
             macs=self._macs(),
             rounds=rounds,
         )
+        if notice := clock.data_notice():
+            yield Notice(f"phase {self.name}: {notice}")
         with world.heartbeat.busy():
             metadata = to_metadata(self.changes)
             if scale := self.runtime.mixed_precision.state():
