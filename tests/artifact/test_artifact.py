@@ -229,6 +229,29 @@ def test_too_many_names_are_found_out_beforehand() -> None:
         artifact.check({f"{i}{'x' * 1000}": one for i in range(HEADER_LIMIT // 1000)})
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_integers_times_a_step_take_a_step_and_not_a_codebook(stored) -> None:
+    step = torch.tensor(0.0371, dtype=stored).float()
+    integers = (torch.randn(40, 30) * 2).round() * (torch.rand(40, 30) < 0.3)
+    weight = integers * step + 0.0  # no minus zero
+    content = artifact.encode({"w": weight})
+    assert torch.equal(artifact.loads(content)["w"], weight) == (stored is torch.float16)
+    (layer,) = artifact.describe(content).layers
+    if stored is torch.float16:
+        assert content[3] == 2
+        assert (layer["kind"], layer["nonzero"]) == ("uniform", int(weight.count_nonzero()))
+        assert layer["distinct"] == int(integers.max() - integers.min())
+
+
+def test_values_off_a_grid_keep_their_codebook_and_the_first_version() -> None:
+    values = torch.tensor([0.0, -0.5, 0.25, 0.75, 100.25])
+    for weight in (values[torch.randint(0, 5, (30, 9))], values[torch.randint(0, 3, (30, 9))]):
+        content = artifact.encode({"w": weight})
+        assert content[3] == 1
+        assert artifact.describe(content).layers[0]["kind"] == "shared"
+        assert torch.equal(artifact.loads(content)["w"], weight)
+
+
 def test_describe(model: dict[str, Tensor]) -> None:
     about = {"name": "x", "model": {"_target_": "Net"}, "accuracy": 0.5}
     content = artifact.encode(model, about=about)
@@ -365,8 +388,8 @@ def test_noise_is_refused(noise: bytes) -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(artifact.ArtifactError, match="version 02"):
-        artifact.loads(b"DCZ\x02" + artifact.encode({})[4:])
+    with pytest.raises(artifact.ArtifactError, match="version 03"):
+        artifact.loads(b"DCZ\x03" + artifact.encode({})[4:])
     with pytest.raises(artifact.ArtifactError, match="does not begin with DCZ"):
         artifact.loads(b"PK\x03\x04")
 
@@ -439,6 +462,38 @@ HOSTILE = {
     "a codebook shorter than the indices": (
         {"tensors": [["w", "f32", [2, 2], "c", 1, "f32"]]},
         [LAYER, encode_floats(b"\0" * 4, 4)],
+    ),
+    "a grid without integers": (
+        {"tensors": [["w", "f32", [2, 2], "u", 0, 0, "f32"]]},
+        [LAYER, encode_floats(b"\0\0\x80?", 4)],
+    ),
+    "a grid below zero by a negative number": (
+        {"tensors": [["w", "f32", [2, 2], "u", -1, 3, "f32"]]},
+        [LAYER, encode_floats(b"\0\0\x80?", 4)],
+    ),
+    "a grid of too many integers": (
+        {"tensors": [["w", "f32", [2, 2], "u", 0, 1 << 16, "f32"]]},
+        [LAYER, encode_floats(b"\0\0\x80?", 4)],
+    ),
+    "a grid of fewer integers than are used": (
+        {"tensors": [["w", "f32", [2, 2], "u", 0, 1, "f32"]]},
+        [LAYER, encode_floats(b"\0\0\x80?", 4)],
+    ),
+    "a grid with a step of zero": (
+        {"tensors": [["w", "f32", [2, 2], "u", 0, 2, "f32"]]},
+        [LAYER, encode_floats(b"\0" * 4, 4)],
+    ),
+    "a grid with a step of NaN": (
+        {"tensors": [["w", "f32", [2, 2], "u", 0, 2, "f16"]]},
+        [LAYER, encode_floats(b"\0\x7e", 2)],
+    ),
+    "a grid with a step of integers": (
+        {"tensors": [["w", "f32", [2, 2], "u", 0, 2, "i32"]]},
+        [LAYER, encode_floats(b"\1\0\0\0", 4)],
+    ),
+    "a grid of bf16": (
+        {"tensors": [["w", "bf16", [2, 2], "u", 0, 2, "bf16"]]},
+        [LAYER, encode_floats(b"\x80?", 2)],
     ),
     "a codebook of too many": (
         {"tensors": [["w", "f32", [1 << 9, 1 << 9], "c", 1 << 16, "f32"]]},

@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import check_order
 from trainer.phases import (
     AutoPrune,
+    EntropyPenalty,
     Phase,
     Prune,
     Quantize,
@@ -54,6 +55,7 @@ KINDS = {
     "retrain": Retrain,
     "share": Share,
     "quantize": Quantize,
+    "entropy": EntropyPenalty,
     "structured_prune": StructuredPrune,
 }
 

@@ -11,7 +11,17 @@ from trainer.compress.install import fold
 from trainer.compress.select import weights
 from trainer.config import FitConfig
 from trainer.errors import ConfigError
-from trainer.phases import AutoPrune, Phase, Prune, Quantize, Retrain, Share, StructuralPhase, Train
+from trainer.phases import (
+    AutoPrune,
+    EntropyPenalty,
+    Phase,
+    Prune,
+    Quantize,
+    Retrain,
+    Share,
+    StructuralPhase,
+    Train,
+)
 from trainer.testing import ExampleNet, check_phase, check_structural_phase
 
 BOTH = ["zeros", "sharing"]
@@ -29,6 +39,9 @@ BOTH = ["zeros", "sharing"]
         (Retrain(BOTH, epochs=2), []),
         (Share(3, biases=2, epochs=2), [{"bits": 17}, {"clusters": {"*": 0}}]),
         (Share(3), []),
+        (EntropyPenalty(0.5, vectors=True, refresh=1, epochs=2), [{"ramp": -1}, {"keep": ["x"]}]),
+        (EntropyPenalty(0.5, bytes=900, sort_units=True, keep=[], epochs=2), [{"bytes": 0}]),
+        (EntropyPenalty(keep=[]), [{"step": 0}, {"refresh": 0}, {"size_weight": -1}]),
         (Quantize(4, epochs=2), [{"bits": 9}, {"outputs": ["*"], "activations": None}]),
         (Quantize(4, samples=16, epochs=0), [{"samples": 0}, {"ranges": "x"}, {"rounding": "x"}]),
         (Quantize(4, samples=16, epochs=2), []),

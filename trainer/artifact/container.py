@@ -20,6 +20,9 @@ from typing import Any
 from trainer.compress.coding import CorruptError, varint
 
 MAGIC = b"DCZ\x01"
+MAGIC_2 = b"DCZ\x02"
+"""Of a file with an entry of a kind that version 1 does not know; else the two are the same."""
+
 HEADER_LIMIT = 1 << 22  # bytes of JSON
 
 # Part of the format: zlib finds these words without their being in the file. The likeliest last.
@@ -45,13 +48,13 @@ class ArtifactError(ValueError):
     """A file is no compressed model, or not what was written: cut short, changed, or made up."""
 
 
-def join(header: Mapping[str, Any], sections: Sequence[bytes]) -> bytes:
+def join(header: Mapping[str, Any], sections: Sequence[bytes], magic: bytes = MAGIC) -> bytes:
     """The bytes of a file. Raises ValueError where the header is too long to be read again."""
     text = header_text(header)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
     packed = deflate.compress(text) + deflate.flush()
-    parts = [MAGIC]
-    checksum = zlib.crc32(MAGIC)
+    parts = [magic]
+    checksum = zlib.crc32(magic)
     for payload in (packed, *sections):
         checksum = zlib.crc32(payload, checksum)
         parts += [varint.encode(len(payload)), payload, struct.pack("<I", checksum)]
@@ -70,10 +73,10 @@ def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
     """Header and sections of a file. Raises ArtifactError where anything is not as it should be."""
     if content[:3] != MAGIC[:3]:
         raise ArtifactError("this is no .dcz file: it does not begin with DCZ")
-    if content[:4] != MAGIC:
+    if content[:4] not in (MAGIC, MAGIC_2):
         raise ArtifactError(f"version {content[3:4].hex() or 'none'} of the format is not known")
     view = memoryview(content)
-    place, checksum = 4, zlib.crc32(MAGIC)
+    place, checksum = 4, zlib.crc32(content[:4])
     sections: list[memoryview] = []
     while place < len(view) or not sections:
         try:

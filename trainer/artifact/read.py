@@ -1,5 +1,6 @@
 """From the bytes of a .dcz file to a state_dict, and to what can be said about it."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from trainer.artifact.tensors import (
     MASK,
     RAW,
     SCALE,
+    UNIFORM,
     Entry,
     coder_path,
     is_scale,
@@ -33,8 +35,8 @@ from trainer.compress.quantize import is_quantizer_entry
 
 T = TypeVar("T")
 
-_KINDS = {CODEBOOK: "shared", GRID: "quantized", MASK: "pruned", RAW: "plain"}
-_CODED = (CODEBOOK, GRID, MASK)
+_KINDS = {CODEBOOK: "shared", GRID: "quantized", UNIFORM: "uniform", MASK: "pruned", RAW: "plain"}
+_CODED = (CODEBOOK, GRID, UNIFORM, MASK)
 
 # Bytes that the tensors may take by default: at least the first number, and for a larger file the
 # second number times its size.
@@ -50,7 +52,7 @@ class Description:
     # tensors count once. Those of the model may be others: it knows which buffers and ties it has.
     parameters: int
     # name, shape, kind, weights, nonzero, distinct, bits, bytes of each tensor; `distinct` is the
-    # number of values but zero in a shared or quantized tensor, and None for the other kinds.
+    # number of values but zero in a shared, quantized or uniform tensor, and None otherwise.
     layers: list[dict[str, Any]]
     frame: int  # bytes that belong to no single tensor: header, lengths, checksums
 
@@ -188,16 +190,17 @@ class _File:
         entry = self._own[name]
         stream = len(self._streams[entry.stored]) * entry.count
         share = stream / max(1, self._counts[entry.stored])
-        bits, coded = 8 * DTYPES[entry.stored].itemsize, entry.kind in (CODEBOOK, GRID)
+        bits, coded = 8 * DTYPES[entry.stored].itemsize, entry.kind in (CODEBOOK, GRID, UNIFORM)
+        distinct = entry.clusters if entry.kind == UNIFORM else entry.count
         if coded:
-            bits = max(1, (entry.count - 1).bit_length())
+            bits = max(1, (distinct - 1).bit_length())
         return {
             "name": name,
             "shape": list(entry.shape),
             "kind": _KINDS[entry.kind],
             "weights": entry.size,
             "nonzero": int(tensor.count_nonzero()),
-            "distinct": entry.count if coded else None,
+            "distinct": distinct if coded else None,
             "bits": bits,
             "bytes": round(share + len(self._layers.get(name, b""))),
         }
@@ -237,6 +240,8 @@ class _File:
     def _tensor(self, entry: Entry, values: Tensor) -> Tensor:
         if entry.kind not in _CODED:
             return values.reshape(entry.shape)
+        if entry.kind == UNIFORM:
+            values = _multiples_of(entry, values)
         negatives = 0 if entry.kind == MASK else int((values < 0).sum())
         layer = bytes(self._layers[entry.name])
         try:
@@ -295,6 +300,14 @@ def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None or not is_scale(scale, entry.shape):
         raise ArtifactError(f"{entry.name!r} has no scales that fit it")
     return multiplied(integers, scale).reshape(entry.shape)
+
+
+def _multiples_of(entry: Entry, step: Tensor) -> Tensor:
+    """All values of a UNIFORM but zero, ascending. Raises ArtifactError for an impossible step."""
+    if not 0 < float(step) < math.inf:
+        raise ArtifactError(f"{entry.name!r} has a step of {float(step)}")
+    below = torch.arange(-entry.below, 0)
+    return torch.cat((below, torch.arange(1, entry.above + 1))) * step
 
 
 def _statistic(entry: Entry) -> bool:

@@ -29,7 +29,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-CODEBOOK, GRID, MASK, RAW, ALIAS = "c", "q", "m", "r", "a"
+CODEBOOK, GRID, UNIFORM, MASK, RAW, ALIAS = "c", "q", "u", "m", "r", "a"
 # After the name of a GRID: the tensors with its scales, and with its bits.
 SCALE, WIDTH = "_quantizer.scale", "_quantizer.width"
 
@@ -46,8 +46,10 @@ class Entry:
     CODEBOOK: a coded layer of indices in its section, `count` values in a stream of `stored` type.
     GRID: the same, and the values are integers, stored as i8, to be multiplied by the tensor named
         NAME_quantizer.scale, which has one element, or one for each index of the first dimension.
+    UNIFORM: a coded layer of integers in its section, from -`below` to `above`, and in a stream of
+        `stored` type the step that they are multiplied by.
     MASK: a coded layer of positions in its section, `count` other values in the stream. These
-        three are of type f32 and not empty.
+        four are of type f32 and not empty.
     RAW: all its values in the stream.
     ALIAS: the tensor named `of`, again.
     """
@@ -59,6 +61,8 @@ class Entry:
     count: int = 0
     stored: str = "f32"
     of: str = ""
+    below: int = 0
+    above: int = 0
 
     @property
     def size(self) -> int:
@@ -73,6 +77,8 @@ class Entry:
     @property
     def clusters(self) -> int:
         """The highest level of a coded layer, 1 at least."""
+        if self.kind == UNIFORM:
+            return self.below + self.above
         return 1 if self.kind == MASK else max(1, self.count)
 
     def as_json(self) -> list[Any]:
@@ -80,6 +86,8 @@ class Entry:
         if self.kind == ALIAS:
             return [self.name, self.of]
         head = [self.name, self.dtype, list(self.shape), self.kind]
+        if self.kind == UNIFORM:
+            return [*head, self.below, self.above, self.stored]
         return [*head, self.stored] if self.kind == RAW else [*head, self.count, self.stored]
 
 
@@ -119,6 +127,7 @@ def look_up(table: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
 
 def parse(row: Any) -> Entry:
     """The entry that a row of the header means. Raises ArtifactError."""
+    below = above = 0
     match row:
         case [str(name), str(of)]:
             return Entry(name, ALIAS, of=of)
@@ -130,9 +139,19 @@ def parse(row: Any) -> Entry:
             MASK,
         ):
             pass
+        case [
+            str(name),
+            str(dtype),
+            list(shape),
+            str(kind),
+            int(below),
+            int(above),
+            str(stored),
+        ] if kind == UNIFORM:
+            count = 1
         case _:
             raise ArtifactError(f"the header has an entry that is none: {reprlib.repr(row)}")
-    numbers = shape if count is None else [*shape, count]
+    numbers = [*shape, below, above] if count is None else [*shape, below, above, count]
     sound = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
     if not sound or dtype not in DTYPES or stored not in DTYPES:
         raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
@@ -141,10 +160,13 @@ def parse(row: Any) -> Entry:
     max_count = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
     if not possible or (count or 0) > max_count:
         raise ArtifactError(f"the header claims too much of {name[:80]!r}: {reprlib.repr(row)}")
+    if kind == UNIFORM and (not 0 < below + above < 1 << 16 or stored not in ("f32", "f16")):
+        raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
     if kind != RAW and (dtype != "f32" or not size):
         raise ArtifactError(f"{name[:80]!r} cannot be coded: it is empty, or not f32")
     if kind == GRID and stored != "i8":
         raise ArtifactError(f"{name[:80]!r} is said to be integers, but stored as {stored}")
     if DTYPES[stored].itemsize > DTYPES[dtype].itemsize:
         raise ArtifactError(f"{name[:80]!r} is said to be {dtype}, but stored as {stored}")
-    return Entry(name, kind, dtype, tuple(shape), size if count is None else count, stored)
+    count = size if count is None else count
+    return Entry(name, kind, dtype, tuple(shape), count, stored, below=below, above=above)

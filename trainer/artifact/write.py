@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.artifact.container import header_text, join
+from trainer.artifact.container import MAGIC, MAGIC_2, header_text, join
 from trainer.artifact.tensors import (
     ALIAS,
     CODEBOOK,
@@ -22,6 +22,7 @@ from trainer.artifact.tensors import (
     NAMES,
     RAW,
     SCALE,
+    UNIFORM,
     Entry,
     coder_path,
     fits_format,
@@ -29,11 +30,14 @@ from trainer.artifact.tensors import (
     look_up,
     multiplied,
 )
-from trainer.compress.coding import Budget, Coder, encode_floats, encode_layer
+from trainer.compress.coding import MAX_CLUSTERS, Budget, Coder, encode_floats, encode_layer
 from trainer.compress.half import is_exact, shared_values, to_half
 from trainer.compress.quantize import broadcast_scale
 
 Levels = NDArray[np.uint16] | NDArray[np.bool_]
+
+_MIN_ON_GRID = 3  # distinct values below which a codebook takes hardly more bytes than a step
+_SPARE_ON_GRID = 16  # integers without a weight that a grid may have, besides one per value
 
 
 def encode(
@@ -46,8 +50,9 @@ def encode(
     """The content of a .dcz file.
 
     A quantized weight is written as coded integers, next to the scales of its quantizer; another
-    float32 tensor with few distinct values as a codebook and coded indices, one with zeros as coded
-    positions and its other values; anything else, such as half-precision weights, as its values.
+    float32 tensor of integers times a step as coded integers and the step, one with few distinct
+    values as a codebook and coded indices, one with zeros as coded positions and its other values;
+    anything else, such as half-precision weights, as its values.
     Tensors that are equal are written once. Nothing is lost but what `dtype` rounds. Beside the
     weights, memory for about three bytes an element of the largest tensor is needed.
 
@@ -96,7 +101,8 @@ def encode(
         encode_floats(b"".join(streams.pop(stored)), DTYPES[stored].itemsize)
         for stored in sorted(streams)
     ]
-    return join(header, [*layers, *coded])
+    is_new = any(entry.kind == UNIFORM for entry in entries)
+    return join(header, [*layers, *coded], MAGIC_2 if is_new else MAGIC)
 
 
 def try_coder(coder: Coder) -> None:
@@ -131,7 +137,9 @@ def check(weights: Mapping[str, Any]) -> None:
                 f"be written, only {MAX_DIMENSIONS} dimensions and less than 2^48 elements"
             )
         dtype = NAMES[tensor.dtype]
-        rows.append(Entry(name, CODEBOOK, dtype, shape, tensor.numel(), dtype).as_json())
+        longest = min(tensor.numel(), MAX_CLUSTERS)
+        row = Entry(name, UNIFORM, dtype, shape, 1, dtype, below=longest, above=tensor.numel())
+        rows.append(row.as_json())  # the longest that any tensor can get
     header_text({"tensors": rows})
 
 
@@ -143,7 +151,10 @@ def _written(
     entry, levels, values = found or _plan(name, tensor, exact)
     if levels is None:
         return entry, None, values
-    negatives = 0 if entry.kind == MASK else int((values < 0).sum())
+    if entry.kind == UNIFORM:
+        negatives = entry.below
+    else:
+        negatives = 0 if entry.kind == MASK else int((values < 0).sum())
     try:
         layer = encode_layer(levels, entry.shape, entry.clusters, negatives, coder, budget)
     except ValueError as error:
@@ -181,6 +192,12 @@ def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None,
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
     found = shared_values(tensor)
     if found is not None:
+        if uniform := _uniform(found):
+            step, below, above = uniform
+            entry = Entry(
+                name, UNIFORM, dtype, shape, 1, NAMES[step.dtype], below=below, above=above
+            )
+            return entry, _multiples(tensor, float(step), below), step.reshape(1)
         values, survivors = found if exact else to_half(found), int(tensor.count_nonzero())
         if _bits_of_shared(values, survivors) <= 32 * survivors:
             entry = Entry(name, CODEBOOK, dtype, shape, len(values), NAMES[values.dtype])
@@ -193,6 +210,38 @@ def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None,
             return Entry(name, MASK, dtype, shape, count, dtype), kept.numpy(), tensor[kept]
     values = to_half(tensor) if is_float and tensor.ndim < 2 and not exact else tensor
     return Entry(name, RAW, dtype, shape, tensor.numel(), NAMES[values.dtype]), None, values
+
+
+def _uniform(values: Tensor) -> tuple[Tensor, int, int] | None:
+    """The uniform grid that some values are on.
+
+    Args:
+        values: float32, distinct and finite or infinite, ascending, without zero.
+
+    Returns:
+        The step, in fp16 if it is exact in that, and how many integers below and above zero are
+        needed; None where there is no grid, or where a codebook takes hardly more bytes.
+    """
+    if len(values) < _MIN_ON_GRID or not bool(values.isfinite().all()):
+        return None
+    # Floats are integers times powers of two, so the greatest common divisor is exact.
+    ratios = [abs(value).as_integer_ratio() for value in values.tolist()]
+    unit = max(below for _, below in ratios)
+    step = math.gcd(*(above * (unit // below) for above, below in ratios))
+    low, high = (round(value * unit / step) for value in (values[0].item(), values[-1].item()))
+    below, above = max(0, -low), max(0, high)
+    if below + above > min(MAX_CLUSTERS, 2 * len(values) + _SPARE_ON_GRID):
+        return None
+    exact = torch.tensor(step / unit, dtype=torch.float32)
+    half = exact.half()
+    return (half if float(half) == float(exact) else exact), below, above
+
+
+def _multiples(tensor: Tensor, step: float, below: int) -> NDArray[np.uint16]:
+    """The level of each element of a tensor on a uniform grid."""
+    integers = np.rint(tensor.numpy() / np.float32(step)).astype(np.int32)
+    levels = integers + below + (integers < 0)
+    return np.where(integers == 0, 0, levels).astype(np.uint16)
 
 
 def _bits_of_shared(values: Tensor, survivors: int) -> float:

@@ -1,5 +1,6 @@
 """What training minimizes: the loss of the task, alone or together with a teacher."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -67,3 +68,20 @@ class Distilled:
         factor = self._weight * task.divergence_factor(self._temperature)
         hard = task.training_loss(output, targets, units)
         return (1 - self._weight) * hard + factor * divergence
+
+
+class Penalized:
+    """The loss of another objective, and a penalty on the model itself. An `Objective`."""
+
+    def __init__(self, objective: Objective, penalty: Callable[[nn.Module], Tensor | None]) -> None:
+        """Args:
+        objective: Of the task.
+        penalty: Computes from the model what is added, 0-dim; None: nothing.
+        """
+        self._objective = objective
+        self._penalty = penalty
+
+    def __call__(self, model: nn.Module, inputs: Any, targets: Tensor, units: float) -> Tensor:
+        loss = self._objective(model, inputs, targets, units)
+        penalty = self._penalty(model)
+        return loss if penalty is None else loss + penalty

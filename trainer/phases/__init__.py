@@ -2,6 +2,7 @@
 
 from trainer.phases.auto_prune import AutoPrune
 from trainer.phases.base import Evaluate, Phase, RoundPhase, StructuralPhase
+from trainer.phases.entropy import EntropyPenalty
 from trainer.phases.prune import Prune
 from trainer.phases.quantize import Quantize
 from trainer.phases.retrain import Retrain
@@ -11,6 +12,7 @@ from trainer.phases.train import Train
 
 __all__ = [
     "AutoPrune",
+    "EntropyPenalty",
     "Evaluate",
     "Phase",
     "Prune",

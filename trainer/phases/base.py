@@ -122,6 +122,17 @@ class Phase:
         A resumed phase calls this again and must get the same structure: do not use random numbers.
         """
 
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """What is added to the loss in each step, such as a regularization; None: nothing.
+
+        Must depend on nothing but the model and the settings, and be the same on all ranks. It is
+        added to the mean loss of each micro-batch.
+
+        Returns:
+            0-dim, differentiable, in the unit of the loss.
+        """
+        return None
+
     def after_step(self, model: nn.Module, world: World, step: int, total: int) -> None:
         """Called after each optimizer step.
 

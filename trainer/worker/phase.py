@@ -20,7 +20,7 @@ from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.freeze import frozen_values
 from trainer.engine.loop import StepResult, fit, steps_in
-from trainer.engine.objective import Distilled, Objective, Supervised
+from trainer.engine.objective import Distilled, Objective, Penalized, Supervised
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
 from trainer.messages import (
@@ -241,7 +241,7 @@ class PhaseRun:
 
     def _steps(self, number: int, resumed: Mapping[str, Any] | None) -> Iterator[StepResult]:
         """The steps of a round, after the phase's own work; first one that was not finished."""
-        fit_config = self.phase.fit
+        phase, fit_config = self.phase, self.phase.fit
         if resumed is not None and (unfinished := resumed["unfinished"]) is not None:
             step = StepResult(
                 **unfinished["step"], requested=CONTINUE, state=lambda: dict(resumed["fit"])
@@ -255,7 +255,7 @@ class PhaseRun:
             self.epochs_before + number * fit_config.epochs,
             resumed and resumed["fit"],
             lambda: self._request(self.clock),
-            self._objective(),
+            Penalized(self._objective(), phase.penalty),
         ):
             yield self._finish_step(step, STEP_UPDATED)
 

@@ -33,7 +33,7 @@ def preset_dictionary() -> bytes:
 
 def decode_file(content: bytes) -> dict[str, Decoded]:
     """The tensors of a file by name, in its order."""
-    assert content[:4] == b"DCZ\1"
+    assert content[:4] in (b"DCZ\1", b"DCZ\2")
     sections = []
     at, checksum = 4, zlib.crc32(content[:4])
     while at < len(content):
@@ -45,11 +45,12 @@ def decode_file(content: bytes) -> dict[str, Decoded]:
         at += 4
     inflate = zlib.decompressobj(-15, zdict=preset_dictionary())
     rows = json.loads(inflate.decompress(sections.pop(0)))["tensors"]
-    coded = {row[0]: sections.pop(0) for row in rows if len(row) == 6}
+    assert (content[3] == 2) == any(len(row) == 7 for row in rows)
+    coded = {row[0]: sections.pop(0) for row in rows if len(row) > 5}
     need = defaultdict(int)
     for row in rows:
         if len(row) > 2:
-            need[row[-1]] += row[4] if len(row) == 6 else math.prod(row[2])
+            need[row[-1]] += {5: math.prod(row[2]), 6: row[4], 7: 1}[len(row)]
     streams = {t: iter(floats(sections.pop(0), need[t], t)) for t in sorted(need)}
     assert not sections
     found: dict[str, tuple[str, list[int], list[Any]]] = {}
@@ -58,6 +59,12 @@ def decode_file(content: bytes) -> dict[str, Decoded]:
             found[name] = found[row[0]]
             continue
         dtype, shape, kind, *counted, stored = row
+        if kind == "u":
+            step, (below, above) = next(streams[stored]), counted
+            levels = layer(coded[name], shape, below + above, below)
+            grid = [i * step for i in range(-below, above + 1) if i]
+            found[name] = (dtype, shape, [grid[level - 1] if level else 0 for level in levels])
+            continue
         count = counted[0] if counted else math.prod(shape)
         values = [next(streams[stored]) for _ in range(count)]
         if kind != "r":

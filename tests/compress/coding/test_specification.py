@@ -118,6 +118,22 @@ def quantized_model() -> dict[str, Tensor]:
     return {**found, "again.weight": found["tied.weight"]}
 
 
+def uniform_model() -> dict[str, Tensor]:
+    def grid(*shape: int, low: int = -3, high: int = 4, step: float = 0.25) -> Tensor:
+        integers = torch.randint(low, high + 1, shape) * (torch.rand(shape) < 0.5)
+        return integers * torch.tensor(step)
+
+    weight = grid(9, 14)
+    return {
+        "conv.weight": grid(5, 3, 3, 3, step=0.0371),
+        "fc.weight": weight,
+        "bias": grid(30, low=1, high=7),
+        "negative": grid(6, 6, low=-20, high=-1, step=3e-9),
+        "again.weight": weight,
+        "plain": torch.randn(3, 4),
+    }
+
+
 def tied_model() -> dict[str, Tensor]:
     weight = shared(20, 12, density=0.5)
     return {"encoder.weight": weight, "bias": torch.randn(3), "decoder.weight": weight}
@@ -144,7 +160,7 @@ def odd_model() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("coder", ["auto", *CODERS])
 @pytest.mark.parametrize(
-    "model", [pruned_model, shared_model, quantized_model, tied_model, odd_model]
+    "model", [pruned_model, shared_model, quantized_model, uniform_model, tied_model, odd_model]
 )
 @pytest.mark.slow
 def test_second_decoder_of_whole_files(model: Callable[[], dict[str, Tensor]], coder: str) -> None:

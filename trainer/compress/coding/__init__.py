@@ -7,9 +7,10 @@ from trainer.compress.coding.budget import Budget
 from trainer.compress.coding.coders import Coder
 from trainer.compress.coding.errors import CorruptError
 from trainer.compress.coding.floats import decode_floats, encode_floats
-from trainer.compress.coding.layer import decode_layer, encode_layer, max_positions
+from trainer.compress.coding.layer import MAX_CLUSTERS, decode_layer, encode_layer, max_positions
 
 __all__ = [
+    "MAX_CLUSTERS",
     "Budget",
     "Coder",
     "CorruptError",

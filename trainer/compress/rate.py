@@ -1,0 +1,63 @@
+"""How many bits the coded file takes for a weight on a uniform grid, as training sees it.
+
+The context coder (trainer.compress.coding.context) learns how full each row, column and kernel of a
+layer is, and how large its integers are. Here the same is counted over the whole layer: the
+probability that a weight is not zero is that of the layer times how much fuller than the layer its
+row, its column and its kernel are. So a weight alone in its row costs many bits, and one in a full
+row few, which empties rows and columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Survivors of average fullness that are assumed besides those counted: in a row or column; in a
+# kernel, which is too small to tell chance from structure; and among magnitudes.
+_PRIOR, _KERNEL_PRIOR = 0.5, 2.0
+_MIN_BITS, _MAX_BITS = 0.25, 24.0  # of a survivor
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What integers cost: a survivor of magnitude m takes `survivor` + (m - 1) `magnitude` bits."""
+
+    survivor: Tensor  # bits that a magnitude of 1 takes more than a zero, in the weight's shape
+    magnitude: Tensor  # bits of each further unit of magnitude, 0-dim
+    total: Tensor  # bits of all integers that were counted, 0-dim
+
+
+@torch.no_grad()
+def rate_of(integers: Tensor) -> Rate:
+    """The rate of a layer whose integers are distributed like these.
+
+    Magnitudes are taken to be geometric, signs to be even.
+
+    Args:
+        integers: The weight in steps of its grid, whole numbers in any floating type, [out, in,
+            ...]; one dimension is a column.
+    """
+    there = (integers != 0).float()
+    rows = there.reshape(len(there), -1) if there.ndim > 1 else there.reshape(-1, 1)
+    density = (rows.mean() + _PRIOR / rows.numel()).clamp_max(0.999)
+    odds = density / (1 - density) * _fullness(rows, 1, density) * _fullness(rows, 0, density)
+    kernels = rows.new_ones(())
+    if there.ndim > 2:
+        kernels = there.reshape(len(there), there.shape[1], -1)
+        expected = (odds / (1 + odds)).reshape(kernels.shape).sum(2, keepdim=True)
+        kernels = (kernels.sum(2, keepdim=True) + _KERNEL_PRIOR) / (expected + _KERNEL_PRIOR)
+        odds = (odds.reshape(len(there), there.shape[1], -1) * kernels).reshape(rows.shape)
+    count = rows.sum()
+    excess = (integers.abs().float() - 1).clamp_min(0).sum()
+    more = (excess + _PRIOR) / (excess + count + 2 * _PRIOR)  # that a magnitude is not the last
+    # 1 bit for the sign.
+    survivor = (1 - odds.log2() - (1 - more).log2()).clamp(_MIN_BITS, _MAX_BITS)
+    magnitude = -more.log2()
+    total = (rows * survivor).sum() + torch.log2(1 + odds).sum() + excess * magnitude
+    return Rate(survivor.reshape(integers.shape), magnitude, total)
+
+
+def _fullness(there: Tensor, dim: int, density: Tensor) -> Tensor:
+    """How many times fuller than the layer each row (dim=1) or column (dim=0) is; broadcastable."""
+    expected = there.shape[dim] * density
+    return (there.sum(dim, keepdim=True) + _PRIOR) / (expected + _PRIOR)
