@@ -1,6 +1,7 @@
 """Quantization without training: what it does to ranges, weights and biases of each layer."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,20 +29,21 @@ def quantized(model: nn.Module, x: Tensor, bits: int = 3, **settings: object) ->
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"),
+    ("make", "shape"),
     [
-        (nn.Linear(6, 5), (48, 6)),
-        (nn.Linear(6, 5), (48, 4, 6)),
-        (nn.Conv1d(4, 6, 3, stride=2, dilation=2, padding=1), (48, 4, 12)),
-        (nn.Conv2d(4, 6, (3, 2), groups=2), (48, 4, 5, 6)),
-        (nn.Conv2d(4, 8, 3, groups=4, padding=1, padding_mode="reflect"), (48, 4, 5, 5)),
-        (nn.Conv3d(2, 4, 2), (48, 2, 3, 3, 3)),
+        (lambda: nn.Linear(24, 5), (96, 24)),
+        (lambda: nn.Linear(24, 5), (96, 4, 24)),
+        (lambda: nn.Conv1d(16, 6, 3, stride=2, dilation=2, padding=1), (96, 16, 12)),
+        (lambda: nn.Conv2d(16, 6, (3, 2), groups=2), (96, 16, 5, 6)),
+        (lambda: nn.Conv2d(16, 8, 3, groups=4, padding=1, padding_mode="reflect"), (96, 16, 5, 5)),
+        (lambda: nn.Conv3d(8, 4, 2), (96, 8, 3, 3, 3)),
     ],
 )
 def test_a_layer_keeps_its_mean_output_and_changes_less(
-    layer: nn.Module, shape: tuple[int, ...]
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
+    layer = make()
     features = -1 if isinstance(layer, nn.Linear) else 1
     x = torch.randn(shape).movedim(features, -1) + 0.5
     x = (x @ torch.randn(x.shape[-1], x.shape[-1])).movedim(-1, features)
@@ -51,7 +53,7 @@ def test_a_layer_keeps_its_mean_output_and_changes_less(
             quantized(layer, x, second_order=on, ranges="minmax") for on in (True, False)
         )
         error, before = ((net(x) - exact).norm() for net in (second, nearest))
-    assert error <= before
+    assert error < 0.95 * before
     means = [y.movedim(features, 0).flatten(1).mean(1) for y in (second(x), nearest(x), exact)]
     for mean in means[:2]:
         torch.testing.assert_close(mean, means[2], atol=0.02, rtol=0.02)

@@ -4,8 +4,9 @@ The layers are rounded in the order in which the model calls them. Each is looke
 that it gets when all layers before it are rounded already.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -59,27 +60,30 @@ def calibrate(
         correct_bias: Whether biases are corrected.
     """
     with _evaluation(model):
-        expected = _observe(model, places, inputs, ranges)
+        observed = _observe(model, places, inputs, ranges)
         for name, quantizer in quantizers.items():
             quantizer.calibrate(places[name][0].value)
-        for name in expected:
-            mean = expected[name] if correct_bias else None
-            _round_layer(model, places[name], quantizers[name], inputs, mean, second_order)
+        for group in _with_one_input(observed):
+            for name in group:
+                group[name].statistics = _Statistics(places[name][0].module, second_order)
+            _run(model, inputs, [*group.values()])
+            for name, layer in group.items():
+                mean = layer.mean if correct_bias else None
+                _round_layer(layer, places[name][0].value, quantizers[name], mean, second_order)
+                layer.statistics = None  # its matrices may be large
 
 
 def _round_layer(
-    model: nn.Module,
-    places: Sequence[ParameterRef],
+    observed: "_Observed",
+    weight: Tensor,
     quantizer: WeightQuantizer,
-    inputs: Sequence[Tensor],
     expected: Tensor | None,
     second_order: bool,
 ) -> None:
     """Round the weight of a layer that `_is_matrix`, and give its outputs the expected mean."""
-    layer, weight = places[0].module, places[0].value
-    statistics = _Statistics(layer, second_order)
-    _run(model, inputs, layer, statistics.add)
-    bias = layer.bias
+    statistics = observed.statistics
+    assert statistics is not None
+    bias = observed.layer.bias
     corrected = expected is not None and isinstance(bias, Tensor)
     if corrected:
         statistics.center()
@@ -106,20 +110,55 @@ def _round_layer(
         cast(Tensor, bias).copy_(cast(Tensor, expected) - outputs.flatten())
 
 
+@dataclass
+class _Observed:
+    """A layer that can be rounded by its inputs, and its calls by the original model."""
+
+    layer: nn.Module
+    outputs: int
+    total: Tensor  # sum of the outputs [channels], float64
+    count: int = 0
+    partial: bool = False  # a call computed some of the outputs
+    calls: list[int] = field(default_factory=list)  # by batch
+    source: Tensor | None = None  # its first input
+    statistics: "_Statistics | None" = None
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean output [channels]; None where it is not known."""
+        return None if self.partial else self.total / max(1, self.count)
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook, before the one that quantizes the input."""
+        if self.source is None:
+            self.source = _first(args, kwargs)
+        self.calls[-1] += 1
+
+    def after(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Forward hook."""
+        flat = output.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+        if len(flat) != self.outputs:
+            self.partial = True
+        else:
+            self.total = self.total + flat.double().sum(1)
+            self.count += flat.shape[1]
+
+
 def _observe(
     model: nn.Module,
     places: Mapping[str, Sequence[ParameterRef]],
     inputs: Sequence[Tensor],
     ranges: str,
-) -> dict[str, Tensor | None]:
+) -> dict[str, _Observed]:
     """Set the ranges of activations from the model as it is.
 
     Returns:
-        The mean outputs [channels] of the layers that can be rounded by their inputs, by the name
-        of the weight, in the order of their first call; None where a call computed a part of them.
+        The layers that can be rounded by their inputs, by the name of the weight, in the order of
+        their first call.
     """
     handles, seen = [], []
-    means: dict[str, tuple[Tensor, int] | None] = {}
+    order: list[str] = []
+    found: dict[str, _Observed] = {}
     for module in model.modules():
         for kind in (INPUT, OUTPUT):
             quantizer = getattr(module, f"{kind}_quantizer", None)
@@ -127,33 +166,41 @@ def _observe(
                 sample = _Sample(quantizer, -(-_VALUES // len(inputs)))
                 seen.append(sample)
                 handles.append(quantizer.register_forward_pre_hook(sample.add))
-
-    def add(name: str, output: Tensor, channel: int) -> None:
-        flat = output.movedim(channel, 0).flatten(1)
-        before = means.get(name, (torch.zeros((), device=flat.device), 0))
-        if before is None or len(flat) != len(places[name][0].value):
-            means[name] = None
-        else:
-            means[name] = (before[0] + flat.double().sum(1), before[1] + flat.shape[1])
-
-    for name, found in places.items():
-        if _is_matrix(found):
-            layer = found[0].module
-            channel = -1 if isinstance(layer, nn.Linear) else 1
+    for name, refs in places.items():
+        if _is_matrix(refs):
+            layer, weight = refs[0].module, refs[0].value
+            one = _Observed(layer, len(weight), weight.new_zeros((), dtype=torch.float64))
+            found[name] = one
             handles.append(
-                layer.register_forward_hook(
-                    lambda _m, _i, output, name=name, channel=channel: add(name, output, channel)
-                )
+                layer.register_forward_pre_hook(one.before, with_kwargs=True, prepend=True)
             )
+            handles.append(layer.register_forward_hook(one.after))
+            handles.append(layer.register_forward_hook(lambda *_, name=name: order.append(name)))
     try:
         for batch in inputs:
+            for one in found.values():
+                one.calls.append(0)
             model(batch)
     finally:
         for handle in handles:
             handle.remove()
     for sample in seen:
         sample.set_range(ranges)
-    return {name: mean and mean[0] / max(1, mean[1]) for name, mean in means.items()}
+    return {name: found[name] for name in dict.fromkeys(order)}
+
+
+def _with_one_input(observed: Mapping[str, _Observed]) -> list[dict[str, _Observed]]:
+    """Layers in their order; those that follow one another and get the same input together."""
+    groups: list[dict[str, _Observed]] = []
+    for name, layer in observed.items():
+        last = next(reversed(groups[-1].values())) if groups else None
+        if last is not None and last.source is layer.source and last.calls == layer.calls:
+            groups[-1][name] = layer
+        else:
+            groups.append({name: layer})
+    for layer in observed.values():
+        layer.source = None
+    return groups
 
 
 class _Sample:
@@ -260,21 +307,41 @@ def _is_matrix(places: Sequence[ParameterRef]) -> bool:
     return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
-def _run(
-    model: nn.Module, inputs: Sequence[Tensor], layer: nn.Module, add: Callable[[Tensor], None]
-) -> None:
-    """Run the model; `add` gets the inputs of a layer at each of its calls."""
+class _Reached(Exception):
+    """All layers were called as often as they are; the forward pass need not be finished."""
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        add(args[0] if args else next(iter(kwargs.values())))
+
+def _run(model: nn.Module, inputs: Sequence[Tensor], layers: Sequence[_Observed]) -> None:
+    """Let the statistics of layers take in their inputs."""
+    left = 0
+
+    def before(layer: _Observed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal left
+        assert layer.statistics is not None
+        layer.statistics.add(_first(args, kwargs))
+        left -= 1
+        if left == 0:
+            raise _Reached
 
     # After the hook that quantizes the input.
-    handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+    handles = [
+        layer.layer.register_forward_pre_hook(
+            lambda _, args, kwargs, layer=layer: before(layer, args, kwargs), with_kwargs=True
+        )
+        for layer in layers
+    ]
     try:
-        for batch in inputs:
-            model(batch)
+        for number, batch in enumerate(inputs):
+            left = sum(layer.calls[number] for layer in layers)
+            with suppress(_Reached):
+                model(batch)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
 
 
 @contextmanager

