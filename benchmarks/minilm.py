@@ -25,6 +25,7 @@ from trainer.compress.rewrite import restore
 from trainer.engine.world import World
 from trainer.phases import Quantize
 
+_METHODS = ["nearest,minmax,none", "nearest,minmax,bias", "second_order,minmax,bias"]
 _LENGTH = 48  # tokens; longer sentences are cut
 
 
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--measured", type=int, default=120)
+    parser.add_argument("--methods", nargs="+", default=_METHODS, help="rounding,ranges,bias|none")
     args = parser.parse_args()
     model, tokens = pretrained(args.folder), sentences(args.folder)
     calibration, test = tokens[::2][: args.samples], tokens[1::2][: args.measured]
@@ -156,13 +158,17 @@ def main() -> None:
     print("| bits of weights / inputs | method | bytes | cosine mean / min | same nearest | s |")
     print("| --- | --- | --- | --- | --- | --- |")
     for bits in args.bits:
-        rows = {
-            "nearest, minmax": {"ranges": "minmax", "rounding": "nearest", "correct_bias": False},
-            "nearest, mse, bias": {"rounding": "nearest"},
-            "second order, mse, bias": {},
-        }
-        for name, settings in rows.items():
-            phase = Quantize(bits, samples=args.samples, activations=8, epochs=0, **settings)
+        for name in args.methods:
+            rounding, ranges, bias = name.split(",")
+            phase = Quantize(
+                bits,
+                samples=args.samples,
+                activations=8,
+                epochs=0,
+                rounding=rounding,
+                ranges=ranges,
+                correct_bias=bias == "bias",
+            )
             begin = time.perf_counter()
             compressed, world = copy.deepcopy(model), World.single(torch.device("cpu"))
             phase.observe(compressed, world, calibration.split(16))

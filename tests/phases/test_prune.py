@@ -10,6 +10,7 @@ from trainer.compress.counts import counts
 from trainer.compress.select import weights
 from trainer.config import FitConfig
 from trainer.engine.world import World
+from trainer.errors import ConfigError
 from trainer.phases import Phase, Prune
 
 WORLD = World.single(torch.device("cpu"))
@@ -233,3 +234,29 @@ def test_a_tiny_layer_keeps_one_weight() -> None:
     layer = nn.Linear(2, 1)
     Prune(0.99, fit=FitConfig()).enter(layer, WORLD)
     assert kept(layer) == {"weight": 1}
+
+
+def test_a_pattern_keeps_the_largest_of_each_group_of_inputs() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 5))
+    before = copy.deepcopy(net)
+    phase = Prune("2:4", epochs=1)
+    phase.check_model(net)
+    phase.enter(net, WORLD)
+    assert counts(net).learnable == 6 * 72 // 2 + 5 * 12 + 11  # half of the weights, and biases
+    phase.leave(net)
+    for layer, old in ((net[0], before[0]), (net[2], before[2])):
+        groups = layer.weight.detach().movedim(1, -1).unflatten(-1, (-1, 4))
+        assert bool((groups.count_nonzero(-1) == 2).all())
+        largest = old.weight.detach().movedim(1, -1).unflatten(-1, (-1, 4)).abs().topk(2, -1)
+        assert torch.equal(groups.abs().topk(2, -1).values, largest.values)
+
+
+def test_a_pattern_is_refused_where_it_does_not_fit(model: Net) -> None:
+    with pytest.raises(ConfigError, match=r"inputs of conv1\.weight are no multiple of 4; set ex"):
+        Prune("2:4").check_model(model)
+    Prune("2:4", exempt=["conv1"]).check_model(model)
+    with pytest.raises(ConfigError, match="all layers get the pattern at once"):
+        Prune("2:4", scope="global")
+    with pytest.raises(ConfigError, match='write a pattern in quotes: "2:4"'):
+        Prune(124)

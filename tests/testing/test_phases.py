@@ -34,6 +34,7 @@ BOTH = ["zeros", "sharing"]
         (Prune(0.9, epochs=2), [{"sparsity": 1}, {"scope": "net"}]),
         (Prune(0.9, schedule="cubic", interval=1, epochs=2), [{"begin": 0.8}, {"interval": 0}]),
         (Prune(0.5), []),
+        (Prune("1:2", epochs=2), [{"sparsity": s} for s in ("2:2", "0:4", "few", 124)]),
         (AutoPrune(0.3, 3), [{"max_drop": None}, {"rounds": 0}]),
         (Retrain(epochs=2), [{"keep": ["shape"]}]),
         (Retrain(BOTH, epochs=2), []),

@@ -6,6 +6,7 @@ which changes were made, so that `apply_structure` needs nothing else.
 """
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import cast
@@ -39,6 +40,9 @@ _FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
 # What gives as many dimensions as it takes.
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 _LAYERS_OF_ONE_SHAPE = (nn.Linear, nn.BatchNorm1d, nn.Identity, nn.Dropout, *_ACTIVATIONS)
+# torch.fx changes torch.nn.Module for the whole process while it traces, and ranks may be threads.
+_TRACING = threading.Lock()
+
 _QUANTIZER = "_quantizer"  # the last part of a quantizer's name
 
 _FUNCTIONS_OF_ONE_SHAPE = ("relu", torch.relu, F.relu, "tanh", torch.tanh, F.gelu, F.dropout)
@@ -138,7 +142,8 @@ def foldable(model: nn.Module) -> dict[str, str]:
     if not norms:
         return {}
     try:
-        graph = fx.Tracer().trace(model)
+        with _TRACING:
+            graph = fx.Tracer().trace(model)
     except Exception as error:  # whatever the model's code raises
         raise ConfigError(
             "fold=true: it cannot be found out which layer each batch norm follows, since torch.fx "

@@ -15,7 +15,7 @@ from trainer.config.drop import check_drop
 from trainer.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-CODERS = ("auto", "context", "columns", "huffman", "ans")
+CODERS = ("auto", "context", "columns", "huffman", "ans", "groups")
 SCHEDULES = ("constant", "cosine", "step")
 
 
@@ -129,8 +129,8 @@ class ArtifactConfig:
 
     make: bool = False  # write model.dcz at the end and evaluate what it decodes to
     dtype: str = "fp16"  # format of codebooks, biases and norms in it: fp16 (where it fits) | fp32
-    # Coder of positions and indices: auto (the smallest) | context | columns | huffman | ans, or a
-    # mapping with a `_target_`, a class of your own; in Python also an object of it.
+    # Coder of positions and indices: auto (the smallest) | context | columns | huffman | ans |
+    # groups, or a mapping with a `_target_`, a class of your own; in Python also an object of it.
     coder: Any = "auto"
     max_seconds: float | None = 5.0  # estimated CPU time of coder=auto; null: no limit
 

@@ -1,6 +1,7 @@
 """Pruning by magnitude, at once or along a ramp during training."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from trainer.compress.install import fold, install
-from trainer.compress.masks import cubic_sparsity, kept_counts, largest
+from trainer.compress.masks import cubic_sparsity, kept_counts, largest, largest_in_groups
 from trainer.compress.parametrize import Masked, compression
 from trainer.compress.select import ParameterRef, match_patterns, select_weights, weights
 from trainer.config import check_choice
@@ -36,8 +37,10 @@ class Prune(Phase):
     arXiv:1506.02626.
 
     Args:
-        sparsity: Fraction of the weights that become zero, in [0, 1). "auto" is a shorthand for
-            `AutoPrune`, which takes fit, max_drop, rounds, min_density, include and exempt.
+        sparsity: Fraction of the weights that become zero, in [0, 1). "2:4": of every 4 consecutive
+            inputs of an output 2 stay, likewise other numbers; the inputs of each layer must be a
+            multiple of the second. "auto" is a shorthand for `AutoPrune`, which takes fit,
+            max_drop, rounds, min_density, include and exempt.
         scope: "layer": each layer reaches the sparsity. "global": one threshold for all layers.
         min_density: Smallest fraction of its weights that any layer keeps, in [0, 1].
         overrides: Sparsity by name pattern. These layers are pruned on their own in both scopes.
@@ -83,10 +86,11 @@ class Prune(Phase):
         if not isinstance(self.sparsity, str):
             sparsities["sparsity"] = float(self.sparsity)
         elif self.sparsity != AUTO:
-            raise ConfigError(f"sparsity={self.sparsity}: it must be a number in [0, 1), or auto")
+            self._check_pattern(self.sparsity)
         for key, value in sparsities.items():
             if not 0 <= value < 1:
-                raise ConfigError(f"{key}={value}: it must be at least 0 and below 1")
+                quoted = '; write a pattern in quotes: "2:4"' if value > 1 else ""  # YAML: 124
+                raise ConfigError(f"{key}={value}: it must be at least 0 and below 1{quoted}")
             if 1 - value < self.min_density - 1e-9:
                 raise ConfigError(
                     f"{key}={value}: it keeps less than min_density={self.min_density}; lower one"
@@ -100,7 +104,36 @@ class Prune(Phase):
         if self.schedule == "cubic" and self.fit.epochs == 0:
             raise ConfigError("schedule=cubic with fit.epochs=0: set epochs, or schedule=oneshot")
 
+    def _check_pattern(self, sparsity: str) -> None:
+        if (pattern := _parse_pattern(sparsity)) is None:
+            raise ConfigError(
+                f"sparsity={sparsity}: it must be a number in [0, 1), auto, or a pattern such as "
+                '"2:4"'
+            )
+        if not 1 <= pattern[0] < pattern[1]:
+            raise ConfigError(f"sparsity={sparsity}: of n:m weights, 1 <= n < m must stay")
+        if (self.schedule, self.scope, self.overrides) != ("oneshot", "layer", {}):
+            raise ConfigError(
+                f"sparsity={sparsity} with schedule={self.schedule}, scope={self.scope}, overrides="
+                f"{self.overrides}: all layers get the pattern at once; set schedule=oneshot, "
+                "scope=layer and no overrides"
+            )
+
     def check_model(self, model: nn.Module) -> None:
+        if isinstance(self.sparsity, str):
+            pattern = _parse_pattern(self.sparsity)
+            assert pattern is not None  # expand() has replaced sparsity=auto
+            unsuitable = [
+                name
+                for name, places in select_weights(model, self.include, self.exempt).items()
+                if places[0].value.ndim < 2 or places[0].value.shape[1] % pattern[1]
+            ]
+            if unsuitable:
+                raise ConfigError(
+                    f"sparsity={self.sparsity}: the inputs of {', '.join(unsuitable)} are no "
+                    f"multiple of {pattern[1]}; set exempt=[{', '.join(unsuitable)}]"
+                )
+            return
         sizes = {
             name: places[0].value.numel()
             for name, places in select_weights(model, self.include, self.exempt).items()
@@ -145,6 +178,8 @@ class Prune(Phase):
 
     def _masks(self, latent: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         """The masks at `progress` of the fit, in [0, 1], by magnitude."""
+        if isinstance(self.sparsity, str) and (pattern := _parse_pattern(self.sparsity)):
+            return {name: largest_in_groups(weight, *pattern) for name, weight in latent.items()}
         sizes = {name: weight.numel() for name, weight in latent.items()}
         counts, pool, keep = self._targets(sizes, self._present, progress)
         if pool:
@@ -184,6 +219,12 @@ class Prune(Phase):
             final = max(initial, sparsity)
             sparsity = cubic_sparsity(progress, initial, final, self.begin, self.end)
         return max(1, round((1 - sparsity) * size))
+
+
+def _parse_pattern(sparsity: str) -> tuple[int, int] | None:
+    """The numbers of a pattern such as "2:4"; None: it is none."""
+    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", sparsity)
+    return found and (int(found[1]), int(found[2]))
 
 
 def check_min_density(min_density: float) -> None:

@@ -167,6 +167,7 @@ class Quantize(Phase):
         quantizers = self._rewrite(model)
         places = parameters(model)
         if self.samples:
+            world.barrier()  # no rank that is a thread may call a model while another one traces
             calibrate(
                 model,
                 {name: places[name] for name in quantizers},

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.compress.coding import gaps, search
+from trainer.compress.coding import gaps, groups, search
 from trainer.compress.coding.gaps import SymbolCoder
 
 Levels = NDArray[np.uint16]
@@ -77,3 +77,14 @@ class GapCoder:
     def decode(self, blob: bytes, shape: Sequence[int], clusters: int, negatives: int) -> Levels:
         flat = gaps.decode(blob, math.prod(shape), clusters, self.symbols)
         return flat.reshape(tuple(shape))
+
+
+@dataclass(frozen=True)
+class GroupCoder:
+    """Which of a few consecutive inputs survive, and their clusters, as two streams of symbols."""
+
+    def encode(self, levels: Levels, clusters: int, negatives: int) -> bytes:
+        return groups.encode(levels, clusters)
+
+    def decode(self, blob: bytes, shape: Sequence[int], clusters: int, negatives: int) -> Levels:
+        return groups.decode(blob, shape, clusters)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.compress.coding import ans, huffman, search
+from trainer.compress.coding import ans, groups, huffman, search
 from trainer.compress.coding.budget import Budget
-from trainer.compress.coding.coders import Coder, ContextCoder, GapCoder, Levels
+from trainer.compress.coding.coders import Coder, ContextCoder, GapCoder, GroupCoder, Levels
 from trainer.compress.coding.errors import CorruptError
 from trainer.compress.coding.own import decode_own, encode_own
 
@@ -23,6 +23,7 @@ CODERS: dict[str, Coder] = {
     "columns": ContextCoder(transposed=True),
     "huffman": GapCoder(huffman),
     "ans": GapCoder(ans),
+    "groups": GroupCoder(),
 }
 NUMBERS = {name: number for number, name in enumerate(CODERS)}
 """The first byte of a layer, by the name of its coder."""
@@ -87,7 +88,7 @@ def encode_layer(
             "columns" if transposed else "context": payload
             for transposed, payload in search.smallest(dense, clusters, below, budget or Budget())
         }
-        names = ["huffman", "ans"]
+        names = ["huffman", "ans", *(["groups"] if groups.has_pattern(dense) else [])]
     else:
         payloads, names = {}, [coder]
     payloads |= {name: CODERS[name].encode(dense, clusters, below) for name in names}
