@@ -29,6 +29,7 @@ FLOORS = {
     "cluster": 4,
     "phases": 4,
     "hardware": 4,
+    "inference": 4,
     "store": 4,
     "experiment": 5,
     "report": 5,

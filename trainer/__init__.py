@@ -32,7 +32,7 @@ _LIBRARY = (
     "sweep",
 )
 _ERRORS = ("ConfigError", "Interrupted", "LimitsMissed", "RunError")
-_MODULES = ("artifact", "config", "data", "models", "phases", "tasks", "testing")
+_MODULES = ("artifact", "config", "data", "inference", "models", "phases", "tasks", "testing")
 
 __all__ = ["__version__", *_ERRORS, *_LIBRARY, *_MODULES]
 

@@ -7,6 +7,7 @@
     trainer doctor                            examine this machine
     trainer artifact VERB FILE                see trainer.artifact
     trainer hardware FILE                     see trainer.hardware
+    trainer inference FILE                    see trainer.inference
 
 `python -m trainer` is the same command. Exit codes: 0 done, 1 failed, 2 wrong configuration
 (nothing was started), 3 done but a limit was missed, 130 and 143 interrupted.
@@ -56,6 +57,10 @@ def main(arguments: Sequence[str]) -> int:
         from trainer.hardware.__main__ import main as hardware
 
         return hardware(arguments[1:])
+    if arguments[:1] == ["inference"]:
+        from trainer.inference.__main__ import main as inference
+
+        return inference(arguments[1:])
     if arguments[:1] == ["--complete"]:
         from trainer.command.completion import complete
 

@@ -56,6 +56,9 @@ def test_a_run_directory(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
     coded = json.loads((run_dir / "costs.json").read_text())["stages"][-1]
     assert 0 < coded["bytes"]["value"] <= size
     assert coded["bytes"]["evidence"] == "measured"
+    assert coded["engine"]["microseconds"]["value"] > 0
+    assert coded["engine"]["microseconds"]["evidence"] == "measured"
+    assert "engine us" in lines[1]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["hardware"]["stages"][-1] == coded
     page = (run_dir / "report.html").read_text()

@@ -45,7 +45,7 @@ complete -c trainer -a '(__trainer_complete)'
 """,
 }
 
-COMMANDS = ("artifact", "doctor", "hardware")
+COMMANDS = ("artifact", "doctor", "hardware", "inference")
 OPTIONS = (
     "--cfg", "--completion", "--config-dir", "--help", "--list", "--version",
 )  # fmt: skip

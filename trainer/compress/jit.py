@@ -10,13 +10,16 @@ from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
-).hexdigest()
+
+@functools.cache
+def _sources(folder: Path) -> str:
+    """A hash of the Python files in a folder and in those below it."""
+    files = sorted(folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def jit(function: F) -> F:
-    """numba.njit with a cache on disk that is valid until any file of trainer.compress changes.
+    """numba.njit, kept on disk until a file here or in the folder of the function changes.
 
     The compiled function releases the GIL, so that a worker that codes a layer for minutes still
     sends its heartbeat. Numba's own cache depends only on the file of the function: after a change
@@ -27,7 +30,9 @@ def jit(function: F) -> F:
     try:
         compiled = compiler(cache=True)(function)
         index = compiled._cache._cache_file
-        index._source_stamp = (index._source_stamp, _SOURCES)
+        folders = {Path(__file__).parent, Path(function.__code__.co_filename).parent}
+        stamps = [_sources(folder) for folder in sorted(folders)]
+        index._source_stamp = (index._source_stamp, *stamps)
     except (RuntimeError, AttributeError):
         return compiler()(function)  # type: ignore[no-any-return]
     return compiled  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ time step after the other. Layer n has the Linears `layers.n.ih`, applied to its
 `layers.n.hh`, applied to its hidden state.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,10 +80,11 @@ class LinearRecurrent(nn.Module):
             initial = (state,) if self.states == 1 else tuple(state)
             initial = initial if batched else tuple(part.unsqueeze(1) for part in initial)
         ends: list[State] = []
-        for number, layer in enumerate(self.layers):
+        layers: list[Any] = list(self.layers)
+        for number, layer in enumerate(layers):
             if number:
                 x = dropout(x, self.dropout, self.training)
-            x, end = self._run(layer, x, tuple(part[number] for part in initial))
+            x, end = layer.run(x, tuple(part[number] for part in initial), self.step)
             ends.append(end)
         final = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
         if not batched:
@@ -90,15 +92,6 @@ class LinearRecurrent(nn.Module):
         elif self.batch_first:
             x = x.transpose(0, 1)
         return x, (final[0] if self.states == 1 else final)
-
-    def _run(self, layer: Any, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run one layer over all steps; products with the inputs are computed for all at once."""
-        outputs = []
-        weight = layer.hh.weight  # read once for all steps: a trained one is computed at each use
-        for gates in layer.ih(inputs).unbind():
-            state = self.step(gates, layer.hh(state[0], weight), state)
-            outputs.append(state[0])
-        return torch.stack(outputs), state
 
 
 class LinearLSTM(LinearRecurrent):
@@ -146,6 +139,17 @@ class _Layer(nn.Module):
         super().__init__()
         self.ih = _linear(nn.Linear, source, f"ih_l{number}")
         self.hh = _linear(_Recurrent, source, f"hh_l{number}")
+
+    def run(
+        self, inputs: Tensor, state: State, step: Callable[[Tensor, Tensor, State], State]
+    ) -> tuple[Tensor, State]:
+        """Run over all steps; products with the inputs are computed for all at once."""
+        outputs = []
+        weight = self.hh.weight  # read once for all steps: a trained one is computed at each use
+        for gates in self.ih(inputs).unbind():
+            state = step(gates, self.hh(state[0], weight), state)
+            outputs.append(state[0])
+        return torch.stack(outputs), state
 
 
 class _Recurrent(nn.Linear):

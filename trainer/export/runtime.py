@@ -18,14 +18,15 @@ SECONDS = 10.0  # for one latency, at most
 
 
 class OnnxModel:
-    """An ONNX file, loaded on one CPU thread."""
+    """An ONNX file, loaded on the CPU."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, threads: int = 1) -> None:
         """Raises what onnxruntime raises for a file that it cannot run."""
         import onnxruntime  # an extra
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
         self._session = onnxruntime.InferenceSession(
             content, options, providers=["CPUExecutionProvider"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.hardware.cpu import CpuLimits, measure_limits, measure_model
+from trainer.hardware.cpu import CpuCost, CpuLimits, measure_limits, measure_model
 from trainer.hardware.eie import EieSettings, encode, random_activations, shared_matrix, simulate
 from trainer.hardware.eie.power import watts
 from trainer.hardware.energy import EIE_TABLE_I, EnergyTable
@@ -79,6 +79,9 @@ class StageCosts:
     """TPU v1, with 8-bit weights whatever the stage."""
     eie: Execution | None
     """EIE; None before weights are shared, or if no matrix-vector product is."""
+    engine: Execution | None = None
+    """The CPU with compressed weights (trainer.inference); None in all stages but the last, and
+    where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,13 @@ def network_costs(
         for cost in ledger
     ]
     return NetworkCosts(settings, rows, found, measure_limits(settings.threads), notes)
+
+
+def add_engine(costs: NetworkCosts, cost: CpuCost) -> NetworkCosts:
+    """The costs with those of the engine for compressed weights, in the last stage."""
+    *before, last = costs.stages
+    engine = Execution(_micro(cost.seconds), _micro(cost.joules), last.macs.value)
+    return replace(costs, stages=[*before, replace(last, engine=engine)])
 
 
 def _microjoules(cost: StageCost, evidence: Evidence) -> dict[Cause, Figure]:

@@ -31,22 +31,23 @@ Costs = Mapping[str, Any]
 
 _MARKS = {"measured": "", "modelled": "~", "assumed": "?"}
 _MACHINES = ("cpu", "tpu", "eie")
-_TITLES = {"cpu": "CPU", "tpu": "TPU v1", "eie": "EIE"}
+_COLUMNS = ("cpu", "engine", "tpu", "eie")
+_TITLES = {"cpu": "CPU", "engine": "engine", "tpu": "TPU v1", "eie": "EIE"}
 _COLOURS = {"cpu": BLUE, "tpu": ORANGE, "eie": GREEN}
 
 
 def table(costs: Costs) -> Table:
     """One row for each stage; a mark before a figure says how it was found."""
     columns = ["stage", "bytes", "MACs", *CAUSES, "energy"]
-    for machine in _MACHINES:
+    for machine in _COLUMNS:
         columns += [f"{_TITLES[machine]} us", f"{_TITLES[machine]} uJ"]
     rows = []
     for stage in costs["stages"]:
         row = [stage["stage"], _cell(stage["bytes"]), _cell(stage["macs"])]
         row += [_cell(stage["energy"][cause]) for cause in CAUSES]
         row.append(_cell(total_energy(stage)))
-        for machine in _MACHINES:
-            execution = stage[machine] or {"microseconds": None, "microjoules": None}
+        for machine in _COLUMNS:
+            execution = stage.get(machine) or {"microseconds": None, "microjoules": None}
             row += [_cell(execution[key]) for key in ("microseconds", "microjoules")]
         rows.append(tuple(row))
     return Table(
@@ -54,7 +55,15 @@ def table(costs: Costs) -> Table:
         tuple(columns),
         rows,
         "\n".join(caption(costs)),
-        optional=("activations", "weights", "arithmetic", "EIE uJ", "TPU v1 uJ", "CPU uJ"),
+        optional=(
+            "activations",
+            "weights",
+            "arithmetic",
+            "EIE uJ",
+            "TPU v1 uJ",
+            "engine uJ",
+            "CPU uJ",
+        ),
     )
 
 
@@ -75,6 +84,7 @@ def caption(costs: Costs) -> list[str]:
         "not the energy of a CPU",
         f"CPU: PyTorch, fp32, {threads} thread{'s' * (threads > 1)}, dense whatever the stage; its "
         f"power is {'an assumption' if watts is None else f'given as {watts:g} W'} unless measured",
+        "engine: the same CPU with compressed weights, as trainer.inference.compile makes them",
         "TPU v1: 8 bits whatever the stage, 40 W (Jouppi et al., 2017). "
         "EIE: 64 elements at 45 nm (Han et al., 2016)",
         *costs["notes"],

@@ -1,0 +1,190 @@
+"""The engine beside PyTorch and onnxruntime: layers of the literature, a map, and whole networks.
+
+    pip install -e '.[onnx]'
+    python benchmarks/inference.py [layers] [map] [nets] [--seconds 3] [--threads 1]
+
+layers: fully connected layers with the densities of weights and activations in table III of EIE
+(Han et al., ISCA 2016, arXiv:1602.01528), weights drawn at random, shared with 4 bits; one sample,
+drawn anew from 8 in turn. map: a layer of 4096 x 4096 over densities and batches. nets:
+LeNet-300-100, LeNet-5 and the LSTM of lstm_text with random weights of the densities in
+docs/measured.md, one sample. Contestants take turns, one thread; figures are medians, ratios are of
+medians, of the CPU time of the thread that computes.
+"""
+
+import argparse
+import copy
+import datetime
+import os
+import platform
+import sys
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor, nn
+
+from trainer.export.onnx import to_onnx
+from trainer.export.runtime import OnnxModel
+from trainer.inference import compile, layer_kernels
+from trainer.inference.latency import ENGINE, ONNX, ONNX_INT8, TORCH, measure_latencies
+from trainer.inference.measure import alternate, medians
+from trainer.library.subject import quantized_copy
+from trainer.models import LeNet5, LeNet300, LSTMLanguageModel
+
+LAYERS = {  # inputs, outputs, density of weights, of activations
+    "Alex-6": (9216, 4096, 0.09, 0.351),
+    "Alex-7": (4096, 4096, 0.09, 0.353),
+    "Alex-8": (4096, 1000, 0.25, 0.375),
+    "VGG-6": (25088, 4096, 0.04, 0.183),
+    "VGG-7": (4096, 4096, 0.04, 0.375),
+    "VGG-8": (4096, 1000, 0.23, 0.411),
+    "NT-LSTM": (1201, 2400, 0.10, 1.0),
+}
+# Densities of weights in docs/measured.md: deep_compression_lenet300, deep_compression, lstm_text.
+NETS = {
+    "LeNet-300-100": (LeNet300, torch.rand(1, 1, 28, 28), 0.02, 15),
+    "LeNet-5": (LeNet5, torch.rand(1, 1, 28, 28), 0.012, 15),
+    "LSTM": (LSTMLanguageModel, torch.randint(96, (1, 64)), 0.10, 63),
+}
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
+BATCHES = (1, 4, 16, 64)
+
+
+def sparse(weight: Tensor, density: float, values: int) -> None:
+    """Fill a weight with few distinct values and zeros."""
+    book = torch.randn(values) / weight[0].numel() ** 0.5
+    kept = torch.rand(weight.shape) < density
+    weight.copy_(book[torch.randint(values, weight.shape)] * kept)
+
+
+def vectors(count: int, inputs: int, density: float) -> list[Tensor]:
+    return [torch.randn(1, inputs).abs() * (torch.rand(1, inputs) < density) for _ in range(count)]
+
+
+def in_turn(functions: list, inputs: list[Tensor]):
+    """The function with the next input at each call."""
+    state = {name: 0 for name, _ in functions}
+
+    def call(name, function):
+        state[name] += 1
+        return function(inputs[state[name] % len(inputs)])
+
+    return {name: (lambda n=name, f=function: call(n, f)) for name, function in functions}
+
+
+def layers(seconds: float) -> None:
+    print(
+        "\n| layer | engine ms | kernel | dense fp32 | of it | sparse CSR | onnxruntime int8 "
+        "| of it | rounds |\n|" + " --- |" * 9
+    )
+    against: dict[str, list[float]] = {"dense": [], "int8": []}
+    for name, (inputs, outputs, weights, activations) in LAYERS.items():
+        dense = nn.Linear(inputs, outputs).eval().requires_grad_(False)
+        sparse(dense.weight, weights, 15)
+        xs = vectors(8, inputs, activations)
+        engine = compile(nn.Sequential(copy.deepcopy(dense)), samples=xs[0], threads=1)
+        csr = dense.weight.to_sparse_csr()
+        quantized = quantized_copy(nn.Sequential(copy.deepcopy(dense)), torch.cat(xs))
+        int8 = OnnxModel(to_onnx(quantized, torch.cat(xs[:2])))
+        taken = alternate(
+            in_turn(
+                [
+                    ("engine", engine),
+                    ("dense", dense),
+                    ("csr", lambda x, csr=csr: csr @ x[0]),
+                    ("int8", int8),
+                ],
+                xs,
+            ),
+            seconds,
+            clock=time.thread_time,
+        )
+        t = {key: 1e3 * value for key, value in medians(taken).items()}
+        for key, ratios in against.items():
+            ratios.append(t[key] / t["engine"])
+        kernel = layer_kernels(engine)[0].kernel
+        print(
+            f"| {name} | {t['engine']:.3f} | {kernel} | {t['dense']:.3f} | "
+            f"{t['dense'] / t['engine']:.1f}x | {t['csr']:.3f} | {t['int8']:.3f} | "
+            f"{t['int8'] / t['engine']:.1f}x | {len(taken['engine'])} |",
+            flush=True,
+        )
+    means = {k: torch.tensor(v).log().mean().exp().item() for k, v in against.items()}
+    print(f"\nGeometric means: {means['dense']:.1f}x dense fp32, {means['int8']:.1f}x int8")
+
+
+def density_map(seconds: float) -> None:
+    print(
+        "\ndense fp32 / compressed kernels (the faster of `columns` and `rows`), 4096 x 4096, "
+        "35% of activations\n\n| density | "
+        + " | ".join(f"batch {b}" for b in BATCHES)
+        + " |\n|"
+        + " --- |" * (1 + len(BATCHES))
+    )
+    for density in DENSITIES:
+        dense = nn.Linear(4096, 4096).eval().requires_grad_(False)
+        sparse(dense.weight, density, 15)
+        cells = []
+        for batch in BATCHES:
+            x = torch.cat(vectors(batch, 4096, 0.353))
+            functions = {"dense": lambda x=x, dense=dense: dense(x)}
+            for kernel in ("columns", "rows"):
+                engine = compile(
+                    nn.Sequential(copy.deepcopy(dense)), kernels={"0": kernel}, threads=1
+                )
+                functions[kernel] = lambda x=x, engine=engine: engine(x)
+            t = medians(alternate(functions, seconds / 3, 5, time.thread_time))
+            kernel = min(("columns", "rows"), key=lambda name: t[name])
+            cells.append(f"{t['dense'] / t[kernel]:.1f} {kernel}")
+        print(f"| {density:.0%} | " + " | ".join(cells) + " |", flush=True)
+
+
+def nets(seconds: float) -> None:
+    columns = ("net", "engine ms", TORCH, ONNX, ONNX_INT8, "faster onnxruntime / engine", "rounds")
+    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    for name, (build, x, density, values) in NETS.items():
+        model = build().eval()
+        for weight_name, weight in model.named_parameters():
+            if weight.ndim > 1 and "encoder" not in weight_name:
+                sparse(weight.data, density, values)
+        quantized = quantized_copy(model, torch.cat([x, x]))
+        found = measure_latencies(
+            model, model, x, quantized, seconds=seconds, clock=time.thread_time
+        )
+        t = {key: 1e3 * value for key, value in found.seconds.items()}
+        best = min(t[ONNX], t.get(ONNX_INT8, t[ONNX]))
+        cells = [f"{t[key]:.3f}" if key in t else "-" for key in (ENGINE, TORCH, ONNX, ONNX_INT8)]
+        print(f"| {name} | " + " | ".join(cells) + f" | {best / t[ENGINE]:.2f} | {found.rounds} |")
+        for row in found.layers:
+            times = {kernel: round(us, 1) for kernel, us in row.microseconds.items()}
+            print(f"|   {row.layer} | {row.kernel} {times} |", flush=True)
+        for contestant, reason in found.missing.items():
+            print(f"|   {contestant}: {reason} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parts = {"layers": layers, "map": density_map, "nets": nets}
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=list(parts))
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
+    args = parser.parse_args()
+    import onnxruntime
+
+    load = os.getloadavg()
+    print(
+        f"# The engine, {datetime.date.today()}\n\n{platform.machine()}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, onnxruntime "
+        f"{onnxruntime.__version__}; load of {os.cpu_count()} cores at the start: "
+        f"{load[0]:.1f}; command: python {' '.join(sys.argv)}"
+    )
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for part in args.parts:
+            parts[part](args.seconds)
+    print(f"\nLoad at the end: {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Compiled models compute what the dense ones do, by each kernel."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trainer
+from tests.inference.test_matrix import random_weight
+from trainer import artifact
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.inference import chosen_kernels, compile, layer_kernels
+from trainer.inference.kernels import vectors
+from trainer.inference.matrix import compress
+from trainer.inference.measure import alternate
+from trainer.models import LeNet5, LSTMLanguageModel
+from trainer.phases import Quantize
+
+
+class Everything(nn.Module):
+    """Layers of all kinds, with the settings that they may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(40, 70)
+        self.plain = nn.Conv2d(3, 8, 3)
+        self.conv = nn.Conv2d(4, 6, (2, 3), stride=(2, 1), padding=(1, 2), groups=2)
+        self.wide = nn.Conv2d(3, 5, 3, padding="same", dilation=2, bias=False)
+        self.sequence = nn.Conv1d(3, 4, 5, stride=3, padding=2)
+        self.lstm = nn.LSTM(9, 24, 2)
+        self.gru = nn.GRU(9, 20, batch_first=True, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, 1200]."""
+        images = x.view(-1, 3, 20, 20)
+        sequences = x[:, :90].view(-1, 10, 9)
+        h, (last, cell) = self.lstm(sequences)
+        found = (
+            self.linear(x.view(len(x), 30, 40)),
+            self.plain(images),
+            self.conv(x.view(-1, 4, 15, 20)),
+            self.wide(images),
+            self.sequence(x.view(-1, 3, 400)),
+            h,
+            last.transpose(0, 1),
+            cell.transpose(0, 1),
+            *self.gru(sequences)[:1],
+        )
+        return torch.cat([part.reshape(len(x), -1) for part in found], 1)
+
+
+def sparse(model: nn.Module, values: int = 15) -> nn.Module:
+    """The model with weights that are mostly zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                flat = random_weight(len(weight), weight[0].numel(), values)
+                weight.copy_(0.3 * flat.view(weight.shape))
+            elif "bias" in name:
+                weight.copy_(torch.randn(weight.shape))
+    return model.eval()
+
+
+@pytest.fixture
+def everything() -> nn.Module:
+    return sparse(Everything())
+
+
+X = torch.relu(torch.randn(6, 1200, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("kernel", ["columns", "rows", "dense"])
+@pytest.mark.parametrize("samples", [1, 6])
+@pytest.mark.parametrize("threads", [1, 3])
+@torch.no_grad()
+def test_each_kernel(everything: nn.Module, kernel: str, samples: int, threads: int) -> None:
+    expected = everything(X[:samples])
+    layers = ["linear", "plain", "conv", "wide", "sequence", "gru.layers.0"]
+    layers += [f"lstm.layers.{i}" for i in (0, 1)]
+    convolutions = ("plain", "conv", "wide", "sequence")
+    chosen = {n: "rows" if n in convolutions and kernel == "columns" else kernel for n in layers}
+    compiled = compile(everything, kernels=chosen, threads=threads)
+    found = compiled(X[:samples])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(compiled(X[:samples]), found)
+    assert {row.layer: row.kernel for row in layer_kernels(compiled)} == chosen
+    again = pickle.loads(pickle.dumps(compiled))
+    assert torch.equal(again(X[:samples]), found)
+
+
+@pytest.mark.parametrize("values", [3, 40, 255, 0])
+@pytest.mark.parametrize("kernel", ["columns", "rows"])
+@torch.no_grad()
+def test_codebooks_of_any_size(values: int, kernel: str) -> None:
+    model = sparse(nn.Sequential(nn.Linear(1200, 300)), values)
+    expected = model(X)
+    compiled = compile(model, kernels={"0": kernel}, threads=1)
+    torch.testing.assert_close(compiled(X), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(X[0]), expected[0], rtol=1e-5, atol=1e-5)
+    assert chosen_kernels(compiled) == {"0": kernel}
+
+
+@torch.no_grad()
+def test_scalar_loops_compute_the_same() -> None:
+    """Those of CPUs without AVX-512."""
+    weight, x = random_weight(50, 60, 15), X[0, :60].contiguous()
+    by_rows, by_columns = compress(weight, "rows"), compress(weight, "columns")
+    m, expected = by_rows, (weight @ x).numpy()
+    found = [
+        vectors._dot_scalar(m.entries, *m.pointers[0, i : i + 2], m.bits, m.table, x.numpy())
+        for i in range(50)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    m, out = by_columns, np.zeros(50, np.float32)
+    for j in range(60):
+        start, stop = m.pointers[0, j : j + 2]
+        vectors._add_column_scalar(m.entries, start, stop, m.bits, m.table, x[j].item(), out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_file(tmp_path: Path) -> None:
+    model, images = sparse(LeNet5()), torch.rand(2, 1, 28, 28)
+    path = tmp_path / "model.dcz"
+    path.write_bytes(artifact.encode(model.state_dict(), "fp32"))
+    compiled = trainer.inference.compile(LeNet5(), path, images)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+    rows = {row.layer: row for row in layer_kernels(compiled)}
+    assert set(rows) == {"conv1", "conv2", "fc1", "fc2"}
+    for row in rows.values():  # measured, and the fastest taken
+        assert row.kernel == min(row.microseconds, key=lambda name: row.microseconds[name])
+    assert not any(parameter.requires_grad for parameter in compiled.parameters())
+
+
+@torch.no_grad()
+def test_chosen_at_the_first_call() -> None:
+    compiled = compile(sparse(LSTMLanguageModel(hidden=32)))
+    assert chosen_kernels(compiled) == {}
+    tokens = torch.randint(96, (1, 5))
+    compiled(tokens)
+    assert set(chosen_kernels(compiled)) == {"lstm.layers.0", "decoder"}
+
+
+@torch.no_grad()
+def test_integers() -> None:
+    """Where quantization left a grid, and inputs have a range."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(3200, 10))
+    images, world = X.view(-1, 3, 20, 20), World.single(torch.device("cpu"))
+    sparse(model)
+    phase = Quantize()
+    phase.enter(model, world)
+    model.train()(images)
+    phase.after_step(model, world, 1, 1)
+    phase.leave(model)
+    expected = model.eval()(images)
+    state = model.state_dict()
+    for kernel in ("int8", "rows", "dense"):
+        fresh = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(3200, 10))
+        compiled = compile(fresh, state, kernels={"0": kernel, "2": kernel})
+        # An input between two integers may be rounded to the other one.
+        torch.testing.assert_close(compiled(images), expected, rtol=0.01, atol=0.05)
+        assert torch.equal(pickle.loads(pickle.dumps(compiled))(images), compiled(images))
+    compressed = layer_kernels(compile(model, kernels={"0": "rows", "2": "columns"}))
+    assert all(row.code_bits is not None and row.code_bits <= 8 for row in compressed)
+
+
+def test_what_stays() -> None:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Conv3d(2, 2, 2), nn.LSTM(3, 3, bidirectional=True))
+    assert layer_kernels(compile(model)) == []
+
+
+def test_refuses() -> None:
+    model = nn.Sequential(nn.Linear(20, 30))
+    sparse(model)
+    with pytest.raises(ConfigError, match="'1' is no compressed layer; there are 0"):
+        compile(pickle.loads(pickle.dumps(model)), kernels={"1": "rows"})
+    with pytest.raises(ConfigError, match="there are columns, rows, dense"):
+        compile(pickle.loads(pickle.dumps(model)), kernels={"0": "int8"})
+    with pytest.raises(ConfigError, match="threads=0"):
+        compile(model, threads=0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        compile(nn.Sequential(nn.Linear(20, 31)), model.state_dict())
+    compiled = compile(model)
+    with pytest.raises(TypeError, match="float32"):
+        compiled(torch.rand(2, 20, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        compiled(torch.rand(2, 20, requires_grad=True))
+
+
+def test_a_weight_can_be_read(everything: nn.Module) -> None:
+    weight = everything.linear.weight.detach().clone()
+    assert torch.equal(compile(everything).linear.weight, weight)
+
+
+def test_hooks_are_kept() -> None:
+    model, seen = sparse(nn.Sequential(nn.Linear(20, 30))), []
+    model[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    compile(model, kernels={"0": "rows"})(torch.rand(2, 20))
+    assert seen == [(2, 30)]
+
+
+def test_alternating() -> None:
+    order: list[str] = []
+    times = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0, 5)
+    assert order == ["a", "b"] * 8
+    assert [len(taken) for taken in times.values()] == [5, 5]

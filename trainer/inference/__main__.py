@@ -1,0 +1,163 @@
+"""Measure how fast a compressed model is, beside PyTorch and onnxruntime.
+
+    python -m trainer.inference FILE.dcz [EXPERIMENT]         a compressed model
+    python -m trainer.inference RUN_DIR                       a finished run
+    python -m trainer.inference EXPERIMENT [key=value ...]    an experiment, before it is run
+
+A file gets its model and data from the run directory that it is in, or from an experiment; without
+both, a model of `trainer.models` computes random samples. All contestants take turns; the times
+are medians. onnxruntime takes part if it is installed (pip install 'trainer[onnx]').
+
+Exit codes: 0 done, 1 failed, 2 wrong arguments.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trainer.artifact import ArtifactError
+from trainer.errors import ConfigError, RunError, one_line
+from trainer.export.onnx import is_quantized
+from trainer.inference.latency import ENGINE, Latencies, measure_latencies
+from trainer.library.subject import find_subject, quantized_copy
+from trainer.report.output import silence
+from trainer.report.table import Table, rich_table
+
+DONE, FAILED, WRONG = 0, 1, 2
+
+_WIDE = 1000  # columns where the output is no terminal
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line says and return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        for name in ("batch", "threads", "seconds"):
+            if getattr(options, name) <= 0:
+                raise ConfigError(f"--{name}={getattr(options, name):g}: it must be above 0")
+        subject = find_subject(
+            options.what, options.overrides, options.config_dir, max(2, options.batch)
+        )
+        model, samples = subject.model, subject.samples[: options.batch]
+        dense = copy.deepcopy(subject.dense)
+        weights = model.state_dict()
+        dense.load_state_dict({k: v for k, v in weights.items() if k in dense.state_dict()}, False)
+        quantized = None
+        if not is_quantized(model) and not options.no_onnx:
+            quantized = quantized_copy(model, subject.samples)
+        found = measure_latencies(
+            model,
+            dense,
+            samples,
+            quantized,
+            onnx=not options.no_onnx,
+            threads=options.threads,
+            seconds=options.seconds,
+        )
+        _show(found, options.batch, options.threads, list(subject.notes), options.json)
+    except ConfigError as error:
+        print(f"wrong arguments: {one_line(str(error))}", file=sys.stderr)
+        return WRONG
+    except ArtifactError as error:
+        print(f"{options.what}: {error}", file=sys.stderr)
+        return FAILED
+    except RunError as error:
+        print(f"failed: {one_line(str(error))}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"{error.filename or options.what}: {error.strerror or error}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.inference",
+        description="How fast a compressed model is, beside PyTorch and onnxruntime.",
+    )
+    parser.add_argument("what", metavar="RUN_DIR|FILE|EXPERIMENT")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changed settings of the experiment; after a FILE, the experiment's name comes first",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="samples computed together")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each contestant")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure")
+    parser.add_argument("--no-onnx", action="store_true", help="leave onnxruntime out")
+    parser.add_argument("--json", metavar="OUT", help="write the times to a file; -: print them")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder with your configuration files")
+    return parser
+
+
+def _show(found: Latencies, batch: int, threads: int, notes: list[str], out: str | None) -> None:
+    """Print the tables, or the times as JSON."""
+    if out is not None:
+        plain = json.dumps({"batch": batch, "threads": threads, **asdict(found)}, indent=2)
+        if out == "-":
+            _print(plain)
+            return
+        Path(out).write_text(plain + "\n", encoding="utf-8")
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    with console.capture() as capture:
+        for table in (_contestants(found, batch, threads, notes), _layers(found)):
+            console.print(rich_table(table, console.width))
+    _print(capture.get().strip("\n"))
+
+
+def _contestants(found: Latencies, batch: int, threads: int, notes: list[str]) -> Table:
+    engine = found.seconds[ENGINE]
+    rows = [
+        (name, f"{1e3 * seconds:.3f}", f"{seconds / engine:.2f}")
+        for name, seconds in found.seconds.items()
+    ]
+    rows += [(name, "-", "-") for name in found.missing]
+    lines = [f"{name}: {reason}" for name, reason in found.missing.items()]
+    title = f"Batch of {batch}, {threads} thread{'s' * (threads > 1)}, medians of {found.rounds}"
+    return Table(
+        title,
+        ("", "milliseconds", "of the engine's time"),
+        rows,
+        "\n".join([*lines, *notes]),
+    )
+
+
+def _layers(found: Latencies) -> Table:
+    names = list(dict.fromkeys(kernel for row in found.layers for kernel in row.microseconds))
+    rows = []
+    for row in found.layers:
+        times: dict[str, Any] = {k: f"{v:,.1f}" for k, v in row.microseconds.items()}
+        bits = "-" if row.code_bits is None else str(row.code_bits or 32)
+        cells = (row.kind, f"{100 * row.density:.1f}%", bits, row.kernel or "-", f"{row.nbytes:,}")
+        rows.append((row.layer, *cells, *(times.get(name, "-") for name in names)))
+    columns = ("layer", "class", "nonzero", "bits of a value", "kernel", "bytes")
+    caption = "Layers that are not listed stay in PyTorch." if rows else "No layer is compressed."
+    return Table(
+        "Kernels of the engine",
+        (*columns, *(f"{name} us" for name in names)),
+        rows,
+        caption,
+        optional=("class", "bits of a value", "bytes"),
+    )
+
+
+def _print(text: str) -> None:
+    """Print to standard output, whose reader may have gone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

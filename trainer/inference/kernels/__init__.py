@@ -1,0 +1,1 @@
+"""Compiled functions that compute with compressed weights."""

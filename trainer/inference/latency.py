@@ -1,0 +1,127 @@
+"""How long a model takes: the engine beside PyTorch and onnxruntime, in turn."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer
+from trainer.errors import RunError
+from trainer.export.onnx import to_onnx
+from trainer.export.runtime import OnnxModel
+from trainer.inference.build import compile, layer_kernels
+from trainer.inference.layers import INT8, LayerKernel
+from trainer.inference.measure import alternate, medians
+
+ENGINE, TORCH, TORCH_INT8 = "engine", "PyTorch fp32", "PyTorch int8"
+ONNX, ONNX_INT8 = "onnxruntime fp32", "onnxruntime int8"
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Of one batch."""
+
+    seconds: Mapping[str, float]
+    """Medians by contestant, the engine first."""
+    rounds: int
+    layers: list[LayerKernel]
+    """Of the engine."""
+    missing: Mapping[str, str]
+    """Contestants that could not run, with the reason."""
+
+
+def measure_latencies(
+    model: nn.Module,
+    dense: nn.Module,
+    samples: Tensor,
+    quantized: nn.Module | None = None,
+    *,
+    onnx: bool = True,
+    threads: int = 1,
+    seconds: float = 2.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latencies:
+    """Measure a batch, all contestants in turn.
+
+    Args:
+        model: With compressed weights, perhaps quantized.
+        dense: The same model without quantizers.
+        samples: The batch.
+        quantized: The model with quantizers, for onnxruntime int8; `model` if it has them.
+        onnx: Whether onnxruntime takes part.
+        threads: Of each contestant.
+        seconds: How long to measure.
+        clock: As for `alternate`.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            return _measure(model, dense, samples, quantized, onnx, threads, seconds, clock)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    model: nn.Module,
+    dense: nn.Module,
+    samples: Tensor,
+    quantized: nn.Module | None,
+    onnx: bool,
+    threads: int,
+    seconds: float,
+    clock: Callable[[], float],
+) -> Latencies:
+    missing: dict[str, str] = {}
+    # Kernels are chosen as for a user, at the first call; that is not part of the measurement.
+    engine = compile(copy.deepcopy(model), samples=samples, threads=threads)
+    has_grid = any(isinstance(module, WeightQuantizer) for module in model.modules())
+    plain = copy.deepcopy(dense).eval()
+    contestants: dict[str, Callable[[], object]] = {
+        ENGINE: lambda: engine(samples),
+        TORCH: lambda: plain(samples),
+    }
+    integers = _with_integers(model, threads) if has_grid else None
+    if integers is None:
+        missing[TORCH_INT8] = "the model is not quantized"
+    else:
+        contestants[TORCH_INT8] = lambda: integers(samples)
+    if onnx:
+        files = {ONNX: plain, ONNX_INT8: model if has_grid else quantized}
+        for name, of in files.items():
+            if of is None:
+                missing[name] = "the model is not quantized"
+                continue
+            try:
+                session = _session(of, samples, threads)
+                contestants[name] = partial(session, samples)
+            except ImportError as error:
+                missing[name] = f"{error.name} is not installed: pip install 'trainer[onnx]'"
+            except RunError as error:
+                missing[name] = str(error)
+    times = alternate(contestants, seconds, clock=clock)
+    return Latencies(medians(times), len(times[ENGINE]), layer_kernels(engine), missing)
+
+
+def _with_integers(model: nn.Module, threads: int) -> nn.Module | None:
+    """All layers that can compute with integers do so; None where there are none."""
+    found = copy.deepcopy(model)
+    names = {
+        name: INT8
+        for name, module in found.named_modules()
+        if type(module) in (nn.Linear, nn.Conv2d)
+        and isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer)
+        and isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer)
+    }
+    return compile(found, kernels=names, threads=threads) if names else None
+
+
+def _session(model: nn.Module, samples: Tensor, threads: int) -> OnnxModel:
+    import onnxruntime  # noqa: F401  an extra; the export takes long, so it is looked for first
+
+    pair = samples if len(samples) > 1 else torch.cat([samples, samples])
+    return OnnxModel(to_onnx(model, pair), threads)
