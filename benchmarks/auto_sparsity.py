@@ -1,7 +1,8 @@
 """sparsity=auto against the best sparsity set by hand: LeNet-300-100 on MNIST.
 
     python benchmarks/auto_sparsity.py --out FOLDER [--drop 0.002] [--seed 0]
-        [--sparsities 0.90,0.92,0.94,0.95,0.96,0.97] [--as-long] [key=value ...]
+        [--sparsities 0.90,0.92,0.94,0.95,0.96,0.97] [--as-long] [--quick]
+        [key=value ...]
 
 One after the other, each alone in its process and on one thread:
 
@@ -32,6 +33,10 @@ from typing import Any
 import torch
 import yaml
 
+QUICK = [
+    *("data.train=128", "data.validation=64", "data.test=64", "phases.train.fit.epochs=1"),
+    *("phases.prune.fit.epochs=1", "phases.prune.rounds=2"),
+]
 BEFORE_RETRAINING = 28  # epochs of prune_lenet300
 COLUMNS = ("run", "sparsity", "validation accuracy %", "against dense", "epochs", "wall time s")
 
@@ -128,7 +133,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", default="0.90,0.92,0.94,0.95,0.96,0.97")
     parser.add_argument("--as-long", action="store_true", help="as many epochs by hand")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_intermixed_args()
+    if args.quick:
+        args.overrides += QUICK
+        args.sparsities, args.drop = "0.9", 0.5
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     shared = [f"seed={args.seed}", *args.overrides]

@@ -1,6 +1,6 @@
 """What checkpoints cost: AlexNet and its momentum, 488 MB, kept every 20 steps.
 
-    python benchmarks/checkpoint_cost.py [--repeats 5] [--batch-size 16]
+    python benchmarks/checkpoint_cost.py [--repeats 5] [--batch-size 16] [--quick]
 
 Two warm Ray workers with one thread each train AlexNet on random images by the body that every run
 executes; this process takes in what they report and writes the checkpoints, as the driver does.
@@ -32,6 +32,7 @@ from trainer.worker.run import Start, run_phases
 EVERY = 20  # steps between two checkpoints
 STEPS = 3 * EVERY + 1
 TIMED = slice(EVERY - 1, 3 * EVERY)  # ends of steps, from just before a checkpoint on
+ALEXNET = {"_target_": "trainer.models.AlexNet", "classes": 1000, "dropout": 0.5}
 STAMPS = "CHECKPOINT_STAMPS"  # environment: the file with rank 0's time stamps
 
 
@@ -45,25 +46,27 @@ class StampedSGD(torch.optim.SGD):
         return result
 
 
-def images(seed: int, samples: int) -> Splits:
-    """Random 224x224 images; two each to validate and to test."""
+def images(seed: int, samples: int, size: int) -> Splits:
+    """Random images; two each to validate and to test."""
     generator = torch.Generator().manual_seed(seed)
 
     def split(n: int) -> TensorSplit:
-        pixels = torch.rand(n, 3, 224, 224, generator=generator)
+        pixels = torch.rand(n, 3, size, size, generator=generator)
         return TensorSplit(pixels, torch.randint(1000, (n,), generator=generator))
 
     return Splits(split(samples), split(2), split(2))
 
 
-def config(batch_size: int, every: int | None) -> Experiment:
+def config(batch_size: int, every: int | None, quick: bool) -> Experiment:
+    small = {"_target_": "trainer.models.ResNetCifar", "classes": 1000}
     settings = {
         "name": "checkpoint-cost",
-        "model": {"_target_": "trainer.models.AlexNet", "classes": 1000, "dropout": 0.5},
+        "model": small if quick else ALEXNET,
         "data": {
             "_target_": "checkpoint_cost.images",
             "batch_size": batch_size,
             "samples": 4 * batch_size,
+            "size": 8 if quick else 224,
         },
         "optimizer": {"_target_": "checkpoint_cost.StampedSGD", "lr": 1e-4, "momentum": 0.9},
         "phases": {
@@ -88,7 +91,7 @@ def measure(group: WorkerGroup, experiment: Experiment, stamps: Path) -> float:
         for message in group.run(run_phases, experiment, Start(0)):
             if isinstance(message, Checkpoint):
                 kept += 1
-                checkpoints.within_phase(0, "train", message.step, message.content)
+                checkpoints.save_within(0, "train", message.step, message.content)
         checkpoints.wait()
         checkpoints.close()
         assert kept == (STEPS // EVERY if experiment.config.checkpoint.every_steps else 0)
@@ -103,7 +106,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16, help="over both workers")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
+    if args.quick:
+        args.repeats, args.batch_size = 1, 2
     import ray
 
     print(
@@ -111,11 +117,14 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
         f"torch {torch.__version__}, ray {ray.__version__}; command: python {' '.join(sys.argv)}\n"
     )
-    ways = {name: config(args.batch_size, e) for name, e in (("without", None), ("with", EVERY))}
+    ways = {
+        name: config(args.batch_size, every, args.quick)
+        for name, every in (("without", None), ("with", EVERY))
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory(prefix="stamps-") as stamps:
         os.environ[STAMPS] = stamps
-        group = open_group(ways["with"].cluster)
+        group = open_group(ways["with"].config.cluster)
         group.start()
         try:
             for number in range(args.repeats):

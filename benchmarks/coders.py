@@ -3,6 +3,7 @@
     python benchmarks/coders.py RUN/model.safetensors ... [--density fc1=0.02 fc2=0.05]
         [--clusters 16] [--nncodec OTHER_VENV/bin/python]
     python benchmarks/coders.py --vgg16
+    python benchmarks/coders.py --quick
 
 Takes the tensors with two or more dimensions of each file, pruned to their density (by default as
 they are). One with few distinct values (trainer.compress.codebooks.distinct_values) is shared as it
@@ -18,6 +19,8 @@ biases are in no column.
 
 --vgg16 writes a state_dict of VGG-16, 138M weights of which 7.5% survive in 32 clusters, as a .dcz
 file and loads it again, each in a process of its own: seconds, and the most memory it held.
+
+--quick does both with a small net of random weights, to see that it runs.
 """
 
 import argparse
@@ -40,13 +43,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from trainer import artifact
 from trainer.compress.codebooks import cluster, codebook_of
 from trainer.compress.coding import decode_layer, encode_layer
-from trainer.models import VGG16
+from trainer.models import VGG16, LeNet300
 
 Levels = NDArray[np.uint16]
 THEIRS = """
@@ -161,20 +164,19 @@ def show(what: str, rows: dict[str, Any]) -> None:
 def vgg16() -> None:
     """Seconds and memory of a whole model, written and loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        for job in (write, read):
-            process = multiprocessing.get_context("spawn").Process(
-                target=job, args=(Path(folder) / "model.dcz",)
-            )
+        path = Path(folder) / "model.dcz"
+        for job, arguments in ((write, (path, VGG16)), (read, (path,))):
+            process = multiprocessing.get_context("spawn").Process(target=job, args=arguments)
             process.start()
             process.join()
             if process.exitcode:
                 raise SystemExit(process.exitcode)
 
 
-def weights() -> dict[str, Tensor]:
-    """A state_dict of VGG-16: weights pruned and shared, biases dense."""
+def weights(net: type[nn.Module]) -> dict[str, Tensor]:
+    """A state_dict of random numbers: weights pruned and shared, biases dense."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in VGG16().state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in net().state_dict().items()}
     rng = np.random.default_rng(0)
     values = np.sort(rng.normal(0, 0.02, 32)).astype(np.float16).astype(np.float32)
     made = {}
@@ -188,10 +190,10 @@ def weights() -> dict[str, Tensor]:
     return made
 
 
-def write(path: Path) -> None:
+def write(path: Path, net: type[nn.Module]) -> None:
     artifact.encode({"w": torch.eye(9)})  # compiled before the clock starts
     before = peak()
-    state = weights()
+    state = weights(net)
     dense = sum(tensor.numel() for tensor in state.values()) * 4 / 2**20
     content, seconds = timed(lambda: artifact.encode(state))
     path.write_bytes(content)
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--density", nargs="*", default=[], metavar="LAYER=FRACTION")
     parser.add_argument("--nncodec", metavar="PYTHON", help="an interpreter that has nncodec")
     parser.add_argument("--vgg16", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
     print(
         f"# Coders, {datetime.date.today()}\n\n{platform.machine()}, Python "
@@ -233,6 +236,13 @@ def main() -> None:
     )
     if args.vgg16:
         vgg16()
+    if args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / "model.dcz", LeNet300)
+            read(Path(folder) / "model.dcz")
+            path = Path(folder) / "model.safetensors"
+            save_file({"fc.weight": torch.randn(20, 20)}, path)
+            compare(path, {"fc": 0.5}, args.clusters, args.nncodec)
     if args.files:
         decode_layer(encode_layer(np.eye(9), (9, 9), 2), (9, 9), 2)  # compiled beforehand
         print("| weights | coder | bytes | of nncodec | encode s | decode s |\n|" + " --- |" * 6)

@@ -1,7 +1,7 @@
 """README's tables of accuracy and of Deep Compression on MNIST: errors and bytes, seed by seed.
 
     python benchmarks/compress_mnist.py --out FOLDER [--experiments NAME,...] [--seeds 0,1,2]
-        [--jobs 2] [--collect] [key=value ...]
+        [--jobs 2] [--collect] [--quick] [key=value ...]
 
 For each experiment and seed one run of `python -m trainer`, one thread each, `--jobs` at a time:
 
@@ -41,6 +41,10 @@ PRUNED = {  # the dense experiment, and the published errors before and after, a
     "prune_lenet300": ("lenet300", 1.64, 1.59, "22K"),
     "prune_lenet5": ("lenet5", 0.80, 0.77, "36K"),
 }
+QUICK = [
+    *("data.train=128", "data.validation=64", "data.test=64", "phases.train.fit.epochs=1"),
+    *("phases.prune.fit.epochs=1", "phases.retrain.fit.epochs=1"),
+]
 COMPRESSED = {  # published: error before, ratio, error after
     "deep_compression_lenet300": (1.64, 40, 1.58),
     "deep_compression": (0.80, 39, 0.74),
@@ -188,7 +192,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--collect", action="store_true", help="only print what is done")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_intermixed_args()
+    if args.quick:
+        args.experiments = "prune_lenet300,deep_compression_lenet300"
+        args.seeds, args.overrides = "0", [*args.overrides, *QUICK]
     chosen = args.experiments.split(",")
     if unknown := set(chosen) - PRUNED.keys() - COMPRESSED.keys():
         parser.error(f"--experiments: {', '.join(sorted(unknown))}: not one of those above")

@@ -1,6 +1,6 @@
 """Proves that a refactoring changes no result: the same runs on two versions, compared bit by bit.
 
-    python benchmarks/golden.py BASE [--head COMMIT]
+    python benchmarks/golden.py BASE [--head COMMIT] [--runs NAME ...] [--quick]
 
 BASE and COMMIT are git revisions; without `--head` the working tree is compared, uncommitted
 changes included. Each version runs the chains below through the command line, in a process of its
@@ -135,7 +135,10 @@ def main() -> int:
     parser.add_argument("base", help="git revision to compare with")
     parser.add_argument("--head", help="git revision to compare; by default the working tree")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     options = parser.parse_args()
+    if options.quick:
+        options.runs = ["search"]
     work = Path(tempfile.mkdtemp(prefix="golden-"))
     try:
         base = checkout(options.base, work / "base-code")

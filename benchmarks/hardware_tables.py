@@ -1,7 +1,7 @@
 """The simulators of TPU v1 and EIE beside the published tables: paper, ours, difference.
 
     python benchmarks/hardware_tables.py [--scalesim OTHER_VENV/bin/python]
-        [--eie-simulator CHECKOUT]
+        [--eie-simulator CHECKOUT] [--quick]
 
 Prints Markdown, after about two minutes. Everything is computed from fixed seeds; only the last
 table has measured times.
@@ -32,6 +32,8 @@ from trainer.hardware.comparison import (
     published_layer,
     tpu_tables,
 )
+from trainer.hardware.comparison.eie import power
+from trainer.hardware.comparison.tpu import closed_forms
 from trainer.hardware.eie import (
     EieSettings,
     encode,
@@ -52,15 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--scalesim", metavar="PYTHON")
     parser.add_argument("--eie-simulator", metavar="CHECKOUT")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     options = parser.parse_args()
     print(f"{datetime.date.today()}, seed 0")
-    tables = tpu_tables()
+    tables = [closed_forms()] if options.quick else tpu_tables()
     if options.scalesim:
         tables.append(systolic_cycles(options.scalesim))
-    tables += eie_tables()
+    tables += [power()] if options.quick else eie_tables()
     if options.eie_simulator:
         tables.append(published_layer(options.eie_simulator))
-    tables.append(speeds())
+    tables.append(speeds(2, 256) if options.quick else speeds(64, 4096))
     for table in tables:
         print(f"\n{table.markdown()}")
 
@@ -105,9 +108,9 @@ def systolic_cycles(python: str) -> ComparisonTable:
     )
 
 
-def speeds() -> ComparisonTable:
-    """Seconds that simulations take here."""
-    samples = torch.rand(64, 1, 28, 28)
+def speeds(images: int, size: int) -> ComparisonTable:
+    """Seconds that simulations take here: of `images` on the TPU, of a square matrix on EIE."""
+    samples = torch.rand(images, 1, 28, 28)
     model = quantized(LeNet5(), samples)
 
     def tpu() -> None:
@@ -117,15 +120,15 @@ def speeds() -> ComparisonTable:
 
     def eie() -> None:
         settings = EieSettings()
-        matrix = encode(random_codes(4096, 4096, 0.09), settings)
-        simulate(matrix, random_activations(4096, 0.353), settings)
+        matrix = encode(random_codes(size, size, 0.09), settings)
+        simulate(matrix, random_activations(size, 0.353), settings)
 
     return ComparisonTable(
         "Seconds of simulation",
         ("what", "ours", "target"),
         (
-            ("LeNet-5 on the TPU, 64 images: compile, execute, count", seconds(tpu), "2"),
-            ("Alex-7 on EIE: draw, encode, count", seconds(eie), "10"),
+            (f"LeNet-5 on the TPU, {images} images: compile, execute, count", seconds(tpu), "2"),
+            (f"{size} x {size} on EIE (4096: Alex-7): draw, encode, count", seconds(eie), "10"),
         ),
     )
 

@@ -1,4 +1,7 @@
-"""data=images beside torch's DataLoader: `python benchmarks/image_loading.py CIFAR10_FOLDER`
+"""data=images beside torch's DataLoader.
+
+    python benchmarks/image_loading.py CIFAR10_FOLDER
+    python benchmarks/image_loading.py --quick    # with a few images of noise: does it run?
 
 Both read JPEG files from the same zip (train.zip in the folder), decode them with Pillow, pad by 4
 pixels, crop, mirror, and normalize, with the same number of loader processes and the same batches
@@ -6,11 +9,12 @@ of 128. The plain loop is what PyTorch's documentation shows: a Dataset that ret
 tensor, and DataLoader's own collation. They take turns; the table has medians of images/s.
 """
 
+import argparse
 import io
 import platform
 import random
 import statistics
-import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -67,7 +71,7 @@ def plain(path: Path, workers: int) -> Iterator[float]:
             return iter(order)
 
         def __len__(self) -> int:
-            return IMAGES
+            return len(order)
 
     loader = DataLoader(
         data,
@@ -97,18 +101,43 @@ def timed(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
     return count / (time.perf_counter() - began)
 
 
-def main(root: Path) -> None:
+def write_noise(path: Path) -> None:
+    """A zip like CIFAR-10's, with a few images of noise."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(40):
+            content = io.BytesIO()
+            pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(content, "JPEG")
+            archive.writestr(f"train/class{number % 2}/{number:04d}.jpg", content.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="holds CIFAR-10's train.zip")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
+    args = parser.parse_args()
+    if args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            write_noise(Path(folder) / "train.zip")
+            compare(Path(folder), (0,), 1)
+    elif args.folder is None:
+        parser.error("name the folder that holds CIFAR-10's train.zip, or use --quick")
+    else:
+        compare(args.folder, (0, 1, 2), TURNS)
+
+
+def compare(root: Path, loader_processes: tuple[int, ...], turns: int) -> None:
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, n = {TURNS}\n")
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, n = {turns}\n")
     print("| loader processes | data=images, images/s | DataLoader, images/s | ratio |")
     print("| --- | --- | --- | --- |")
-    for workers in (0, 1, 2):
+    for workers in loader_processes:
         one, other = ours(root, workers), plain(root / "train.zip", workers)
         next(one), next(other)  # processes start, files are cached
-        pairs = [(next(one), next(other)) for _ in range(TURNS)]
+        pairs = [(next(one), next(other)) for _ in range(turns)]
         first, second = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(f"| {workers} | {first:,.0f} | {second:,.0f} | {first / second:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -2,8 +2,10 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/loop.py [--images 12800] [--repeats 9] [--nets LeNet-300-100 LeNet-5]
+        [--quick]
 
 One thread, batch 64, fused SGD; a repeat is an epoch over a slice of MNIST from the same weights.
+Without Accelerate or Lightning, their rows are left out.
 All take turns in one process, in an order that rotates; the first turn of each is not counted. The
 table shows medians; a ratio is the median of the ratios within each turn.
 
@@ -20,6 +22,7 @@ table shows medians; a ratio is the median of the ratios within each turn.
 import argparse
 import datetime
 import gc
+import importlib.util
 import logging
 import platform
 import statistics
@@ -29,10 +32,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from importlib import metadata
 from typing import Any
 
-import accelerate
-import lightning
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -44,7 +46,6 @@ from trainer.config import ClusterConfig, Config
 from trainer.data.idx import mnist, normalise
 from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
-from trainer.engine.optim import OptimizerSpec
 from trainer.experiment import Experiment
 from trainer.messages import PhaseEnded
 from trainer.models import LeNet5, LeNet300
@@ -52,6 +53,7 @@ from trainer.worker.run import Start, run_phases
 
 NETS: dict[str, Callable[[], nn.Module]] = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
 BATCH, SEED = 64, 0
+COMPARED = [name for name in ("accelerate", "lightning") if importlib.util.find_spec(name)]
 SGD: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.0005, "nesterov": True}
 Turn = tuple[float, dict[str, Tensor]]  # images per second, the weights at the end
 
@@ -62,7 +64,7 @@ def ours(net: str, data: dict[str, Any], bf16: bool = False) -> Turn:
         name="loop",
         model={"_target_": f"trainer.models.{NETS[net].__name__}"},
         data={"_target_": "trainer.data.mnist", "batch_size": BATCH, **data},
-        optimizer=OptimizerSpec(torch.optim.SGD, SGD),
+        optimizer={"_target_": "torch.optim.SGD", **SGD},
         phases={"train": {"_target_": "trainer.phases.Train", "fit": fit}},
         seed=SEED,
         precision="bf16" if bf16 else "fp32",
@@ -95,6 +97,8 @@ def plain(net: str, split: TensorSplit, bf16: bool = False) -> Turn:
 
 
 def with_accelerate(net: str, tensors: TensorDataset) -> Turn:
+    import accelerate
+
     accelerator = accelerate.Accelerator(cpu=True)
     model = new(net)
     optimizer = torch.optim.SGD(model.parameters(), fused=True, **SGD)
@@ -108,28 +112,29 @@ def with_accelerate(net: str, tensors: TensorDataset) -> Turn:
     return len(tensors) / (time.perf_counter() - started), model.state_dict()
 
 
-class Lit(lightning.LightningModule):
-    """The least that Lightning needs, and a clock."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.seconds = 0.0
-
-    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), fused=True, **SGD)
-
-    def on_train_epoch_start(self) -> None:
-        self.seconds -= time.perf_counter()
-
-    def on_train_epoch_end(self) -> None:
-        self.seconds += time.perf_counter()
-
-
 def with_lightning(net: str, tensors: TensorDataset) -> Turn:
+    import lightning
+
+    class Lit(lightning.LightningModule):
+        """The least that Lightning needs, and a clock."""
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+            self.seconds = 0.0
+
+        def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), fused=True, **SGD)
+
+        def on_train_epoch_start(self) -> None:
+            self.seconds -= time.perf_counter()
+
+        def on_train_epoch_end(self) -> None:
+            self.seconds += time.perf_counter()
+
     model = Lit(new(net))
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     options: dict[str, Any] = dict.fromkeys(off, False)
@@ -153,9 +158,11 @@ def race(net: str, images: int, repeats: int) -> None:
     contestants: dict[str, Callable[[], Turn]] = {
         "plain": partial(plain, net, split),
         "ours": partial(ours, net, data),
-        "Accelerate": partial(with_accelerate, net, tensors),
-        "Lightning": partial(with_lightning, net, tensors),
     }
+    if "accelerate" in COMPARED:
+        contestants["Accelerate"] = partial(with_accelerate, net, tensors)
+    if "lightning" in COMPARED:
+        contestants["Lightning"] = partial(with_lightning, net, tensors)
     if net == "LeNet-5":
         contestants["plain, bf16 + channels_last"] = partial(plain, net, split, bf16=True)
         contestants["ours, bf16 + channels_last"] = partial(ours, net, data, bf16=True)
@@ -186,13 +193,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12_800, help="per repeat")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
+    if args.quick:
+        args.images, args.repeats = 2 * BATCH, 1
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", *COMPARED)]
     warnings.filterwarnings("ignore")  # Lightning wants more DataLoader workers
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(
         f"# One worker's images/s, {datetime.date.today()}\n\n"
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"lightning {lightning.__version__}, accelerate {accelerate.__version__}; "
+        f"{platform.machine()}, Python {platform.python_version()}, {', '.join(versions)}; "
         f"command: python {' '.join(sys.argv)}\n\n"
         "| net | loop | images/s | of plain | min - max | n |\n|" + " --- |" * 6,
         flush=True,

@@ -8,6 +8,7 @@ one thread per worker, fused Adam, fp32. Three ways take turns, step by step, in
     dense    no mask at all: what a step costs without pruning
 
     python benchmarks/packed_retrain.py [--workers 2] [--steps 7] [--batch 32] [--sparsity 0.9]
+        [--quick]
 
 Prints the medians over the steps of rank 0. `--batch` is per worker.
 """
@@ -33,9 +34,12 @@ from trainer.phases import Prune, Retrain
 TRAINING = FitConfig(epochs=1)
 
 
-def fully_connected() -> nn.Sequential:
+def fully_connected(inputs: int) -> nn.Sequential:
+    """The layers for 9216 inputs; for fewer, everything is as much smaller."""
+    hidden, classes = 4096 * inputs // 9216, 1000 * inputs // 9216
     return nn.Sequential(
-        nn.Linear(9216, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)
+        *(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()),
+        nn.Linear(hidden, classes),
     )
 
 
@@ -81,7 +85,8 @@ def worker(rank: int, meetings: "SimpleQueue[tuple[int, str]]", args: argparse.N
     torch.set_num_threads(1)
     world = join(rank, args.workers, meetings)
     torch.manual_seed(0)
-    pruned = fully_connected()
+    inputs = 288 if args.quick else 9216
+    pruned = fully_connected(inputs)
     Prune(args.sparsity, fit=FitConfig()).enter(pruned, world)
     packed, masked, dense = (copy.deepcopy(pruned) for _ in range(3))
     Retrain(fit=TRAINING).enter(packed, world)
@@ -91,7 +96,7 @@ def worker(rank: int, meetings: "SimpleQueue[tuple[int, str]]", args: argparse.N
     ways = {"packed": packed, "masked": masked, "dense": dense}
     made = {name: Way(model, world) for name, model in ways.items()}
     torch.manual_seed(rank)
-    x, y = torch.randn(args.batch, 9216), torch.randint(0, 1000, (args.batch,))
+    x, y = torch.randn(args.batch, inputs), torch.randint(0, pruned[-1].out_features, (args.batch,))
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(args.steps + 1):
         for name, way in made.items():
@@ -131,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     meetings = context.SimpleQueue()

@@ -1,7 +1,7 @@
 """Time of a quantization-aware training step: our phase, torchao's PT2E, and plain training.
 
     pip install torchao==0.18.0   # without it, that row is left out
-    python benchmarks/qat_step.py [--steps 100] [--repeats 9]
+    python benchmarks/qat_step.py [--steps 100] [--repeats 9] [--quick]
 
 LeNet-5, batch 64, one thread, fused SGD, the same images again and again. All take turns, in an
 order that rotates; the first turn of each is not counted. The table shows medians over turns; a
@@ -79,7 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100, help="in a turn")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
+    if args.quick:
+        args.steps, args.repeats = 1, 1
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -88,9 +91,9 @@ def main() -> None:
     contestants = {
         "plain fp32": contestant(LeNet5()),
         "plain bf16 + channels_last": contestant(LeNet5().to(memory_format=channels_last), True),
-        "ours, fp32": contestant(LeNet5(), phase=Quantize(settings)),
+        "ours, fp32": contestant(LeNet5(), phase=Quantize(fit=settings)),
         "ours, bf16 + channels_last": contestant(
-            LeNet5().to(memory_format=channels_last), True, Quantize(settings)
+            LeNet5().to(memory_format=channels_last), True, Quantize(fit=settings)
         ),
     }
     versions = f"torch {torch.__version__}"

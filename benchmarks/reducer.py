@@ -1,10 +1,13 @@
-"""One training step with DDP and with the own reducer: `python benchmarks/reducer.py [MIB ...]`
+"""One training step with DDP and with the own reducer.
+
+    python benchmarks/reducer.py [MIB ...] [--quick]
 
 Two processes on the loopback, one thread each; forward, backward, averaging and a fused SGD step.
 All contestants train in the same two processes and take turns; the table shows medians of the
 slower rank's times. MIB: sizes of `allreduce.bucket_mb` to compare (default: the shipped one).
 """
 
+import argparse
 import datetime
 import platform
 import socket
@@ -28,7 +31,7 @@ from trainer.models.lenet5 import LeNet5
 from trainer.models.resnet import BasicBlock, ResNet
 
 RANKS = 2
-SECONDS = 10.0  # per contestant and net
+SECONDS = 10.0  # per contestant and net; at least 15 steps
 
 
 def fully_connected() -> nn.Module:
@@ -78,13 +81,14 @@ class Contestant:
             self.reducer.close()
 
 
-def worker(rank: int, ports: list[int], bucket_mb: list[float]) -> None:
+def worker(rank: int, ports: list[int], bucket_mb: list[float], quick: bool) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
     store = TCPStore("127.0.0.1", ports[0], is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, timeout=limit, world_size=RANKS, rank=rank)
     world = World.connect(rank, RANKS, "127.0.0.1", ports[1], torch.device("cpu"), 60.0)
-    for name, (build, shape, samples) in NETS.items():
+    nets = dict(list(NETS.items())[:1]) if quick else NETS
+    for name, (build, shape, samples) in nets.items():
         configs: dict[str, AllReduceConfig | None] = {"DDP": None}
         for size in bucket_mb:
             for algorithm in ("ring", "native"):
@@ -92,7 +96,7 @@ def worker(rank: int, ports: list[int], bucket_mb: list[float]) -> None:
                 configs[label] = AllReduceConfig(algorithm=algorithm, bucket_mb=size)
         contestants = {label: Contestant(world, build, c) for label, c in configs.items()}
         batch = torch.randn(samples, *shape), torch.randint(0, 10, (samples,))
-        times = race(world, list(contestants.values()), batch)
+        times = race(world, list(contestants.values()), batch, quick)
         for label, seconds in zip(contestants, times, strict=True):
             if rank == 0:
                 median = statistics.median(seconds)
@@ -105,7 +109,7 @@ def worker(rank: int, ports: list[int], bucket_mb: list[float]) -> None:
 
 
 def race(
-    world: World, contestants: list[Contestant], batch: tuple[Tensor, Tensor]
+    world: World, contestants: list[Contestant], batch: tuple[Tensor, Tensor], quick: bool
 ) -> list[list[float]]:
     """Seconds per step of the slower rank, for each contestant; they alternate step by step."""
     times: list[list[float]] = [[] for _ in contestants]
@@ -123,6 +127,7 @@ def race(
         done += 1
         if done == 0:
             rounds = min(400, max(15, int(SECONDS * len(contestants) / sum(slowest))))
+            rounds = 2 if quick else rounds
         if done > 0:
             for column, value in zip(times, slowest, strict=True):
                 column.append(value)
@@ -130,7 +135,11 @@ def race(
 
 
 def main() -> None:
-    bucket_mb = [float(word) for word in sys.argv[1:]] or [AllReduceConfig().bucket_mb]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("mib", nargs="*", type=float, help="sizes of allreduce.bucket_mb")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
+    args = parser.parse_args()
+    bucket_mb = args.mib or [AllReduceConfig().bucket_mb]
     print(
         f"# A training step on {RANKS} processes over loopback, {datetime.date.today()}\n\n"
         f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} CPUs, "
@@ -143,7 +152,7 @@ def main() -> None:
     ports = [listener.getsockname()[1] for listener in free]
     for listener in free:
         listener.close()
-    multiprocessing.spawn(worker, (ports, bucket_mb), nprocs=RANKS)
+    multiprocessing.spawn(worker, (ports, bucket_mb, args.quick), nprocs=RANKS)
 
 
 if __name__ == "__main__":

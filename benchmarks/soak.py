@@ -1,6 +1,6 @@
 """A run killed, frozen and interrupted at random must end in the bits of an undisturbed one.
 
-    python benchmarks/soak.py [--minutes 30] [--seed 0]
+    python benchmarks/soak.py [--minutes 30] [--seed 0] [--quick]
 
 LeNet-5 on 6,000 digits, trained, pruned along a ramp, retrained and shared by Ray workers, a
 checkpoint every two seconds. Every 10 to 30 seconds one of these happens to it:
@@ -18,6 +18,8 @@ an undisturbed one of the same settings, and the next run begins: two workers in
 bf16 that send bf16 in small buckets, and so on until the time is up. After each end of a command no
 process of its, no file in its temporary folder, no Unix socket in there, and no shared-memory
 segment of its may be left; what Ray needs to go after a SIGKILL is waited for.
+
+--quick: one run without Ray, and one fault, to see that it runs.
 """
 
 import argparse
@@ -53,6 +55,11 @@ SETTINGS = [
     *("phases.prune.schedule=cubic", "phases.prune.fit.epochs=10", "optimizer.lr=0.005"),
     "phases.share.fit.epochs=3",
     *("checkpoint.every_seconds=2", "cluster.max_restarts=1000", "cluster.hang_timeout_s=8"),
+]
+QUICK = [
+    *("cluster=inline", "cluster.threads=1", "model=lenet300", "data.train=320", "precision=fp32"),
+    *("channels_last=false", "~phases.share.overrides", "checkpoint.every_steps=10"),
+    "checkpoint.every_seconds=null",
 ]
 VARIANTS = {
     "2 workers, fp32": ["precision=fp32"],
@@ -107,6 +114,11 @@ class Soaked:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.command.wait(seconds)
         return None
+
+    def wait_for_folder(self) -> None:
+        """Wait until the command has its run directory, or has ended."""
+        while not (self.folder / "run" / "config.yaml").exists() and self.wait(0.05) is None:
+            pass
 
     def look(self) -> list[psutil.Process]:
         """The workers at work; all processes of the command are remembered."""
@@ -206,14 +218,23 @@ def exit_codes(sent: signal.Signals | None, done: bool) -> set[int]:
     return {0, 128 + sent, -sent} if done else {0, 128 + sent}
 
 
-def soak(run: Soaked, chance: random.Random, until: float, tally: Tally) -> bool:
-    """Disturb a run until it is done, or the time is up. Returns whether it is done."""
+def soak(
+    run: Soaked, chance: random.Random, until: float, tally: Tally, quick: bool = False
+) -> bool:
+    """Disturb a run until it is done, or the time is up. Returns whether it is done.
+
+    Args:
+        quick: disturb it once, as soon as it has a run directory.
+    """
     run.start()
     just_started = True
     pending: list[str] = []  # faults of which it is not known yet whether the run survives them
     while True:
         early = just_started and chance.random() < EARLY
         pause = chance.uniform(*(EARLY_S if early else PAUSE_S))
+        if quick:
+            run.wait_for_folder()
+            pause = 0.1
         just_started = False
         sent: signal.Signals | None = None
         code = run.wait(pause)
@@ -221,6 +242,7 @@ def soak(run: Soaked, chance: random.Random, until: float, tally: Tally) -> bool
             fault, sent = hit(run, chance)
             tally.tried[fault] += 1
             pending.append(fault)
+            until = 0.0 if quick else until
             if sent is None:
                 continue
             code = run.wait(RUN_LIMIT_S)
@@ -267,21 +289,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0, help="of the faults and of their times")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
+    variants = {"inline": QUICK} if args.quick else VARIANTS
     chance, tally = random.Random(args.seed), Tally()
     base = Path(tempfile.mkdtemp(prefix="soak-"))
     wanted: dict[str, bytes] = {}
-    for number, (name, settings) in enumerate(VARIANTS.items()):
+    for number, (name, settings) in enumerate(variants.items()):
         folder = base / f"undisturbed-{number}"
         folder.mkdir()
         wanted[name] = undisturbed(folder, settings, tally)
     until = time.monotonic() + 60 * args.minutes
     while time.monotonic() < until:
-        name = list(VARIANTS)[tally.runs % len(VARIANTS)]
+        name = list(variants)[tally.runs % len(variants)]
         folder = base / f"run-{tally.runs}"
         folder.mkdir()
-        run = Soaked(folder, VARIANTS[name])
-        done = soak(run, chance, until, tally)
+        run = Soaked(folder, variants[name])
+        done = soak(run, chance, until, tally, args.quick)
         tally.runs += 1
         same = done and run.weights() == wanted[name]
         tally.equal += same
@@ -289,6 +313,8 @@ def main() -> None:
             tally.fail(f"{folder} ({name}) did not end in the same bits")
         print(f"run {tally.runs} ({name}): {dict(tally.tried)}, same bits: {same}", flush=True)
         shutil.rmtree(run.temporary, ignore_errors=True)
+        if args.quick:
+            break
     print(
         f"\n# Soak, {datetime.date.today()}\n\n{platform.machine()}, {os.cpu_count()} CPUs, Python "
         f"{platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}; command: "

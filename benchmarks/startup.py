@@ -1,7 +1,7 @@
 """From the command to the first training step, beside Ray Train; and from one phase to the next.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/startup.py [--repeats 5] [--borders 10]
+    python benchmarks/startup.py [--repeats 5] [--borders 10] [--quick]
 
 LeNet-5 on 6,000 digits, two CPU workers with one thread each, 32 digits per worker and step, fp32.
 
@@ -17,12 +17,15 @@ two take turns; the first pair is not counted.
 
 `phase border`, ours: from the last step of a phase until the first of the next, less the median
 step: the old phase's end, evaluation on 64 images, the checkpoint on its way to the driver, the new
-phase's start with its optimizer and buckets. Smoke with more retrain phases behind it.
+phase's start with its optimizer and buckets. Smoke without sharing, and with more retrain phases.
+
+Without Ray Train, it is left out of the comparison.
 """
 
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import os
 import platform
 import shutil
@@ -100,6 +103,8 @@ def our_command(phases: int) -> list[str]:
         *(f"+phase@phases.{name}=retrain" for name in more),
         *(f"phases.{name}.fit.max_steps=2" for name in ("train", "retrain", *more)),
         *(["data.validation=64"] if phases else []),
+        # Retraining after sharing would have to keep the values.
+        *(["phases.share.enabled=false", "artifact.make=false"] if phases else []),
     ]
 
 
@@ -150,9 +155,16 @@ def end_leftovers(mark: str) -> None:
                 process.kill()
 
 
+def has_ray_train() -> bool:
+    """Whether Ray Train can be imported: it needs packages that Ray itself does not."""
+    return all(importlib.util.find_spec(name) for name in ("pandas", "pyarrow", "requests"))
+
+
 def compare(repeats: int) -> None:
     """Ours and theirs in turn."""
-    commands = {"ours": our_command(0), "Ray Train": [sys.executable, str(HERE), "ray-train"]}
+    commands = {"ours": our_command(0)}
+    if has_ray_train():
+        commands["Ray Train"] = [sys.executable, str(HERE), "ray-train"]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for number in range(repeats + 1):
         for name, command in commands.items():
@@ -166,6 +178,8 @@ def compare(repeats: int) -> None:
             f"| {name} | {statistics.median(first):.2f} | {min(first):.2f} - {max(first):.2f} | "
             f"{statistics.median(end):.2f} | {len(rows)} |"
         )
+    if len(times) < 2:
+        return print("| Ray Train is not installed | | | | |\n")
     pairs = list(zip(*times.values(), strict=True))
     ratios = (statistics.median(a[i] / b[i] for a, b in pairs) for i in (0, 1))
     print("| ours / Ray Train, median of pairs | {:.2f} | | {:.2f} | |\n".format(*ratios))
@@ -191,6 +205,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["compare", "ray-train"], default="compare")
     parser.add_argument("--repeats", type=int, default=5, help="of the comparison")
     parser.add_argument("--borders", type=int, default=10, help="between retrain phases")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
     if args.what == "ray-train":
         return ray_train()
@@ -199,6 +214,8 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
         f"torch {torch.__version__}; command: python {' '.join(sys.argv)}\n",
     )
+    if args.quick:
+        return borders(2)
     compare(args.repeats)
     borders(args.borders)
 

@@ -2,6 +2,7 @@
 
     python benchmarks/sweep_overhead.py --trials 20 --repeats 5
     python benchmarks/sweep_overhead.py --many 500
+    python benchmarks/sweep_overhead.py --quick
 
 Prints, for each repeat, the wall time of the whole process, the median time between the ends of
 two trials of one slot, in the first and in the last quarter, and the largest resident memory of
@@ -31,7 +32,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--many", type=int, metavar="TRIALS")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     options = parser.parse_args()
+    if options.quick:
+        options.trials, options.repeats = 4, 1
     if options.many:
         print(
             "| trials | s per trial and slot | MB driver | MB workers |\n| --- | --- | --- | --- |"

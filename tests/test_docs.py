@@ -1,5 +1,6 @@
-"""The pages for one's own model and data: their code works, and their commands are right."""
+"""The pages for classes of one's own: their code works and learns, their commands are right."""
 
+import importlib
 import re
 import shlex
 import sys
@@ -8,17 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
+import trainer
 from tests.test_main import capture
 from trainer.config.compose import conf_dir
 from trainer.engine.world import World
 from trainer.experiment import Experiment
 from trainer.messages import PhaseEnded
+from trainer.phases import Prune, Quantize, Train
 from trainer.worker.preflight import check_compatible
 from trainer.worker.run import Start, run_phases
 
 DOCS = conf_dir().parent / "docs"
 BLOCK = re.compile(r"```(?:python|yaml)\n(.*?)```", re.DOTALL)
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FILE = re.compile(r"`([\w/]+\.(?:py|yaml))`")
 COMMAND = re.compile(r"^    python -m trainer ((?:.*\\\n)*.*)", re.MULTILINE)
 
@@ -54,7 +59,7 @@ def test_the_commands_of_a_page_run_as_it_says(written):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("written", ["own-data.md"], indirect=True)
+@pytest.mark.parametrize("written", ["own-model.md", "own-data.md"], indirect=True)
 def test_the_examples_of_a_page_learn(written):
     """Sixty steps suffice to see it."""
     for command in COMMAND.findall(written):
@@ -65,3 +70,45 @@ def test_the_examples_of_a_page_learn(written):
         (record,) = (message.record for message in messages if isinstance(message, PhaseEnded))
         assert record.steps > 30
         assert record.accuracy > 0.5, command  # chance is 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_the_examples_of_phase_layer_coder_and_sink_work_in_one_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    for page in ("own-phase.md", "own-layer.md", "own-coder.md", "own-sink.md"):
+        text = (DOCS / page).read_text()
+        block = PYTHON.search(text)
+        Path(FILE.findall(text[: block.start()])[-1]).write_text(block[1])
+    noise, lowrank, packed, notify = map(
+        importlib.import_module, ("noise", "lowrank", "packed", "notify")
+    )
+    torch.manual_seed(0)
+    layers = (lowrank.LowRank(784, 64, rank=16), nn.ReLU(), nn.Linear(64, 10))
+    result = trainer.run(
+        model=nn.Sequential(nn.Flatten(), *layers),
+        data=trainer.data.mnist(train=2000, validation=500, test=500),
+        phases=[
+            Train(epochs=3),
+            Prune(0.5),
+            noise.Shake(epochs=1),
+            Quantize(layers=[lowrank.LowRank], keep=["zeros"], epochs=1),
+        ],
+        lr=0.05,
+        workers=1,
+        cluster={"backend": "inline", "threads": 1},
+        artifact={"make": True, "coder": packed.Lzma()},
+        logger={"accuracies": notify.AccuracyFile(".")},
+        out="run",
+        progress=False,
+    )
+    assert result.metrics["accuracy"] > 0.6  # chance is 0.1
+    assert [phase["sparsity"] > 0.4 for phase in result.phases] == [False, True, True, True]
+    lines = Path("accuracy.txt").read_text().splitlines()
+    assert [float(line.split()[1]) > 0.6 for line in lines] == [True] * 5
+    model = nn.Sequential(nn.Flatten(), *layers)
+    loaded = trainer.load("run/model.dcz", model, coder=packed.Lzma())
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(loaded(images), result.model(images))
+    for name in ("noise", "lowrank", "packed", "notify"):
+        del sys.modules[name]

@@ -57,7 +57,7 @@ def test_names_are_shown_as_they_are(tmp_path, capsys) -> None:
 def test_a_damaged_or_missing_file_ends_in_one_line(verb, model, tmp_path, capsys) -> None:
     file = tmp_path / "model.dcz"
     arguments = [verb, str(file), *([str(tmp_path / "out")] if verb == "decode" else [])]
-    for content, told in ((None, "No such file"), (artifact.encode(model)[:-1], "cut short")):
+    for content, told in ((None, "No such file"), (artifact.encode(model)[:-1], "truncated")):
         if content is not None:
             file.write_bytes(content)
         assert main(arguments) == 1
@@ -93,7 +93,7 @@ def test_the_module_is_the_command(tmp_path, monkeypatch, capsys) -> None:
         runpy.run_path(command.__file__, run_name="__main__")
     assert ended.value.code == 1
     said = capsys.readouterr().err
-    assert said == "model.dcz: this is no .dcz file: it does not begin with DCZ\n"
+    assert said == "model.dcz: this is not a .dcz file: it does not begin with DCZ\n"
 
 
 def test_long_names_are_shown_in_full_and_all_bytes(model, tmp_path, capsys) -> None:

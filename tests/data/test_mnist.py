@@ -138,18 +138,30 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     [
         (IMAGES, b"", "not an IDX file of bytes in 3 dimensions: it starts with  instead"),
         (IMAGES, idx([20], bytes(20)), "it starts with 00000801 instead of 00000803"),
-        (IMAGES, idx([20, 28, 28], bytes(784 * 20 - 1)), "promises 15680 values .* holds 15679"),
-        (IMAGES, idx([20, 28, 28], bytes(784 * 20 + 1)), "promises 15680 values .* holds 15681"),
-        (IMAGES, idx([0, 28, 28], b""), "promises 0 values"),
+        (
+            IMAGES,
+            idx([20, 28, 28], bytes(784 * 20 - 1)),
+            "announces 15680 values .* contains 15679",
+        ),
+        (
+            IMAGES,
+            idx([20, 28, 28], bytes(784 * 20 + 1)),
+            "announces 15680 values .* contains 15681",
+        ),
+        (IMAGES, idx([0, 28, 28], b""), "announces 0 values"),
         (IMAGES, idx([20, 32, 32], bytes(1024 * 20)), "32x32 pixels instead of 28x28"),
-        (IMAGES, idx([19, 28, 28], bytes(784 * 19)), "holds 19 images, .* 20 labels"),
-        (LABELS + ".gz", gzip.compress(idx([20], bytes([10] * 20)), mtime=0), "holds the label 10"),
+        (IMAGES, idx([19, 28, 28], bytes(784 * 19)), "contains 19 images, .* 20 labels"),
+        (
+            LABELS + ".gz",
+            gzip.compress(idx([20], bytes([10] * 20)), mtime=0),
+            "the label 10",
+        ),
         (
             LABELS + ".gz",
             gzip.compress(idx([20], bytes(20)), mtime=0)[:-5],
-            "damaged or cut-off gzip",
+            "damaged or truncated gzip",
         ),
-        (LABELS + ".gz", b"no gzip at all", "damaged or cut-off gzip"),
+        (LABELS + ".gz", b"no gzip at all", "damaged or truncated gzip"),
     ],
 )
 def test_names_a_bad_file_and_what_is_wrong(

@@ -4,11 +4,11 @@
 
     section = length (varint) | payload | CRC-32 (4 bytes, little-endian)
 
-A checksum goes on from the one before it (the first from that of the magic), so that it covers all
-payloads up to its own: sections that changed places do not match.
+The CRC-32 of a section continues that of the section before it, beginning with the magic bytes. It
+covers all payloads up to its own, so sections that were swapped are detected.
 
-The header is JSON, deflated with a preset dictionary of what headers usually say. What the sections
-hold is known to trainer.artifact.write and trainer.artifact.read.
+The header is JSON, compressed by Deflate with a preset dictionary of text that is common in
+headers. This module does not interpret the sections: trainer.artifact.write and read do.
 """
 
 import json
@@ -21,11 +21,12 @@ from trainer.compress.coding import CorruptError, varint
 
 MAGIC = b"DCZ\x01"
 MAGIC_2 = b"DCZ\x02"
-"""Of a file with an entry of a kind that version 1 does not know; else the two are the same."""
+"""Of version 2, which has more kinds of entries, and is only used for files with such entries."""
 
 HEADER_LIMIT = 1 << 22  # bytes of JSON
 
-# Part of the format: zlib finds these words without their being in the file. The likeliest last.
+# Part of the format: the preset dictionary of Deflate. Later text takes fewer bits to refer to, so
+# that which is most common in headers comes last.
 DICTIONARY = (
     b'"layer1.0.conv1.weight","layer1.0.bn1.running_mean","layer1.0.bn1.running_var",'
     b'"layer1.0.bn1.num_batches_tracked","downsample.0.weight","lstm.weight_ih_l0",'
@@ -45,11 +46,15 @@ DICTIONARY = (
 
 
 class ArtifactError(ValueError):
-    """A file is no compressed model, or not what was written: cut short, changed, or made up."""
+    """A file is not a compressed model, or it is truncated, damaged or forged."""
 
 
 def join(header: Mapping[str, Any], sections: Sequence[bytes], magic: bytes = MAGIC) -> bytes:
-    """The bytes of a file. Raises ValueError where the header is too long to be read again."""
+    """The content of a file with a header and sections.
+
+    Raises:
+        ValueError: The header is longer than `HEADER_LIMIT`, so that readers would refuse it.
+    """
     text = header_text(header)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
     packed = deflate.compress(text) + deflate.flush()
@@ -62,19 +67,30 @@ def join(header: Mapping[str, Any], sections: Sequence[bytes], magic: bytes = MA
 
 
 def header_text(header: Mapping[str, Any]) -> bytes:
-    """The header as JSON. Raises ValueError where it is too long to be read again."""
+    """The header as JSON text.
+
+    Raises:
+        ValueError: It is longer than `HEADER_LIMIT`.
+    """
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     if len(text) > HEADER_LIMIT:
-        raise ValueError(f"the header takes {len(text)} bytes, the format {HEADER_LIMIT}")
+        raise ValueError(
+            f"the header takes {len(text)} bytes, but the format allows {HEADER_LIMIT}"
+        )
     return text
 
 
 def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
-    """Header and sections of a file. Raises ArtifactError where anything is not as it should be."""
+    """The header and the other sections of a file, with lengths and checksums verified.
+
+    Raises:
+        ArtifactError: The content is not that of a .dcz file, has an unknown version, or is
+            truncated or damaged.
+    """
     if content[:3] != MAGIC[:3]:
-        raise ArtifactError("this is no .dcz file: it does not begin with DCZ")
+        raise ArtifactError("this is not a .dcz file: it does not begin with DCZ")
     if content[:4] not in (MAGIC, MAGIC_2):
-        raise ArtifactError(f"version {content[3:4].hex() or 'none'} of the format is not known")
+        raise ArtifactError(f"version {content[3:4].hex() or 'none'} of the format is unknown")
     view = memoryview(content)
     place, checksum = 4, zlib.crc32(content[:4])
     sections: list[memoryview] = []
@@ -83,15 +99,15 @@ def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
             length, place = varint.decode(content, place)
         except CorruptError as error:
             raise ArtifactError(
-                f"cut short or damaged: the length of a section: {error}"
+                f"the file is truncated or damaged: the length of a section: {error}"
             ) from error
         end = place + length
         if end + 4 > len(view):
-            raise ArtifactError(f"cut short: section {len(sections)} ends after the file")
+            raise ArtifactError(f"the file is truncated: section {len(sections)} ends after it")
         payload = view[place:end]
         checksum = zlib.crc32(payload, checksum)
         if checksum != struct.unpack_from("<I", view, end)[0]:
-            raise ArtifactError(f"damaged: the checksum of section {len(sections)} does not match")
+            raise ArtifactError(f"the file is damaged: checksum of section {len(sections)}")
         sections.append(payload)
         place = end + 4
     return _header(sections[0]), sections[1:]
@@ -102,11 +118,11 @@ def _header(packed: memoryview) -> dict[str, Any]:
     try:
         text = inflate.decompress(packed, HEADER_LIMIT)
         if not inflate.eof or inflate.unused_data:
-            raise ArtifactError("the header does not end where it should")
+            raise ArtifactError("the file is damaged: its header does not end with its section")
         header = json.loads(text)
-        json.dumps(header, ensure_ascii=False).encode()  # half a surrogate is no text
+        json.dumps(header, ensure_ascii=False).encode()  # refuses single surrogates
     except (zlib.error, ValueError, RecursionError) as error:
         raise ArtifactError(f"the header cannot be read: {error}") from error
     if not isinstance(header, dict):
-        raise ArtifactError("the header is no mapping")
+        raise ArtifactError("the file is damaged: its header is not a mapping")
     return header

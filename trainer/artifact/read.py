@@ -1,4 +1,4 @@
-"""From the bytes of a .dcz file to a state_dict, and to what can be said about it."""
+"""Read .dcz files: decode the state_dict, or describe the content."""
 
 import math
 import os
@@ -38,8 +38,8 @@ T = TypeVar("T")
 _KINDS = {CODEBOOK: "shared", GRID: "quantized", UNIFORM: "uniform", MASK: "pruned", RAW: "plain"}
 _CODED = (CODEBOOK, GRID, UNIFORM, MASK)
 
-# Bytes that the tensors may take by default: at least the first number, and for a larger file the
-# second number times its size.
+# Maximum bytes of all decoded tensors by default: `_MIN_ALLOWED`, or `_GROWTH` times the size of
+# the file if that is more.
 _MIN_ALLOWED, _GROWTH = 1 << 30, 1000
 
 
@@ -64,14 +64,15 @@ def load(
 
     Args:
         path: The file.
-        max_bytes: Bytes that all its tensors may take; a file that claims more is refused before
-            anything is allocated. None: 1 GiB, or 1000 times the size of the file if that is more.
+        max_bytes: Maximum size of all decoded tensors together. A file whose header claims more is
+            refused before anything is allocated. None: 1 GiB, or 1000 times the size of the file if
+            that is more.
         coder: An object of the class that coded the layers, if it is not one of this package: code
             that a file names is never imported. Other files do not need it.
 
     Raises:
-        ArtifactError: The file is damaged, forged or no .dcz file, takes more than `max_bytes` or
-            all memory, or needs another coder.
+        ArtifactError: The file is not a .dcz file, is damaged or forged, needs another coder, or
+            its tensors take more than `max_bytes` or more than the free memory.
         OSError: The file cannot be read.
     """
     return loads(Path(path).read_bytes(), max_bytes, coder)
@@ -101,7 +102,7 @@ def read_about(content: bytes) -> Mapping[str, Any]:
 def describe(
     content: bytes, max_bytes: int | None = None, coder: Coder | None = None
 ) -> Description:
-    """Say what the content of a .dcz file is made of; all of it is decoded.
+    """Describe the content of a .dcz file. All tensors are decoded for it.
 
     Args:
         content: The content of the file.
@@ -123,13 +124,13 @@ def describe(
 
 
 class _File:
-    """The parsed frame of a file: entries, and for each the bytes that it is made of."""
+    """A file whose header is parsed and validated, and whose tensors are not decoded yet."""
 
     def __init__(self, content: bytes, max_bytes: int | None, coder: Coder | None) -> None:
         header, sections = split(content)
         rows = header.get("tensors")
         if not isinstance(rows, list) or not isinstance(header.get("about", {}), dict):
-            raise ArtifactError("the header lists no tensors")
+            raise ArtifactError("the file is damaged: its header lists no tensors")
         self.about: Mapping[str, Any] = header.get("about", {})
         self._coder = _matching(header.get(CODER), coder)
         self.entries = [parse(row) for row in rows]
@@ -143,29 +144,35 @@ class _File:
                 "on the command line"
             )
         coded = [entry for entry in self.entries if entry.kind in _CODED]
-        self._counts: dict[str, int] = {}  # of the values in each stream
+        self._counts: dict[str, int] = {}  # number of values in each stream, by type
         for entry in self.entries:
             if entry.kind != ALIAS:
                 self._counts[entry.stored] = self._counts.get(entry.stored, 0) + entry.count
         stored = sorted(self._counts)
         if len(sections) != len(coded) + len(stored):
-            raise ArtifactError(f"{len(sections)} sections are not what the header announces")
+            raise ArtifactError(
+                f"damaged: {len(sections)} sections are not as many as its header needs"
+            )
         self._layers = {e.name: s for e, s in zip(coded, sections, strict=False)}
         self._streams = dict(zip(stored, sections[len(coded) :], strict=True))
 
     def guarded(self, decode: Callable[[], T]) -> T:
-        """`decode()`; raises ArtifactError where memory does not suffice."""
+        """Call `decode`.
+
+        Raises:
+            ArtifactError: There is not enough memory.
+        """
         try:
             return decode()
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-                raise  # torch has no class of its own for it
+                raise  # torch reports a lack of memory as a plain RuntimeError
             raise ArtifactError(
                 f"there is not enough memory for its tensors, {self._bytes:,} bytes"
             ) from error
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, decoded."""
+        """All tensors by name, decoded."""
         decoded = self._decoded()
         found = {}
         for entry in self.entries:
@@ -174,7 +181,7 @@ class _File:
         return found
 
     def layers(self) -> list[dict[str, Any]]:
-        """Each tensor's share of the file."""
+        """A description of each tensor, with its share of the bytes; see `Description.layers`."""
         facts = {name: self._facts(name, tensor) for name, tensor in self._decoded().items()}
         found = []
         for entry in self.entries:
@@ -206,7 +213,7 @@ class _File:
         }
 
     def _decoded(self) -> dict[str, Tensor]:
-        """All tensors but aliases."""
+        """All tensors by name, decoded, except aliases."""
         streams = {stored: self._numbers(stored) for stored in self._streams}
         places = dict.fromkeys(streams, 0)
         found: dict[str, Tensor] = {}
@@ -226,15 +233,15 @@ class _File:
         return found
 
     def _numbers(self, stored: str) -> NDArray[np.uint8]:
-        """The bytes of all values that are stored in a type."""
+        """The bytes of all values that are stored as the type `stored`."""
         dtype, count = DTYPES[stored], self._counts[stored]
         try:
             raw = decode_floats(self._streams[stored], count * dtype.itemsize, dtype.itemsize)
         except CorruptError as error:
-            raise ArtifactError(f"the {stored} numbers: {error}") from error
+            raise ArtifactError(f"the file is damaged: its {stored} values: {error}") from error
         numbers = np.frombuffer(raw, np.uint8)
         if dtype is torch.bool and numbers.max(initial=0) > 1:
-            raise ArtifactError("a bool is neither 0 nor 1")
+            raise ArtifactError("the file is damaged: a bool is neither 0 nor 1")
         return numbers
 
     def _tensor(self, entry: Entry, values: Tensor) -> Tensor:
@@ -255,7 +262,7 @@ class _File:
             return torch.from_numpy(look_up(table, levels.reshape(entry.shape)))
         dense = np.zeros(entry.shape, dtype=numbers.dtype)
         if int(levels.sum(dtype=np.int64)) != entry.count:
-            raise ArtifactError(f"{entry.name!r}: its positions and values differ in number")
+            raise ArtifactError(f"{entry.name!r}: the numbers of its positions and values differ")
         dense[levels.reshape(entry.shape) != 0] = numbers
         return torch.from_numpy(dense)
 
@@ -273,7 +280,7 @@ def _matching(path: object, coder: Coder | None) -> Coder | None:
     if path is None:
         return None
     if not isinstance(path, str):
-        raise ArtifactError("the header is wrong about the coder")
+        raise ArtifactError("the header is wrong about the coder: it must be a class path")
     if coder is None or coder_path(coder) != path:
         given = "none was given" if coder is None else f"{coder_path(coder)} was given"
         raise ArtifactError(
@@ -284,19 +291,23 @@ def _matching(path: object, coder: Coder | None) -> Coder | None:
 
 
 def _resolved(entries: Sequence[Entry]) -> dict[str, Entry]:
-    """By name, the entry that holds the tensor: itself, or the one that it equals."""
+    """For each name, the entry that stores its tensor: an alias refers to another one's."""
     own: dict[str, Entry] = {}
     for entry in entries:
         if entry.name in own:
             raise ArtifactError(f"two tensors are named {entry.name[:80]!r}")
         if entry.kind == ALIAS and entry.of not in own:
-            raise ArtifactError(f"{entry.name[:80]!r} is said to equal {entry.of[:80]!r}: unknown")
+            raise ArtifactError(f"{entry.name[:80]!r} refers to {entry.of[:80]!r}: unknown")
         own[entry.name] = own[entry.of] if entry.kind == ALIAS else entry
     return own
 
 
 def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
-    """The weight that a GRID means. Raises ArtifactError where there are no scales for it."""
+    """The weight of an entry of kind GRID: its integers times their scales.
+
+    Raises:
+        ArtifactError: There are no scales, or they do not fit its shape.
+    """
     if scale is None or not is_scale(scale, entry.shape):
         raise ArtifactError(f"{entry.name!r} has no scales that fit it")
     return multiplied(integers, scale).reshape(entry.shape)
@@ -311,6 +322,7 @@ def _multiples_of(entry: Entry, step: Tensor) -> Tensor:
 
 
 def _statistic(entry: Entry) -> bool:
+    """Whether a tensor belongs to a quantizer or holds running statistics."""
     if is_quantizer_entry(entry.name):
         return True
     return entry.name.rpartition(".")[2] in ("running_mean", "running_var")

@@ -1,4 +1,4 @@
-"""What the header of a .dcz file says of each tensor, typed and checked. docs/artifact.md."""
+"""The entries of the header of a .dcz file, one for each tensor: see docs/artifact.md."""
 
 import math
 import reprlib
@@ -30,13 +30,13 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CODEBOOK, GRID, UNIFORM, MASK, RAW, ALIAS = "c", "q", "u", "m", "r", "a"
-# After the name of a GRID: the tensors with its scales, and with its bits.
+# Suffixes of the names of the tensors that hold the scales and the bits of a GRID.
 SCALE, WIDTH = "_quantizer.scale", "_quantizer.width"
 
-CODER = "coder"  # key of the header: dotted path of the class that coded the layers
+CODER = "coder"  # key in the header: dotted path of the class that coded the layers
 
-MAX_DIMENSIONS = 16  # of a tensor, at most
-_PIECE = 1 << 20  # elements that are looked up at once
+MAX_DIMENSIONS = 16  # maximum number of dimensions of a tensor
+_PIECE = 1 << 20  # elements per indexing operation
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Entry:
 
     @property
     def clusters(self) -> int:
-        """The highest level of a coded layer, 1 at least."""
+        """Number of clusters of a coded layer: its largest level, at least 1."""
         if self.kind == UNIFORM:
             return self.below + self.above
         return 1 if self.kind == MASK else max(1, self.count)
 
     def as_json(self) -> list[Any]:
-        """As the header has it."""
+        """The row of the header that describes this entry."""
         if self.kind == ALIAS:
             return [self.name, self.of]
         head = [self.name, self.dtype, list(self.shape), self.kind]
@@ -97,27 +97,28 @@ def coder_path(coder: Coder) -> str:
 
 
 def multiplied(tensor: Tensor, scale: Tensor) -> Tensor:
-    """`tensor` times a scale of one element, or one for each index of its first dimension.
+    """`tensor` times a scale with one element, or with one per index of its first dimension.
 
-    Raises RuntimeError where they do not fit.
+    Raises:
+        RuntimeError: The shapes do not fit.
     """
     return tensor * broadcast_scale(scale, tensor.ndim)
 
 
 def is_scale(scale: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a tensor can be the scales of a GRID of this shape."""
+    """Whether `scale` has a type and shape that scales of a GRID of this shape may have."""
     sizes = ((), (1,), tuple(shape[:1]))
     return scale.dtype == torch.float32 and tuple(scale.shape) in sizes
 
 
 def fits_format(shape: Sequence[int]) -> bool:
-    """Whether the format has room for a tensor of this shape."""
-    # Sides count where others are 0 as well: NumPy and PyTorch multiply them.
+    """Whether a tensor of this shape is within the limits of the format."""
+    # An empty tensor counts its other dimensions, too: NumPy and PyTorch multiply them.
     return len(shape) <= MAX_DIMENSIONS and math.prod(n or 1 for n in shape) < 1 << 48
 
 
 def look_up(table: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
-    """`table[places]`, piece by piece: NumPy makes indices of 8 bytes of all that it gets."""
+    """`table[places]`, in pieces: NumPy converts indices to 8 bytes each, which takes memory."""
     found = np.empty(places.shape, table.dtype)
     flat, wanted = found.reshape(-1), places.reshape(-1)
     for start in range(0, flat.size, _PIECE):
@@ -126,7 +127,11 @@ def look_up(table: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
 
 
 def parse(row: Any) -> Entry:
-    """The entry that a row of the header means. Raises ArtifactError."""
+    """Parse and validate a row of the header.
+
+    Raises:
+        ArtifactError: The row is not one that `Entry.as_json` could have written.
+    """
     below = above = 0
     match row:
         case [str(name), str(of)]:
@@ -150,23 +155,25 @@ def parse(row: Any) -> Entry:
         ] if kind == UNIFORM:
             count = 1
         case _:
-            raise ArtifactError(f"the header has an entry that is none: {reprlib.repr(row)}")
+            raise ArtifactError(f"the header has an invalid entry: {reprlib.repr(row)}")
     numbers = [*shape, below, above] if count is None else [*shape, below, above, count]
     sound = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
     if not sound or dtype not in DTYPES or stored not in DTYPES:
         raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
     possible = fits_format(shape)
-    size = math.prod(shape) if possible else 0  # of a million sides it would take minutes
+    size = (
+        math.prod(shape) if possible else 0
+    )  # the product of a million dimensions would take minutes
     max_count = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
     if not possible or (count or 0) > max_count:
-        raise ArtifactError(f"the header claims too much of {name[:80]!r}: {reprlib.repr(row)}")
+        raise ArtifactError(f"{name[:80]!r} exceeds the limits of the format: {reprlib.repr(row)}")
     if kind == UNIFORM and (not 0 < below + above < 1 << 16 or stored not in ("f32", "f16")):
         raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
     if kind != RAW and (dtype != "f32" or not size):
-        raise ArtifactError(f"{name[:80]!r} cannot be coded: it is empty, or not f32")
+        raise ArtifactError(f"{name[:80]!r} cannot be of this kind: it is empty, or not f32")
     if kind == GRID and stored != "i8":
-        raise ArtifactError(f"{name[:80]!r} is said to be integers, but stored as {stored}")
+        raise ArtifactError(f"{name[:80]!r} consists of integers, but is stored as {stored}")
     if DTYPES[stored].itemsize > DTYPES[dtype].itemsize:
-        raise ArtifactError(f"{name[:80]!r} is said to be {dtype}, but stored as {stored}")
+        raise ArtifactError(f"{name[:80]!r} is of type {dtype}, but is stored as {stored}")
     count = size if count is None else count
     return Entry(name, kind, dtype, tuple(shape), count, stored, below=below, above=above)

@@ -1,4 +1,4 @@
-"""Data sets, and the order in which any number of workers reads them.
+"""Datasets, and the order in which the workers read their samples.
 
 `data._target_` names a callable that takes the other settings of the `data` section, and `seed` if
 it accepts one, and returns `Splits`. `mnist`, `text`, `images`, `table` and `dataset` are such

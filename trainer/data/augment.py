@@ -9,10 +9,19 @@ from trainer.data.hashing import mix, mix_indices
 
 
 def shift(inputs: Tensor, indices: Tensor, epoch: int, *, seed: int, pixels: int) -> Tensor:
-    """Move every image by its own whole (dx, dy) in [-pixels, pixels]^2, uniformly.
+    """Shift each image by a whole number of pixels in each direction, drawn uniformly.
 
-    Images [N, C, H, W] of any type and their sample indices, int64 [N] -> images of the same shape
-    and type. What moves in is zero: shift before normalising, where zero is the background.
+    Pixels that move in are zero, so shift before normalising, while zero is the background.
+
+    Args:
+        inputs: Images [N, C, H, W] of any type.
+        indices: Numbers of the samples, int64 [N].
+        epoch: Number of the epoch.
+        seed: Together with epoch and index, it determines the shift of an image.
+        pixels: Maximum shift in each direction.
+
+    Returns:
+        The shifted images, of the same shape and type.
     """
     n, channels, height, width = inputs.shape
     span = 2 * pixels + 1
@@ -21,8 +30,8 @@ def shift(inputs: Tensor, indices: Tensor, epoch: int, *, seed: int, pixels: int
     top, left = np.divmod(cells.astype(np.int64), span)
 
     padded = pad(inputs, (pixels, pixels, pixels, pixels)).contiguous()
-    # Every window of the padded batch is a view that starts at one of its elements, so a single
-    # indexed copy of n windows does all the moving.
+    # Every window of the padded batch is a view that starts at one of its elements, so all
+    # images are shifted by one indexed copy of n windows.
     rows, columns = padded.shape[2:]
     plane = rows * columns
     starts = torch.from_numpy(np.arange(n) * (channels * plane) + top * columns + left)

@@ -1,8 +1,8 @@
 """Text, character by character, for language models.
 
-Without a file of one's own it is the reference text that Python's `help()` shows
-(`pydoc_data.topics`, about 465,000 characters in Python 3.11), so every machine has it. Figures are
-comparable within one Python version: each has its own edition.
+By default it is the reference text that Python's `help()` shows (`pydoc_data.topics`, about 465,000
+characters in Python 3.11), which every machine has. It differs between versions of Python, so only
+compare results of the same version.
 """
 
 from collections import Counter
@@ -55,11 +55,16 @@ def windows(ids: Tensor, context: int, part: str) -> TensorSplit:
 def text(context: int = 64, vocabulary: int = 96, path: str | None = None) -> Splits:
     """Windows of characters: inputs int64 [n, context], targets the same one character later.
 
-    Ids are below `vocabulary`, whatever the text: 0 stands for rare characters and the others for
-    the vocabulary - 1 most frequent ones of the training part; the model's vocabulary must be the
-    same number. `path` is a UTF-8 text file of your own. The first 90% of the text are for
-    training, the next 5% for validation, the last 5% for testing. Raises ValueError for a text that
-    is missing, too short or not UTF-8.
+    The first 90% of the text are for training, the next 5% for validation, the last 5% for testing.
+
+    Args:
+        context: Characters per window.
+        vocabulary: Number of different ids. The model's vocabulary must be the same. Id 0 stands
+            for all rare characters, the others for the most frequent ones of the training part.
+        path: A UTF-8 text file. None: the reference text of Python.
+
+    Raises:
+        ValueError: The file is missing, too short or not UTF-8, or a number is out of range.
     """
     if context < 1:
         raise ValueError(f"data.context={context}: it must be at least 1 character")

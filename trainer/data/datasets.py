@@ -26,10 +26,10 @@ from trainer.data.split import SampleError, Split, Splits
 from trainer.data.tree import map_tensors, merge
 
 SPLIT_SEED = 0
-"""Of the permutation that chooses held-out samples. The seed of the run would move them."""
+"""Seed of the permutation that chooses held-out samples, which are the same for every run."""
 
 EVALUATION = -1
-"""Takes the place of the epoch when a sample is seeded for evaluation."""
+"""Used instead of the epoch when the random numbers of a sample are seeded for evaluation."""
 
 _MAX_WORKERS = 8  # loader processes that are started by default, per split
 _TIMED_SAMPLES = 8  # that are read to find out what one costs

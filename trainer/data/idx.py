@@ -1,7 +1,7 @@
 """MNIST, read from the four IDX files that ship with the package (files/mnist/README.md).
 
-Images stay bytes in memory; a batch is shifted and normalised when it is asked for, which is
-cheaper than fetching four times the bytes.
+Images are kept as bytes. A batch is shifted and normalised when it is read, which is faster than
+reading four times as many bytes of normalised images from memory.
 """
 
 import math
@@ -18,7 +18,7 @@ from trainer.data.split import Splits, TensorSplit
 
 FILES = Path(__file__).parent / "files" / "mnist"
 MEAN, DEVIATION = 0.1307, 0.3081  # of the training pixels, scaled to [0, 1]
-SPLIT_SEED = 0  # of the permutation that sets validation images apart: never the run's seed
+SPLIT_SEED = 0  # of the permutation that chooses validation images: the same for every run
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -27,9 +27,10 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
-    """The uint8 tensor in the IDX file `name` of `folder`, plain or with .gz.
+    """Read the uint8 tensor in the IDX file `name` of `folder`, plain or with .gz.
 
-    Raises a ValueError that names the file and what is wrong with it.
+    Raises:
+        ValueError: The file is missing or damaged, or has another number of dimensions.
     """
     path = folder / f"{name}.gz"
     if not path.exists():
@@ -42,7 +43,7 @@ def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
         try:
             content = zlib.decompress(content, wbits=zlib.MAX_WBITS | 16)
         except zlib.error as error:
-            raise ValueError(f"{path}: damaged or cut-off gzip file ({error})") from None
+            raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from None
 
     start = 4 + 4 * dimensions
     magic = bytes([0, 0, 8, dimensions])  # 8: unsigned bytes
@@ -55,9 +56,10 @@ def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
     values = len(content) - start
     if values == 0 or values != math.prod(shape):
         raise ValueError(
-            f"{path}: its header promises {math.prod(shape)} values {shape}, but it holds {values}"
+            f"{path}: its header announces {math.prod(shape)} values {shape}, but it contains "
+            f"{values}"
         )
-    # torch wants memory that it may write to, so the bytes are copied once.
+    # The bytes are copied once, because torch warns of memory that is read-only.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].view(shape)
 
 
@@ -72,12 +74,12 @@ def read_pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
         )
     if len(images) != len(labels):
         raise ValueError(
-            f"{folder}: {prefix}-images-idx3-ubyte holds {len(images)} images, "
-            f"{prefix}-labels-idx1-ubyte {len(labels)} labels: they must be as many"
+            f"{folder}: {prefix}-images-idx3-ubyte contains {len(images)} images, but "
+            f"{prefix}-labels-idx1-ubyte contains {len(labels)} labels"
         )
     if labels.max() > 9:
         raise ValueError(
-            f"{folder}/{prefix}-labels-idx1-ubyte: it holds the label {int(labels.max())}; "
+            f"{folder}/{prefix}-labels-idx1-ubyte: it contains the label {int(labels.max())}; "
             "digits are 0 to 9"
         )
     return images[:, None], labels.long()
@@ -98,14 +100,21 @@ def mnist(
     test: int | None = None,
     shift: int = 0,
 ) -> Splits:
-    """MNIST's 60,000 training images, less the validation images, and 10,000 test images.
+    """MNIST: 60,000 training images, some held out for validation, and 10,000 test images.
 
-    Inputs float32 [n, 1, 28, 28], targets int64 [n]. `root` is a folder with the same four files,
-    of MNIST or of a data set in its format; null: the ones that ship. The `validation` images are
-    the same in every run; `train` and `test` keep only the first so many of a fixed permutation.
-    `shift` moves each training image by up to so many pixels each way, drawn from (seed, epoch,
-    image). Raises ValueError for missing or damaged files and
-    impossible counts.
+    Inputs are float32 [n, 1, 28, 28], normalised; targets are int64 [n].
+
+    Args:
+        seed: Together with epoch and image, it determines the random shifts.
+        root: Folder with the four IDX files, of MNIST or of a dataset in its format. None: the
+            files of this package.
+        validation: Number of training images held out for validation, the same in every run.
+        train: Number of training images, the first of a fixed permutation. None: all others.
+        test: Number of test images, likewise. None: all.
+        shift: Maximum random shift of a training image in each direction, in pixels.
+
+    Raises:
+        ValueError: A file is missing or damaged, or a number is out of range.
     """
     folder = FILES if root is None else Path(root).expanduser()
     return _splits(folder, _stamps(folder), seed, validation, train, test, shift)
@@ -117,7 +126,7 @@ def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
 
 
-@lru_cache(maxsize=1)  # splits never change: the next trial on a warm worker takes the same ones
+@lru_cache(maxsize=1)  # the next trial on a warm worker uses the same splits, which nobody changes
 def _splits(
     folder: Path,
     stamps: tuple[tuple[str, int, int], ...],

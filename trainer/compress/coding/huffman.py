@@ -118,7 +118,7 @@ def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
     at = 0
     while len(lengths) < alphabet:
         if at >= len(blob):
-            raise CorruptError("a table of code lengths is cut short")
+            raise CorruptError("a table of code lengths is truncated")
         length, at = blob[at], at + 1
         if length:
             lengths.append(length)
@@ -137,7 +137,7 @@ def decode(blob: bytes, count: int, alphabet: int) -> Symbols:
             raise CorruptError("a Huffman stream without codes")
         return np.full(count, used[0] if used else 0, np.uint16)
     if count > 8 * (len(blob) - at):
-        raise CorruptError("a Huffman stream is cut short")
+        raise CorruptError("a Huffman stream is truncated")
     table = codes(lengths)
     order = sorted((n, s) for s, n in enumerate(lengths) if n)
     number = np.bincount([n for n, _ in order], minlength=max(lengths, default=0) + 1)

@@ -49,7 +49,7 @@ def decode_own(
     length, start = varint.decode(data, 0)
     payload, padding = data[start : start + length], data[start + length :]
     if len(payload) < length or padding.strip(b"\0"):
-        raise CorruptError("the bytes of a coder of the writer's own are cut short or damaged")
+        raise CorruptError("the bytes of a coder of the writer's own are truncated or damaged")
     name, shape = type(coder).__name__, tuple(shape)
     try:
         levels = coder.decode(payload, shape, clusters, negatives)

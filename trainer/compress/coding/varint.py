@@ -17,12 +17,12 @@ def decode(blob: bytes, at: int) -> tuple[int, int]:
     """The number that starts at byte `at`, and where the next one starts.
 
     Raises:
-        CorruptError: cut short, above 63 bits, or longer than needed.
+        CorruptError: The number is truncated, above 63 bits, or longer than needed.
     """
     value = 0
     for place in range(9):
         if at >= len(blob):
-            raise CorruptError("a number is cut short")
+            raise CorruptError("a number is truncated")
         byte = blob[at]
         at += 1
         value |= (byte & 127) << (7 * place)
