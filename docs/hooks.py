@@ -16,6 +16,7 @@ _GROUPS = {
     "data: Datasets": ("Data: Datasets of torch", "data/dataset.yaml", "data."),
     "data: images": ("Data: images", "data/images.yaml", "data."),
     "data: table": ("Data: tables", "data/table.yaml", "data."),
+    "data: huggingface": ("Data: Hugging Face", "data/huggingface.yaml", "data."),
     "data: text": ("Data: text", "data/text.yaml", "data."),
     **{
         f"task: {path.stem}": (f"Task: {path.stem}", f"task/{path.name}", "task.")

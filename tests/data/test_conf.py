@@ -25,4 +25,11 @@ def test_file_lists_all_settings_with_their_defaults(file: Path) -> None:
 
 
 def test_there_are_files() -> None:
-    assert [file.stem for file in FILES] == ["dataset", "images", "mnist", "table", "text"]
+    assert [file.stem for file in FILES] == [
+        "dataset",
+        "huggingface",
+        "images",
+        "mnist",
+        "table",
+        "text",
+    ]

@@ -23,7 +23,8 @@ from trainer.data.loaders import fork_server
 from trainer.data.order import permutation
 from trainer.data.prefetch import spare_cpus
 from trainer.data.split import SampleError, Split, Splits
-from trainer.data.tree import map_tensors, merge
+from trainer.data.tree import map_tensors, merge, tensors
+from trainer.errors import first_line
 
 SPLIT_SEED = 0
 """Seed of the permutation that chooses held-out samples, which are the same for every run."""
@@ -37,6 +38,10 @@ _PROCESS_S = 50e-6  # seconds per sample from which on another process is worth 
 
 Request = tuple[int, list[int]]  # epoch, sample indices
 Batch = tuple[Any, Tensor]  # inputs (see Split.batches), targets
+
+
+Collate = Callable[[Sequence[tuple[Any, Any]]], Batch]
+"""From (input, target) pairs to the inputs and targets of a batch."""
 
 
 def seed_generators(seed: int) -> None:
@@ -78,9 +83,10 @@ class SeededBatches(Dataset[Batch | SampleError]):
     bury its message in a traceback.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int, collate: Collate | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
+        self._collate = collate
         self._check = _as_it_is if getattr(dataset, "trusted", False) else _check_item
         self._draws = getattr(dataset, "draws", True)  # whether samples draw random numbers
 
@@ -95,12 +101,31 @@ class SeededBatches(Dataset[Batch | SampleError]):
                     if self._draws:
                         seed_generators(mix(self.seed, epoch, index))
                     pairs.append(self._check(self._read(index), index))
-            inputs = _stack([value for value, _ in pairs], indices, "inputs")
-            targets = _stack([torch.as_tensor(target) for _, target in pairs], indices, "targets")
+                if self._collate is not None:
+                    inputs, targets = self._collated(pairs, indices)
+            if self._collate is None:
+                inputs = _stack([value for value, _ in pairs], indices, "inputs")
+                labels = [torch.as_tensor(target) for _, target in pairs]
+                targets = _stack(labels, indices, "targets")
         except SampleError as error:
             return error
         targets = targets.float() if targets.is_floating_point() else targets.long()
         return map_tensors(lambda tensor: tensor[: len(wanted)], inputs), targets[: len(wanted)]
+
+    def _collated(self, pairs: Sequence[tuple[Any, Any]], indices: Sequence[int]) -> Batch:
+        assert self._collate is not None
+        try:
+            inputs, targets = self._collate(pairs)
+            lengths = {len(tensor) for tensor in (*tensors(inputs), targets)}
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            reason = f"collate raised {type(error).__name__}: {first_line(error)}"
+            raise SampleError(indices[0], f"in a batch of {len(pairs)}, {reason}") from error
+        if lengths != {len(pairs)}:
+            raise SampleError(
+                indices[0],
+                f"collate must return tensors of {len(pairs)} samples, not {sorted(lengths)}",
+            )
+        return inputs, targets
 
     def _read(self, index: int) -> Any:
         try:
@@ -135,6 +160,7 @@ class DatasetSplit:
             can be pickled after samples were read.
         prepare: Turns the inputs of a batch into those of the model, after they were read, so that
             loader processes send a compact form of them (bytes).
+        collate: Makes a batch of pairs whose tensors may differ in shape; None: they are stacked.
     """
 
     def __init__(
@@ -143,8 +169,10 @@ class DatasetSplit:
         seed: int,
         loader_workers: int | None = 0,
         prepare: Callable[[Tensor], Tensor] | None = None,
+        collate: Collate | None = None,
     ) -> None:
         self.dataset = dataset
+        self.collate = collate
         self.seed = seed
         self.prepare = prepare
         self._requests = Requests()
@@ -159,14 +187,16 @@ class DatasetSplit:
     def loader_workers(self) -> int:
         """Number of processes that read samples; chosen now if it was left open."""
         if self._workers is None:
-            self._workers = _choose_workers(SeededBatches(self.dataset, self.seed), len(self))
+            self._workers = _choose_workers(
+                SeededBatches(self.dataset, self.seed, self.collate), len(self)
+            )
         return self._workers
 
     def _make_loader(
         self, requests: Iterable[Request], workers: int, persistent: bool
     ) -> "DataLoader[Batch | SampleError]":
         return DataLoader(
-            SeededBatches(self.dataset, self.seed),
+            SeededBatches(self.dataset, self.seed, self.collate),
             # With batch_size None, what the loader calls a sample index is a whole request.
             batch_size=None,
             sampler=requests,
@@ -389,6 +419,7 @@ def dataset(
     test: Dataset[Any] | None = None,
     hold_out: float = 0.1,
     loader_workers: int = 0,
+    collate: Collate | None = None,
     seed: int = 0,
 ) -> Splits:
     """Splits of Datasets whose items are (input, target) pairs: see `trainer.tasks` for targets.
@@ -400,6 +431,8 @@ def dataset(
         hold_out: Fraction of `train` in each part that is held out, by a fixed permutation. Such a
             part passes through the same `__getitem__` as `train`, augmentation included.
         loader_workers: Processes per worker and split that read samples; 0: the worker does.
+        collate: Makes a batch of a list of (input, target) pairs, such as `trainer.data.Pad` for
+            samples of different lengths; None: they are stacked.
         seed: Seeds the random numbers of each sample.
 
     Raises:
@@ -424,6 +457,6 @@ def dataset(
         test = parts.pop(0)
 
     def split(samples: Dataset[Any]) -> Split:
-        return DatasetSplit(samples, seed, loader_workers)
+        return DatasetSplit(samples, seed, loader_workers, collate=collate)
 
     return Splits(train=split(rest), validation=split(validation), test=split(test))
