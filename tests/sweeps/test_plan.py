@@ -30,7 +30,7 @@ def plan(phases=PHASES, **sweep) -> Plan:
 def test_a_trial_whose_length_is_not_known_is_refused() -> None:
     assert plan().check() == 4
     auto = {**PRUNE, "sparsity": "auto", "max_drop": 0.01}
-    with pytest.raises(ConfigError, match=r"phases\.prune: it goes on for as many rounds"):
+    with pytest.raises(ConfigError, match=r"phases\.prune: it takes as many rounds"):
         plan({**PHASES, "prune": auto}).check()
     assert plan({**PHASES, "prune": {**auto, "rounds": 1}}).check() == 4
 

@@ -8,8 +8,7 @@ import pytest
 from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError, RunError
 from trainer.sweeps import pool as pools
-from trainer.sweeps import slots
-from trainer.sweeps.slots import Ended, GivenBack
+from trainer.sweeps.pool import TrialEnded, TrialRequeued
 
 CFG = {
     "name": "n",
@@ -72,7 +71,7 @@ def made(monkeypatch):
     nodes = Nodes(room=2)
     monkeypatch.setattr(pools, "Fleet", lambda cfg, groups: nodes)
     monkeypatch.setattr(pools, "COUNT_EVERY_S", 0)
-    monkeypatch.setattr(slots, "PAUSE_S", 0.005)
+    monkeypatch.setattr(pools, "PAUSE_S", 0.005)
     cfg = to_dataclass(Config, {**CFG, "sweep": {"recycle_after": 3}})
     pool = pools.Pool(cfg, lambda line: None)
     yield pool, nodes
@@ -111,12 +110,12 @@ def test_a_trial_whose_workers_are_gone_before_it_began_is_given_back(made):
     nodes.lost = True
     pool.take().run(0, None, None)
     (event,) = until(pool, lambda events: events)
-    assert isinstance(event, GivenBack)
+    assert isinstance(event, TrialRequeued)
     nodes.lost = False
     until(pool, lambda _: len(pool._ready) == 2)
     pool.take().run(0, None, None)
     (event,) = until(pool, lambda events: events)
-    assert event == Ended(event.slot, None)
+    assert event == TrialEnded(event.slot, None)
 
 
 def test_where_no_slot_ever_had_workers_their_error_is_raised_at_once(made):

@@ -170,7 +170,7 @@ def test_the_page_shows_the_command_and_a_few_digits_of_each_setting():
     assert "<code>python -m trainer +experiment=mine</code>" in text
     table = best_table(summary())
     assert table.columns == ("trial", "accuracy", "optimizer.lr", "prune.fc1")
-    assert table.rows == [("7", "98.77%", "0.01235", "0.5")]
+    assert table.rows == [("7", "98.77%", "0.0123", "0.5")]
     assert "optimizer.lr=0.0123456789" in text  # in full in the command
 
 

@@ -278,7 +278,7 @@ def test_ends_are_tried_along_a_chain_of_conditions():
                     "model.depth": "model.kernel_size > 3",
                 }
             },
-            "wait for one another",
+            "depend on each other",
         ),
     ],
 )
@@ -289,7 +289,7 @@ def test_what_is_no_space(settings, said):
 
 
 def test_a_grid_must_end():
-    with pytest.raises(ConfigError, match=r"optimizer\.lr.*no end"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr.*infinitely many"):
         space(CONVNET).grid(100)
     with pytest.raises(ConfigError, match="more than 5 combinations"):
         space({"a": "range(3)", "b": "range(3)"}).grid(5)

@@ -27,7 +27,7 @@ from trainer.experiment import Experiment
 from trainer.models import LeNet300
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.plan import Plan
-from trainer.sweeps.space import Space
+from trainer.sweeps.study import SweepStudy
 from trainer.worker.run import Start, run_phases
 
 ARGUMENTS = [
@@ -159,15 +159,15 @@ def test_a_diverging_trial_is_retried_then_failed_with_its_reason(capsys):
 
 @pytest.mark.slow
 def test_a_trial_that_ends_in_nan_is_retried_then_failed(monkeypatch):
-    from trainer.sweeps import search
+    from trainer.sweeps import trial
 
-    real, seen = search.measure, []
+    real, seen = trial.measure, []
 
     def measure(records):
         seen.append(len(seen))
         return real(records) | ({"loss": math.nan} if len(seen) <= 2 else {})
 
-    monkeypatch.setattr(search, "measure", measure)
+    monkeypatch.setattr(trial, "measure", measure)
     assert main([*ARGUMENTS, "sweep.trials=2"]) == 0
     assert [row["state"] for row in rows()] == ["FAIL", "COMPLETE"]
     assert rows()[0]["failures"] == "2"
@@ -225,19 +225,20 @@ def test_a_trial_that_hangs_is_ended_and_goes_on_from_its_last_checkpoint(tmp_pa
 
 @pytest.mark.slow
 def test_what_a_trials_messages_meet_here_is_that_trials_failure(monkeypatch):
-    from trainer import artifact
+    from trainer.sweeps import trial
 
-    real, calls = artifact.encode, []
+    real, calls = trial.as_json, []
 
-    def encode(*args):
-        calls.append(args)
+    def as_json(record):
+        calls.append(record)
         if len(calls) <= 2:
             raise MemoryError("no room to encode")
-        return real(*args)
+        return real(record)
 
-    monkeypatch.setattr(artifact, "encode", encode)
+    monkeypatch.setattr(trial, "as_json", as_json)
     wanted = ["sweep.objectives={bytes: minimize}", "sweep.trials=2"]
     assert main([*ARGUMENTS, *wanted]) == 0
+    assert float(rows()[1]["bytes"]) > 100
     assert [row["state"] for row in rows()] == ["FAIL", "COMPLETE"]
     assert rows()[0]["reason"] == "no room to encode"
     assert "Traceback" in (FOLDER / "log.txt").read_text()
@@ -269,12 +270,13 @@ def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys)
     net = Experiment.from_config(yaml.safe_load(capsys.readouterr().out)).build_model()
     for name in ("a.pt", "b.pt"):
         torch.save(net.state_dict(), name)
-    real = trainer.experiment.read_initial
+    real, seen = trainer.experiment.read_initial, []
 
-    def weights(path, model, coder):
-        if model is None and path.name == "b.pt":
+    def weights(path, *args, **more):
+        seen.append(path.name)
+        if seen.count("b.pt") > 1:  # the first time, the settings are validated
             raise ConfigError(f"init_from={path}: gone")
-        return real(path, model, coder)
+        return real(path, *args, **more)
 
     monkeypatch.setattr(trainer.experiment, "read_initial", weights)
     assert main(INIT) == 0
@@ -284,12 +286,12 @@ def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys)
 
 def test_a_value_between_the_ends_that_no_model_takes_fails_its_trial_alone(monkeypatch):
     """Also where it is the first that is drawn, and no trial has begun."""
-    suggest = Space.suggest
+    start = SweepStudy.start
 
-    def four_first(space, trial):
-        return {**suggest(space, trial), "model.kernel_size": 3 if trial.number else 4}
+    def four_first(study, number):
+        return {**start(study, number), "model.kernel_size": 3 if number else 4}
 
-    monkeypatch.setattr(Space, "suggest", four_first)
+    monkeypatch.setattr(SweepStudy, "start", four_first)
     params = "sweep.params={model.kernel_size: 'range(3,6)', model.depth: null, optimizer.lr: null}"
     assert main([*ARGUMENTS, params, "~sweep.lengths", "sweep.trials=2"]) == 0
     assert [row["state"] for row in rows()] == ["FAIL", "COMPLETE"]
@@ -332,7 +334,7 @@ def test_where_no_trial_keeps_the_constraints_the_closest_is_named(capsys):
     sizes = {int(row["number"]): float(row["nonzero"]) for row in rows()}
     closest = min(sizes, key=sizes.get)
     said = (
-        f"no trial keeps sweep.constraints; the closest is trial {closest}, which misses nonzero "
+        f"no trial meets sweep.constraints; the closest is trial {closest}, which misses nonzero "
         f"by {sizes[closest] - 1000:.6g}"
     )
     assert said in capsys.readouterr().out
@@ -526,7 +528,7 @@ def test_a_signal_while_ray_starts_leaves_nothing_behind():
         ("sweep.trial_overrides={model.with: 3}", "no model.with"),
         ("sweep.objectives.speed=maximize", "speed: unknown"),
         ("sweep.sampler=annealing", "tpe, random, grid"),
-        ("sweep.sampler=grid", "no end"),
+        ("sweep.sampler=grid", "infinitely many"),
         ("sweep.slots=2", "cluster.backend=inline"),
     ],
 )
@@ -602,7 +604,7 @@ def test_trials_share_their_first_phases_and_end_in_the_same_bits(tmp_path, monk
         *(f"phases.{name}.fit.epochs=1" for name in ("train", "prune", "share", "quantize")),
     ]
     assert main([*wanted, "hydra.sweep.dir=shared"]) == 0
-    assert len(list(Path("shared/prefixes").iterdir())) == 2  # one for each seed
+    assert len(list(Path("shared/shared_phases").iterdir())) == 2  # one for each seed
     monkeypatch.setattr("trainer.sweeps.results.write_report", lambda *_: None)  # one is enough
     assert main([*wanted, "sweep.shared_phases=null", "hydra.sweep.dir=alone"]) == 0
     measures = []

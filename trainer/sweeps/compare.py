@@ -1,4 +1,4 @@
-"""Comparisons as they stand in the configuration: conditions of parameters, and constraints."""
+"""Comparisons in the configuration: conditions of parameters, and constraints."""
 
 import operator
 import re
@@ -23,7 +23,7 @@ _COMPARISON = re.compile(r"\s*([^\s<>=!]*)\s*(>=|<=|==|!=|>|<)\s*(\S.*?)\s*")
 
 @dataclass(frozen=True)
 class Comparison:
-    """`left operator right`; left is a name whose value is given later."""
+    """`left operator right`, where left is the name of a value."""
 
     left: str
     operator: str
@@ -45,16 +45,17 @@ def parse_condition(key: str, text: str) -> list[Comparison]:
     """`model.depth >= 2 and optimizer.nesterov == true`: all of them must hold.
 
     Args:
-        key: where the text stands, for messages.
+        key: key of the text, for messages.
+        text: the comparisons.
 
     Raises:
-        ConfigError: it is no such text.
+        ConfigError: the text is no comparison.
     """
     return [_parse(key, part, "KEY >= VALUE") for part in re.split(r"\s+and\s+", text)]
 
 
 def parse_bound(key: str, text: str) -> Comparison:
-    """`>= 0.98`: a bound on something that is named elsewhere. Raises ConfigError."""
+    """`>= 0.98`: a bound on the measure `key`. Raises ConfigError."""
     bound = _parse(key, text, '">= 0.98"')
     if bound.left or bound.operator not in (">=", "<=") or not _is_number(bound.right):
         raise ConfigError(f"{key}={text}: it must be >= or <= and a number")
@@ -62,13 +63,13 @@ def parse_bound(key: str, text: str) -> Comparison:
 
 
 def excess(bound: Comparison, value: float) -> float:
-    """By how much `value` misses a bound of `parse_bound`; zero or less where it keeps it."""
+    """By how much `value` violates a bound of `parse_bound`; 0 or less: it does not."""
     over = value - float(bound.right)
     return over if bound.operator == "<=" else -over
 
 
 def satisfied(conditions: list[Comparison], values: Mapping[str, Any]) -> bool:
-    """Whether all conditions hold; one on a name without a value does not."""
+    """Whether all conditions hold. A condition on a name without a value does not."""
     return all(c.left in values and c.holds(values[c.left]) for c in conditions)
 
 
@@ -79,7 +80,7 @@ def _parse(key: str, text: str, example: str) -> Comparison:
     try:
         right = yaml.safe_load(matched[3])
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text}: {matched[3]} is no value") from error
+        raise ConfigError(f"{key}={text}: {matched[3]} is no value in YAML") from error
     return Comparison(matched[1], matched[2], right)
 
 

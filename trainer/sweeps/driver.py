@@ -1,4 +1,4 @@
-"""A sweep as its command sees it: folder, workers, study; then the search; in the end, results."""
+"""The driver of a sweep: opens its folder, workers and study, searches, and writes the results."""
 
 import contextlib
 import traceback
@@ -34,24 +34,25 @@ def run_sweep(
     signals: Signals,
     objects: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Search `cfg.sweep.params`, or go on where the sweep in `folder` stopped.
+    """Search `cfg.sweep.params`, or continue the sweep in `folder`.
 
     Args:
-        cfg: typed.
-        base: the same as composed, interpolations not resolved.
-        folder: the sweep's own; made if need be.
-        arguments: The command line, for the commands that repeat a trial; None: the sweep was
+        cfg: The configuration.
+        base: The same as composed, with unresolved interpolations.
+        folder: Of the sweep; created if it is missing.
+        arguments: The command line, for the commands that reproduce a trial; None: the sweep was
             started from Python.
-        signals: the first one saves and ends the sweep, the second one ends it at once.
+        signals: The first signal saves and ends the sweep, the second ends it at once.
+        objects: What was passed from Python, by name.
 
     Returns:
-        The plain configuration of the best trial where `sweep.refit` wants it run in full.
+        With `sweep.refit`, the plain configuration of the best trial; else None.
 
     Raises:
-        ConfigError: before any trial began; a new folder is not left behind.
-        RunError: no trial was completed, no workers could be had, or whatever else went wrong;
-            log.txt holds the traceback.
-        Interrupted: likewise; the same command goes on.
+        ConfigError: A setting is wrong; no trial has begun, and no new folder is left behind.
+        RunError: No trial was completed, no workers were available, or there was another error;
+            log.txt holds its traceback.
+        Interrupted: By a signal; the same command continues the sweep.
     """
     plan = Plan(cfg, base, objects)
     folder = folder.resolve()
@@ -83,16 +84,16 @@ class _Sweep:
         self.plan, self.cfg, self.sweep = plan, plan.cfg, plan.cfg.sweep
         self.directory, self.signals, self.locks = directory, signals, locks
         self.arguments = arguments
-        self.board = LiveTable(self.sweep, directory, total_trials(self.sweep, plan.space))
-        self.pool = Pool(self.cfg, self.board.say)
+        self.table = LiveTable(self.sweep, directory, total_trials(self.sweep, plan.space))
+        self.pool = Pool(self.cfg, self.table.say)
         self.interrupted = False  # by the first signal
-        self.saved = False  # what is known, since then
+        self.saved = False  # the results, since then
 
     def execute(self) -> dict[str, Any] | None:
-        """Search, and leave the results. Returns as `run_sweep`."""
-        self.locks.enter_context(self.directory.locked(self.board.say))
+        """Search, and write the results. Returns as `run_sweep`."""
+        self.locks.enter_context(self.directory.locked(self.table.say))
         try:
-            with self.signals.deferring(self.board.restore, self._interrupt):
+            with self.signals.deferring(self.table.restore, self._interrupt):
                 try:
                     self._check_folder()
                     with ExitStack() as opened:
@@ -106,7 +107,7 @@ class _Sweep:
             raise self._logged(error) from error
 
     def _interrupt(self) -> None:
-        """The first signal. Within its handler, no more than this can be done safely."""
+        """Note the first signal. A signal handler cannot safely do more."""
         self.interrupted = True
 
     def _open(self, opened: ExitStack) -> None:
@@ -115,7 +116,7 @@ class _Sweep:
             try:
                 self.pool.open()
             except RunError:
-                checked.result()  # a wrong configuration would explain more
+                checked.result()  # a wrong configuration explains more
                 raise
             epochs = checked.result()
         self.study = SweepStudy(
@@ -139,26 +140,27 @@ class _Sweep:
         return any(argument.startswith("resume=") for argument in self.arguments or ())
 
     def _check_folder(self) -> None:
-        """Refuse what would go on without what an earlier command has left."""
+        """Refuse to continue without the files or the storage of the earlier sessions."""
         folder = self.directory.path
         if self._resumed and not self.directory.has_command():
             raise ConfigError(
-                f"resume={folder}: command.json is gone; give the sweep's own command instead"
+                f"resume={folder}: command.json is missing; repeat the sweep's own command instead"
             )
         kept = self.directory.read_config().get("sweep", {}).get("storage")
         storage = self.plan.unresolved()["sweep"].get("storage")
         if kept != storage and any((folder / name).exists() for name in ("study.db", "owner")):
             raise ConfigError(
                 f"sweep.storage={without_password(self.sweep.storage)}: the trials of {folder} are "
-                "in another one; choose another sweep.name, or, if the data base has moved, change "
-                "config.yaml there"
+                "in another storage; choose another sweep.name, or, if the database has moved, "
+                "change config.yaml there"
             )
 
     def _keep_settings(self) -> None:
-        """Let the folder have the settings with which resume= goes on, and the command.
+        """Write the settings with which resume= continues, and the command, to the folder.
 
-        Of a study that has just begun, all of them: an earlier command may have failed before.
-        config.yaml is the lock too: the new one is locked before the old one is let go.
+        All settings if the study is new, since the files may be those of an earlier command that
+        failed before it created one. config.yaml is the lock as well: the new file is locked before
+        the old lock is released.
         """
         if not self._resumed and (self.study.new or not self.directory.has_command()):
             self.directory.write_command(self.arguments)
@@ -167,13 +169,13 @@ class _Sweep:
             now = {**kept, "sweep": {**kept["sweep"], **self.plan.free()}}
         if now != kept:
             self.directory.write_config(now)
-            self.locks.enter_context(self.directory.locked(self.board.say))
+            self.locks.enter_context(self.directory.locked(self.table.say))
 
     def _search(self) -> dict[str, Any] | None:
-        search = Search(self.plan, self.study, self.pool, self.board, self.budget, self.directory)
+        search = Search(self.plan, self.study, self.pool, self.table, self.budget, self.directory)
         try:
-            with self.board:
-                search.run(self._asked_to_stop)
+            with self.table:
+                search.run(self._stop_requested)
             if self.interrupted:
                 raise self.signals.interrupted()
             if not self.study.trials(TrialState.COMPLETE):
@@ -188,55 +190,57 @@ class _Sweep:
             self._finish(search, "failed", first_line(error))
             raise
         except Exception as error:
-            told = self._logged(error)
-            self._finish(search, "failed", str(told))
-            raise told from error
+            failure = self._logged(error)
+            self._finish(search, "failed", str(failure))
+            raise failure from error
         if failed := self._finish(search, "done", None):
             raise failed
         if not self.sweep.refit or self.study.leader is None:
             return None
         return self.plan.winner(self.study.leader.params)
 
-    def _asked_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
+        """Whether to stop. Saves the results at once, since a second signal would leave no time."""
         if self.interrupted and not self.saved:
-            self.saved = True  # at once, since a second signal would leave no time for it
+            self.saved = True
             self.budget.keep()
             error = str(self.signals.interrupted())
             self.results.write(INTERRUPTED, error, self.budget.seconds(), report=False)
         return self.interrupted
 
     def _finish(self, search: Search, status: str, error: str | None) -> RunError | None:
-        """Save, write and show all that is known. A part that fails keeps no other from its work.
+        """Save, write and show the results. Each step is tried, also if an earlier one fails.
 
         Args:
-            error: why the sweep has not come to its end; None: it has.
+            status: done, failed or interrupted.
+            error: the reason if the sweep is not done.
 
         Returns:
-            The first failure among the parts; it is in the log.
+            The first failure among the steps, which is also in the log.
         """
         if self.interrupted:
             status, error = INTERRUPTED, str(self.signals.interrupted())
-        parts: list[Callable[[], None]] = [
+        steps: list[Callable[[], None]] = [
             search.pause,
             self.budget.keep,
             lambda: self.results.write(status, error, self.budget.seconds()),
-            lambda: self.results.show(self.board),
-            lambda: self.board.say(f"results in {self.directory.path}"),
+            lambda: self.results.show(self.table),
+            lambda: self.table.say(f"results in {self.directory.path}"),
         ]
         failures: list[RunError] = []
-        for part in parts:
+        for step in steps:
             try:
-                part()
+                step()
             except Exception as raised:  # storage, disk, plots, analysis
                 failures.append(self._logged(raised))
         if failures and status == "done":
-            with contextlib.suppress(Exception):  # the summary comes first, and the rest is told
+            with contextlib.suppress(Exception):  # the failure is reported in any case
                 failed = str(failures[0])
                 self.results.write("failed", failed, self.budget.seconds(), report=False)
         return failures[0] if failures else None
 
     def _logged(self, error: Exception) -> RunError:
-        """An error that nobody expected, as one line; where it came from goes into the log."""
+        """An unexpected error as one line. Writes its traceback to the log."""
         where = "".join(traceback.format_exception(error)).rstrip("\n")
         try:
             self.directory.log(where)

@@ -1,11 +1,11 @@
-"""Names and values of a sweep as people read them: in the terminal, the report and charts."""
+"""Names and values of a sweep as shown in the terminal, the report and charts."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer.report.text import significant
 
-_LEFT_OUT = ("phases", "overrides", "fit")  # parts of a key that say nothing to a reader
+_LEFT_OUT = ("phases", "overrides", "fit")  # parts of a key that are not shown
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

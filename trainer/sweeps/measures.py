@@ -1,4 +1,4 @@
-"""What a trial is judged by: measures, objectives, constraints, and a single number on the way."""
+"""Measures of a trial: objectives, constraints, and the value that pruners compare."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,12 @@ MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
     "parameters": lambda records: records[-1]["parameters"],  # of the dense model
     "nonzero": lambda records: records[-1]["nonzero"],  # of the parameters
     "macs": lambda records: records[-1]["macs"],  # per sample, of weights that are not zero
-    "bytes": lambda records: records[-1].get("bytes"),  # of model.dcz; made where it is asked for
+    "bytes": lambda records: records[-1].get("bytes"),  # of model.dcz; None: not encoded
     "seconds": lambda records: sum(record["seconds"] for record in records),
 }
 """From the records of a trial's phases to one number; a new measure needs a line here."""
 
-SIZES = ("parameters", "nonzero", "macs", "bytes")  # go with the number of weights that are left
+SIZES = ("parameters", "nonzero", "macs", "bytes")  # grow with the number of nonzero weights
 
 
 def measure(records: Sequence[Record]) -> dict[str, float]:
@@ -32,12 +32,12 @@ def measure(records: Sequence[Record]) -> dict[str, float]:
 
 
 def needs_artifact(cfg: SweepConfig) -> bool:
-    """Whether a trial must be compressed to a file before it can be judged."""
+    """Whether the objectives or constraints need the size of the compressed file."""
     return "bytes" in cfg.objectives or "bytes" in cfg.constraints
 
 
 def check_measures(cfg: SweepConfig) -> None:
-    """Refuse objectives and constraints on what nobody measures. Raises ConfigError."""
+    """Refuse objectives and constraints that are no measures. Raises ConfigError."""
     parse_constraints(cfg)
     for section in ("objectives", "constraints"):
         for name in getattr(cfg, section):
@@ -56,12 +56,12 @@ def parse_constraints(cfg: SweepConfig) -> dict[str, Comparison]:
 
 
 def violations(bounds: Mapping[str, Comparison], measured: Mapping[str, float]) -> dict[str, float]:
-    """By how much each bound is missed; zero or less where it is kept."""
+    """By how much each bound is violated; 0 or less: it is not."""
     return {name: excess(bound, measured[name]) for name, bound in bounds.items()}
 
 
 def not_finite(cfg: SweepConfig, measured: Mapping[str, float]) -> str | None:
-    """What is NaN or infinite of all that a trial is judged by, as a sentence; None: nothing."""
+    """The measure that is NaN or infinite, as a sentence; None: all are finite."""
     for name in dict.fromkeys(("loss", "accuracy", *cfg.objectives, *cfg.constraints)):
         if not math.isfinite(measured[name]):
             return f"the {name} after the last phase is {measured[name]}"
@@ -77,12 +77,12 @@ def better(cfg: SweepConfig) -> str:
 def watched(cfg: SweepConfig, value: float, weights_left: float) -> float:
     """The one number that the pruner compares.
 
-    With several objectives the metric alone would stop every small net, so a size that is to be
-    minimised counts as well: a tenth of it is worth `sweep.size_weight` in the metric.
+    With several objectives the metric alone would stop every small network. So, if a size is
+    minimized, ten times fewer weights count as much as `sweep.size_weight` in the metric.
 
     Args:
         value: `sweep.metric` on the validation data.
-        weights_left: number of parameters that are not zero at present.
+        weights_left: number of parameters that are not zero.
     """
     sizes = [name for name, d in cfg.objectives.items() if name in SIZES and d == "minimize"]
     if len(cfg.objectives) == 1 or not sizes or not cfg.size_weight:

@@ -1,4 +1,4 @@
-"""What a sweep will do, checked before anything starts; from what was drawn to a configuration."""
+"""The settings of a sweep, validated before anything starts; makes the settings of each trial."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,8 @@ from trainer.sweeps.overrides import override
 from trainer.sweeps.shared_phases import check_shared_phases
 from trainer.sweeps.space import GRID_LIMIT, Drawn, flatten, parse_space
 
-FIXED = ("name", "sweep", "cluster", "checkpoint")  # belong to the sweep, not to one trial
-# May be others when the sweep goes on.
+FIXED = ("name", "sweep", "cluster", "checkpoint")  # the same for all trials
+# May change when the sweep continues.
 FREE = ("trials", "seconds", "epochs", "slots", "max_retries", "recycle_after", "refit", "analysis")
 
 
@@ -26,11 +26,12 @@ class Plan:
     """The checked settings of a sweep.
 
     Args:
-        cfg: typed; `sweep.params` is not empty.
-        base: the composed configuration, interpolations not resolved: they follow what is drawn.
+        cfg: the configuration; `sweep.params` is not empty.
+        base: the same as composed. Its interpolations are resolved with the values of each trial.
+        objects: what was passed from Python, by name.
 
     Raises:
-        ConfigError: a key that is not there, or a text that is no range; see `check` for the rest.
+        ConfigError: a key does not exist, or a text is no range; `check` finds other mistakes.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Plan:
         # Of the driver alone, and so not sent to the workers with each trial.
         mine = ("sweep.sampler", "sweep.pruner")
         self._objects = {name: value for name, value in given.items() if name not in mine}
-        self._literal = "${" not in OmegaConf.to_yaml(base)  # also in what is searched
+        self._literal = "${" not in OmegaConf.to_yaml(base)  # also no text in sweep.params
         settings = _container(base, resolve=True)
         self._plain = {**settings, "sweep": {"name": cfg.sweep.name}}
         defaults = dict(_leaves(settings))
@@ -71,7 +72,7 @@ class Plan:
         return Experiment.from_config(settings, self._objects)
 
     def winner(self, drawn: Drawn) -> dict[str, Any]:
-        """The plain configuration of the trial run in full: without `sweep.trial_overrides`."""
+        """The plain configuration of a trial without `sweep.trial_overrides`, for the refit."""
         return self._settings(self.space.settings(drawn))
 
     def overrides(self, drawn: Drawn) -> list[str] | None:
@@ -92,7 +93,7 @@ class Plan:
         mistakes.
 
         Returns:
-            The most epochs that a trial takes.
+            The maximum number of epochs of a trial.
 
         Raises:
             ConfigError: names the parameter and the value.
@@ -122,7 +123,7 @@ class Plan:
             for phase, built in experiment.phases.items():
                 if isinstance(built, RoundPhase) and built.max_rounds > 1:
                     raise ConfigError(
-                        f"phases.{phase}: it goes on for as many rounds as it finds out "
+                        f"phases.{phase}: it takes as many rounds as it finds "
                         "(sparsity=auto), and a sweep must know how long a trial trains; give it "
                         "a number, or search one"
                     )
@@ -130,7 +131,7 @@ class Plan:
         return epochs
 
     def identity(self) -> dict[str, Any]:
-        """All that must stay the same when the sweep goes on; of phases, their order too."""
+        """All settings that must not change when the sweep continues, with the order of phases."""
         settings = self.unresolved()
         sweep = {k: v for k, v in settings["sweep"].items() if k not in (*FREE, "storage")}
         others = ("sweep", "cluster", "checkpoint", "limits")
@@ -142,12 +143,12 @@ class Plan:
         return same
 
     def free(self) -> dict[str, Any]:
-        """The settings of `sweep` that may be others when it goes on."""
+        """The settings of `sweep` that may change when it continues."""
         sweep = self.unresolved()["sweep"]
         return {key: sweep[key] for key in FREE if key in sweep}
 
     def unresolved(self) -> dict[str, Any]:
-        """The whole configuration as plain values, interpolations as they are."""
+        """The whole configuration as plain values, with unresolved interpolations."""
         return _container(self._base, resolve=False)
 
     def _settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _container(conf: DictConfig, resolve: bool) -> dict[str, Any]:
 
 
 def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of plain settings with other values at dotted keys that are there."""
+    """A copy of plain settings with other values at existing dotted keys."""
     changed = copy.deepcopy(dict(settings))
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -190,17 +191,17 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _check_key(said: str, key: str, settings: Mapping[str, Any]) -> None:
+def _check_key(where: str, key: str, settings: Mapping[str, Any]) -> None:
     """Refuse a key that the configuration does not have. Raises ConfigError."""
     if key.partition(".")[0] in FIXED:
-        raise ConfigError(f"{said}: {key} is the same for all trials and cannot be searched")
+        raise ConfigError(f"{where}: {key} is the same for all trials and cannot be searched")
     here: Any = settings
     for part in key.split("."):
         if not isinstance(here, Mapping) or part not in here:
             known = (
                 f"; known here: {', '.join(map(str, here))}" if isinstance(here, Mapping) else ""
             )
-            raise ConfigError(f"{said}: the configuration has no {key}{known}")
+            raise ConfigError(f"{where}: the configuration has no {key}{known}")
         here = here[part]
     if isinstance(here, Mapping):
-        raise ConfigError(f"{said}: it is a section; search its keys {', '.join(map(str, here))}")
+        raise ConfigError(f"{where}: it is a section; search its keys {', '.join(map(str, here))}")

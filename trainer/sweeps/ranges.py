@@ -1,4 +1,4 @@
-"""What one parameter may be: from a text in Hydra's override grammar to Optuna's distribution.
+"""The range of one parameter: from a text in Hydra's override grammar to Optuna's distribution.
 
     model.depth: range(1,5)                        1, 2, 3, 4
     model.kernel_size: choice(3,5,7)
@@ -41,10 +41,10 @@ MAX_STEPS = 1_000_000  # of a range of floats
 
 @dataclass(frozen=True)
 class Range:
-    """What one parameter may be."""
+    """The range of one parameter."""
 
     distribution: BaseDistribution
-    values: Mapping[str, Any]  # of choices that Optuna stores as texts
+    values: Mapping[str, Any]  # by the text that Optuna stores, the value of a choice
 
     def value(self, stored: Any) -> Any:
         """The value of a setting for what Optuna stores.
@@ -60,7 +60,7 @@ class Range:
         return stored
 
     def ends(self) -> list[Any]:
-        """The values at which a mistake would show: the ends of a range, every choice."""
+        """The values that are validated: the ends of a range, or every choice."""
         match self.distribution:
             case CategoricalDistribution() as chosen:
                 return list(chosen.choices)
@@ -69,9 +69,9 @@ class Range:
         raise AssertionError(self.distribution)
 
     def around(self, marks: Iterable[Any]) -> list[Any]:
-        """The ends, the values at `marks` and some between any two of these: every choice.
+        """Values that cover all cases of conditions that compare with `marks`.
 
-        So there is one wherever conditions that compare with `marks` hold for any value.
+        These are the ends, the marks, and values between any two of them; or every choice.
         """
         match self.distribution:
             case IntDistribution() | FloatDistribution() as numbers:
@@ -87,7 +87,7 @@ class Range:
         return list(dict.fromkeys([*self.ends(), *places]))
 
     def count(self) -> int | None:
-        """How many values there are; None where they cannot be counted."""
+        """The number of values; None: there is no finite number."""
         match self.distribution:
             case CategoricalDistribution() as chosen:
                 return len(chosen.choices)
@@ -98,7 +98,7 @@ class Range:
         return None
 
     def all(self) -> list[Any] | None:
-        """Every value; None where they cannot be counted."""
+        """Every value; None: there is no finite number."""
         match self.distribution:
             case CategoricalDistribution() as chosen:
                 return list(chosen.choices)
@@ -109,7 +109,7 @@ class Range:
         return None
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
-        """Let Optuna draw."""
+        """Draw a value with Optuna's sampler."""
         match self.distribution:
             case CategoricalDistribution() as d:
                 return trial.suggest_categorical(name, d.choices)
@@ -121,7 +121,7 @@ class Range:
 
 
 def _nth(low: float, step: float, n: int) -> float:
-    """`low + n * step`, as it would be written."""
+    """`low + n * step` in decimals."""
     if isinstance(step, int):
         return low + n * step
     return float(Decimal(str(low)) + n * Decimal(str(step)))
@@ -129,26 +129,26 @@ def _nth(low: float, step: float, n: int) -> float:
 
 def parse_range(key: str, text: Any) -> Range:
     """A range from its text. Raises ConfigError, which names sweep.params.KEY and the text."""
-    said = f"sweep.params.{key}={text}"
+    where = f"sweep.params.{key}={text}"
     if not isinstance(text, str):
-        raise ConfigError(f"{said}: it must be a text such as choice(3,5,7) or range(1,5)")
+        raise ConfigError(f"{where}: it must be a text such as choice(3,5,7) or range(1,5)")
     try:
         parsed = OverridesParser.create().parse_override(f"x={text}").value()
     except HydraException as error:
-        raise ConfigError(f"{said}: {first_line(error)}") from error
+        raise ConfigError(f"{where}: {first_line(error)}") from error
     if not isinstance(parsed, Sweep):
         raise ConfigError(
-            f"{said}: it must be a choice(...), range(...) or interval(...), "
+            f"{where}: it must be a choice(...), range(...) or interval(...), "
             "perhaps inside int(...) or tag(log, ...)"
         )
     if unknown := parsed.tags - {"log"}:
-        raise ConfigError(f"{said}: the tag {', '.join(sorted(unknown))} means nothing; log does")
+        raise ConfigError(f"{where}: the tag {', '.join(sorted(unknown))} means nothing; log does")
     if getattr(parsed, "shuffle", False):
-        raise ConfigError(f"{said}: the sampler decides the order; leave shuffle() out")
+        raise ConfigError(f"{where}: the sampler decides the order; leave shuffle() out")
     try:
         return _range(parsed, "log" in parsed.tags)
     except (ValueError, HydraException) as error:
-        raise ConfigError(f"{said}: {first_line(error)}") from error
+        raise ConfigError(f"{where}: {first_line(error)}") from error
 
 
 def _range(parsed: Sweep, log: bool) -> Range:

@@ -1,4 +1,4 @@
-"""What a sweep leaves: trials.csv, summary.json, report.html, and a ranked table."""
+"""The results of a sweep: trials.csv, summary.json, report.html, and a table of the best trials."""
 
 import csv
 import io
@@ -19,13 +19,13 @@ from trainer.sweeps.report import write_report
 from trainer.sweeps.show import LiveTable, tally
 from trainer.sweeps.study import RESULT, SweepStudy, reported_values
 
-# Overrides that make no difference to a trial of its own.
+# Overrides that do not affect a trial that is run alone.
 _OF_THE_SWEEP = re.compile(r"(~|\+{0,2}(?=[^=]*=))(sweep[.=]|hydra\.)")
 SHOWN = 10  # rows of the table in the terminal, and trials in summary.json
 
 
 class Results:
-    """Writes what is known, at any moment."""
+    """Writes the results so far, at any time."""
 
     def __init__(self, plan: Plan, study: SweepStudy, directory: RunDirectory) -> None:
         self._plan, self._study, self._directory = plan, study, directory
@@ -38,7 +38,7 @@ class Results:
 
         Args:
             status: done, failed or interrupted.
-            seconds: that the sweep has taken in all.
+            seconds: duration of all sessions.
             report: also the report, whose plots take seconds.
         """
         summary = self.summary(status, error, seconds)
@@ -54,19 +54,19 @@ class Results:
             path = self._directory.path / "report.html"
             write_report(path, self._study.study, summary, self._answer)
 
-    def show(self, board: LiveTable) -> None:
-        """Tell what was found: the best trials, and what the analysis says."""
+    def show(self, live: LiveTable) -> None:
+        """Print the best trials, and the conclusions of the analysis."""
         for table in (*self._answer.tables, self.table()):
-            board.terminal.print(rich_table(table, board.terminal.width))
+            live.terminal.print(rich_table(table, live.terminal.width))
         for sentence in self._answer.sentences:
-            board.say(sentence, wrapped=True)
+            live.say(sentence, wrapped=True)
         if missed := self._none_feasible():
-            board.say(missed, wrapped=True)
+            live.say(missed, wrapped=True)
 
     def _none_feasible(self) -> str | None:
-        """Where no trial keeps the constraints, the one that comes closest; else None.
+        """A sentence about the trial closest to the constraints; None: some trials meet them.
 
-        Several constraints are compared by what part of its bound each misses.
+        Several constraints are compared by the excess relative to the bound.
         """
         done = self._study.trials(TrialState.COMPLETE)
         if not done or self._study.best():
@@ -79,12 +79,12 @@ class Results:
             if closest.constraints[name] > 0
         )
         return (
-            f"no trial keeps sweep.constraints; the closest is trial {closest.number}, "
+            f"no trial meets sweep.constraints; the closest is trial {closest.number}, "
             f"which misses {missed}"
         )
 
     def _analyse(self) -> Answer:
-        """What the completed trials say together; nothing where no analysis is asked for."""
+        """The conclusions from all completed trials, if `sweep.analysis` asks for them."""
         wanted = self._plan.cfg.sweep.analysis
         if wanted is None:
             return Answer()

@@ -1,4 +1,4 @@
-"""The search: hand trials out to slots, listen, prune, retry, tell; until a budget is used up."""
+"""The search loop: gives trials to slots, prunes and retries them, until a budget is used up."""
 
 import shutil
 import time
@@ -16,53 +16,52 @@ from trainer.sweeps.budget import Budget
 from trainer.sweeps.loggers import TrialLoggers
 from trainer.sweeps.measures import needs_artifact, not_finite, parse_constraints, violations
 from trainer.sweeps.plan import Plan
-from trainer.sweeps.pool import Pool
+from trainer.sweeps.pool import Pool, Slot, TrialEnded, TrialMessage, TrialRequeued
 from trainer.sweeps.shared_phases import SharedPhases
 from trainer.sweeps.show import LiveTable
-from trainer.sweeps.slots import Ended, GivenBack, Said, Slot
 from trainer.sweeps.study import SweepStudy, reported_values
 from trainer.sweeps.trial import Trial, folder_of
 
-MOST_WAITING = 8  # trials that wait for what another one trains, before no more are drawn
-LOOK_EVERY_S = 0.25  # at signals, budgets and the live table
+MAX_WAITING = 8  # trials that may wait for phases that another one trains
+LOOK_EVERY_S = 0.25  # interval of checks of signals, budgets and the live table
 
 
 class Search:
-    """One session of a sweep, from the trials that an earlier one left to the end of a budget."""
+    """One session of a sweep: from the unfinished trials of earlier ones to the end of a budget."""
 
     def __init__(
         self,
         plan: Plan,
         study: SweepStudy,
         pool: Pool,
-        board: LiveTable,
+        table: LiveTable,
         budget: Budget,
         directory: RunDirectory,
     ) -> None:
         self._plan, self._cfg = plan, plan.cfg.sweep
-        self._study, self._pool, self._board = study, pool, board
+        self._study, self._pool, self._table = study, pool, table
         self._budget, self._directory = budget, directory
         self._bounds = parse_constraints(self._cfg)
-        self._prefixes = SharedPhases(self._cfg.shared_phases, directory.path)
+        self._shared_phases = SharedPhases(self._cfg.shared_phases, directory.path)
         name = f"{plan.cfg.name}/{self._cfg.name}"
-        self._loggers = TrialLoggers(directory.path, name, board.say)
-        self._trials: dict[int, Trial] = {}  # that were taken up and have not ended
-        self._reported: dict[int, set[int]] = {}  # epochs, by trial
-        self._waiting: list[int] = []  # of the trials, those that no slot runs
-        self._began = False  # a trial has told something in this session
-        self._refused: list[dict[str, Any]] = []  # what trials drew that could not even begin
-        self._stopping = False  # nothing new is started
-        self._exhausted = False  # a grid has come to its end
-        self._shown = 0.0  # when the live table was
+        self._loggers = TrialLoggers(directory.path, name, table.say)
+        self._trials: dict[int, Trial] = {}  # started and not ended, by number
+        self._reported: dict[int, set[int]] = {}  # epochs reported, by trial
+        self._waiting: list[int] = []  # those of the trials that no slot runs
+        self._began = False  # a trial has sent a message in this session
+        self._refused: list[dict[str, Any]] = []  # parameters of trials that could not begin
+        self._stopping = False  # no trial is started any more
+        self._exhausted = False  # every combination of the grid was drawn
+        self._shown = 0.0  # time at which the live table was updated
 
     def run(self, interrupted: Callable[[], bool]) -> None:
-        """Go on until there is nothing left to do.
+        """Run trials until a budget is used up.
 
         Args:
-            interrupted: whether to start nothing new, and let what runs save and end.
+            interrupted: whether to start no more trials and end those that run.
 
         Raises:
-            ConfigError: no trial has ever begun, and none could.
+            ConfigError: no trial can begin with these settings.
             RunError: no slot has workers any more.
         """
         for number in self._study.unfinished():
@@ -81,21 +80,21 @@ class Search:
                 self._on(event)
 
     def pause(self) -> None:
-        """Leave the trials that have not ended to the next session."""
+        """Close the trials that have not ended, for the next session."""
         for trial in self._trials.values():
             self._pause(trial)
         self._loggers.close()
 
-    def _on(self, event: Said | Ended | GivenBack) -> None:
+    def _on(self, event: TrialMessage | TrialEnded | TrialRequeued) -> None:
         number = event.slot.trial
         assert number is not None
         match event:
-            case Said():
+            case TrialMessage():
                 self._listen(event.slot, self._trials[number], event.message)
-            case Ended():
+            case TrialEnded():
                 event.slot.trial = None
                 self._end(self._trials[number], event.error)
-            case GivenBack():
+            case TrialRequeued():
                 event.slot.trial = None
                 self._wait(self._trials[number])
 
@@ -106,14 +105,14 @@ class Search:
             return
         try:
             report = trial.on(message)
-        except Exception as error:  # such as a disk that is full: no other trial need meet it
+        except Exception as error:  # such as a full disk; it may not affect other trials
             trial.error = error
             slot.stop_trial()
             return
         if report is None or trial.pruned:
             return
         epoch, value = report
-        if epoch in self._reported[trial.number]:  # an attempt that began at a checkpoint
+        if epoch in self._reported[trial.number]:  # by an attempt before the checkpoint
             return
         self._reported[trial.number].add(epoch)
         self._budget.count_epoch()
@@ -122,14 +121,14 @@ class Search:
             slot.stop_trial()
 
     def _end(self, trial: Trial, error: Exception | None) -> None:
-        """Tell what became of a trial, or let it wait for another attempt."""
+        """Record the result of a trial, or let it wait for another attempt."""
         error = trial.error or error
         if trial.pruned:
             self._study.prune(trial.number)
         elif error is not None:
             self._fail(trial, error)
             return
-        elif trial.stopped:  # goes on another time
+        elif trial.stopped:  # to be continued by the next session
             self._wait(trial)
             return
         else:
@@ -141,9 +140,9 @@ class Search:
         self._forget(trial)
 
     def _fail(self, trial: Trial, error: Exception) -> None:
-        """Let the trial wait for another attempt, or tell that it failed.
+        """Let the trial wait for another attempt, or record that it failed.
 
-        Raises `error` where, for all that is known, no trial can begin.
+        Raises `error` if it seems that no trial can begin.
         """
         wrong = isinstance(error, ConfigError)
         if wrong and not self._anything_began() and not _is_wrong(trial.experiment):
@@ -154,33 +153,33 @@ class Search:
         self._directory.log(_detail(error))
         reason = first_line(error)
         if _host_has_left(error):
-            self._board.say(f"trial {trial.number}: {reason}; it continues on another host")
+            self._table.say(f"trial {trial.number}: {reason}; it continues on another host")
             self._wait(trial)
             return
         failures = self._study.record_failure(trial.number, reason)
         if failures <= self._cfg.max_retries and not wrong:
-            self._board.say(f"trial {trial.number}: {reason}; it starts again")
+            self._table.say(f"trial {trial.number}: {reason}; it starts again")
             self._wait(trial)
         else:
             self._study.fail(trial.number, reason)
             self._forget(trial)
 
     def _anything_began(self) -> bool:
-        """Whether a trial of this sweep, also of an earlier session, has got as far as to train."""
+        """Whether a trial has begun to train, in this or an earlier session."""
         return self._began or any(
             trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or reported_values(trial)
             for trial in self._study.trials()
         )
 
     def _forget(self, trial: Trial) -> None:
-        """The trial has ended."""
+        """Remove a trial that has ended, with its checkpoints."""
         trial.forget()
         self._end_logging(trial)
         del self._trials[trial.number], self._reported[trial.number]
-        self._board.ended(self._study.trial(trial.number))
+        self._table.ended(self._study.trial(trial.number))
 
     def _end_logging(self, trial: Trial) -> None:
-        """Tell the loggers how a trial has ended."""
+        """Report the result of a trial to the loggers."""
         ended = self._study.trial(trial.number)
         last = trial.records[-1] if trial.records else {}
         summary = {
@@ -195,7 +194,7 @@ class Search:
         self._loggers.end(trial.number)
 
     def _wait(self, trial: Trial) -> None:
-        """The trial's next attempt waits for a slot."""
+        """Let the next attempt of a trial wait for a slot."""
         self._pause(trial)
         self._loggers.end(trial.number)
         self._waiting.append(trial.number)
@@ -204,7 +203,7 @@ class Search:
         try:
             trial.pause()
         except RunError as error:
-            self._board.say(f"trial {trial.number}: {error}; the one before it is used")
+            self._table.say(f"trial {trial.number}: {error}; the checkpoint before it is used")
 
     def _hand_out(self) -> None:
         while self._pool.free and not self._stopping:
@@ -213,8 +212,8 @@ class Search:
                 return
             trial = self._trials[number]
             try:
-                start = trial.start(self._board.say)
-            except Exception as error:  # its weights to begin with, its checkpoints
+                start = trial.start(self._table.say)
+            except Exception as error:  # initial weights or checkpoints
                 self._fail(trial, error)
                 continue
             assert trial.resumed is not None
@@ -222,18 +221,18 @@ class Search:
             self._pool.take().run(number, trial.experiment, start, needs_artifact(self._cfg))
 
     def _next(self) -> int | None:
-        """A trial to run now: one that waits, or a new one; None where there is none."""
+        """A trial to run now: one that waits, or a new one; None: there is none."""
         for number in self._waiting:
             if not self._must_wait(number):
                 self._waiting.remove(number)
                 return number
-        while self._may_begin() and len(self._waiting) < MOST_WAITING:
+        while self._may_begin() and len(self._waiting) < MAX_WAITING:
             asked = self._study.new_trial()
             if asked is None:
                 self._exhausted = True
                 return None
             self._budget.count_trial(asked)
-            # What another study, or one that lost its last moments, left under this number.
+            # Another study, or one that lost its last seconds, may have left this folder.
             shutil.rmtree(folder_of(self._directory.path, asked), ignore_errors=True)
             if not self._begin(asked):
                 continue
@@ -243,30 +242,35 @@ class Search:
         return None
 
     def _must_wait(self, number: int) -> bool:
-        """Whether another trial is just training what this one will go on from."""
-        prefix = self._trials[number].prefix
-        if prefix is None or self._prefixes.ready(prefix):
+        """Whether another trial is training the phases that this one shares."""
+        shared = self._trials[number].shared
+        if shared is None or self._shared_phases.ready(shared):
             return False
         return any(
-            trial.prefix == prefix and other != number and other not in self._waiting
+            trial.shared == shared and other != number and other not in self._waiting
             for other, trial in self._trials.items()
         )
 
     def _begin(self, number: int, reported: Iterable[int] = ()) -> bool:
-        """Make the trial; one whose values do not go together fails at once.
+        """Start a trial. One whose settings contradict each other fails at once.
 
         Args:
             reported: epochs that earlier attempts have reported.
+
+        Returns:
+            Whether it can be run.
         """
         drawn = self._study.start(number)
         try:
             experiment = self._plan.trial(drawn)
         except ConfigError as error:
             self._study.fail(number, str(error))
-            self._board.ended(self._study.trial(number))
+            self._table.ended(self._study.trial(number))
             return False
         path = self._directory.path
-        self._trials[number] = Trial(number, drawn, experiment, self._cfg, path, self._prefixes)
+        self._trials[number] = Trial(
+            number, drawn, experiment, self._cfg, path, self._shared_phases
+        )
         self._reported[number] = set(reported)
         return True
 
@@ -277,7 +281,7 @@ class Search:
         return bool(self._waiting) or self._may_begin()
 
     def _look_at_budgets(self, interrupted: bool) -> None:
-        """Start nothing new, and let what runs save and end, once there is a reason to."""
+        """End all trials if a budget is used up or there was a signal."""
         self._budget.keep(now=False)
         if interrupted or (not self._stopping and self._budget.used_up()):
             self._stopping = True
@@ -288,11 +292,11 @@ class Search:
         if now - self._shown >= LOOK_EVERY_S:
             self._shown = now
             self._loggers.show_problems()
-            self._board.show(self._trials, self._study, self._budget.left())
+            self._table.show(self._trials, self._study, self._budget.left())
 
 
 def _is_wrong(experiment: Any) -> bool:
-    """Whether the settings of a trial do not fit together: values between the ends of ranges."""
+    """Whether the settings of a trial contradict each other."""
     try:
         experiment.check_model()
     except ConfigError:
@@ -306,5 +310,5 @@ def _host_has_left(error: Exception) -> bool:
 
 
 def _detail(error: Exception) -> str:
-    """For the log: a worker's traceback, or where in this process it came from."""
+    """For the log: the traceback of the worker, or of this process."""
     return getattr(error, "detail", "") or "".join(traceback.format_exception(error)).rstrip("\n")

@@ -1,10 +1,9 @@
-"""First phases that many trials have in common: trained once, and shared.
+"""Phases at the beginning that several trials have in common: trained once, and shared.
 
-A trial that begins with the same phases, on the same model, data and seed, goes on from what they
-left the first time, as a resumed run does, and so ends in the same bits as one that did it all.
+A trial with the same first phases, model, data and seed as an earlier one starts from the weights
+after these phases, as a resumed run does, and so ends with the same bits as if it had trained them.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -14,51 +13,48 @@ from pathlib import Path
 from trainer.config import Config
 from trainer.errors import ConfigError
 
-# What the weights after a phase depend on, besides the phases so far.
-_PARTS = (
-    "model",
-    "data",
-    "optimizer",
-    "init_from",
-    "init_skip",
-    "init_strict",
-    "seed",
-    "precision",
-    "channels_last",
-    "sync_batchnorm",
-    "allreduce",
+# Sections that the weights after a phase do not depend on; of cluster and phases only a part.
+_WITHOUT = (
+    "name",
+    "logger",
+    "cluster",
+    "phases",
+    "checkpoint",
+    "artifact",
+    "export",
+    "limits",
+    "sweep",
 )
 
 
 class SharedPhases:
-    """The folder prefixes/ of a sweep: ends of phases, by a digest of what they came from."""
+    """The folder shared_phases/ of a sweep: weights after phases, by a digest of their settings."""
 
     def __init__(self, last: str | None, folder: Path) -> None:
         """Args: last: name of the last phase to share; None: nothing is shared."""
         self.last = last
-        self._folder = folder / "prefixes"
+        self._folder = folder / "shared_phases"
 
     def key(self, cfg: Config) -> str | None:
-        """The digest for a trial; None where it has nothing to share."""
+        """The digest for a trial; None: it shares nothing."""
         if self.last not in cfg.phases:
             return None
         names = list(cfg.phases)
         shared = names[: names.index(self.last) + 1]
-        origin = {part: getattr(cfg, part) for part in _PARTS}
-        origin["allreduce"] = dataclasses.asdict(cfg.allreduce)
+        origin = {key: value for key, value in vars(cfg).items() if key not in _WITHOUT}
         origin["workers"] = [cfg.cluster.workers, cfg.cluster.device]
         origin["phases"] = [(name, cfg.phases[name]) for name in shared]
-        text = json.dumps(origin, sort_keys=True, default=str)
+        text = json.dumps(origin, sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def ready(self, key: str) -> bool:
         """Whether the phases have been trained."""
         return (self._folder / key).is_dir()
 
-    def give(self, key: str, checkpoints: Path) -> None:
-        """Keep the ends of phases in a trial's folder, which hold nothing else now.
+    def save(self, key: str, checkpoints: Path) -> None:
+        """Store the checkpoints of a trial, which are those of the shared phases.
 
-        They take the place of what is there: a trial that made them itself found that damaged.
+        They replace what is there: the trial has trained the phases itself since that was damaged.
         """
         aside, kept = self._folder / f"{key}.part", self._folder / key
         shutil.rmtree(aside, ignore_errors=True)
@@ -66,8 +62,8 @@ class SharedPhases:
         shutil.rmtree(kept, ignore_errors=True)
         os.replace(aside, kept)
 
-    def take(self, key: str, checkpoints: Path) -> None:
-        """Put them into the folder of a trial that has not begun."""
+    def load(self, key: str, checkpoints: Path) -> None:
+        """Copy the checkpoints to the folder of a trial that has not begun."""
         if self.ready(key) and not any(checkpoints.glob("*")):
             _link(self._folder / key, checkpoints)
 
@@ -82,7 +78,7 @@ def check_shared_phases(cfg: Config) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same files in another folder; they are never written to, only replaced."""
+    """Link files into another folder. Nobody changes these files; they are only replaced."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob("*.safetensors")):
         try:

@@ -1,8 +1,7 @@
-"""The space that a sweep searches: parameters, their ranges, and when each is drawn.
+"""The space that a sweep searches: parameters, their ranges, and the conditions on them.
 
-A key of `sweep.lengths` is a list: element i is a parameter of its own, named `model.width.0` and
-so on, that is drawn where the list is longer than i. Names and values are as Optuna stores them;
-what Optuna cannot store (a choice between lists) is known to it by its text.
+The value of a key of `sweep.lengths` is a list. Each of its elements is a parameter (model.width.0,
+model.width.1, ...) that is drawn if the list is long enough.
 """
 
 import itertools
@@ -20,12 +19,12 @@ from trainer.sweeps.ranges import Range, parse_range
 GRID_LIMIT = 100_000  # combinations
 
 Drawn = Mapping[str, Any]
-"""Values by parameter name, as Optuna knows them: `trial.params`."""
+"""What Optuna stores, by parameter name: `trial.params`. See `Range.value`."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One thing that is drawn."""
+    """One value that is drawn."""
 
     name: str  # the key; of an element of a list with its index: model.width.0
     key: str
@@ -34,7 +33,7 @@ class Parameter:
 
 
 class Space:
-    """All parameters, in an order in which each can be drawn."""
+    """All parameters, each after those that its conditions are about."""
 
     def __init__(self, parameters: Sequence[Parameter], lists: Mapping[str, list[Comparison]]):
         """Args: lists: keys whose value is a list, and the conditions on the list as a whole."""
@@ -48,7 +47,7 @@ class Space:
         return any(parameter.conditions for parameter in self.parameters)
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Draw what a trial lacks. Returns all that it has."""
+        """Draw the parameters that a trial does not have. Returns all its parameters."""
         drawn: dict[str, Any] = {}
         for parameter in self.parameters:
             if self._active(parameter, drawn):
@@ -56,7 +55,7 @@ class Space:
         return drawn
 
     def settings(self, drawn: Drawn) -> dict[str, Any]:
-        """What was drawn as values of configuration keys, lists put together."""
+        """The values of configuration keys, with the elements of lists collected."""
         values = self.values(drawn)
         settings: dict[str, Any] = {
             key: [] for key, conditions in self._lists.items() if satisfied(conditions, values)
@@ -70,7 +69,7 @@ class Space:
         return settings
 
     def ends(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Draws in which every end of every range occurs, and the name that each is about."""
+        """Draws that contain every end of every range; each with the name of that parameter."""
         seen = []
         for parameter in self.parameters:
             for value in parameter.range.ends():
@@ -82,13 +81,13 @@ class Space:
                         break
 
     def grid(self, limit: int) -> list[dict[str, Any]]:
-        """Every combination once. Raises ConfigError for more than `limit`, or uncountably many."""
+        """Every combination once. Raises ConfigError for more than `limit`."""
         combinations: list[dict[str, Any]] = [{}]
         for parameter in self.parameters:
             count = parameter.range.count()
             if count is None:
                 raise ConfigError(
-                    f"sweep.params.{parameter.key}: it has no end of values, which "
+                    f"sweep.params.{parameter.key}: it has infinitely many values, which "
                     "sweep.sampler=grid needs: use a range with a step or a choice, or "
                     "another sampler"
                 )
@@ -116,10 +115,9 @@ class Space:
         return {name: self._by_name[name].range.value(stored) for name, stored in drawn.items()}
 
     def _draws(self, wanted: Drawn) -> Iterator[dict[str, Any]]:
-        """Draws with the values of `wanted`, the rest at the low ends of their ranges.
+        """Draws with the value of one parameter, and the others at the low ends of their ranges.
 
-        What conditions ask of the parameters that `wanted` depends on is found by trying their
-        ends, and what lies around the values that conditions name.
+        Parameters that it depends on take all values that may decide their conditions.
         """
         (name,) = wanted
         line = self._ancestors(name)
@@ -152,7 +150,7 @@ def parse_space(cfg: SweepConfig, defaults: Mapping[str, Any]) -> Space:
     texts = flatten(cfg.params, "sweep.params")
     ranges = {key: parse_range(key, text) for key, text in texts.items() if text is not None}
     if not ranges:
-        raise ConfigError("sweep.params: nothing is left to search")
+        raise ConfigError("sweep.params: it is empty, so there is nothing to search")
     conditions = {
         key: parse_condition(f"sweep.conditions.{key}", text)
         for key, text in flatten(cfg.conditions, "sweep.conditions").items()
@@ -180,7 +178,7 @@ def parse_space(cfg: SweepConfig, defaults: Mapping[str, Any]) -> Space:
 
 
 def flatten(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Nested or dotted keys, which are the same, as dotted ones. Raises ConfigError for twins."""
+    """Nested keys as dotted ones. Raises ConfigError if a key is there in both forms."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         nested = flatten(value, f"{where}.{key}") if isinstance(value, Mapping) else {"": value}
@@ -196,28 +194,28 @@ def _elements(
     key: str, found: Range, length: Any, ranges: Mapping[str, Range], defaults: Mapping[str, Any]
 ) -> list[Parameter]:
     """One parameter for each element that the list `key` can have."""
-    said = f"sweep.lengths.{key}={length}"
+    where = f"sweep.lengths.{key}={length}"
     if isinstance(length, str) and length in ranges:
         longest = ranges[length].all() or []
         if not all(type(value) is int for value in longest) or not longest:
-            raise ConfigError(f"{said}: {length} must be searched among whole numbers")
+            raise ConfigError(f"{where}: {length} must be searched among whole numbers")
         return [
             Parameter(f"{key}.{i}", key, found, [Comparison(length, ">", i)])
             for i in range(max(longest))
         ]
     count = defaults.get(length) if isinstance(length, str) else length
     if type(count) is not int or count < 1:
-        raise ConfigError(f"{said}: it must be a number above 0, or a key that holds one")
+        raise ConfigError(f"{where}: it must be a number above 0, or a key that holds one")
     return [Parameter(f"{key}.{i}", key, found, []) for i in range(count)]
 
 
 def _length_drawn(length: Any, ranges: Mapping[str, Range]) -> list[Comparison]:
-    """The condition that a list's length is drawn: none can be made without, and its key stays."""
+    """The condition that the length of a list is drawn; otherwise its key keeps its value."""
     return [Comparison(length, "!=", None)] if length in ranges else []
 
 
 def _in_order(parameters: list[Parameter]) -> list[Parameter]:
-    """Each after those that its conditions are about; otherwise as they are given."""
+    """Sort parameters so that each follows those that its conditions are about."""
     names = {parameter.name for parameter in parameters}
     for parameter in parameters:
         for condition in parameter.conditions:
@@ -237,7 +235,7 @@ def _in_order(parameters: list[Parameter]) -> list[Parameter]:
         ]
         if not ready:
             stuck = sorted(names - done)
-            raise ConfigError(f"sweep.conditions: {', '.join(stuck)} wait for one another")
+            raise ConfigError(f"sweep.conditions: {', '.join(stuck)} depend on each other")
         ordered.append(ready[0])
         done.add(ready[0].name)
     return ordered

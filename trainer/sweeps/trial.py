@@ -1,4 +1,4 @@
-"""One trial as the driver sees it: where it goes on, what it said, what it came to."""
+"""One trial as the driver sees it: its checkpoints, its messages, and its result."""
 
 import contextlib
 import shutil
@@ -26,7 +26,7 @@ from trainer.sweeps.shared_phases import SharedPhases
 
 
 class Trial:
-    """Takes in the messages of a trial and keeps its checkpoints in trials/NUMBER."""
+    """Receives the messages of a trial, and keeps its checkpoints in trials/NUMBER."""
 
     def __init__(
         self,
@@ -35,19 +35,19 @@ class Trial:
         experiment: Any,  # an Experiment, whose import would slow down the start
         sweep: SweepConfig,
         folder: Path,
-        prefixes: SharedPhases,
+        shared_phases: SharedPhases,
     ):
         self.number = number
         self.drawn = drawn
         self.experiment = experiment
         self.epoch = 0  # of all phases together
-        self.value: float | None = None  # the metric at that epoch
+        self.value: float | None = None  # the metric after that epoch
         self.pruned = False
         self.stopped = False
-        self.error: Exception | None = None  # that its messages met here; the attempt has failed
+        self.error: Exception | None = None  # raised here by a message; the attempt has failed
         self.records: list[dict[str, Any]] = []
-        self.prefix = prefixes.key(experiment.config)  # what it shares with others
-        self._prefixes = prefixes
+        self.shared = shared_phases.key(experiment.config)  # key of what it shares with others
+        self._shared_phases = shared_phases
         self._sweep = sweep
         self._names = list(experiment.phases)
         self._folder = folder_of(folder, number)
@@ -57,17 +57,23 @@ class Trial:
         self._file_bytes: int | None = None
 
     def start(self, say: Callable[[str], None]) -> Any:
-        """Where the next attempt begins: at the last checkpoint, if there is one.
+        """Prepare an attempt.
+
+        Args:
+            say: shows a line to the user.
+
+        Returns:
+            Where it begins (trainer.worker.run.Start): at the last checkpoint, if there is one.
 
         Raises:
             ConfigError: init_from holds no weights.
-            RunError, OSError: a checkpoint that is needed is gone.
+            RunError, OSError: a checkpoint that is needed is missing.
         """
         from trainer.worker.run import start_at
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        if self.prefix:
-            self._prefixes.take(self.prefix, self._folder / "checkpoints")
+        if self.shared:
+            self._shared_phases.load(self.shared, self._folder / "checkpoints")
         self._checkpoints = Checkpoints(self._folder, self.experiment.config.checkpoint.keep)
         if self.experiment.has_initial_weights and not self._checkpoints.load_initial(say):
             self._checkpoints.save_initial(self.experiment.initial_weights(None))
@@ -88,11 +94,11 @@ class Trial:
 
     @property
     def epochs(self) -> int:
-        """Epochs that it takes in all."""
+        """Number of epochs of all phases."""
         return sum(phase.fit.epochs for phase in self.experiment.phases.values())
 
     def on(self, message: Message) -> tuple[int, float] | None:
-        """Take in a message. Returns epoch and watched value where there is something to report."""
+        """Receive a message. Returns epoch and watched value after an epoch, else None."""
         assert self._checkpoints is not None
         match message:
             case RunStarted():
@@ -108,12 +114,12 @@ class Trial:
                 record = as_json(message.record)
                 last = message.index == len(self._names) - 1
                 self.records.append(record)
-                shared = self.prefix and record["name"] == self._prefixes.last
-                if not last or shared:  # after the last one nothing goes on
+                shared = self.shared and record["name"] == self._shared_phases.last
+                if not last or shared:  # nothing continues after the last phase
                     self._checkpoints.save_phase_end(message.index, record, message.weights)
-                if self.prefix and shared:
+                if self.shared and shared:
                     self._checkpoints.wait()
-                    self._prefixes.give(self.prefix, self._checkpoints.folder)
+                    self._shared_phases.save(self.shared, self._checkpoints.folder)
             case EpochEnded():
                 before = self._names[: self._names.index(message.phase)]
                 done = sum(self.experiment.phases[name].fit.epochs for name in before)
@@ -125,10 +131,10 @@ class Trial:
         return None
 
     def pause(self) -> None:
-        """The attempt is over; what is written stays.
+        """End the attempt. Its checkpoints are kept.
 
         Raises:
-            RunError: the last checkpoint could not be written; there is the one before it.
+            RunError: the last checkpoint could not be written; the one before it is there.
         """
         if self._checkpoints:
             try:
@@ -138,14 +144,18 @@ class Trial:
                 self._checkpoints = None
 
     def forget(self) -> None:
-        """The trial is over: its checkpoints go."""
-        with contextlib.suppress(RunError):  # a checkpoint that nobody needs any more
+        """End the trial, and delete its checkpoints."""
+        with contextlib.suppress(RunError):  # a checkpoint that is deleted now
             self.pause()
         shutil.rmtree(self._folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other trials are there
+        with contextlib.suppress(OSError):  # it holds other trials
             self._folder.parent.rmdir()
 
 
 def folder_of(sweep: Path, number: int) -> Path:
-    """Where a trial's checkpoints lie, in the folder of the sweep."""
+    """The folder of a trial's checkpoints.
+
+    Args:
+        sweep: folder of the sweep.
+    """
     return sweep / "trials" / f"{number:04d}"
