@@ -107,6 +107,35 @@ def test_latency_that_cannot_be_reached_ends_the_run() -> None:
         phase.plan_change(model, WORLD)
 
 
+def test_a_model_with_several_inputs_is_refused_before_training(tmp_path: Any) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            output: Tensor = self.fc(a + b)
+            return output
+
+    class Pairs(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            return (torch.ones(4), torch.ones(4)), index % 3
+
+    data = Pairs()
+    with pytest.raises(ConfigError, match=r"phases\.structured_prune: .* one input tensor only"):
+        trainer.run(
+            model=Sum,
+            data=(data, data, data),
+            phases=[Train(epochs=1), StructuredPrune(0.5)],
+            cluster={"backend": "inline", "workers": 1},
+            out=tmp_path / "run",
+            progress=False,
+        )
+
+
 def test_the_rest_of_the_chain_follows_it_and_the_file_gives_the_model(tmp_path: Any) -> None:
     data = X.repeat(3, 1, 1, 1), torch.arange(24) % 4
     phases = [

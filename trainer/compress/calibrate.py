@@ -24,7 +24,7 @@ from trainer.compress.quantize import (
 from trainer.compress.rounding import round_second_order
 from trainer.compress.select import ParameterRef
 
-RANGES = ("mse", "percentile", "minmax")
+RANGES = ("minmax", "mse", "percentile")
 PERCENTILE = 99.99  # of the values on each side of zero that the range "percentile" covers
 
 _VALUES = 1 << 17  # that are kept of all inputs of a layer to find its range
@@ -38,7 +38,7 @@ def calibrate(
     places: Mapping[str, Sequence[ParameterRef]],
     quantizers: Mapping[str, WeightQuantizer],
     inputs: Sequence[Tensor],
-    ranges: str = "mse",
+    ranges: str = "minmax",
     second_order: bool = True,
     correct_bias: bool = True,
 ) -> None:
@@ -54,8 +54,8 @@ def calibrate(
         places: Where the model uses each weight to be quantized.
         quantizers: Of these weights, whose scales are set here.
         inputs: Batches [n, ...] of the model's inputs, on its device.
-        ranges: How the range of a layer's input is found, one of `RANGES`: by the smallest mean
-            squared error of the values, by percentile, or by the smallest and largest value.
+        ranges: How the range of a layer's input is found, one of `RANGES`: by the smallest and
+            largest value, by the smallest mean squared error of the values, or by percentile.
         second_order: Whether rounding takes the inputs into account.
         correct_bias: Whether biases are corrected.
     """

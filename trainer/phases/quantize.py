@@ -74,8 +74,9 @@ class Quantize(Phase):
             the first dimension of a weight; in a ConvTranspose these are the input's.
         samples: Number of training samples to calibrate with; 0: the ranges of inputs are learned
             in training.
-        ranges: How calibration finds the range of an input: "mse" (least squared error),
-            "percentile" (99.99% of the values on each side of zero), or "minmax".
+        ranges: How calibration finds the range of an input: "minmax", "mse" (least squared error)
+            or "percentile" (99.99% of the values on each side of zero). The last two cut off
+            outliers, which transformers need.
         rounding: Of weights, in calibration: "nearest", or "second_order", which makes up for the
             error of a weight by others of the same output, according to the layer's inputs (GPTQ,
             arXiv:2210.17323). It is done for Linear and convolutions; others take the nearest.
@@ -98,7 +99,7 @@ class Quantize(Phase):
     layers: list[Any] = field(default_factory=list)
     per_channel: bool = True
     samples: int = 0
-    ranges: str = "mse"
+    ranges: str = "minmax"
     rounding: str = "second_order"
     correct_bias: bool = True
     momentum: float = 0.05

@@ -43,7 +43,6 @@ from trainer.worker.phase import (
     STOP,
     PhaseRun,
     Position,
-    observed,
 )
 from trainer.worker.preflight import check_compatible
 
@@ -205,9 +204,17 @@ def _check_inputs(
     """Let the phases that look at inputs refuse settings, before anything is trained."""
     for name, phase in phases.items():
         if phase.samples:
-            inputs = observed(data.train, 2, runtime)
+            order = torch.arange(2) % len(data.train)
+            ((inputs, targets),) = data.train.batches([order], None)
+            inputs, _ = runtime.place_batch(inputs, targets)
+            if not isinstance(inputs, Tensor):
+                raise ConfigError(
+                    f"phases.{name}: {phase.kind} looks at the model's inputs (samples="
+                    f"{phase.samples}), which works for models with one input tensor only; the "
+                    f"samples of data have a {type(inputs).__name__}"
+                )
             try:
-                phase.check_inputs(model, torch.cat(inputs))
+                phase.check_inputs(model, inputs)
             except ConfigError as error:
                 raise ConfigError(f"phases.{name}: {error}") from error
 
