@@ -200,7 +200,7 @@ class FileEncoded:
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(_Measured):
     """A model as an ONNX file, run by onnxruntime on one thread, on validation data."""
 
     name: str  # fp32 or int8

@@ -67,7 +67,7 @@ def test_an_analysis_that_fails_takes_no_results_along(tmp_path, monkeypatch) ->
     cfg = config(sweep={**RATE, "analysis": "sensitivity"}).config
     space = parse_space(cfg.sweep, {})
     ledger = SweepStudy(cfg.sweep, space, "test", 3, tmp_path, 4)
-    made = SimpleNamespace(cfg=cfg, space=space)
+    made = SimpleNamespace(cfg=cfg, space=space, directions={"accuracy": "maximize"})
     directory = RunDirectory(tmp_path)
     directory.write_command(["+experiment=test"])
     results = Results(made, ledger, directory)  # type: ignore[arg-type]

@@ -273,7 +273,9 @@ class SweepConfig:
     sampler: Any = "tpe"  # tpe | random | grid | nsga2 | settings of a class, with _target_
     startup_trials: int = 10  # trials drawn at random before the sampler learns from them
     pruner: Any = "median"  # median | asha | hyperband | none | settings of a class
-    metric: str = "accuracy"  # validation measure that the pruner watches: accuracy | loss
+    metric: str = (
+        "accuracy"  # validation measure that the pruner watches: a metric of the task | loss
+    )
     min_trials: int = 5  # pruner=median: trials that must end before one is pruned
     min_epochs: int = 1  # epochs that every trial gets
     reduction: int = 3  # pruner=asha, hyperband: one trial in so many continues at each level
@@ -298,7 +300,6 @@ class SweepConfig:
             check_choice("sweep.pruner", self.pruner, ("median", "asha", "hyperband", "none"))
         if self.analysis is not None:
             check_choice("sweep.analysis", self.analysis, ("interference", "sensitivity"))
-        check_choice("sweep.metric", self.metric, ("accuracy", "loss"))
         self.objectives = {k: v for k, v in self.objectives.items() if v is not None}
         for measure, direction in self.objectives.items():
             check_choice(f"sweep.objectives.{measure}", direction, ("maximize", "minimize"))

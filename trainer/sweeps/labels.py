@@ -33,9 +33,9 @@ def format_measure(name: str, value: float) -> str:
     Args:
         name: of trainer.sweeps.measures.
     """
+    if name.endswith("accuracy"):
+        return f"{value:.2%}"
     match name:
-        case "accuracy":
-            return f"{value:.2%}"
         case "bytes" | "parameters" | "nonzero" | "macs":
             return f"{value:,.0f}"
         case "seconds":

@@ -1,33 +1,76 @@
 """Measures of a trial: objectives, constraints, and the value that pruners compare."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trainer.config import SweepConfig
+from trainer.config import Config, SweepConfig
 from trainer.errors import ConfigError
+from trainer.messages import PhaseRecord
 from trainer.sweeps.compare import Comparison, excess, parse_bound
 
 Record = Mapping[str, Any]
 """An entry of `phases` in summary.json."""
 
 MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
-    "accuracy": lambda records: records[-1]["accuracy"],  # validation, fraction
-    "loss": lambda records: records[-1]["loss"],  # validation, nats
+    "accuracy": lambda records: records[-1].get("accuracy"),  # validation, fraction
+    "loss": lambda records: records[-1]["loss"],  # validation
     "parameters": lambda records: records[-1]["parameters"],  # of the dense model
     "nonzero": lambda records: records[-1]["nonzero"],  # of the parameters
     "macs": lambda records: records[-1]["macs"],  # per sample, of weights that are not zero
     "bytes": lambda records: records[-1].get("bytes"),  # of model.dcz; None: not encoded
     "seconds": lambda records: sum(record["seconds"] for record in records),
 }
-"""From the records of a trial's phases to one number; a new measure needs a line here."""
+"""From the records of a trial's phases to one number; a new measure needs a line here.
+
+The other metrics of the task are measures as well, on validation data after the last phase.
+"""
+
+_NO_METRICS = {field.name for field in dataclasses.fields(PhaseRecord)} | {"bytes"}
+
+
+def task_directions(cfg: Config, objects: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics of the task by name: maximize or minimize. The first one comes first.
+
+    Raises:
+        ConfigError: The settings of the task are wrong.
+    """
+    plain = cfg.task.get("metrics") in (None, ["accuracy"])
+    if plain and cfg.task.get("_target_") == "trainer.tasks.Classification":
+        return {"accuracy": "maximize"}
+    from trainer.config.instantiate import Factory
+    from trainer.tasks import Task  # imports torch, which slows down the start
+
+    task: Factory[Task] = Factory("task", cfg.task, Task, objects)
+    return task.build().directions
+
+
+def for_task(cfg: Config, directions: Mapping[str, str]) -> Config:
+    """The settings of a sweep with `accuracy` replaced by the first metric of a task without it."""
+    if "accuracy" in directions:
+        return cfg
+    first = next(iter(directions))
+    sweep = cfg.sweep
+    objectives = {
+        (first if name == "accuracy" else name): (
+            directions[first] if name == "accuracy" else direction
+        )
+        for name, direction in sweep.objectives.items()
+    }
+    metric = first if sweep.metric == "accuracy" else sweep.metric
+    changed = dataclasses.replace(sweep, objectives=objectives, metric=metric)
+    return dataclasses.replace(cfg, sweep=changed)
+
 
 SIZES = ("parameters", "nonzero", "macs", "bytes")  # grow with the number of nonzero weights
 
 
 def measure(records: Sequence[Record]) -> dict[str, float]:
     """All measures of a trial that ended."""
+    last = records[-1]
     found = {name: of(records) for name, of in MEASURES.items()}
+    found |= {name: value for name, value in last.items() if name not in _NO_METRICS}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -36,15 +79,27 @@ def needs_artifact(cfg: SweepConfig) -> bool:
     return "bytes" in cfg.objectives or "bytes" in cfg.constraints
 
 
-def check_measures(cfg: SweepConfig) -> None:
-    """Refuse objectives and constraints that are no measures. Raises ConfigError."""
+def check_measures(cfg: SweepConfig, directions: Mapping[str, str]) -> None:
+    """Refuse objectives, constraints and a metric that are not measured. Raises ConfigError.
+
+    Args:
+        directions: Of the metrics of the task, by name.
+    """
     parse_constraints(cfg)
+    known = dict.fromkeys([*directions, *(name for name in MEASURES if name != "accuracy")])
+    if cfg.metric != "loss" and cfg.metric not in directions:
+        raise ConfigError(
+            f"sweep.metric={cfg.metric}: it must be one of {', '.join([*directions, 'loss'])}"
+        )
+    if cfg.metric not in ("accuracy", "loss", *cfg.objectives):
+        raise ConfigError(
+            f"sweep.metric={cfg.metric}: state its direction in sweep.objectives, such as "
+            f"sweep.objectives.{cfg.metric}={directions[cfg.metric]}"
+        )
     for section in ("objectives", "constraints"):
         for name in getattr(cfg, section):
-            if name not in MEASURES:
-                raise ConfigError(
-                    f"sweep.{section}.{name}: unknown; there are {', '.join(MEASURES)}"
-                )
+            if name not in known:
+                raise ConfigError(f"sweep.{section}.{name}: unknown; there are {', '.join(known)}")
 
 
 def parse_constraints(cfg: SweepConfig) -> dict[str, Comparison]:
@@ -61,8 +116,8 @@ def violations(bounds: Mapping[str, Comparison], measured: Mapping[str, float]) 
 
 
 def not_finite(cfg: SweepConfig, measured: Mapping[str, float]) -> str | None:
-    """The measure that is NaN or infinite, as a sentence; None: all are finite."""
-    for name in dict.fromkeys(("loss", "accuracy", *cfg.objectives, *cfg.constraints)):
+    """What is NaN or infinite of all that a trial is judged by, as a sentence; None: nothing."""
+    for name in dict.fromkeys(("loss", cfg.metric, *cfg.objectives, *cfg.constraints)):
         if not math.isfinite(measured[name]):
             return f"the {name} after the last phase is {measured[name]}"
     return None

@@ -12,7 +12,7 @@ from trainer.errors import ConfigError, first_line
 from trainer.sweeps.algorithms import own_pruner, own_sampler
 from trainer.sweeps.analysis import check_analysis
 from trainer.sweeps.loggers import check_loggers
-from trainer.sweeps.measures import check_measures
+from trainer.sweeps.measures import check_measures, for_task, task_directions
 from trainer.sweeps.overrides import override
 from trainer.sweeps.shared_phases import check_shared_phases
 from trainer.sweeps.space import GRID_LIMIT, Drawn, flatten, parse_space
@@ -37,9 +37,10 @@ class Plan:
     def __init__(
         self, cfg: Config, base: DictConfig, objects: Mapping[str, Any] | None = None
     ) -> None:
-        self.cfg = cfg
-        self._base = base
         given = dict(objects or {})
+        self.directions = task_directions(cfg, given)
+        self.cfg = cfg = for_task(cfg, self.directions)
+        self._base = base
         self.sampler = own_sampler(cfg.sweep, cfg.seed, given)
         self.pruner = own_pruner(cfg.sweep, given)
         # Of the driver alone, and so not sent to the workers with each trial.
@@ -57,7 +58,7 @@ class Plan:
         ):
             for key in sorted(keys):
                 _check_key(f"sweep.{where}.{key}", key, settings)
-        check_measures(cfg.sweep)
+        check_measures(cfg.sweep, self.directions)
         check_loggers(cfg.logger)
         check_shared_phases(cfg)
         check_analysis(cfg.sweep, self.space)

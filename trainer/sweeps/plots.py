@@ -194,7 +194,7 @@ def value_axis(axes: Axes, axis: Any, name: str, values: Sequence[float]) -> Non
         axis: axes.xaxis or axes.yaxis.
     """
     axis.set_label_text(name)
-    if name == "accuracy":
+    if name.endswith("accuracy"):
         axis.set_major_formatter(PercentFormatter(1.0))
     elif min(values) > 0 and max(values) > _WIDE_RANGE * min(values):
         (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")

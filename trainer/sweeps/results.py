@@ -166,7 +166,7 @@ class Results:
 
     def _write_csv(self) -> None:
         names = [parameter.name for parameter in self._plan.space.parameters]
-        measures = list(MEASURES)
+        measures = list(dict.fromkeys([*MEASURES, *self._plan.directions]))
         out = io.StringIO()
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["number", "state", "epochs", *measures, *names, "failures", "reason"])

@@ -187,7 +187,8 @@ class Search:
                 ended.state, "interrupted"
             ),
             "error": ended.user_attrs.get("reason"),
-            "accuracy": last.get("accuracy"),  # validation: trials do not see the test set
+            # Of validation data: trials do not see the test set.
+            **{name: last.get(name) for name in self._plan.directions},
             "loss": last.get("loss"),
         }
         self._loggers.on(trial.number, RunEnded(summary))

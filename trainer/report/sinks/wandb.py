@@ -81,7 +81,7 @@ class WandbSink(ScalarSink):
         super().on(message)
         if isinstance(message, RunEnded):
             for key in ("status", *metric_names(message.summary), "loss"):
-                self._run.summary[key] = message.summary[key]
+                self._run.summary[key] = message.summary.get(key)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
