@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor, nn
 
+from trainer.compress.quantize import INPUT, ActivationQuantizer, WeightQuantizer, attach
 from trainer.export.onnx import to_onnx
 from trainer.export.runtime import OnnxModel
 from trainer.inference import compile, layer_kernels
@@ -58,6 +59,18 @@ def sparse(weight: Tensor, density: float, values: int) -> None:
     weight.copy_(book[torch.randint(values, weight.shape)] * kept)
 
 
+def quantized_layer(dense: nn.Linear, xs: list[Tensor]) -> nn.Module:
+    """The layer with 8-bit weights and inputs; the grid of least error would take minutes."""
+    layer = copy.deepcopy(dense)
+    weights, inputs = WeightQuantizer(8), ActivationQuantizer(8)
+    weights.scale.copy_(layer.weight.abs().max() / 127)
+    layer.weight.copy_((layer.weight / weights.scale).round() * weights.scale)
+    inputs.update_range(torch.stack(torch.cat(xs).aminmax()), 1.0)
+    attach(layer, "weight", weights)
+    attach(layer, INPUT, inputs)
+    return nn.Sequential(layer)
+
+
 def vectors(count: int, inputs: int, density: float) -> list[Tensor]:
     return [torch.randn(1, inputs).abs() * (torch.rand(1, inputs) < density) for _ in range(count)]
 
@@ -85,8 +98,7 @@ def layers(seconds: float) -> None:
         xs = vectors(8, inputs, activations)
         engine = compile(nn.Sequential(copy.deepcopy(dense)), samples=xs[0], threads=1)
         csr = dense.weight.to_sparse_csr()
-        quantized = quantized_copy(nn.Sequential(copy.deepcopy(dense)), torch.cat(xs))
-        int8 = OnnxModel(to_onnx(quantized, torch.cat(xs[:2])))
+        int8 = OnnxModel(to_onnx(quantized_layer(dense, xs), torch.cat(xs[:2])))
         taken = alternate(
             in_turn(
                 [

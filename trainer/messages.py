@@ -200,6 +200,13 @@ class FileEncoded:
 
 
 @dataclass(frozen=True)
+class LatencyMeasured:
+    """The final model of a trial computed one sample with the engine for compressed weights."""
+
+    microseconds: float  # CPU time on one thread, median
+
+
+@dataclass(frozen=True)
 class Exported(_Measured):
     """A model as an ONNX file, run by onnxruntime on one thread, on validation data."""
 
@@ -329,6 +336,7 @@ Message = (
     | Checkpoint
     | PhaseEnded
     | FileEncoded
+    | LatencyMeasured
     | Handover
     | RunStopped
     | Evaluated

@@ -18,8 +18,14 @@ def _sources(folder: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+def _folder(function: Callable[..., Any]) -> Path:
+    """Where the files are that a function may use: trainer.compress, or its own folder."""
+    here, own = Path(__file__).parent, Path(function.__code__.co_filename).parent
+    return here if own.is_relative_to(here) else own
+
+
 def jit(function: F) -> F:
-    """numba.njit, kept on disk until a file here or in the folder of the function changes.
+    """numba.njit with a cache on disk that is valid until a file in `_folder` changes.
 
     The compiled function releases the GIL, so that a worker that codes a layer for minutes still
     sends its heartbeat. Numba's own cache depends only on the file of the function: after a change
@@ -30,9 +36,7 @@ def jit(function: F) -> F:
     try:
         compiled = compiler(cache=True)(function)
         index = compiled._cache._cache_file
-        folders = {Path(__file__).parent, Path(function.__code__.co_filename).parent}
-        stamps = [_sources(folder) for folder in sorted(folders)]
-        index._source_stamp = (index._source_stamp, *stamps)
+        index._source_stamp = (index._source_stamp, _sources(_folder(function)))
     except (RuntimeError, AttributeError):
         return compiler()(function)  # type: ignore[no-any-return]
     return compiled  # type: ignore[no-any-return]

@@ -20,6 +20,8 @@ MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
     "nonzero": lambda records: records[-1]["nonzero"],  # of the parameters
     "macs": lambda records: records[-1]["macs"],  # per sample, of weights that are not zero
     "bytes": lambda records: records[-1].get("bytes"),  # of model.dcz; None: not encoded
+    # CPU microseconds of a sample on one thread, by the engine; None: not measured
+    "latency": lambda records: records[-1].get("latency"),
     "seconds": lambda records: sum(record["seconds"] for record in records),
 }
 """From the records of a trial's phases to one number; a new measure needs a line here.
@@ -27,7 +29,10 @@ MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
 The other metrics of the task are measures as well, on validation data after the last phase.
 """
 
-_NO_METRICS = {field.name for field in dataclasses.fields(PhaseRecord)} | {"bytes"}
+ON_REQUEST = ("bytes", "latency")
+"""Measures that take time, so that they are only taken if a sweep requests them."""
+
+_NO_METRICS = {field.name for field in dataclasses.fields(PhaseRecord)} | {*ON_REQUEST}
 
 
 def task_directions(cfg: Config, objects: Mapping[str, Any]) -> dict[str, str]:
@@ -74,9 +79,9 @@ def measure(records: Sequence[Record]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def needs_artifact(cfg: SweepConfig) -> bool:
-    """Whether the objectives or constraints need the size of the compressed file."""
-    return "bytes" in cfg.objectives or "bytes" in cfg.constraints
+def requested(cfg: SweepConfig) -> list[str]:
+    """The measures of ON_REQUEST that the objectives or constraints need."""
+    return [name for name in ON_REQUEST if name in cfg.objectives or name in cfg.constraints]
 
 
 def check_measures(cfg: SweepConfig, directions: Mapping[str, str]) -> None:

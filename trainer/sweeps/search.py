@@ -14,7 +14,7 @@ from trainer.messages import RunEnded
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.budget import Budget
 from trainer.sweeps.loggers import TrialLoggers
-from trainer.sweeps.measures import needs_artifact, not_finite, parse_constraints, violations
+from trainer.sweeps.measures import not_finite, parse_constraints, requested, violations
 from trainer.sweeps.plan import Plan
 from trainer.sweeps.pool import Pool, Slot, TrialEnded, TrialMessage, TrialRequeued
 from trainer.sweeps.shared_phases import SharedPhases
@@ -219,7 +219,7 @@ class Search:
                 continue
             assert trial.resumed is not None
             self._loggers.begin(number, trial.experiment, trial.resumed)
-            self._pool.take().run(number, trial.experiment, start, needs_artifact(self._cfg))
+            self._pool.take().run(number, trial.experiment, start, requested(self._cfg))
 
     def _next(self) -> int | None:
         """A trial to run now: one that waits, or a new one; None: there is none."""

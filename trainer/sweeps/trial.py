@@ -13,6 +13,7 @@ from trainer.messages import (
     Checkpoint,
     EpochEnded,
     FileEncoded,
+    LatencyMeasured,
     Message,
     PhaseEnded,
     Resumed,
@@ -55,6 +56,7 @@ class Trial:
         self.resumed: Resumed | None = None  # where the last attempt began
         self._parameters = 0
         self._file_bytes: int | None = None
+        self._latency: float | None = None
 
     def start(self, say: Callable[[str], None]) -> Any:
         """Prepare an attempt.
@@ -80,7 +82,7 @@ class Trial:
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
         self.resumed = Resumed(point.phase, point.step, self._names, point.records, point.progress)
-        self._file_bytes = None
+        self._file_bytes = self._latency = None
         self.stopped, self.error = False, None
         return start_at(
             self.experiment, point, partial(self._checkpoints.weights_after, self._names)
@@ -90,6 +92,8 @@ class Trial:
         """All measures, once it has ended."""
         if self._file_bytes is not None:
             self.records[-1]["bytes"] = self._file_bytes
+        if self._latency is not None:
+            self.records[-1]["latency"] = self._latency
         return measure(self.records)
 
     @property
@@ -110,6 +114,8 @@ class Trial:
                 self._checkpoints.save_within(message.phase, name, message.step, message.content)
             case FileEncoded():
                 self._file_bytes = message.size
+            case LatencyMeasured():
+                self._latency = message.microseconds
             case PhaseEnded():
                 record = as_json(message.record)
                 last = message.index == len(self._names) - 1

@@ -9,7 +9,7 @@ from trainer.sweeps.analysis.interference import check as check_interference
 from trainer.sweeps.analysis.interference import interference
 from trainer.sweeps.analysis.sensitivity import check as check_sensitivity
 from trainer.sweeps.analysis.sensitivity import sensitivity
-from trainer.sweeps.measures import MEASURES, needs_artifact
+from trainer.sweeps.measures import MEASURES, ON_REQUEST, requested
 from trainer.sweeps.space import Space
 
 
@@ -33,7 +33,7 @@ def check_analysis(cfg: SweepConfig, space: Space) -> None:
         ConfigError: names the parameter or the measure that is missing or in the way.
     """
     if cfg.analysis is not None:
-        measured = [name for name in MEASURES if name != "bytes" or needs_artifact(cfg)]
+        measured = [name for name in MEASURES if name not in ON_REQUEST or name in requested(cfg)]
         ANALYSES[cfg.analysis].check(space, measured)
 
 
