@@ -1,6 +1,6 @@
 """AlexNet's fully connected layers, from pruning to accelerators: one chain, one table.
 
-    python benchmarks/alexnet_layers.py
+    python benchmarks/alexnet_layers.py [--quick]
 
 Random weights of the sizes of Alex-6, Alex-7 and Alex-8 are pruned by magnitude to the densities
 that Han et al. (NIPS 2015, arXiv:1506.02626) published, shared with 4 bits, encoded as a .dcz file,
@@ -10,6 +10,7 @@ trained: times and energies depend on sizes and densities alone. Inputs are posi
 places, as in table III of EIE (Han et al., ISCA 2016, arXiv:1602.01528).
 """
 
+import argparse
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,8 +101,11 @@ def run(widths: Sequence[int], densities: Sequence[float], seconds: float = 0.5)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
+    quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    chain = run(WIDTHS, DENSITIES)
+    chain = run((90, 60, 40, 10), DENSITIES, 0.01) if quick else run(WIDTHS, DENSITIES)
     console = Console(highlight=False, emoji=False, width=1000)
     console.print(rich_table(table(chain.costs.as_dict()), console.width))
     for row in chain.kernels:

@@ -1,7 +1,7 @@
 """The engine beside PyTorch and onnxruntime: layers of the literature, a map, and whole networks.
 
     pip install -e '.[onnx]'
-    python benchmarks/inference.py [layers] [map] [nets] [--seconds 3] [--threads 1]
+    python benchmarks/inference.py [layers] [map] [nets] [--seconds 3] [--quick]
 
 layers: fully connected layers with the densities of weights and activations in table III of EIE
 (Han et al., ISCA 2016, arXiv:1602.01528), weights drawn at random, shared with 4 bits; one sample,
@@ -86,13 +86,13 @@ def in_turn(functions: list, inputs: list[Tensor]):
     return {name: (lambda n=name, f=function: call(n, f)) for name, function in functions}
 
 
-def layers(seconds: float) -> None:
+def layers(shapes: dict, seconds: float) -> None:
     print(
         "\n| layer | engine ms | kernel | dense fp32 | of it | sparse CSR | onnxruntime int8 "
         "| of it | rounds |\n|" + " --- |" * 9
     )
     against: dict[str, list[float]] = {"dense": [], "int8": []}
-    for name, (inputs, outputs, weights, activations) in LAYERS.items():
+    for name, (inputs, outputs, weights, activations) in shapes.items():
         dense = nn.Linear(inputs, outputs).eval().requires_grad_(False)
         sparse(dense.weight, weights, 15)
         xs = vectors(8, inputs, activations)
@@ -126,19 +126,19 @@ def layers(seconds: float) -> None:
     print(f"\nGeometric means: {means['dense']:.1f}x dense fp32, {means['int8']:.1f}x int8")
 
 
-def density_map(seconds: float) -> None:
+def density_map(densities: tuple, batches: tuple, seconds: float) -> None:
     print(
         "\ndense fp32 / compressed kernels (the faster of `columns` and `rows`), 4096 x 4096, "
         "35% of activations\n\n| density | "
-        + " | ".join(f"batch {b}" for b in BATCHES)
+        + " | ".join(f"batch {b}" for b in batches)
         + " |\n|"
-        + " --- |" * (1 + len(BATCHES))
+        + " --- |" * (1 + len(batches))
     )
-    for density in DENSITIES:
+    for density in densities:
         dense = nn.Linear(4096, 4096).eval().requires_grad_(False)
         sparse(dense.weight, density, 15)
         cells = []
-        for batch in BATCHES:
+        for batch in batches:
             x = torch.cat(vectors(batch, 4096, 0.353))
             functions = {"dense": lambda x=x, dense=dense: dense(x)}
             for kernel in ("columns", "rows"):
@@ -152,10 +152,10 @@ def density_map(seconds: float) -> None:
         print(f"| {density:.0%} | " + " | ".join(cells) + " |", flush=True)
 
 
-def nets(seconds: float) -> None:
+def nets(networks: dict, seconds: float) -> None:
     columns = ("net", "engine ms", TORCH, ONNX, ONNX_INT8, "faster onnxruntime / engine", "rounds")
     print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for name, (build, x, density, values) in NETS.items():
+    for name, (build, x, density, values) in networks.items():
         model = build().eval()
         for weight_name, weight in model.named_parameters():
             if weight.ndim > 1 and "encoder" not in weight_name:
@@ -177,10 +177,14 @@ def nets(seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parts = {"layers": layers, "map": density_map, "nets": nets}
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=list(parts))
+    parts = ["layers", "map", "nets"]
+    parser.add_argument("parts", nargs="*", choices=[*parts, []])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
+    parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
+    chosen = args.parts or parts
+    number = 1 if args.quick else None
+    seconds = 0.01 if args.quick else args.seconds
     import onnxruntime
 
     load = os.getloadavg()
@@ -193,8 +197,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with torch.inference_mode():
-        for part in args.parts:
-            parts[part](args.seconds)
+        if "layers" in chosen:
+            layers(dict(list(LAYERS.items())[:number]), seconds)
+        if "map" in chosen:
+            density_map(DENSITIES[:number], BATCHES[:number], seconds)
+        if "nets" in chosen:
+            nets(dict(list(NETS.items())[:number]), seconds)
     print(f"\nLoad at the end: {os.getloadavg()[0]:.1f}")
 
 
