@@ -65,7 +65,7 @@ class Signals:
     def deferring(
         self, before_exit: Callable[[], None], request: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Raise nothing within this block, whose foreign code, such as Ray's, could not bear it.
+        """Raise nothing within this block, because an exception would damage the state of Ray.
 
         The first signal calls `request`, and Interrupted is raised when the block ends, in place of
         any other error. The second signal calls `before_exit` and ends the process immediately,
@@ -89,9 +89,8 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.received = self.received is None, signal.Signals(number)
         if self.received is signal.SIGTERM:
-            signal.alarm(
-                0
-            )  # Ray's native handler sets an alarm if the signal arrives while it starts
+            # Ray's native handler sets an alarm if the signal arrives while Ray starts.
+            signal.alarm(0)
         if first and self._request is not None:
             self._request()
         elif self._before_exit is not None:

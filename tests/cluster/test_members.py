@@ -1,7 +1,15 @@
 """Who belongs to the next group, and what leaves the budget of restarts alone: pure functions."""
 
+import sys
+
+import pytest
+
+from trainer.cluster import open_group
+from trainer.cluster.group import Failure
 from trainer.cluster.members import Answer, choose, to_drop
+from trainer.cluster.recruits import Rank
 from trainer.cluster.restart import WorkerLoss, why_not_restart
+from trainer.config import ClusterConfig
 
 EARLIER, LATER = (0, 7, 2), (0, 8, 0)
 
@@ -37,3 +45,21 @@ def test_hosts_that_leave_use_up_no_restarts():
     assert why_not_restart([left] * 9, 0) is None
     assert why_not_restart([left, left, died], 1) is None
     assert "cluster.max_restarts=0" in why_not_restart([left, died], 0)
+
+
+@pytest.mark.parametrize("min_workers", [None, 1])
+def test_the_worker_that_was_lost_first_is_named(min_workers, monkeypatch):
+    """Rank 0 lost rank 1, which ended because it had lost rank 2, which says nothing."""
+    group = open_group(ClusterConfig(workers=3, min_workers=min_workers))
+    group._ranks = [Rank(None, node) for node in ("h1", "h2", "h3")]
+    late = [Failure("PeerLost: rank 1 lost rank 2", "", is_peer_loss=True, lost_rank=2)]
+    module = sys.modules["trainer.cluster.ray_group"]
+    monkeypatch.setattr(module, "ready", lambda streams, timeout: list(streams)[:1] if late else [])
+    monkeypatch.setattr(module, "receive", lambda stream: late.pop())
+    first = Failure("PeerLost: rank 0 lost rank 1", "", is_peer_loss=True, lost_rank=1)
+    messages, error = group._find_root_cause(0, first, {"zero": 0, "one": 1, "two": 2})
+    assert messages == []
+    assert str(error) == "worker 2 on h3: PeerLost: rank 1 lost rank 2"
+    # Ray reports the end of a process at once, unless its host is lost too.
+    assert error.has_left is (min_workers is not None)
+    assert group._suspects == {1, 2}

@@ -90,7 +90,11 @@ class ElasticGroup(RayGroup):
     def _has_notice(self, rank: Rank) -> bool:
         return self._nodes is not None and rank.node_id in self._nodes.draining
 
-    def _has_left(self, rank: int) -> bool:
+    def _has_left(self, rank: int, reported: bool) -> bool:
+        if not reported:
+            # Ray on a host that runs reports the end of a process at once. That the host itself is
+            # lost, Ray notices only after 20 to 65 s.
+            return True
         if not self._connection.answers() or self._nodes is None:
             return False
         return self._nodes.has_left(self._ranks[rank].node_id)

@@ -38,3 +38,16 @@ def available_cpus(quota: Path = CPU_QUOTA) -> int:
         return max(1, min(count, int(allowed) // int(period)))
     except (OSError, ValueError):  # no such file, or "max"
         return count
+
+
+def too_few_cpus(cfg: ClusterConfig, cpus: int) -> str | None:
+    """One line if the workers of one machine have more threads than it has CPUs; otherwise None."""
+    threads = cfg.threads or max(1, int(cfg.cpus_per_worker))
+    if cfg.workers == 1 or cfg.workers * threads <= cpus:
+        return None
+    fitting = max(1, cpus // threads)
+    each = "" if threads == 1 else f" of {threads} threads each"
+    return (
+        f"cluster.workers={cfg.workers}{each} on {cpus} {'CPU' if cpus == 1 else 'CPUs'}: they "
+        f"share them, so training is hardly faster than with cluster.workers={fitting}"
+    )

@@ -99,6 +99,10 @@ class WorkerGroup(Protocol):
     def nodes(self) -> list[str]:
         """Host name of each rank, once started."""
 
+    @property
+    def notices(self) -> list[str]:
+        """Once started: lines for the user about what the workers run on."""
+
     def start(self) -> None:
         """Start the workers and connect them, once. Every later `run` reuses the processes.
 

@@ -27,6 +27,7 @@ class InlineGroup:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self.nodes = [socket.gethostname()]
+        self.notices: list[str] = []
         self.stop_requested = threading.Event()
         self._cfg = cfg
         self._device: torch.device | None = None

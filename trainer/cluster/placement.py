@@ -18,6 +18,7 @@ class Placement:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self.device = "cpu"  # the type of device that the workers train on, chosen by `reserve`
+        self.notice: str | None = None  # why device=auto leaves GPUs unused; None: it does not
         self.group: PlacementGroup | None = None  # a bundle per worker, if reserved together
         self._cfg = cfg
 
@@ -64,10 +65,19 @@ class Placement:
             self.group = None
 
     def without_cuda(self, reason: str) -> str:
-        """Return "cpu"; with cluster.device=cuda raise a ConfigError with the reason."""
+        """Return "cpu", and keep the reason as `notice` if the cluster has GPUs.
+
+        Raises:
+            ConfigError: cluster.device=cuda; the message is the reason.
+        """
         if self._cfg.device == "cuda":
             raise ConfigError(
                 f"cluster.device=cuda: {reason}; use fewer workers or cluster.device=cpu"
+            )
+        if gpus := ray.cluster_resources().get("GPU", 0):
+            self.notice = (
+                f"cluster.device=auto: training on the CPU, although Ray finds GPUs ({gpus:g}): "
+                f"{reason}"
             )
         return "cpu"
 

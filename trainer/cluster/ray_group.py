@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from trainer.cluster.connection import RayConnection
+from trainer.cluster.environment import available_cpus, too_few_cpus
 from trainer.cluster.group import (
     Failure,
     InsufficientResources,
@@ -62,6 +63,15 @@ class RayGroup:
     def nodes(self) -> list[str]:
         """Host name of each rank."""
         return [rank.node for rank in self._ranks]
+
+    @property
+    def notices(self) -> list[str]:
+        """See `WorkerGroup`."""
+        lines = [self._placement.notice] if self._placement.notice else []
+        if self._connection.private and self._placement.device == "cpu":
+            crowded = too_few_cpus(self._cfg, available_cpus())
+            lines += [crowded] if crowded else []
+        return lines
 
     def start(self) -> None:
         """Connect to Ray, reserve resources for all workers, start them, connect them."""
@@ -346,11 +356,13 @@ class RayGroup:
             return late, ConfigError(failure.reason)
         if failure.is_permanent:
             return late, RunError(failure.reason, failure.detail)
+        reported = set(failures)
         # Name the worker that was lost first: it lost no other one, and others lost it.
-        while rank in failures and (lost := failures.pop(rank).lost_rank) is not None:
+        while rank in failures and (lost := failures[rank].lost_rank) is not None:
+            failure = failures.pop(rank)
             rank = lost
         node = self.nodes[rank]
-        has_left = failure.has_left or self._has_left(rank)
+        has_left = failure.has_left or self._has_left(rank, rank in reported)
         return late, WorkerFailed(
             rank, node, failure.reason, failure.detail, failure.position, has_left
         )
@@ -362,8 +374,13 @@ class RayGroup:
         elif failure.lost_rank is not None:
             self._suspects.add(failure.lost_rank)
 
-    def _has_left(self, rank: int) -> bool:
-        """Whether the host of a worker is known to have left the cluster."""
+    def _has_left(self, rank: int, reported: bool) -> bool:
+        """Whether the host of a worker has left the cluster.
+
+        Args:
+            rank: of the worker that was lost.
+            reported: whether Ray, or the worker itself, has reported its end.
+        """
         if not self._connection.answers():
             return False
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -270,6 +270,9 @@ class _Run:
                 raise
             ready.result()
         self.on(WorkersStarted(group.nodes))
+        if group is not self.borrowed:
+            for line in group.notices:
+                self.notify(line)
 
     def _prepare(self) -> None:
         """Everything that can be imported, built and checked before there are workers."""
