@@ -51,6 +51,7 @@ def test_hosts_that_leave_use_up_no_restarts():
 def test_the_worker_that_was_lost_first_is_named(min_workers, monkeypatch):
     """Rank 0 lost rank 1, which ended because it had lost rank 2, which says nothing."""
     group = open_group(ClusterConfig(workers=3, min_workers=min_workers))
+    monkeypatch.setattr(group._connection, "answers", lambda: False)  # it is not open
     group._ranks = [Rank(None, node) for node in ("h1", "h2", "h3")]
     late = [Failure("PeerLost: rank 1 lost rank 2", "", is_peer_loss=True, lost_rank=2)]
     module = sys.modules["trainer.cluster.ray_group"]
