@@ -34,7 +34,7 @@ class Accumulator(Protocol):
 class Metric:
     """Base class of metrics. Override `statistics` and `value`.
 
-    Args:
+    Attributes:
         direction: Whether larger values are better ("maximize") or smaller ones ("minimize").
     """
 
