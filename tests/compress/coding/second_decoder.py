@@ -139,6 +139,8 @@ def layer(blob: bytes, shape: list[int], clusters: int, below: int) -> list[int]
     size = rows * columns
     if blob[0] in (2, 3):
         return gaps(blob[1:], size, clusters, huffman if blob[0] == 2 else ans)
+    if blob[0] == 4:
+        return groups(blob[1:], shape, clusters)
     if blob[0] == 1:
         rows, columns = columns, rows
     if columns > 65536:
@@ -167,6 +169,25 @@ def gaps(blob: bytes, size: int, clusters: int, coder: Any) -> list[int]:
             levels.append(next(values) + 1)
     assert next(values, None) is None
     return levels + [0] * (size - len(levels))
+
+
+def groups(blob: bytes, shape: list[int], clusters: int) -> list[int]:
+    m = blob[0]
+    length, at = varint(blob, 1)
+    outputs, inputs = (shape[0] if shape else 1), (shape[1] if len(shape) > 1 else 1)
+    kernel = math.prod(shape[2:])
+    size = outputs * inputs * kernel
+    symbols = ans(blob[at : at + length], -(-size // m), 2**m)
+    survives = [symbol >> i & 1 for symbol in symbols for i in range(m)]
+    values = iter(ans(blob[at + length :], sum(survives), clusters))
+    moved = [next(values) + 1 if kept else 0 for kept in survives]
+    assert not any(moved[size:])
+    return [
+        moved[(o * kernel + k) * inputs + i]
+        for o in range(outputs)
+        for i in range(inputs)
+        for k in range(kernel)
+    ]
 
 
 def table(blob: bytes, alphabet: int) -> tuple[list[int], int]:
