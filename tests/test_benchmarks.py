@@ -84,6 +84,9 @@ def test_a_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
 
 @pytest.mark.integration
 @pytest.mark.timeout(400)
+@pytest.mark.skipif(
+    "TRAINER_BENCHMARKS" not in os.environ, reason="takes minutes: set TRAINER_BENCHMARKS=1"
+)
 @pytest.mark.parametrize("name", ALONE)
 def test_a_benchmark_with_processes_runs(name: str, tmp_path: Path) -> None:
     if name == "golden" and not (ROOT / ".git").exists():

@@ -59,6 +59,7 @@ def test_a_notebook_shows_what_a_run_of_it_showed(name: str) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(400)  # starts a kernel, and Ray in it
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -74,6 +75,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(400)
 @pytest.mark.usefixtures("shared_ray", "elsewhere")
 @pytest.mark.parametrize("name", sorted(set(ACCURACY) - set(PARAMETERS)))
 def test_a_script_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -50,6 +50,8 @@ def shrunk(name):
             overrides += ["sweep.trial_overrides={data.train: 200, phases.train.fit.epochs: 1}"]
     if composed["limits"]["max_accuracy_drop"] is not None:
         overrides += ["limits.max_accuracy_drop=1"]  # 100 samples say nothing of it
+    if composed["data"]["batch_size"] > 64:  # several batches of the 200 samples
+        overrides += ["data.batch_size=64"]
     if composed["data"]["_target_"].endswith("mnist"):
         overrides += ["data.train=200", "data.validation=100", "data.test=100"]
     else:
@@ -204,11 +206,13 @@ def test_every_shipped_experiment_runs(name):
     nonzero = sum(value.numel() for value in weights.values()) - zeros
     assert nonzero == summary["phases"][-1]["nonzero"]
     if composed["export"]["onnx"]:
-        fp32, int8 = summary["onnx"]
-        assert [fp32["name"], int8["name"]] == ["fp32", "int8"]
-        assert int8["file_bytes"] == (run / "model.onnx").stat().st_size
-        assert int8["file_bytes"] < 0.35 * fp32["file_bytes"]
-        for told in (fp32, int8):  # of 100 samples, in onnxruntime and in PyTorch
+        quantized = len(weights) < len(saved)
+        exported = summary["onnx"]
+        assert [row["name"] for row in exported] == (["fp32", "int8"] if quantized else ["fp32"])
+        assert exported[-1]["file_bytes"] == (run / "model.onnx").stat().st_size
+        if quantized:
+            assert exported[1]["file_bytes"] < 0.35 * exported[0]["file_bytes"]
+        for told in exported:  # of 100 samples, in onnxruntime and in PyTorch
             assert abs(told["accuracy"] - told["torch_accuracy"]) <= 0.02
     else:
         assert not (run / "model.onnx").exists()

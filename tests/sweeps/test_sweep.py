@@ -215,7 +215,7 @@ def test_a_trial_that_hangs_is_ended_and_goes_on_from_its_last_checkpoint(tmp_pa
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main([
         *ARGUMENTS[:1], *ARGUMENTS[2:], "model._target_=hangs.Net", "phases.train.fit.epochs=3",
-        "checkpoint.every_steps=2", "sweep.trials=1", "cluster.hang_timeout_s=2",
+        "checkpoint.every_steps=2", "sweep.trials=1", "cluster.hang_timeout_s=4",
     ]) == 0  # fmt: skip
     (row,) = rows()
     assert (row["state"], row["failures"], row["epochs"]) == ("COMPLETE", "1", "3")

@@ -118,7 +118,7 @@ class RendezvousStore(Store):
         self._sock.sendall(token.encode())
 
     def set(self, key: str, value: Any) -> None:
-        """Store a value under a key."""
+        """Store a value under a key. Returns without waiting until the server has it."""
         content = value.encode() if isinstance(value, str) else bytes(value)
         with self._lock:
             self._request(_SET, key, content, self._timeout_s)
