@@ -122,8 +122,8 @@ def raising(*args: Any) -> Any:
         ("decode", lambda *args: [1], "Zip.decode returned no array of integers"),
         ("decode", lambda *args: np.zeros(162), "returned no array of integers"),
         ("decode", lambda *args: np.zeros(162, int), r"returned the shape \(162,\), not \(6, 3, 3"),
-        ("decode", lambda *args: np.full((6, 3, 3, 3), 9), "levels that are not from 0 to 3"),
-        ("decode", lambda *args: np.full((6, 3, 3, 3), -1), "levels that are not from 0 to 3"),
+        ("decode", lambda *args: np.full((6, 3, 3, 3), 9), "levels that are not from 0 to 6"),
+        ("decode", lambda *args: np.full((6, 3, 3, 3), -1), "levels that are not from 0 to 6"),
         ("decode", lambda *args: np.zeros((6, 3, 3, 3), int), "returned other levels than Zip.enc"),
     ],
 )

@@ -398,7 +398,7 @@ def test_the_password_of_a_storage_is_not_shown():
 def test_unknown_measures_are_refused():
     for settings in ({"objectives": {"speed": "maximize"}}, {"constraints": {"speed": ">= 1"}}):
         with pytest.raises(ConfigError, match=r"speed: unknown; there are accuracy"):
-            check_measures(sweep(**settings))
+            check_measures(sweep(**settings), {"accuracy": "maximize"})
 
 
 def test_a_tenth_of_the_weights_is_worth_the_size_weight():
