@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from trainer.config import SweepConfig
@@ -25,9 +26,9 @@ def sweep(**settings):
     )
 
 
-def ledger(folder, **settings):
+def ledger(folder, own=None, **settings):
     cfg = sweep(**settings)
-    book = SweepStudy(cfg, parse_space(cfg, {}), "test", 3, folder, EPOCHS)
+    book = SweepStudy(cfg, parse_space(cfg, {}), "test", 3, folder, EPOCHS, sampler=own)
     book.record_settings({"objectives": list(cfg.objectives.items())})
     return book
 
@@ -57,6 +58,15 @@ def test_a_seed_gives_the_same_suggestions_also_after_a_restart(tmp_path, sample
     first = drive(ledger(tmp_path / "twice", **settings), 5)
     assert first + drive(ledger(tmp_path / "twice", **settings), 4) == whole
     assert len({json.dumps(drawn) for drawn in whole}) > 5
+
+
+def test_a_sampler_of_ones_own_repeats_no_draws_when_the_sweep_continues(tmp_path):
+    def session():
+        book = ledger(tmp_path, own=RandomSampler(seed=0))
+        return drive(book, 3)
+
+    first, second = session(), session()
+    assert not any(drawn in first for drawn in second)
 
 
 def test_a_grid_is_gone_through_once(tmp_path):

@@ -142,8 +142,14 @@ class Factory(Generic[T]):
 
     @property
     def given(self) -> T:
-        """The given object itself."""
-        return cast(T, _given(self.key, self.settings, self.objects))
+        """The given object itself. Raises ConfigError if it is of another type."""
+        given = _given(self.key, self.settings, self.objects)
+        if not isinstance(given, self.expected):
+            raise ConfigError(
+                f"{self.key}: an object of type {type(given).__name__} was passed, but a "
+                f"{self.expected.__name__} is needed"
+            )
+        return given
 
     def build(self, **context: Any) -> T:
         """Build a fresh object; of a given object, a deep copy.

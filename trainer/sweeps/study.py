@@ -119,6 +119,8 @@ class SweepStudy:
 
     def _read(self) -> None:
         sampler, pruner = self._own
+        if sampler is not None and self.study.get_trials(deepcopy=False):
+            sampler.reseed_rng()  # it was built with the same seed as that of the earlier session
         self._sampler = SamplerStudy(self._cfg, self._space, self._seed, sampler)
         self._pruner = PrunerStudy(self._cfg, self.study.study_name, self._epochs, pruner)
         self.seconds = float(self.study.user_attrs.get(SECONDS, 0.0))
