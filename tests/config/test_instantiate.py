@@ -9,7 +9,9 @@ from trainer.errors import ConfigError
 
 def test_an_object_of_another_type_is_refused():
     factory = Factory("model", {"_object_": "net"}, nn.Module, {"net": 3})
-    with pytest.raises(ConfigError, match="model: an object of type int was passed, but a Module is needed"):
+    with pytest.raises(
+        ConfigError, match="model: an object of type int was passed, but a Module is needed"
+    ):
         factory.build()
     with pytest.raises(ConfigError, match="of type int"):
         _ = factory.given

@@ -13,106 +13,61 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments.
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from trainer.artifact import ArtifactError
-from trainer.errors import ConfigError, RunError, one_line
 from trainer.export.onnx import is_quantized
 from trainer.inference.latency import ENGINE, Latencies, measure_latencies
 from trainer.library.subject import find_subject, quantized_copy
-from trainer.report.output import silence
-from trainer.report.table import Table, rich_table
-
-DONE, FAILED, WRONG = 0, 1, 2
-
-_WIDE = 1000  # columns where the output is no terminal
+from trainer.library.subject_command import exit_code, positive, show, subject_parser
+from trainer.report.table import Table
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line says and return the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        for name in ("batch", "threads", "seconds"):
-            if getattr(options, name) <= 0:
-                raise ConfigError(f"--{name}={getattr(options, name):g}: it must be above 0")
-        subject = find_subject(
-            options.what, options.overrides, options.config_dir, max(2, options.batch)
-        )
-        model, samples = subject.model, subject.samples[: options.batch]
-        dense = copy.deepcopy(subject.dense)
-        weights = model.state_dict()
-        dense.load_state_dict({k: v for k, v in weights.items() if k in dense.state_dict()}, False)
-        quantized = None
-        if not is_quantized(model) and not options.no_onnx:
-            quantized = quantized_copy(model, subject.samples)
-        found = measure_latencies(
-            model,
-            dense,
-            samples,
-            quantized,
-            onnx=not options.no_onnx,
-            threads=options.threads,
-            seconds=options.seconds,
-        )
-        _show(found, options.batch, options.threads, list(subject.notes), options.json)
-    except ConfigError as error:
-        print(f"wrong arguments: {one_line(str(error))}", file=sys.stderr)
-        return WRONG
-    except ArtifactError as error:
-        print(f"{options.what}: {error}", file=sys.stderr)
-        return FAILED
-    except RunError as error:
-        print(f"failed: {one_line(str(error))}", file=sys.stderr)
-        return FAILED
-    except OSError as error:
-        print(f"{error.filename or options.what}: {error.strerror or error}", file=sys.stderr)
-        return FAILED
-    return DONE
+    return exit_code(options.what, lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    for name in ("batch", "threads", "seconds"):
+        positive(f"--{name}", getattr(options, name))
+    subject = find_subject(
+        options.what, options.overrides, options.config_dir, max(2, options.batch)
+    )
+    model, samples = subject.model, subject.samples[: options.batch]
+    dense = copy.deepcopy(subject.dense)
+    weights = model.state_dict()
+    dense.load_state_dict({k: v for k, v in weights.items() if k in dense.state_dict()}, False)
+    quantized = None
+    if not is_quantized(model) and not options.no_onnx:
+        quantized = quantized_copy(model, subject.samples)
+    found = measure_latencies(
+        model,
+        dense,
+        samples,
+        quantized,
+        onnx=not options.no_onnx,
+        threads=options.threads,
+        seconds=options.seconds,
+    )
+    batch, threads = options.batch, options.threads
+    tables = [_contestants(found, batch, threads, list(subject.notes)), _layers(found)]
+    show(tables, {"batch": batch, "threads": threads, **asdict(found)}, options.json)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.inference",
-        description="How fast a compressed model is, beside PyTorch and onnxruntime.",
+    parser = subject_parser(
+        "trainer.inference",
+        "How fast a compressed model is, beside PyTorch and onnxruntime.",
+        threads="threads of each contestant",
+        json_help="write the times to a file; -: print them",
     )
-    parser.add_argument("what", metavar="RUN_DIR|FILE|EXPERIMENT")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="changed settings of the experiment; after a FILE, the experiment's name comes first",
-    )
-    parser.add_argument("--batch", type=int, default=1, help="samples computed together")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each contestant")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure")
     parser.add_argument("--no-onnx", action="store_true", help="leave onnxruntime out")
-    parser.add_argument("--json", metavar="OUT", help="write the times to a file; -: print them")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with your configuration files")
     return parser
-
-
-def _show(found: Latencies, batch: int, threads: int, notes: list[str], out: str | None) -> None:
-    """Print the tables, or the times as JSON."""
-    if out is not None:
-        plain = json.dumps({"batch": batch, "threads": threads, **asdict(found)}, indent=2)
-        if out == "-":
-            _print(plain)
-            return
-        Path(out).write_text(plain + "\n", encoding="utf-8")
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = _WIDE
-    with console.capture() as capture:
-        for table in (_contestants(found, batch, threads, notes), _layers(found)):
-            console.print(rich_table(table, console.width))
-    _print(capture.get().strip("\n"))
 
 
 def _contestants(found: Latencies, batch: int, threads: int, notes: list[str]) -> Table:
@@ -149,14 +104,6 @@ def _layers(found: Latencies) -> Table:
         caption,
         optional=("class", "bits of a value", "bytes"),
     )
-
-
-def _print(text: str) -> None:
-    """Print to standard output, whose reader may have gone."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        silence(sys.stdout)
 
 
 if __name__ == "__main__":
