@@ -15,9 +15,9 @@ from trainer.config.compose import conf_dir
 ROOT = conf_dir().parent
 EXAMPLES = ROOT / "examples"
 PARAMETERS: dict[str, dict[str, int]] = {
-    "compress_your_model": {"samples": 3000},
+    "compress_your_model": {"samples": 1500},
     "read_a_report": {"images": 1500},
-    "sweep": {"images": 1000, "trials": 2},
+    "sweep": {"images": 600, "trials": 2},
 }
 ACCURACY = {  # run directories, and what their models must reach; chance is 0.25 for signals
     "compress_your_model": {"signals": 0.8},
@@ -79,7 +79,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("shared_ray", "elsewhere")
 @pytest.mark.parametrize("name", sorted(set(ACCURACY) - set(PARAMETERS)))
 def test_a_script_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "--images", "2000", "--out", "out"])
+    monkeypatch.setattr(sys, "argv", [name, "--images", "1200", "--out", "out"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out
     check_learned(name, Path("out"))

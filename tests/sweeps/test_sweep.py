@@ -219,7 +219,7 @@ def test_a_trial_that_hangs_is_ended_and_goes_on_from_its_last_checkpoint(tmp_pa
     ]) == 0  # fmt: skip
     (row,) = rows()
     assert (row["state"], row["failures"], row["epochs"]) == ("COMPLETE", "1", "3")
-    assert "no progress for cluster.hang_timeout_s=2" in (FOLDER / "log.txt").read_text()
+    assert "no progress for cluster.hang_timeout_s=4" in (FOLDER / "log.txt").read_text()
     assert len((tmp_path / "steps").read_text()) == 5 + 2
 
 
