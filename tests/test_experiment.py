@@ -15,6 +15,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import Experiment, Stage
 from trainer.phases import Phase, Prune, Retrain, Share, Train
 
+DATA = (torch.zeros(8, 3), torch.zeros(8))
 FIT = FitConfig(epochs=1)
 TAUGHT = FitConfig(epochs=1, distill=DistillConfig(weight=0.5))
 ZEROS = frozenset({"zeros"})
@@ -29,7 +30,7 @@ class Complex(nn.Module):
 
 
 def of(*phases: Phase, **settings: Any) -> Experiment:
-    return Experiment(model=nn.Linear, data=None, phases=phases, **settings)
+    return Experiment(model=nn.Linear, data=DATA, phases=phases, **settings)
 
 
 def test_a_stage_ends_with_the_last_phase_that_adds_nothing() -> None:
@@ -64,7 +65,7 @@ def test_a_class_that_no_process_can_import_by_its_name_is_built_with_its_argume
         pass
 
     made = Experiment(
-        model=partial(Net, in_features=3, out_features=2), data=None, phases=[Train()]
+        model=partial(Net, in_features=3, out_features=2), data=DATA, phases=[Train()]
     )
     model = pickle.loads(cloudpickle.dumps(made)).build_model()
     assert model.weight.shape == (2, 3)
@@ -76,3 +77,15 @@ def test_a_model_that_no_file_can_hold_is_refused_before_it_is_trained() -> None
     with pytest.raises(ConfigError, match=message):
         experiment(model=model, artifact={"make": True}).check_model()
     assert experiment(model=model).check_model() is not None
+
+
+def test_the_current_process_is_one_worker() -> None:
+    assert of(Train(), cluster={"backend": "inline"}).config.cluster.workers == 1
+    for settings in ({"workers": 3}, {"cluster": {"backend": "inline", "workers": 3}}):
+        with pytest.raises(ConfigError, match="workers=3 with cluster.backend=inline"):
+            of(Train(), **{"cluster": {"backend": "inline"}, **settings})
+
+
+def test_data_are_required() -> None:
+    with pytest.raises(ConfigError, match="data is None: pass Splits"):
+        Experiment(model=nn.Linear, data=None, phases=[Train()])

@@ -44,6 +44,17 @@ def test_a_worker_that_is_lost_after_a_request_to_stop_interrupts_the_run(monkey
     assert (summary()["status"], summary()["restarts"]) == ("interrupted", 0)
 
 
+def test_a_wrong_experiment_is_refused_before_a_worker_starts(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(InlineGroup, "start", started.append)
+    assert main([*ARGUMENTS, "phases.train.fit.distill.weight=0.5"]) == 2
+    shown = capsys.readouterr()
+    assert "there is no dense model to learn from before this phase" in shown.err
+    assert "worker" not in shown.out
+    assert not started
+    assert not Path("run").exists()
+
+
 def test_a_request_to_stop_during_a_restart_interrupts_the_run(monkeypatch):
     def restart(self):
         os.kill(os.getpid(), signal.SIGINT)

@@ -18,7 +18,7 @@ from trainer.models import ConvNet, LeNet300
 from trainer.phases import Prune, Quantize, Retrain, Share, StructuralPhase, Train
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-INLINE = {"cluster": {"backend": "inline", "workers": 1, "threads": 1}, "progress": False}
+INLINE = {"cluster": {"backend": "inline", "threads": 1}, "progress": False}
 PHASES = [Train(epochs=2), Prune(0.5), Retrain(epochs=1), Share(bits=3)]
 
 

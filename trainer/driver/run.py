@@ -194,6 +194,7 @@ class _Run:
         self.console = console
         self.signals = signals
         self.borrowed = group
+        self.is_inline = config.cluster.backend == "inline"  # this process is the worker
         self.names = list(config.phases)
         self.summary = SummarySink(config, command, directory.read_summary())
         self.checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
@@ -251,7 +252,7 @@ class _Run:
                 for logger in list(self.loggers):
                     self._call_logger(logger, logger.close)
                 if group and group is not self.borrowed:
-                    self.console.status("stopping the workers")
+                    self.console.status(None if self.is_inline else "stopping the workers")
                     group.stop()
                     self.console.status(None)
 
@@ -262,6 +263,8 @@ class _Run:
             ThreadPoolExecutor(1) as background,
         ):
             ready = background.submit(self._prepare)
+            if self.is_inline:  # it starts at once, so it can wait for the checks
+                ready.result()
             try:
                 if group is not self.borrowed:
                     group.start()
@@ -344,11 +347,10 @@ class _Run:
 
     def _starting(self, group: WorkerGroup) -> str:
         """What the run does first, as a status."""
-        cluster = self.config.cluster
-        workers = f"{cluster.workers} {plural('worker', cluster.workers)}"
-        if group is self.borrowed:
+        workers = self.config.cluster.workers
+        if group is self.borrowed or self.is_inline:
             return "building the experiment"
-        return f"starting {'Ray and ' if cluster.backend == 'ray' else ''}{workers}"
+        return f"starting Ray and {workers} {plural('worker', workers)}"
 
     def _finishing(self) -> str:
         """What the run does after the last phase, as a status."""

@@ -20,7 +20,7 @@ from trainer.config.resumed import check_code
 from trainer.driver import drive
 from trainer.driver import resume as resume_run
 from trainer.errors import ConfigError, LimitsMissed, RunError
-from trainer.experiment import Experiment, collect_objects, describe_object
+from trainer.experiment import Experiment, describe_object, describe_parts
 from trainer.library.objects import dump_objects, load_objects
 from trainer.library.result import Result, SweepResult
 from trainer.phases import StructuralPhase, StructuredPrune
@@ -171,7 +171,8 @@ def resume(
     }
     for section, values in changes.items():
         plain[section] = {**plain.get(section, {}), **values}
-    found = {**load_objects(directory.read_objects()), **collect_objects(**objects)}
+    found = load_objects(directory.read_objects())
+    describe_parts(found, **objects)
     config = to_dataclass(Config, plain)
     experiment = Experiment.from_config(config, found)
     signals = Signals()

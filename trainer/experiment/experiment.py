@@ -1,18 +1,12 @@
-"""One experiment, built and validated once, from a configuration or from Python objects.
-
-The driver, the workers, sweeps and reports all receive an `Experiment`. Only this module turns
-settings into objects; nothing above it reads plain settings.
-"""
+"""The class Experiment: typed settings, and the objects that they describe."""
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra.utils import get_method
 from torch import Tensor, nn
 
 from trainer import artifact as artifacts
@@ -29,8 +23,7 @@ from trainer.config import (
     LimitsConfig,
     to_dataclass,
 )
-from trainer.config.drop import exceeds
-from trainer.config.instantiate import OBJECT, Factory, locate
+from trainer.config.instantiate import OBJECT, Factory
 from trainer.config.renamed import rename_keys
 from trainer.data.datasets import preserved_generators, seed_generators
 from trainer.data.hashing import mix
@@ -41,9 +34,22 @@ from trainer.engine.optim import OptimizerSpec, parse_optimizer
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError, first_line
-from trainer.phases import AutoPrune, Phase, StructuralPhase
-from trainer.phases.auto_prune import expand
-from trainer.phases.base import STRUCTURE
+from trainer.experiment.describe import (
+    describe_cluster,
+    describe_object,
+    describe_parts,
+    describe_section,
+)
+from trainer.experiment.phases import (
+    Stage,
+    build_phases,
+    check_distillation,
+    check_limits,
+    check_max_drops,
+    check_order,
+    stages_of,
+)
+from trainer.phases import Phase, StructuralPhase
 from trainer.phases.structure import (
     StructureChange,
     apply_changes,
@@ -63,14 +69,6 @@ DEFAULT_OPTIMIZER = {
     "nesterov": True,
 }
 """The optimizer of experiments that name none; the same as conf/optimizer/sgd.yaml."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stretch of phases after which the weights have the same properties."""
-
-    properties: frozenset[str]  # such as {"zeros", "sharing"}; empty: dense
-    phase: int  # index of its last phase; -1: no phase, the initial weights
 
 
 class Experiment:
@@ -166,30 +164,25 @@ class Experiment:
                 f"model is a {type(model).__name__}: pass an nn.Module, a class or function that "
                 "returns one, or a mapping with a _target_"
             )
+        if data is None:
+            raise ConfigError("data is None: pass Splits, Datasets, tensors, or a mapping")
+        parts = describe_parts(
+            objects,
+            model=model,
+            data=data,
+            task=task,
+            phases=phases,
+            logger=logger,
+            artifact=artifact,
+        )
         chosen = describe_object("optimizer", optimizer or DEFAULT_OPTIMIZER, objects)
         if OBJECT in chosen:
             raise ConfigError("optimizer: pass its class, not an object: it is made for each phase")
-        sections = {
-            "cluster": {**_plain(cluster), **({} if workers is None else {"workers": workers})},
-            "allreduce": _plain(allreduce),
-            "checkpoint": _plain(checkpoint),
-            "artifact": _describe_artifact(artifact, objects),
-            "export": _plain(export),
-            "limits": _plain(limits),
-        }
         settings = {
+            **parts,
             "name": name,
-            "model": describe_object("model", model, objects),
-            "data": {**describe_object("data", data, objects), "batch_size": batch_size},
-            **({} if task is None else {"task": _describe_task(task, objects)}),
+            "data": {**parts["data"], "batch_size": batch_size},
             "optimizer": chosen if lr is None else {**chosen, "lr": lr},
-            "phases": {
-                key: _describe_phase(key, phase, objects) for key, phase in _by_name(phases).items()
-            },
-            "logger": {
-                key: describe_object(f"logger.{key}", sink, objects)
-                for key, sink in (logger or {}).items()
-            },
             "init_from": None if init_from is None else str(init_from),
             "init_skip": [*init_skip],
             "init_strict": init_strict,
@@ -197,7 +190,11 @@ class Experiment:
             "precision": precision,
             "channels_last": channels_last,
             "sync_batchnorm": sync_batchnorm,
-            **sections,
+            "cluster": describe_cluster(cluster, workers),
+            "allreduce": describe_section(allreduce),
+            "checkpoint": describe_section(checkpoint),
+            "export": describe_section(export),
+            "limits": describe_section(limits),
         }
         self._build(to_dataclass(Config, settings), objects)
 
@@ -230,9 +227,7 @@ class Experiment:
         task: Factory[Task] = Factory("task", config.task, Task, objects)
         self.task: Task = task.build()
         self.optimizer: OptimizerSpec = parse_optimizer(config.optimizer, objects)
-        self.phases: dict[str, Phase] = _build_phases(
-            config.phases, config.limits.max_drop, objects
-        )
+        self.phases: dict[str, Phase] = build_phases(config.phases, config.limits.max_drop, objects)
         self.loggers: dict[str, Factory[Any]] = {
             name: Factory(f"logger.{name}", settings, object, objects)
             for name, settings in config.logger.items()
@@ -242,9 +237,9 @@ class Experiment:
             factory = Factory("artifact.coder", self.coder, object, objects)
             self.coder = cast(Coder, factory.build())
         check_order(self.phases)
-        self._check_distillation()
-        self.check_limits(config.limits)
-        self._check_max_drops()
+        check_distillation(self.phases, self.task, self.has_initial_weights)
+        check_limits(config.limits, self.task, self.has_dense_model)
+        check_max_drops(self.phases, config.limits)
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values: the content of config.yaml."""
@@ -263,14 +258,7 @@ class Experiment:
     @property
     def stages(self) -> list[Stage]:
         """The stages that the phases lead through; the first one is the dense model."""
-        found = [Stage(frozenset(), -1)]
-        for index, phase in enumerate(self.phases.values()):
-            stage = Stage(found[-1].properties | phase.makes, index)
-            if stage.properties == found[-1].properties:
-                found[-1] = stage
-            else:
-                found.append(stage)
-        return found
+        return stages_of(self.phases)
 
     @property
     def has_initial_weights(self) -> bool:
@@ -500,258 +488,3 @@ class Experiment:
                 check_freeze(model, phase.fit)
             except ConfigError as error:
                 raise ConfigError(f"phases.{name}: {error}") from error
-
-    def check_limits(self, limits: LimitsConfig) -> None:
-        """Raise ConfigError for a limit that cannot be applied."""
-        if limits.drop is None:
-            return
-        key = "max_accuracy_drop" if limits.max_drop is None else "max_drop"
-        if not self.has_dense_model:
-            raise ConfigError(
-                f"limits.{key}={limits.drop}: there is no dense model to compare with; put a train "
-                "phase first, or set init_from"
-            )
-        first = self.task.first_metric
-        if limits.max_drop is None and first != "accuracy":
-            raise ConfigError(
-                f"limits.max_accuracy_drop={limits.drop}: the first metric of the task is {first}; "
-                "set limits.max_drop, which limits any metric"
-            )
-
-    def _check_distillation(self) -> None:
-        """Refuse distillation in a phase before which there is no dense model to learn from."""
-        dense = self.stages[0].phase
-        for index, (name, phase) in enumerate(self.phases.items()):
-            weight = phase.fit.distill.weight
-            if weight and not self.task.can_distill:
-                raise ConfigError(
-                    f"phases.{name}.fit.distill.weight={weight}: {type(self.task).__name__} does "
-                    "not define how far two predictions are apart (`Task.divergence`); choose "
-                    "another task, or set distill.weight=0"
-                )
-            if weight and (index <= dense or (dense < 0 and not self.has_initial_weights)):
-                raise ConfigError(
-                    f"phases.{name}.fit.distill.weight={weight}: there is no dense model to learn "
-                    "from before this phase; the teacher is what the last phase before the first "
-                    "compressing one left, or init_from"
-                )
-
-    def _check_max_drops(self) -> None:
-        """Refuse a search that may lose more than the result is allowed to."""
-        limit = self.config.limits.drop
-        for name, phase in self.phases.items():
-            drop = phase.max_drop if isinstance(phase, AutoPrune) else None
-            if limit is not None and drop is not None and exceeds(drop, limit):
-                key = "max_accuracy_drop" if self.config.limits.max_drop is None else "max_drop"
-                raise ConfigError(
-                    f"phases.{name}.max_drop={drop}: the search may lose more than "
-                    f"limits.{key}={limit} allows; lower it, a little below the limit"
-                )
-
-
-def check_order(phases: Mapping[str, Phase]) -> None:
-    """Refuse an order in which a phase destroys what an earlier one made.
-
-    Raises:
-        ConfigError: Names both phases and what to do.
-    """
-    made: dict[str, str] = {}
-    for name, phase in phases.items():
-        for what, maker in made.items():
-            if what == STRUCTURE:
-                continue
-            problem = f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}"
-            if what in phase.destroys:
-                raise ConfigError(
-                    f"{problem}, even without training: move it before {maker!r}, or keep the "
-                    f"{what} if it has a setting for that, such as keep=[zeros,sharing]"
-                )
-            if phase.fit.epochs > 0 and what not in phase.keeps:
-                raise ConfigError(f"{problem}: use retrain instead, or move it before {maker!r}")
-        made.update(dict.fromkeys(phase.makes, name))
-
-
-def _build_phases(
-    settings: Mapping[str, Mapping[str, Any]], max_drop: Any, objects: Mapping[str, Any]
-) -> dict[str, Phase]:
-    """The phases by name. A search for sparsity without a `max_drop` gets that of the limits."""
-    if not settings:
-        raise ConfigError("phases: there are none; an experiment needs at least one, such as train")
-    found = {}
-    for name, chosen in settings.items():
-        if max_drop is not None and "max_drop" in chosen and chosen["max_drop"] is None:
-            chosen = {**chosen, "max_drop": max_drop}
-        found[name] = _build_phase(name, chosen, objects)
-    return found
-
-
-def _build_phase(name: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Phase:
-    key = f"phases.{name}"
-    if OBJECT in settings:
-        return Factory(key, settings, Phase, objects).build()
-    fit = settings.get("fit", {})
-    if not isinstance(fit, Mapping):
-        raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
-    kind = locate(key, settings, objects)
-    if not (isinstance(kind, type) and issubclass(kind, Phase) and dataclasses.is_dataclass(kind)):
-        raise ConfigError(
-            f"{key}._target_={settings['_target_']}: a phase is a dataclass that derives from Phase"
-        )
-    own = {field: value for field, value in settings.items() if field != "_target_"}
-    phase: Phase = to_dataclass(kind, own, key)
-    try:
-        return expand(phase)
-    except ConfigError as error:
-        raise ConfigError(f"{key}.{error}") from error
-
-
-def collect_objects(
-    *,
-    model: Any = None,
-    data: Any = None,
-    task: Task | Callable[..., Task] | Mapping[str, Any] | None = None,
-    phases: Sequence[Phase] | Mapping[str, Phase] = (),
-    logger: Mapping[str, Any] | None = None,
-    artifact: bool | ArtifactConfig | Mapping[str, Any] = False,
-) -> dict[str, Any]:
-    """The objects, and the classes that cannot be imported, among arguments of `Experiment`.
-
-    They are named as the settings of an experiment with these arguments refer to them.
-    """
-    objects: dict[str, Any] = {}
-    for key, value in (("model", model), ("data", data)):
-        if value is not None:
-            describe_object(key, value, objects)
-    if task is not None:
-        _describe_task(task, objects)
-    for key, phase in _by_name(phases).items():
-        _describe_phase(key, phase, objects)
-    for key, sink in (logger or {}).items():
-        describe_object(f"logger.{key}", sink, objects)
-    _describe_artifact(artifact, objects)
-    return objects
-
-
-def _by_name(phases: Sequence[Phase] | Mapping[str, Phase]) -> dict[str, Phase]:
-    """Phases by name; in a sequence they are named after their kind: train, prune, prune_2."""
-    if isinstance(phases, Mapping):
-        return dict(phases)
-    named: dict[str, Phase] = {}
-    for phase in phases:
-        kind = getattr(phase, "kind", type(phase).__name__.lower())
-        number = 1
-        while (name := kind if number == 1 else f"{kind}_{number}") in named:
-            number += 1
-        named[name] = phase
-    return named
-
-
-def describe_object(key: str, value: Any, objects: dict[str, Any]) -> dict[str, Any]:
-    """Settings that describe what was passed for `key`.
-
-    Callables are described by their dotted path and arguments; one that other processes cannot
-    import is added to `objects` by that path. Anything else is added as it is.
-    """
-    if isinstance(value, Mapping) and "_target_" in value:
-        return dict(value)
-    function, arguments = value, {}
-    if isinstance(value, functools.partial) and not value.args:
-        function, arguments = value.func, value.keywords
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    named = callable(function) and module and name and not isinstance(function, nn.Module)
-    if named and _is_plain(arguments):
-        path = f"{module}.{name}"
-        if not _can_import(path, function):
-            objects[path] = function
-        return {"_target_": path, **arguments}
-    objects[key] = value
-    return {OBJECT: key}
-
-
-def _describe_phase(name: str, phase: Phase, objects: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a phase that was passed as an object."""
-    if not isinstance(phase, Phase):
-        raise ConfigError(
-            f"phases: {name} is a {type(phase).__name__}; pass objects of subclasses of Phase, "
-            "such as Train(epochs=2)"
-        )
-    return _describe_dataclass(f"phases.{name}", phase, objects)
-
-
-def _describe_task(task: Any, objects: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a task that was passed as an object, a class, or a mapping."""
-    if not isinstance(task, Task):
-        if not (callable(task) or isinstance(task, Mapping)):
-            raise ConfigError(
-                f"task is a {type(task).__name__}: pass an object of a class of trainer.tasks, "
-                "such as trainer.tasks.Regression(), or a mapping with a _target_"
-            )
-        return describe_object("task", task, objects)
-    if not dataclasses.is_dataclass(task):
-        objects["task"] = task
-        return {OBJECT: "task"}
-    return _describe_dataclass("task", task, objects)
-
-
-def _describe_dataclass(key: str, value: Any, objects: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an object of a dataclass; the object itself if they are not all plain values."""
-    settings = {}
-    for field in dataclasses.fields(value):
-        if field.init:
-            item = getattr(value, field.name)
-            is_dataclass = dataclasses.is_dataclass(item) and not isinstance(item, type)
-            settings[field.name] = dataclasses.asdict(item) if is_dataclass else item
-    kind = type(value)
-    if not _is_plain(settings):
-        objects[key] = value
-        return {OBJECT: key}
-    path = class_path(kind)
-    if not _can_import(path, kind):
-        objects[path] = kind
-    return {"_target_": path, **settings}
-
-
-def _describe_artifact(
-    artifact: bool | ArtifactConfig | Mapping[str, Any], objects: dict[str, Any]
-) -> dict[str, Any]:
-    """Settings of the section `artifact`, in which a coder may have been passed as an object."""
-    if isinstance(artifact, bool):
-        return {"make": artifact}
-    if dataclasses.is_dataclass(artifact):
-        artifact = {
-            field.name: getattr(artifact, field.name) for field in dataclasses.fields(artifact)
-        }
-    coder = artifact.get("coder", "auto")
-    described = coder if _is_plain(coder) else describe_object("artifact.coder", coder, objects)
-    return {**artifact, "coder": described}
-
-
-def _can_import(path: str, wanted: Any) -> bool:
-    """Whether other processes get `wanted` by importing `path`."""
-    if path.startswith("__main__.") or "<locals>" in path:
-        return False
-    try:
-        return get_method(path) is wanted
-    except Exception:  # whatever importing raises
-        return False
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a configuration file can hold a value."""
-    match value:
-        case None | bool() | int() | float() | str():
-            return True
-        case Mapping():
-            return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-        case list() | tuple():
-            return all(_is_plain(item) for item in value)
-    return False
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    """A section that was passed as a dataclass, a mapping, or not at all."""
-    if section is None:
-        return {}
-    if dataclasses.is_dataclass(section) and not isinstance(section, type):
-        return dataclasses.asdict(section)
-    return dict(section)

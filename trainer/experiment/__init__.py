@@ -1,0 +1,11 @@
+"""One experiment, built and validated once, from a configuration or from Python objects.
+
+The driver, the workers, sweeps and reports all receive an `Experiment`. Only this package turns
+settings into objects; nothing above it reads plain settings.
+"""
+
+from trainer.experiment.describe import describe_object, describe_parts
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.phases import Stage, check_order
+
+__all__ = ["Experiment", "Stage", "check_order", "describe_object", "describe_parts"]

@@ -1,0 +1,140 @@
+"""From settings to the phases of an experiment, in order, and what their order has to fulfil."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import LimitsConfig, to_dataclass
+from trainer.config.drop import exceeds
+from trainer.config.instantiate import OBJECT, Factory, locate
+from trainer.errors import ConfigError
+from trainer.phases import AutoPrune, Phase
+from trainer.phases.auto_prune import expand
+from trainer.phases.base import STRUCTURE
+from trainer.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of phases after which the weights have the same properties."""
+
+    properties: frozenset[str]  # such as {"zeros", "sharing"}; empty: dense
+    phase: int  # index of its last phase; -1: no phase, the initial weights
+
+
+def stages_of(phases: Mapping[str, Phase]) -> list[Stage]:
+    """The stages that the phases lead through; the first one is the dense model."""
+    found = [Stage(frozenset(), -1)]
+    for index, phase in enumerate(phases.values()):
+        stage = Stage(found[-1].properties | phase.makes, index)
+        if stage.properties == found[-1].properties:
+            found[-1] = stage
+        else:
+            found.append(stage)
+    return found
+
+
+def build_phases(
+    settings: Mapping[str, Mapping[str, Any]], max_drop: Any, objects: Mapping[str, Any]
+) -> dict[str, Phase]:
+    """The phases by name. A search for sparsity without a `max_drop` gets that of the limits."""
+    if not settings:
+        raise ConfigError("phases: there are none; an experiment needs at least one, such as train")
+    found = {}
+    for name, chosen in settings.items():
+        if max_drop is not None and "max_drop" in chosen and chosen["max_drop"] is None:
+            chosen = {**chosen, "max_drop": max_drop}
+        found[name] = _build_phase(name, chosen, objects)
+    return found
+
+
+def _build_phase(name: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Phase:
+    key = f"phases.{name}"
+    if OBJECT in settings:
+        return Factory(key, settings, Phase, objects).build()
+    fit = settings.get("fit", {})
+    if not isinstance(fit, Mapping):
+        raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
+    kind = locate(key, settings, objects)
+    if not (isinstance(kind, type) and issubclass(kind, Phase) and dataclasses.is_dataclass(kind)):
+        raise ConfigError(
+            f"{key}._target_={settings['_target_']}: a phase is a dataclass that derives from Phase"
+        )
+    own = {field: value for field, value in settings.items() if field != "_target_"}
+    phase: Phase = to_dataclass(kind, own, key)
+    try:
+        return expand(phase)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error}") from error
+
+
+def check_order(phases: Mapping[str, Phase]) -> None:
+    """Refuse an order in which a phase destroys what an earlier one made.
+
+    Raises:
+        ConfigError: Names both phases and what to do.
+    """
+    made: dict[str, str] = {}
+    for name, phase in phases.items():
+        for what, maker in made.items():
+            if what == STRUCTURE:
+                continue
+            problem = f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}"
+            if what in phase.destroys:
+                raise ConfigError(
+                    f"{problem}, even without training: move it before {maker!r}, or keep the "
+                    f"{what} if it has a setting for that, such as keep=[zeros,sharing]"
+                )
+            if phase.fit.epochs > 0 and what not in phase.keeps:
+                raise ConfigError(f"{problem}: use retrain instead, or move it before {maker!r}")
+        made.update(dict.fromkeys(phase.makes, name))
+
+
+def check_limits(limits: LimitsConfig, task: Task, has_dense_model: bool) -> None:
+    """Raise ConfigError for a limit that cannot be applied."""
+    if limits.drop is None:
+        return
+    key = "max_accuracy_drop" if limits.max_drop is None else "max_drop"
+    if not has_dense_model:
+        raise ConfigError(
+            f"limits.{key}={limits.drop}: there is no dense model to compare with; put a train "
+            "phase first, or set init_from"
+        )
+    first = task.first_metric
+    if limits.max_drop is None and first != "accuracy":
+        raise ConfigError(
+            f"limits.max_accuracy_drop={limits.drop}: the first metric of the task is {first}; "
+            "set limits.max_drop, which limits any metric"
+        )
+
+
+def check_distillation(phases: Mapping[str, Phase], task: Task, has_initial_weights: bool) -> None:
+    """Refuse distillation in a phase before which there is no dense model to learn from."""
+    dense = stages_of(phases)[0].phase
+    for index, (name, phase) in enumerate(phases.items()):
+        weight = phase.fit.distill.weight
+        if weight and not task.can_distill:
+            raise ConfigError(
+                f"phases.{name}.fit.distill.weight={weight}: {type(task).__name__} does "
+                "not define how far two predictions are apart (`Task.divergence`); choose "
+                "another task, or set distill.weight=0"
+            )
+        if weight and (index <= dense or (dense < 0 and not has_initial_weights)):
+            raise ConfigError(
+                f"phases.{name}.fit.distill.weight={weight}: there is no dense model to learn "
+                "from before this phase; the teacher is what the last phase before the first "
+                "compressing one left, or init_from"
+            )
+
+
+def check_max_drops(phases: Mapping[str, Phase], limits: LimitsConfig) -> None:
+    """Refuse a search that may lose more than the result is allowed to."""
+    limit = limits.drop
+    for name, phase in phases.items():
+        drop = phase.max_drop if isinstance(phase, AutoPrune) else None
+        if limit is not None and drop is not None and exceeds(drop, limit):
+            key = "max_accuracy_drop" if limits.max_drop is None else "max_drop"
+            raise ConfigError(
+                f"phases.{name}.max_drop={drop}: the search may lose more than "
+                f"limits.{key}={limit} allows; lower it, a little below the limit"
+            )
