@@ -82,10 +82,10 @@ def test_a_model_that_no_file_can_hold_is_refused_before_it_is_trained() -> None
 def test_the_current_process_is_one_worker() -> None:
     assert of(Train(), cluster={"backend": "inline"}).config.cluster.workers == 1
     for settings in ({"workers": 3}, {"cluster": {"backend": "inline", "workers": 3}}):
-        with pytest.raises(ConfigError, match="workers=3 with cluster.backend=inline"):
+        with pytest.raises(ConfigError, match=r"workers=3 with cluster\.backend=inline"):
             of(Train(), **{"cluster": {"backend": "inline"}, **settings})
 
 
 def test_data_are_required() -> None:
-    with pytest.raises(ConfigError, match="data is None: pass Splits"):
+    with pytest.raises(ConfigError, match="data is None"):
         Experiment(model=nn.Linear, data=None, phases=[Train()])

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engine.conftest import run_ranks
 from trainer.__main__ import main
 from trainer.cluster import WorkerFailed, open_group
 from trainer.cluster.inline import InlineGroup
@@ -26,6 +25,7 @@ from trainer.engine.world import World
 from trainer.experiment import Experiment
 from trainer.messages import Checkpoint, PhaseEnded, RunStopped
 from trainer.store.serialization import from_bytes, to_bytes
+from trainer.testing.ranks import run_ranks
 from trainer.worker.phase import LOSS_SCALE
 from trainer.worker.run import Start, run_phases
 

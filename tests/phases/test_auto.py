@@ -8,7 +8,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tests.engine.conftest import run_ranks
 from tests.test_resume import FIT, STEPS, config, run
 from trainer.config import FitConfig
 from trainer.engine.evaluate import Metrics
@@ -18,6 +17,7 @@ from trainer.messages import Checkpoint, PhaseEnded, RoundEnded
 from trainer.phases import AutoPrune, Prune
 from trainer.phases.auto_prune import LAST_FRACTION, PROBES, expand
 from trainer.store.serialization import pack, to_bytes, unpack
+from trainer.testing.ranks import run_ranks
 from trainer.worker.run import Start, run_phases
 
 WORLD = World.single(torch.device("cpu"))

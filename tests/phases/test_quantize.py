@@ -8,7 +8,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tests.engine.conftest import run_ranks
 from trainer import artifact
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.counts import counts
@@ -21,6 +20,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import check_order
 from trainer.models import LSTMLanguageModel, ResNetCifar
 from trainer.phases import Prune, Quantize, Retrain, Share, Train
+from trainer.testing.ranks import run_ranks
 
 WORLD = World.single(torch.device("cpu"))
 TRAINING = FitConfig(epochs=1)

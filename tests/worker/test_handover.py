@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tests.engine.conftest import run_ranks
 from tests.test_resume import FIT, PHASES, STEPS, config
 from trainer.messages import (
     STEP_COMPLETE,
@@ -17,6 +16,7 @@ from trainer.messages import (
     PhaseEnded,
 )
 from trainer.store.serialization import to_bytes
+from trainer.testing.ranks import run_ranks
 from trainer.worker.run import Start, run_phases
 
 CHECKPOINTS = {"every_steps": 1, "every_seconds": None}

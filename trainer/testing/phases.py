@@ -2,7 +2,6 @@
 
 import copy
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -26,10 +25,10 @@ from trainer.messages import Checkpoint, PhaseStarted
 from trainer.phases import Phase, Prune, Share, StructuralPhase
 from trainer.phases.structure import StructureChange, from_metadata, to_metadata
 from trainer.store.serialization import unpack
+from trainer.testing.ranks import run_ranks
 from trainer.worker.phase import PhaseRun
 
 _CPU = torch.device("cpu")
-_TIMEOUT_S = 20.0  # of a wait of one rank for the other
 _SAMPLES, _BATCH = 24, 8
 
 Data = tuple[Tensor, Tensor]
@@ -340,49 +339,12 @@ def _run(case: _Case, size: int, checkpoint: bytes | None = None) -> list[_Trace
         return trace
 
     try:
-        return _on_ranks(size, body)
+        return [body(World.single(_CPU))] if size == 1 else run_ranks(size, body)
     except Exception as error:
         when = "resumed, it" if checkpoint is not None else "it"
         raise case.error(
             f"with {size} {'worker' if size == 1 else 'workers'} {when} raised {_text(error)}"
         ) from error
-
-
-def _on_ranks(size: int, body: Callable[[World], _Trace]) -> list[_Trace]:
-    """`body` on each rank of a group, a thread each; raises the first error by time."""
-    if size == 1:
-        return [body(World.single(_CPU))]
-    server = World.listen("127.0.0.1")
-    found: dict[int, _Trace] = {}
-    errors: list[Exception] = []
-
-    def join(rank: int) -> None:
-        try:
-            world = World.connect(
-                rank,
-                size,
-                "127.0.0.1",
-                server.port,
-                _CPU,
-                _TIMEOUT_S,
-                server if rank == 0 else None,
-                server.token,
-            )
-            try:
-                found[rank] = body(world)
-            finally:
-                world.close()
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [found[rank] for rank in range(size)]
 
 
 def _example_data() -> Data:
