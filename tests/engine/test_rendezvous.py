@@ -1,6 +1,7 @@
 """The store of a rendezvous: values for all ranks, limits of every wait, no name look-ups."""
 
 import os
+import queue
 import shutil
 import socket
 import subprocess
@@ -34,10 +35,11 @@ def test_a_value_reaches_the_ranks_that_wait_for_it(server):
 def test_a_store_waits_for_its_server():
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
-    opened = []
-    threading.Timer(0.2, lambda: opened.append(RendezvousServer(HOST, port))).start()
+    opened: queue.Queue[RendezvousServer] = queue.Queue()
+    threading.Timer(0.2, lambda: opened.put(RendezvousServer(HOST, port))).start()
     RendezvousStore(HOST, port, 10).set("key", "value")
-    opened[0].close()
+    # The store connects before the constructor of the server has returned.
+    opened.get(timeout=10).close()
 
 
 def test_every_wait_has_a_limit(server):
