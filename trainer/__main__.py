@@ -8,6 +8,7 @@
     trainer artifact VERB FILE                see trainer.artifact
     trainer hardware FILE                     see trainer.hardware
     trainer inference FILE                    see trainer.inference
+    trainer lecture                           see trainer.lecture
 
 `python -m trainer` is the same command. Exit codes: 0 done, 1 failed, 2 wrong configuration
 (nothing was started), 3 done but a limit was missed, 130 and 143 interrupted.
@@ -61,6 +62,10 @@ def main(arguments: Sequence[str]) -> int:
         from trainer.inference.__main__ import main as inference
 
         return inference(arguments[1:])
+    if arguments[:1] == ["lecture"]:
+        from trainer.lecture.__main__ import main as lecture
+
+        return lecture(arguments[1:])
     if arguments[:1] == ["--complete"]:
         from trainer.command.completion import complete
 
@@ -214,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trainer",
         usage="trainer [+experiment=NAME] [key=value ...] [options]\n"
-        "       trainer resume=RUN_DIR | doctor | artifact | hardware",
+        "       trainer resume=RUN_DIR | doctor | artifact | hardware | inference | lecture",
         description="Train a network and make it small. Without arguments: list the experiments.",
         add_help=False,
     )
@@ -224,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="+experiment=NAME chooses an experiment, key=value changes a setting, resume=RUN_DIR "
         "resumes a run; doctor examines this machine; artifact inspects model files; hardware "
-        "shows what a model costs",
+        "shows what a model costs, inference how fast it is; lecture reproduces published figures",
     )
     parser.add_argument("--config-dir", metavar="DIR", help="folder with your configuration files")
     parser.add_argument("--cfg", action="store_true", help="print the configuration; run nothing")

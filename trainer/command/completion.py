@@ -45,7 +45,7 @@ complete -c trainer -a '(__trainer_complete)'
 """,
 }
 
-COMMANDS = ("artifact", "doctor", "hardware", "inference")
+COMMANDS = ("artifact", "doctor", "hardware", "inference", "lecture")
 OPTIONS = (
     "--cfg", "--completion", "--config-dir", "--help", "--list", "--version",
 )  # fmt: skip

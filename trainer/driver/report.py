@@ -23,7 +23,7 @@ def write_report(
 ) -> None:
     """Write report.html. The run is done, so a failure is reported and changes nothing else."""
     try:
-        shared = _distributions(experiment, directory, notify)
+        shared = shared_distributions(experiment, directory, notify)
         metrics = directory.read_metrics()
         directory.write_report(page(summary, metrics, experiment.settings(), shared))
     except Exception as error:
@@ -32,10 +32,16 @@ def write_report(
         notify(f"report.html could not be written: {first_line(error)} (more in log.txt)")
 
 
-def _distributions(
+def shared_distributions(
     experiment: Experiment, directory: RunDirectory, notify: Callable[[str], None]
 ) -> list[Distribution]:
-    """The weights before and after sharing; none if nothing was shared, or checkpoints are gone."""
+    """The weights before and after sharing; none if nothing was shared, or checkpoints are gone.
+
+    Args:
+        experiment: Of a run that has ended.
+        directory: Of the run.
+        notify: Called with one line if checkpoints are gone.
+    """
     names = list(experiment.phases)
     for before, after in pairwise(experiment.stages):
         new = after.properties - before.properties
