@@ -1,4 +1,4 @@
-"""Time of a quantization-aware training step: our phase, torchao's PT2E, and plain training.
+"""Time of a training step with our phases quantize and entropy, torchao's PT2E, and without any.
 
     pip install torchao==0.18.0   # without it, that row is left out
     python benchmarks/qat_step.py [--steps 100] [--repeats 9] [--quick]
@@ -7,8 +7,9 @@ LeNet-5, batch 64, one thread, fused SGD, the same images again and again. All t
 order that rotates; the first turn of each is not counted. The table shows medians over turns; a
 ratio is the median of the ratios to plain fp32 within each turn.
 
-    ours      what trainer.phases.Quantize makes of the net, and its after_step (8-bit weights per
+    quantize  what trainer.phases.Quantize makes of the net, and its after_step (8-bit weights per
               channel, 8-bit inputs of layers with a moving average of their range)
+    entropy   what trainer.phases.EntropyPenalty makes of it, its penalty and after_step
     torchao   prepare_qat_pt2e with X86InductorQuantizer's default QAT configuration, run as it is
 """
 
@@ -30,13 +31,13 @@ from torch.nn import functional as F
 from trainer.config import FitConfig
 from trainer.engine.world import World
 from trainer.models import LeNet5
-from trainer.phases import Quantize
+from trainer.phases import EntropyPenalty, Phase, Quantize
 
 BATCH = 64
 Turn = Callable[[int], float]  # steps -> seconds a step
 
 
-def contestant(model: nn.Module, bf16: bool = False, phase: Quantize | None = None) -> Turn:
+def contestant(model: nn.Module, bf16: bool = False, phase: Phase | None = None) -> Turn:
     world = World.single(torch.device("cpu"))
     torch.manual_seed(1)
     layout = torch.channels_last if bf16 else torch.contiguous_format
@@ -52,6 +53,8 @@ def contestant(model: nn.Module, bf16: bool = False, phase: Quantize | None = No
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
                 loss = F.cross_entropy(model(images).float(), targets)
+            if phase is not None and (penalty := phase.penalty(model)) is not None:
+                loss = loss + penalty
             loss.backward()
             optimizer.step()
             if phase is not None:
@@ -91,9 +94,15 @@ def main() -> None:
     contestants = {
         "plain fp32": contestant(LeNet5()),
         "plain bf16 + channels_last": contestant(LeNet5().to(memory_format=channels_last), True),
-        "ours, fp32": contestant(LeNet5(), phase=Quantize(fit=settings)),
-        "ours, bf16 + channels_last": contestant(
+        "quantize, fp32": contestant(LeNet5(), phase=Quantize(fit=settings)),
+        "quantize, bf16 + channels_last": contestant(
             LeNet5().to(memory_format=channels_last), True, Quantize(fit=settings)
+        ),
+        "entropy, fp32": contestant(LeNet5(), phase=EntropyPenalty(vectors=True, fit=settings)),
+        "entropy, bf16 + channels_last": contestant(
+            LeNet5().to(memory_format=channels_last),
+            True,
+            EntropyPenalty(vectors=True, fit=settings),
         ),
     }
     versions = f"torch {torch.__version__}"
@@ -111,7 +120,7 @@ def main() -> None:
             seconds = contestants[name](args.steps)
             times[name] += [seconds] * (number > 0)
     print(
-        f"# Quantization-aware training step, {datetime.date.today()}\n\n"
+        f"# Training step, {datetime.date.today()}\n\n"
         f"{platform.machine()}, Python {platform.python_version()}, {versions}; "
         f"command: python {' '.join(sys.argv)}\n\n"
         "| step | ms | of plain fp32 | min - max | n |\n|" + " --- |" * 5

@@ -63,7 +63,7 @@ def test_empty_and_full_weights_have_finite_costs(shape: tuple[int, ...]) -> Non
 def interpolated(latent: Tensor, log_step: Tensor, coded: EntropyCoded) -> Tensor:
     """The costs between the two nearest integers, as torch differentiates them."""
     size = (latent / log_step.exp()).abs()
-    return (coded.survivor * size.clamp_max(1) + coded.magnitude * (size - 1).clamp_min(0)).sum()
+    return (coded.extra * size.clamp_max(1) + coded.magnitude * size).sum()
 
 
 def test_gradients_of_the_size_are_those_of_interpolated_costs() -> None:

@@ -27,8 +27,8 @@ class EntropyCoded(Compression):
     """
 
     log_step: nn.Parameter
-    survivor: Tensor
     magnitude: Tensor
+    extra: Tensor
     total: Tensor
     weight: Tensor
 
@@ -41,8 +41,8 @@ class EntropyCoded(Compression):
         super().__init__()
         self.inner = inner
         self.log_step = nn.Parameter(weight.new_tensor(step, requires_grad=False).log())
-        self.register_buffer("survivor", torch.zeros_like(weight, requires_grad=False))
         self.register_buffer("magnitude", weight.new_zeros(()))
+        self.register_buffer("extra", torch.zeros_like(weight, requires_grad=False))
         self.register_buffer("total", weight.new_zeros(()))
         self.register_buffer("weight", weight.new_zeros(()))
 
@@ -70,8 +70,8 @@ class EntropyCoded(Compression):
     def refresh(self, trainable: Tensor) -> None:
         """Take the costs from the distribution of the integers as they are now."""
         rate = rate_of(self.integers(trainable))
-        self.survivor.copy_(rate.survivor)
         self.magnitude.copy_(rate.magnitude)
+        self.extra.copy_(rate.survivor - rate.magnitude)
         self.total.copy_(rate.total)
 
     def bits(self, trainable: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class EntropyCoded(Compression):
         The value is that of the last `refresh`, by whose costs it is differentiated with respect to
         the trainable tensor and the step.
         """
-        costs = self.survivor, self.magnitude, self.total
+        costs = self.magnitude, self.extra, self.total
         return cast(Tensor, _Bits.apply(self.latent(trainable), self.log_step, *costs))
 
 
@@ -105,29 +105,34 @@ class _Round(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         latent, weight = ctx.saved_tensors
-        return grad, torch.sum(grad * (weight - latent))
+        return grad, (weight - latent).mul_(grad).sum()
 
 
 class _Bits(torch.autograd.Function):
-    """`total`, with the gradient of the costs interpolated between integers."""
+    """`total`, with the gradient of the costs interpolated between integers.
+
+    The slope is `magnitude`, and `extra` more between -1 and 1.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         latent: Tensor,
         log_step: Tensor,
-        survivor: Tensor,
         magnitude: Tensor,
+        extra: Tensor,
         total: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(latent, log_step, survivor, magnitude)
+        ctx.save_for_backward(latent, log_step, magnitude, extra)
         return total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        latent, log_step, survivor, magnitude = ctx.saved_tensors
+        latent, log_step, magnitude, extra = ctx.saved_tensors
         scaled = latent / log_step.exp()
-        slope = torch.where(scaled.abs() < 1, survivor, magnitude).mul_(scaled.sign())
+        # A tenth of the time of torch.where.
+        slope = torch.ops.aten.hardtanh_backward(extra, scaled, -1, 1)  # `extra` between them
+        slope.add_(magnitude).mul_(scaled.sign())
         by_step = -grad * torch.sum(scaled.mul_(slope))
         return slope.mul_(grad / log_step.exp()), by_step, None, None, None

@@ -7,6 +7,7 @@ row, its column and its kernel are. So a weight alone in its row costs many bits
 row few, which empties rows and columns.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,20 +41,22 @@ def rate_of(integers: Tensor) -> Rate:
     there = (integers != 0).float()
     rows = there.reshape(len(there), -1) if there.ndim > 1 else there.reshape(-1, 1)
     density = (rows.mean() + _PRIOR / rows.numel()).clamp_max(0.999)
-    odds = density / (1 - density) * _fullness(rows, 1, density) * _fullness(rows, 0, density)
-    kernels = rows.new_ones(())
+    # In logarithms, which are sums of few numbers: log2 of a whole layer would take longer.
+    odds = _fullness(rows, 1, density).log2() + _fullness(rows, 0, density).log2()
+    odds += (density / (1 - density)).log2()
     if there.ndim > 2:
-        kernels = there.reshape(len(there), there.shape[1], -1)
-        expected = (odds / (1 + odds)).reshape(kernels.shape).sum(2, keepdim=True)
-        kernels = (kernels.sum(2, keepdim=True) + _KERNEL_PRIOR) / (expected + _KERNEL_PRIOR)
-        odds = (odds.reshape(len(there), there.shape[1], -1) * kernels).reshape(rows.shape)
+        expected = (odds.exp2() / (1 + odds.exp2())).reshape(len(there), there.shape[1], -1)
+        kernels = there.reshape(expected.shape).sum(2, keepdim=True) + _KERNEL_PRIOR
+        fuller = (kernels / (expected.sum(2, keepdim=True) + _KERNEL_PRIOR)).log2()
+        odds = (odds.reshape(expected.shape) + fuller).reshape(rows.shape)
     count = rows.sum()
-    excess = (integers.abs().float() - 1).clamp_min(0).sum()
+    excess = integers.abs().float().sum() - count
     more = (excess + _PRIOR) / (excess + count + 2 * _PRIOR)  # that a magnitude is not the last
     # 1 bit for the sign.
-    survivor = (1 - odds.log2() - (1 - more).log2()).clamp(_MIN_BITS, _MAX_BITS)
+    survivor = (1 - (1 - more).log2() - odds).clamp_(_MIN_BITS, _MAX_BITS)
     magnitude = -more.log2()
-    total = (rows * survivor).sum() + torch.log2(1 + odds).sum() + excess * magnitude
+    zeros = odds.exp2().log1p().sum() / math.log(2)  # bits of all positions, if they were zeros
+    total = (rows * survivor).sum() + zeros + excess * magnitude
     return Rate(survivor.reshape(integers.shape), magnitude, total)
 
 
