@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "version": 0,
     "messages": 1,
+    "metrics": 1,
     "signals": 1,
     "models": 1,
     "data": 1,

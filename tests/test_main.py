@@ -399,3 +399,12 @@ def test_no_cluster_at_the_address(tmp_path):
     )
     assert done.returncode == 1
     assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr
+
+
+def test_the_command_answers_before_slow_libraries_are_imported():
+    """Help, completion and most mistakes need none of them."""
+    code = "import sys, trainer.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "trainer.driver.run" in imported
+    assert not imported & {"torch", "ray", "optuna", "matplotlib", "numba", "pandas"}

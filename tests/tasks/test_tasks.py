@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.errors import ConfigError
+from trainer.metrics import format_metric
 from trainer.tasks import (
     Average,
     Classification,
@@ -24,7 +25,6 @@ from trainer.tasks import (
     Task,
     TorchMetric,
 )
-from trainer.tasks.metrics import format_metric
 from trainer.tasks.output import auxiliary, prediction
 
 torch.manual_seed(0)

@@ -5,8 +5,7 @@ from typing import Any
 
 from trainer.config import LimitsConfig
 from trainer.config.drop import is_worse, worst_allowed
-from trainer.report.metrics import first_metric
-from trainer.tasks.metrics import MAXIMIZE
+from trainer.metrics import MAXIMIZE, first_metric
 
 _ROUNDING = 1e-9  # 0.9912 - 0.9892 is a little more than 0.002
 

@@ -14,7 +14,7 @@ from trainer.engine.finite import check_inputs
 from trainer.engine.gather import all_gather
 from trainer.engine.runtime import Runtime
 from trainer.errors import RunError
-from trainer.tasks.metrics import MAXIMIZE
+from trainer.metrics import MAXIMIZE
 
 MIN_BATCH = 256  # samples that a worker may always evaluate at a time, if the batch has so many
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from trainer import artifact
 from trainer.experiment import Experiment
+from trainer.metrics import metric_names
 from trainer.phases.structure import from_metadata
-from trainer.report.metrics import metric_names
 from trainer.report.notebook import run_html
 from trainer.store.directory import RunDirectory
 from trainer.store.serialization import from_bytes

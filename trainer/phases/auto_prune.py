@@ -20,10 +20,10 @@ from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.messages import RoundRecord
+from trainer.metrics import MAXIMIZE, format_metric
 from trainer.phases.base import Evaluate, Phase, RoundPhase
 from trainer.phases.prune import AUTO, Prune, check_min_density, min_kept, prune_weights
 from trainer.phases.retrain import preserve
-from trainer.tasks.metrics import MAXIMIZE, format_metric
 
 FIRST_FRACTION = 0.5  # of the weights, kept by the first round
 LAST_FRACTION = 0.97  # a round that would keep more than this is not worth its training

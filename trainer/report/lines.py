@@ -16,8 +16,8 @@ from trainer.messages import (
     RunStarted,
     WorkersLost,
 )
+from trainer.metrics import format_metric
 from trainer.report.text import plural
-from trainer.tasks.metrics import format_metric
 
 
 def describe(message: Message) -> str | None:

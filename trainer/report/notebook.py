@@ -96,8 +96,8 @@ def run_html(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         summary: the content of summary.json.
         metrics: the lines of metrics.jsonl.
     """
+    from trainer.metrics import first_metric
     from trainer.report.html import figures, render  # slow to import, with matplotlib below
-    from trainer.report.metrics import first_metric
     from trainer.report.page import compression_chart, highlights, learning_curves
     from trainer.report.tables import tables
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import yaml
 
+from trainer.metrics import first_metric, format_metric, metric_names
 from trainer.report import hardware, plots
 from trainer.report.distributions import Distribution
 from trainer.report.html import figures, render
-from trainer.report.metrics import first_metric, metric_names
 from trainer.report.tables import (
     has_perplexity,
     has_published,
@@ -19,7 +19,6 @@ from trainer.report.tables import (
     workers,
 )
 from trainer.report.text import megabytes
-from trainer.tasks.metrics import format_metric
 
 _DRAWN = 24  # tensors whose weights are drawn, the largest ones
 

@@ -20,7 +20,7 @@ from trainer.messages import (
     WorkersLost,
     WorkersStarted,
 )
-from trainer.report.metrics import metric_names
+from trainer.metrics import metric_names
 from trainer.store.directory import as_json, from_json
 from trainer.version import __version__
 

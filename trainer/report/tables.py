@@ -5,10 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.report.metrics import metric_names
+from trainer.metrics import format_metric, metric_names
 from trainer.report.table import Table
 from trainer.report.text import megabytes, number, perplexity, plural
-from trainer.tasks.metrics import format_metric
 
 _FRAME = "names, shapes, checksums"  # what a file holds besides its tensors
 # Letters in the names of stages.

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.messages import EpochEnded, Evaluated, PhaseRecord, RoundRecord
+from trainer.metrics import LOSS, MINIMIZE
 from trainer.tasks import output as outputs
-from trainer.tasks.metrics import MINIMIZE, AnyMetric, Metric, build_metrics
-
-LOSS = "loss"
-"""The first metric of a task without metrics."""
+from trainer.tasks.metrics import AnyMetric, Metric, build_metrics
 
 _RESERVED = frozenset(
     field.name

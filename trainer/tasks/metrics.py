@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ConfigError
-
-MAXIMIZE, MINIMIZE = "maximize", "minimize"
+from trainer.metrics import MAXIMIZE, MINIMIZE
 
 Gather = Callable[[Tensor], list[Tensor]]
 """From a tensor of this worker to those of all workers in the order of ranks. A collective call."""
@@ -362,15 +361,6 @@ def build_metrics(
                 raise ConfigError(f"metrics.{name}: {error}") from None
         found[name] = metric
     return found
-
-
-def format_metric(name: str, value: float | None) -> str:
-    """A metric as it is usually written: accuracies in percent, others with four digits."""
-    if value is None:
-        return "unknown"
-    if name.endswith("accuracy"):
-        return f"{value:.2%}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def _checked_direction(direction: str) -> str:

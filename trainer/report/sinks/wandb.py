@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.errors import ConfigError, first_line
 from trainer.messages import Message, RunEnded
-from trainer.report.metrics import metric_names
+from trainer.metrics import metric_names
 from trainer.report.sinks.base import ScalarSink
 from trainer.report.sinks.identity import run_id
 

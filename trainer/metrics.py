@@ -1,10 +1,24 @@
-"""The metrics of a run, as summary.json describes its task."""
+"""Names, directions and text of metrics, for all that only reads them.
+
+Without torch, so that the command answers at once. `trainer.tasks.metrics` computes metrics.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.tasks.base import LOSS
-from trainer.tasks.metrics import MAXIMIZE
+MAXIMIZE, MINIMIZE = "maximize", "minimize"
+
+LOSS = "loss"
+"""The first metric of a task without metrics."""
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """A metric as it is usually written: accuracies in percent, others with four digits."""
+    if value is None:
+        return "unknown"
+    if name.endswith("accuracy"):
+        return f"{value:.2%}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def directions(summary: Mapping[str, Any]) -> dict[str, str]:
