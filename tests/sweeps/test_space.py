@@ -163,7 +163,7 @@ def test_nested_and_dotted_keys_are_the_same():
     assert [p.name for p in space(CONVNET).parameters] == [
         "model.depth", "model.kernel_size", "optimizer.lr"
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"model\.depth is there twice"):
+    with pytest.raises(ConfigError, match=r"model\.depth is given twice"):
         space({"model.depth": "3,5", "model": {"depth": "3,5"}})
 
 

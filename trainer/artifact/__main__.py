@@ -1,10 +1,10 @@
-"""Look into, check and unpack a compressed model.
+"""Show, verify and decode compressed models.
 
     python -m trainer.artifact show FILE
     python -m trainer.artifact verify FILE
     python -m trainer.artifact decode FILE OUT.safetensors
 
---max-bytes=N allows tensors of so many bytes, where a file says that it holds more than usual.
+--max-bytes=N raises the limit on the size of the decoded tensors.
 --coder=PACKAGE.MODULE.CLASS names the coder of your own that coded the layers; what a file itself
 names is never imported. Exit codes: 0 done, 1 the file is damaged or cannot be read or written, 2
 wrong arguments.
@@ -29,12 +29,12 @@ from trainer.compress.coding import Coder
 from trainer.config.instantiate import build_object
 from trainer.errors import ConfigError
 
-_METADATA = "__metadata__"  # safetensors keeps the name for itself
-_WIDE = 1000  # columns where the output is no terminal: one line for a tensor
+_METADATA = "__metadata__"  # a reserved name of safetensors
+_WIDE = 1000  # columns if the output is not a terminal: one line for each tensor
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line says and return the exit code."""
+    """Execute the command line and return the exit code."""
     options = _parser().parse_args(arguments)
     path = options.file
     if options.most_bytes is not None:
@@ -81,10 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary)
         command.add_argument("file", metavar="FILE")
         command.add_argument(
-            "--max-bytes", type=int, metavar="N", help="bytes that its tensors may take"
+            "--max-bytes", type=int, metavar="N", help="maximum bytes of the decoded tensors"
         )
         command.add_argument(
-            "--coder", metavar="CLASS", help="dotted path of the coder of your own that it needs"
+            "--coder", metavar="CLASS", help="dotted path of your own coder, if the file needs one"
         )
         command.add_argument("--most-bytes", type=int, help=argparse.SUPPRESS)  # the old name
         if name == "decode":
@@ -130,7 +130,7 @@ def _show(name: str, size: int, found: Description) -> None:
 
 
 def _plain(text: str) -> str:
-    """Nothing that a terminal would obey: a file may be anybody's."""
+    """Text without control characters: a file may come from anybody."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -1,4 +1,4 @@
-"""What a model would take in the format of the published figures, so that they can be compared."""
+"""The size of a model in the format of the published figures, for comparison with them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from trainer.artifact.tensors import SCALE, WIDTH, multiplied
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.coding import han, huffman
 
-_FLOAT_BITS = 32  # of what is neither shared nor quantized, of scales, of a codebook's values
+_FLOAT_BITS = 32  # of other values, of scales, of values of codebooks
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,21 @@ class PublishedSize:
 
 
 def published_size(weights: Mapping[str, Tensor], parameters: Collection[str]) -> PublishedSize:
-    """Gaps of 8 bits in convolutions and 5 elsewhere; what is not pruned or shared takes 32 bits a
-    value, as published, and what is quantized its own bits, next to its scales. No parameter takes
-    more than so many bits a value: gaps and codebooks are for those that they make smaller.
+    """The size of a model in that format, with gaps of 8 bits in convolutions and 5 elsewhere.
+
+    As published, values that are neither pruned nor shared take 32 bits. Quantized values take
+    their own bits; their scales are added. Gaps and codebooks are used only for parameters that
+    they make smaller.
 
     Args:
         weights: a state_dict.
-        parameters: the names of its parameters, what is tied once: nothing else is counted.
+        parameters: names of the parameters to count; of tied ones, only the first.
     """
     plain = coded = 0.0
     for name in parameters:
         tensor, bits = weights[name], _FLOAT_BITS
         scale = weights.get(name + SCALE)
-        if scale is not None:  # what the scales tell apart is one value
+        if scale is not None:  # the same integer with different scales is one value
             tensor = (tensor / multiplied(torch.ones_like(tensor), scale)).round()
             bits = int(weights[name + WIDTH])
             plain += scale.numel() * _FLOAT_BITS / 8
@@ -47,7 +49,7 @@ def published_size(weights: Mapping[str, Tensor], parameters: Collection[str]) -
 
 
 def _sizes(tensor: Tensor, bits: int) -> tuple[float, float]:
-    """Bytes of one parameter without and with Huffman codes, a value taking `bits`."""
+    """Bytes of one parameter without and with Huffman codes, with `bits` for each value."""
     max_size = tensor.numel() * bits / 8
     sparse = int(tensor.count_nonzero()) < tensor.numel()
     book = codebook_of(tensor) if tensor.ndim > 1 else None

@@ -25,8 +25,8 @@ MAGIC_2 = b"DCZ\x02"
 
 HEADER_LIMIT = 1 << 22  # bytes of JSON
 
-# Part of the format: the preset dictionary of Deflate. Later text takes fewer bits to refer to, so
-# that which is most common in headers comes last.
+# Part of the format: the preset dictionary of Deflate. References to its end take the fewest bits,
+# so text that is most common in headers comes last.
 DICTIONARY = (
     b'"layer1.0.conv1.weight","layer1.0.bn1.running_mean","layer1.0.bn1.running_var",'
     b'"layer1.0.bn1.num_batches_tracked","downsample.0.weight","lstm.weight_ih_l0",'

@@ -45,14 +45,14 @@ _MIN_ALLOWED, _GROWTH = 1 << 30, 1000
 
 @dataclass(frozen=True)
 class Description:
-    """What a file holds. The bytes of all layers and of the frame add up to those of the file."""
+    """The content of a file. The bytes of all layers and of the frame add up to its size."""
 
     about: Mapping[str, Any]
-    # Elements of its floating tensors but running statistics and what belongs to quantizers; equal
-    # tensors count once. Those of the model may be others: it knows which buffers and ties it has.
+    # Elements of the floating-point tensors, without running statistics and tensors of quantizers.
+    # Equal tensors count once. The model may count others, since it knows its buffers and ties.
     parameters: int
     # name, shape, kind, weights, nonzero, distinct, bits, bytes of each tensor; `distinct` is the
-    # number of values but zero in a shared, quantized or uniform tensor, and None otherwise.
+    # number of different nonzero values of a shared, quantized or uniform tensor, else None.
     layers: list[dict[str, Any]]
     frame: int  # bytes that belong to no single tensor: header, lengths, checksums
 
@@ -166,7 +166,7 @@ class _File:
             return decode()
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-                raise  # torch reports a lack of memory as a plain RuntimeError
+                raise  # torch raises a plain RuntimeError if there is not enough memory
             raise ArtifactError(
                 f"there is not enough memory for its tensors, {self._bytes:,} bytes"
             ) from error
@@ -291,7 +291,7 @@ def _matching(path: object, coder: Coder | None) -> Coder | None:
 
 
 def _resolved(entries: Sequence[Entry]) -> dict[str, Entry]:
-    """For each name, the entry that stores its tensor: an alias refers to another one's."""
+    """The entry that stores the tensor of each name; an alias refers to another entry."""
     own: dict[str, Entry] = {}
     for entry in entries:
         if entry.name in own:
@@ -314,7 +314,7 @@ def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _multiples_of(entry: Entry, step: Tensor) -> Tensor:
-    """All values of a UNIFORM but zero, ascending. Raises ArtifactError for an impossible step."""
+    """Nonzero values of a UNIFORM entry, ascending. Raises ArtifactError for an invalid step."""
     if not 0 < float(step) < math.inf:
         raise ArtifactError(f"{entry.name!r} has a step of {float(step)}")
     below = torch.arange(-entry.below, 0)

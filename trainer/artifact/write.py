@@ -37,7 +37,7 @@ from trainer.compress.quantize import broadcast_scale
 Levels = NDArray[np.uint16] | NDArray[np.bool_]
 
 _MIN_ON_GRID = 3  # distinct values below which a codebook takes hardly more bytes than a step
-_SPARE_ON_GRID = 16  # integers without a weight that a grid may have, besides one per value
+_SPARE_ON_GRID = 16  # unused integers that a grid may have, besides one per value
 
 
 def encode(
@@ -52,14 +52,14 @@ def encode(
     A quantized weight is written as coded integers, next to the scales of its quantizer; another
     float32 tensor of integers times a step as coded integers and the step, one with few distinct
     values as a codebook and coded indices, one with zeros as coded positions and its other values;
-    anything else, such as half-precision weights, as its values.
-    Tensors that are equal are written once. Nothing is lost but what `dtype` rounds. Beside the
-    weights, memory for about three bytes an element of the largest tensor is needed.
+    all others, such as half-precision weights, as their values.
+    Tensors that are equal are written once. Only `dtype` rounds values; all others are exact. In
+    addition to the weights, about three bytes of memory per element of the largest tensor are used.
 
     Args:
         weights: a state_dict: tensors by name.
         dtype: type in which codebooks, biases and norms (float32 tensors of at most one
-            dimension) are written: "fp16", where that loses nothing but the last bits (see
+            dimension) are written: "fp16", for values that it rounds only slightly (see
             trainer.compress.half), or "fp32".
         coder: of positions and indices: a name, or an object of a class of your own, whose dotted
             path the file records; see trainer.compress.coding.encode_layer.
@@ -69,7 +69,7 @@ def encode(
             machine, so the bytes do not either.
 
     Raises:
-        TypeError, ValueError: as `check`, or `about` takes more than the format has room for.
+        TypeError, ValueError: as `check`, or `about` takes more bytes than the format allows.
         ValueError: a coder of your own fails; the message names the tensor.
     """
     check(weights)
@@ -116,12 +116,12 @@ def try_coder(coder: Coder) -> None:
 
 
 def check(weights: Mapping[str, Any]) -> None:
-    """Find out whether a state_dict can be written, without its values: they may be on meta.
+    """Check whether a state_dict can be written. The tensors may be on the meta device.
 
     Raises:
-        TypeError: an entry is no tensor, or one of a type that the format does not have.
-        ValueError: one has too many dimensions, or names and shapes take more than there is room
-            for.
+        TypeError: an entry is not a tensor, or of a type that the format does not have.
+        ValueError: one has too many dimensions, or names and shapes take more bytes than the
+            format allows.
     """
     rows = []
     for name, tensor in weights.items():
@@ -139,7 +139,7 @@ def check(weights: Mapping[str, Any]) -> None:
         dtype = NAMES[tensor.dtype]
         longest = min(tensor.numel(), MAX_CLUSTERS)
         row = Entry(name, UNIFORM, dtype, shape, 1, dtype, below=longest, above=tensor.numel())
-        rows.append(row.as_json())  # the longest that any tensor can get
+        rows.append(row.as_json())  # the longest entry that this tensor can have
     header_text({"tensors": rows})
 
 
@@ -165,7 +165,7 @@ def _written(
 def _on_grid(
     name: str, tensor: Tensor, scale: Tensor
 ) -> tuple[Entry, Levels | None, Tensor] | None:
-    """As `_plan`, for a weight that is integers of 8 bits times a scale; None where it is not."""
+    """As `_plan`, for a weight of 8-bit integers times a scale; None for any other weight."""
     shape = tuple(tensor.shape)
     if tensor.dtype != torch.float32 or not tensor.numel() or not is_scale(scale, shape):
         return None
@@ -186,8 +186,8 @@ def _on_grid(
 
 
 def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None, Tensor]:
-    """How a tensor is written, its levels if they are coded, and the values that go into a stream,
-    in the type in which they are stored.
+    """How a tensor is written, its levels if they are coded, and the values for the stream, in the
+    type in which they are stored.
     """
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
     found = shared_values(tensor)
@@ -220,7 +220,7 @@ def _uniform(values: Tensor) -> tuple[Tensor, int, int] | None:
 
     Returns:
         The step, in fp16 if it is exact in that, and how many integers below and above zero are
-        needed; None where there is no grid, or where a codebook takes hardly more bytes.
+        needed; None if there is no grid, or if a codebook takes hardly more bytes.
     """
     if len(values) < _MIN_ON_GRID or not bool(values.isfinite().all()):
         return None
@@ -245,13 +245,13 @@ def _multiples(tensor: Tensor, step: float, below: int) -> NDArray[np.uint16]:
 
 
 def _bits_of_shared(values: Tensor, survivors: int) -> float:
-    """What a codebook and as many indices into it take at most."""
+    """Upper bound on the bits of a codebook and the indices into it."""
     index = math.log2(max(1, len(values)))
     return 8 * values.element_size() * len(values) + index * survivors
 
 
 def _places(tensor: Tensor, values: Tensor) -> NDArray[np.uint16]:
-    """The level of each element: 0 for zero, else 1 and more for its place among the values."""
+    """The level of each element: 0 for zero, otherwise 1 + its index among the values."""
     weights = tensor.numpy()
     there = weights != 0
     levels = np.zeros(weights.shape, np.uint16)
@@ -264,5 +264,5 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, not copied where it is contiguous."""
+    """The bytes of a tensor, not copied if it is contiguous."""
     return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""One run as its driver sees it: from the first worker to the last file."""
+"""The driver of a run: starts workers, stores their reports, writes the results."""
 
 from trainer.driver.run import drive, resume
 

@@ -7,11 +7,11 @@ from trainer.config import LimitsConfig
 from trainer.config.drop import is_worse, worst_allowed
 from trainer.metrics import MAXIMIZE, first_metric
 
-_ROUNDING = 1e-9  # 0.9912 - 0.9892 is a little more than 0.002
+_ROUNDING = 1e-9  # in floats, 0.9912 - 0.9892 is slightly more than 0.002
 
 
 def apply_limits(summary: Mapping[str, Any], limits: LimitsConfig) -> dict[str, Any]:
-    """The summary of a run that ended, with the status that the limits give it."""
+    """The summary of a run that ended, with status "limits" if it misses a limit."""
     error = "; ".join(missed_limits(summary, limits)) or None
     return {**summary, "status": "limits" if error else "done", "error": error}
 
@@ -20,8 +20,8 @@ def missed_limits(summary: Mapping[str, Any], limits: LimitsConfig) -> list[str]
     """A sentence for each limit that the result of a run misses.
 
     Args:
-        summary: The content of summary.json. The decoded model file counts if there is one, and
-            otherwise the final model.
+        summary: The content of summary.json. The limits apply to the decoded model file if there is
+            one, otherwise to the final model.
         limits: The limits.
     """
     found = []

@@ -1,4 +1,4 @@
-"""The members of an elastic run: which state the next group continues from, or what is replayed."""
+"""The members of an elastic run: the state from which the next group continues, and replays."""
 
 import json
 import time
@@ -21,7 +21,7 @@ class Members:
     """Follows the groups of workers that execute one run, one after the other."""
 
     def __init__(self, cfg: ClusterConfig) -> None:
-        """Raises ConfigError if `cluster.replay` is no file that can be repeated."""
+        """Raises ConfigError if `cluster.replay` is not the members.jsonl of a run."""
         self.is_recorded = cfg.min_workers is not None or cfg.replay is not None
         self._plan = [] if cfg.replay is None else read_plan(Path(cfg.replay), cfg.workers)
         self._kept: Position | None = None  # of the state that rank 0 of the group keeps
@@ -37,8 +37,8 @@ class Members:
     def continues_at(self, point: ResumePoint) -> Position | None:
         """The position of the state that the workers keep, unless the checkpoint is later.
 
-        A state of another phase is of no use: the end of a phase is always stored, or else the
-        phase has to be trained again.
+        A state of another phase is not used: either the end of that phase is stored, or the phase
+        has to be trained again.
         """
         kept = self._kept
         stored = (point.phase, point.step, STEP_COMPLETE) if point.step else (point.phase, 0, 0)
@@ -66,7 +66,7 @@ class Members:
 
         Args:
             group: An elastic group whose last function failed or stopped.
-            reason: Why; None: a planned change, whose reason is what the group does.
+            reason: The reason; None: a planned change, described by who joins and leaves.
         """
         self._since = time.monotonic()
         before = group.size
@@ -104,14 +104,14 @@ def entry_position(entry: Mapping[str, Any]) -> Position:
 
 
 def read_plan(path: Path, workers: int) -> list[dict[str, Any]]:
-    """The lines of a members.jsonl, of those at the same position only the last.
+    """The lines of a members.jsonl; of several at the same position, only the last one.
 
     Args:
         path: The file.
         workers: The largest number of workers that a line may have.
 
     Raises:
-        ConfigError: It is no such file, or has more workers.
+        ConfigError: The file is not a members.jsonl, or has more workers.
     """
     plan: dict[Position, dict[str, Any]] = {}
     try:
@@ -119,7 +119,7 @@ def read_plan(path: Path, workers: int) -> list[dict[str, Any]]:
             entry = json.loads(line)
             numbers = [entry[key] for key in ("phase", "step", "stage", "workers", "source")]
             if not all(type(number) is int for number in numbers) or entry["workers"] < 1:
-                raise ValueError(f"{line} has a number that is none")
+                raise ValueError(f"{line} has a value that is not a valid number")
             entry.setdefault("reason", "")
             plan[entry_position(entry)] = entry
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -50,7 +50,7 @@ def shared_distributions(
             try:
                 contents = [checkpoints.weights_after(names, s.phase) for s in (before, after)]
             except RunError as error:
-                # The message of the error says how to repair a run, which a finished one cannot do.
+                # Only the cause: the error itself suggests resuming the run, which is already done.
                 notify(f"report.html does not show the weights: {error.__cause__}")
                 return []
             finally:

@@ -1,4 +1,4 @@
-"""What a run ends with: the compressed file, and the test metrics of each stage and of the file."""
+"""Results of a run: the compressed file, and test metrics of each stage and of the file."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -12,15 +12,15 @@ from trainer.store.serialization import from_bytes
 from trainer.worker.evaluate import DECODED
 
 _LETTERS = {"structure": "C", "zeros": "P", "sharing": "S", "quantization": "Q"}
-"""How tables name stages: channels removed, pruned, shared, quantized."""
+"""Names of stages in tables: channels removed, pruned, shared, quantized."""
 
 
 class FinalModels:
     """The models of one run: the weights after each stage, and the compressed file.
 
     Attributes:
-        artifact: Content of the file; empty if none is wanted. The driver replaces it by what it
-            reads back from the disk, which is what is evaluated.
+        artifact: Content of the file; empty if none is made. The driver replaces it by the
+            content that it reads back from the disk, so that this is evaluated.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One run as its driver sees it: start the workers, store what they report, end with a summary.
+"""The driver of a run: start the workers, store their reports, and write the summary.
 
 Only the driver writes to disk: workers send messages and bytes. Ray takes seconds to start; torch
 and the user's code are imported, and the experiment is built, in the meantime. After the loss of a
@@ -269,7 +269,7 @@ class _Run:
                 if group is not self.borrowed:
                     group.start()
             except RunError:
-                ready.result()  # a wrong configuration would explain more
+                ready.result()  # if the configuration is wrong, raise that error instead
                 raise
             ready.result()
         self.on(WorkersStarted(group.nodes))
@@ -278,7 +278,7 @@ class _Run:
                 self.notify(line)
 
     def _prepare(self) -> None:
-        """Everything that can be imported, built and checked before there are workers."""
+        """Build and check the experiment, and open the sinks, before there are workers."""
         self.experiment = self.build()
         model = self.experiment.check_model()
         if self.experiment.has_initial_weights and not self.checkpoints.load_initial(self.notify):
@@ -346,14 +346,14 @@ class _Run:
             self._follow(group, export_models, models.final, models.dense)
 
     def _starting(self, group: WorkerGroup) -> str:
-        """What the run does first, as a status."""
+        """Status at the start of the run."""
         workers = self.config.cluster.workers
         if group is self.borrowed or self.is_inline:
             return "building the experiment"
         return f"starting Ray and {workers} {plural('worker', workers)}"
 
     def _finishing(self) -> str:
-        """What the run does after the last phase, as a status."""
+        """Status after the last phase."""
         return "encoding model.dcz" if self.config.artifact.make else "reading the final weights"
 
     def _follow(
@@ -420,7 +420,7 @@ class _Run:
         self.on(WorkersStarted(group.nodes))
 
     def _rewind(self) -> tuple[ResumePoint, Position, bool]:
-        """Find where the run continues, and let the sinks discard what was reported after it.
+        """Find where the run continues, and let the sinks discard later reports.
 
         Returns:
             The last checkpoint; the position at which training continues; whether that is a later
@@ -436,7 +436,7 @@ class _Run:
         return point, position, kept is not None
 
     def on(self, message: Message) -> None:
-        """Pass a message to all sinks, and store what it carries."""
+        """Pass a message to all sinks, and store its content."""
         for sink in self.sinks:
             sink.on(message)
         for logger in list(self.loggers):
@@ -487,7 +487,7 @@ class _Run:
 
     def _notify_resume(self) -> None:
         arguments = [f"resume={self.directory.path}"]
-        if self.config.cluster.working_dir:  # folders of code are named again
+        if self.config.cluster.working_dir:  # folders of code have to be given again
             arguments.append(f"cluster.working_dir={self.config.cluster.working_dir}")
         if self.config.cluster.py_modules:
             arguments.append(f"cluster.py_modules=[{','.join(self.config.cluster.py_modules)}]")
@@ -499,13 +499,13 @@ class _Run:
         write_report(summary, self.experiment, self.directory, self.notify)
 
     def _call_logger(self, logger: Sink, call: Callable[[], None]) -> None:
-        """Call a logger; if it fails, report that and do without it from then on."""
+        """Call a logger; if it fails, report that, and do not use it any more."""
         try:
             call()
         except Exception as error:
             self.loggers.remove(logger)
             self.directory.log(traceback.format_exc())
             self.notify(
-                f"{type(logger).__name__} failed and records nothing from here on: "
+                f"{type(logger).__name__} failed and records nothing more: "
                 f"{first_line(error)} (more in log.txt)"
             )

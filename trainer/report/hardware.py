@@ -1,4 +1,4 @@
-"""What a network costs on hardware, for people: a table, energies by cause, and a roofline plot.
+"""The cost of a network on hardware as a table, a chart of energies, and a roofline plot.
 
 Pure functions of what `trainer.hardware.costs.NetworkCosts.as_dict` returns, which summary.json
 holds under `hardware`.
@@ -37,7 +37,7 @@ _COLOURS = {"cpu": BLUE, "tpu": ORANGE, "eie": GREEN}
 
 
 def table(costs: Costs) -> Table:
-    """One row for each stage; a mark before a figure says how it was found."""
+    """One row for each stage; a mark before a figure shows whether it was measured or modelled."""
     columns = ["stage", "bytes", "MACs", *CAUSES, "energy"]
     for machine in _COLUMNS:
         columns += [f"{_TITLES[machine]} us", f"{_TITLES[machine]} uJ"]
@@ -68,13 +68,13 @@ def table(costs: Costs) -> Table:
 
 
 def title(costs: Costs) -> str:
-    """What was computed."""
+    """Title: one sample or a batch."""
     batch = costs["settings"]["batch"]
     return f"Cost of {'one sample' if batch == 1 else f'a batch of {batch} samples'}"
 
 
 def caption(costs: Costs) -> list[str]:
-    """How to read the table, and what its figures do not contain."""
+    """Caption: how to read the table, and what its figures leave out."""
     settings = costs["settings"]
     threads, watts = settings["threads"], settings["cpu_watts"]
     return [
@@ -138,7 +138,7 @@ def energies(costs: Costs) -> str:
 
 
 def roofline(costs: Costs) -> str:
-    """Draw what each machine reaches in each stage under what it can reach."""
+    """Draw the speed of the network on each machine, and the limits of the machines."""
     eie = EieSettings()
     limits = costs["limits"]
     roofs = {

@@ -1,4 +1,4 @@
-"""HTML: the templates that all reports share, and what they need to be rendered."""
+"""HTML templates that all reports share, and the functions that render them."""
 
 import re
 from functools import cache

@@ -21,7 +21,7 @@ from trainer.report.text import plural
 
 
 def describe(message: Message) -> str | None:
-    """One line about a message that is worth keeping in a log; None for mere progress."""
+    """One line about a message, for the log; None for messages that only report progress."""
     match message:
         case Notice():
             return message.text

@@ -19,7 +19,7 @@ _WIDTH = 100  # columns
 
 def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook."""
-    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    ipython = sys.modules.get("IPython")  # imported in every kernel
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")
 
@@ -56,20 +56,20 @@ class NotebookLive:
             self._handle = None
 
     def update(self, renderable: RenderableType, *, refresh: bool = False) -> None:
-        """Show something else, at once or with the next refresh."""
+        """Replace what is shown, at once or at the next refresh."""
         self._renderable = renderable
         if refresh:
             self.refresh()
 
     def refresh(self) -> None:
-        """Show the present state."""
+        """Show the current state."""
         if self._handle is not None:
             self._updated = time.monotonic()
             shown = self._get_renderable() if self._get_renderable else self._renderable
             self._put(as_html(shown))
 
     def refresh_sometimes(self) -> None:
-        """Show the present state, unless that was done a moment ago."""
+        """Show the current state, unless it was shown less than `_EVERY_S` ago."""
         if time.monotonic() - self._updated >= _EVERY_S:
             self.refresh()
 
@@ -80,7 +80,7 @@ class NotebookLive:
 
 
 def as_html(renderable: RenderableType) -> str:
-    """What a terminal would show, as an HTML element."""
+    """The output of a terminal as an HTML element."""
     console = rich.console.Console(
         record=True, width=_WIDTH, file=io.StringIO(), force_jupyter=False, highlight=False
     )

@@ -1,4 +1,4 @@
-"""Standard output as rich sees it: what it can show, and what happens when writing to it fails."""
+"""Standard output for rich: its capabilities, and what happens when writing to it fails."""
 
 import io
 import os
@@ -13,13 +13,13 @@ from rich.live import Live
 
 from trainer.report.notebook import NotebookLive, in_notebook
 
-PLAIN_WIDTH = 120  # columns where the output is no terminal
+PLAIN_WIDTH = 120  # columns if the output is not a terminal
 
 
 class _Output:
     """Standard output. On an error, such as a full disk, it becomes silent: the run continues.
 
-    A broken pipe is left to rich, which does the same.
+    A broken pipe is handled by rich in the same way.
     """
 
     def write(self, text: str) -> int:
@@ -51,7 +51,7 @@ class Terminal(rich.console.Console):
     def __init__(self) -> None:
         stdout = sys.stdout
         if isinstance(stdout, io.TextIOWrapper) and not stdout.encoding.lower().startswith("utf"):
-            stdout.reconfigure(errors="replace")  # such as ASCII, which has no "±"
+            stdout.reconfigure(errors="replace")  # ASCII, for example, has no "±"
         # Without a standard output rich has a file that discards everything.
         output = None if stdout is None else cast("IO[str]", _Output())
         super().__init__(file=output, highlight=False, force_jupyter=False)
@@ -71,7 +71,7 @@ def silence(stream: TextIO) -> None:
 
 
 def wrap(terminal: rich.console.Console, line: str) -> str:
-    """Break a line between words to fit a terminal. Files and pipes get it whole."""
+    """Break a line between words to fit a terminal. In files and pipes it is not broken."""
     if not terminal.is_terminal:
         return line
     return textwrap.fill(line, terminal.width, subsequent_indent="  ", break_on_hyphens=False)
@@ -80,7 +80,7 @@ def wrap(terminal: rich.console.Console, line: str) -> str:
 def live_display(
     terminal: rich.console.Console, get_renderable: Callable[[], RenderableType] | None = None
 ) -> Live | NotebookLive | None:
-    """A live display, which disappears when it stops; None where the output is plain text.
+    """A live display, which disappears when it stops; None if the output is plain text.
 
     Args:
         get_renderable: returns what to show, several times a second; None: `update` changes it.

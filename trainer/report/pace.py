@@ -1,19 +1,19 @@
-"""How long a run will still take, from the steps it has done and the steps it has planned."""
+"""The estimated time until a run ends, from the steps done and the steps planned."""
 
 import time
 from collections.abc import Sequence
 
 
 class Pace:
-    """Estimates the time left of the present phase and of all phases.
+    """Estimates the time left in the current phase and in all phases.
 
-    Steps of phases to come count as long as those of the present phase.
+    It assumes that steps of later phases take as long as those of the current phase.
     """
 
     def __init__(self) -> None:
         self._planned: Sequence[int] = ()  # steps of each phase; empty: not known
         self._phase = 0
-        self._steps = 0  # of the present phase
+        self._steps = 0  # of the current phase
         self._first: tuple[int, float] | None = None  # step and time of the first report
         self._last = (0, 0.0)  # step and time of the last report
 
@@ -23,7 +23,7 @@ class Pace:
         return len(self._planned)
 
     def plan(self, steps: Sequence[int]) -> None:
-        """Set the number of steps that each phase of the run takes at most."""
+        """Set the maximum number of steps of each phase of the run."""
         self._planned = steps
 
     def start_phase(self, index: int, steps: int) -> None:
@@ -31,12 +31,12 @@ class Pace:
         self._phase, self._steps, self._first = index, steps, None
 
     def step(self, step: int) -> None:
-        """A step of the present phase is done; the first one is 1."""
+        """A step of the current phase is done; the first one is 1."""
         self._last = (step, time.monotonic())
         self._first = self._first or self._last
 
     def phase_left(self) -> float | None:
-        """Seconds until the present phase ends; None: not known yet."""
+        """Seconds until the current phase ends; None: not known yet."""
         seconds = self._seconds_per_step()
         return None if seconds is None else seconds * (self._steps - self._last[0])
 

@@ -1,4 +1,4 @@
-"""report.html: a finished run on one page that needs no other file."""
+"""report.html of a finished run: one page that needs no other file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from trainer.report.tables import (
 )
 from trainer.report.text import megabytes
 
-_DRAWN = 24  # tensors whose weights are drawn, the largest ones
+_DRAWN = 24  # tensors whose weights are drawn: the largest ones
 
 
 def page(
@@ -101,7 +101,7 @@ def compression_chart(artifact: Mapping[str, Any], name: str = "accuracy") -> di
 
 
 def highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The result in a few figures, each with what it is."""
+    """The main figures of the result, each with its label."""
     artifact = summary.get("artifact")
     name, _ = first_metric(summary)
     value = (artifact or summary)[name]
@@ -120,7 +120,7 @@ def highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What ran where, and how long."""
+    """Text: workers, machine, precision and duration."""
     speed = summary["images_per_second"]
     versions = summary.get("versions", {})
     found = [

@@ -1,4 +1,4 @@
-"""The charts of a run as SVG: learning curves, compression, and weights before and after sharing.
+"""Charts of a run as SVG: learning curves, compression, and weights before and after sharing.
 
 Pure functions from the records of summary.json and metrics.jsonl.
 """
@@ -35,15 +35,15 @@ from trainer.report.svg import (
 
 Record = Mapping[str, Any]
 
-_MARKED = 40  # epochs up to which each gets a marker
-_SPIKES = 256  # values of a codebook up to which each gets a line of its own
-_NAME_SIZE = 8.5  # of the names of phases, in points
+_MARKED = 40  # largest number of epochs that are drawn with markers
+_SPIKES = 256  # largest codebook whose values are drawn as separate lines
+_NAME_SIZE = 8.5  # font size of the names of phases, in points
 
 
 def losses(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
     """Draw training and validation loss over the epochs of all phases; arguments as `metric_curve`.
 
-    The axis is logarithmic where the losses span more than a factor of 20.
+    The axis is logarithmic if the losses span more than a factor of 20.
     """
     lines = [("train_loss", None, "training", ORANGE), ("loss", "loss", "validation", BLUE)]
     with style():
@@ -75,7 +75,7 @@ def metric_curve(phases: Sequence[Record], metrics: Sequence[Record], name: str)
 
 
 def compression(stages: Sequence[Record], name: str = "accuracy") -> str:
-    """Draw a test metric over compression ratio; published figures, of accuracy, are hollow.
+    """Draw a test metric over compression ratio; published accuracies are hollow dots.
 
     Args:
         stages: of the artifact, as in summary.json.
@@ -192,12 +192,12 @@ def _over_epochs(
 
 
 def _name_phases(axes: Axes, starts: Sequence[float], phases: Sequence[Record]) -> None:
-    """Write the name of each phase above its start, in as many rows as keep names apart.
+    """Write the name of each phase above its start, in several rows if names would overlap.
 
     Args:
         starts: where each phase starts, as a fraction of the width of the axes.
     """
-    width = 0.8 * WIDTH  # about, of the axes
+    width = 0.8 * WIDTH  # of the axes, approximately
     ends: list[float] = []  # where the last name of each row ends
     for start, phase in zip(starts, phases, strict=True):
         name = shorten(phase["name"])

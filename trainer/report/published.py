@@ -14,7 +14,7 @@ Figure = dict[str, float | None]
 
 @dataclass(frozen=True)
 class _Network:
-    """The published figures of one network, and what makes a run comparable with it."""
+    """The published figures of one network, and which runs are comparable with them."""
 
     outputs: int
     data: str | None  # `_target_` of the data it was trained on; None: any with these outputs
@@ -54,7 +54,7 @@ def published(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Fi
         model, data: the settings of these sections.
 
     Returns:
-        The figures by stage; nothing for a run that is not comparable.
+        The figures by stage; empty for a run that is not comparable.
     """
     module, _, name = str(model.get("_target_")).rpartition(".")
     network = _NETWORKS.get(name)

@@ -1,4 +1,4 @@
-"""summary.json: the run in a few numbers, collected from its messages."""
+"""summary.json: settings and results of a run, collected from its messages."""
 
 import importlib.metadata
 import platform
@@ -26,7 +26,7 @@ from trainer.version import __version__
 
 
 class SummarySink:
-    """Collects what is known of a run; `as_dict` is complete at any moment."""
+    """Collects the summary from the messages; `as_dict` can be called at any time."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class SummarySink:
                 self._exported[message.name] = facts
 
     def close(self) -> None:
-        """Nothing is open: the driver writes what `as_dict` returns."""
+        """Nothing to do: the driver writes what `as_dict` returns."""
 
     def _restore(self, message: Resumed) -> None:
         members = self._before.get("members", []) if self._earlier is None else self._members
@@ -142,6 +142,6 @@ class SummarySink:
         }
 
     def _speed(self) -> float | None:
-        """Samples per second of training, over all phases; their steps take as many samples."""
+        """Samples per second of training over all phases, whose batches have the same size."""
         timed = [(p.images_per_second, p.steps) for p in self.phases if p.images_per_second]
         return statistics.harmonic_mean(*zip(*timed, strict=True)) if timed else None

@@ -1,9 +1,9 @@
-"""Drawing: matplotlib figures as SVG text whose colours follow the theme of the page.
+"""Matplotlib figures as SVG text, with colours that follow the theme of the page.
 
 All charts of the run report, the sweep report and notebooks are drawn here, so that they look
 alike. Colours are written as CSS variables with the light theme's value as fallback: the page
 defines the variables for its light and its dark theme (`templates/style.css.j2`), and a figure
-without a page is a light one. Text stays text: it is small, sharp and can be searched.
+outside a page is light. Text is not converted to paths, so that it is small and can be searched.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _, BLUE, ORANGE, GREEN, RED, PURPLE, _ = SERIES
 
 _STYLE: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "trainer",  # the same figure is the same text
+    "svg.hashsalt": "trainer",  # equal figures give equal text
     "font.size": 10,
     "text.color": TEXT,
     "axes.labelcolor": SOFT,
@@ -53,7 +53,7 @@ _STYLE: Any = {
     "ytick.labelcolor": SOFT,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
-    "xtick.major.size": 0,  # the grid shows where a tick is
+    "xtick.major.size": 0,  # grid lines mark the ticks
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
@@ -62,8 +62,8 @@ _STYLE: Any = {
     "legend.fontsize": 9,
 }
 WIDTH, HEIGHT = 4.4, 3.1  # inches, of a chart that is as wide as a phone
-_LETTERS = 28  # of a name in a chart
-_EM = 0.62  # width of a letter of matplotlib's own font, in font sizes
+_LETTERS = 28  # of a name in a chart, at most
+_EM = 0.62  # width of a letter of matplotlib's default font, relative to the font size
 
 _ROOT = (
     'role="img" stroke-linejoin="round" stroke-linecap="butt" '
@@ -75,8 +75,8 @@ _DATA = re.compile(r' (?:d|x|y|points|transform)="[^"]*"')
 _DECIMALS = re.compile(r"(\.\d)\d+")
 _ID = re.compile(r' id="([^"]*)"')
 _REFERENCE = re.compile(r'(?:url\(#|href="#)([^")]*)')
-# What a browser draws the same without: matplotlib's list of fonts, invisible backgrounds,
-# rotations by nothing, and settings that the <svg> element has.
+# Text without an effect in a browser: matplotlib's list of fonts, invisible backgrounds,
+# rotations by 0 degrees, and settings of the <svg> element.
 _NEEDLESS = re.compile(
     r"; font-family: [^;\"]*|; stroke-linejoin: \w+|; stroke-linecap: (?:square|butt)"
     r'|<path [^>]*style="fill: none"/>|<style.*?</style>| transform="rotate\(-0 [^"]*"',
@@ -84,19 +84,19 @@ _NEEDLESS = re.compile(
 )
 _EMPTY = re.compile(r"<(g|defs)>\s*</\1>|<g/>")
 
-# The first drawing on a machine builds a cache of fonts, and would log that to standard error.
+# The first figure on a machine builds a font cache, which would be logged to standard error.
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The settings under which a figure is made, and converted by `to_svg`."""
+    """Matplotlib settings with which figures have to be made and converted by `to_svg`."""
     with matplotlib.rc_context(_STYLE):
         yield
 
 
 def new_figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes. It is no part of pyplot, which keeps global state.
+    """A figure with one pair of axes, without pyplot, which has global state.
 
     Args:
         width, height: in inches.
@@ -114,7 +114,7 @@ def to_svg(figure: Figure, name: str) -> str:
     text = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with warnings.catch_warnings():
-        # Letters that matplotlib's own font lacks: the browser uses a font that has them.
+        # Letters that matplotlib's default font lacks are drawn by the browser in another font.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         FigureCanvasSVG(figure).print_svg(text, metadata=no_metadata)
     svg = text.getvalue()
@@ -156,11 +156,11 @@ def points(
     """
     where = np.column_stack((np.asarray(x, dtype=float), np.asarray(y, dtype=float)))
     where = where[np.isfinite(where).all(axis=1)]
-    if label is not None:  # of a path, the legend would show a rectangle
+    if label is not None:  # the legend would show a path as a rectangle
         axes.plot([], [], "o", color=colour, markersize=size, alpha=opacity, label=label)
     if not len(where):
         return
-    # A line without length: its round ends are the dot.
+    # A line of length 0 with round ends is a dot.
     codes = np.tile([Path.MOVETO, Path.LINETO], len(where))
     path = Path(np.repeat(where, 2, axis=0), codes)
     path.should_simplify = False
@@ -195,7 +195,7 @@ def legend(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def log_ticks(axis: Any, base: int, suffix: str = "") -> None:
-    """Label the powers of `base` of a logarithmic axis in plain figures, and a few others."""
+    """Label powers of `base` and a few other values on a logarithmic axis, as plain numbers."""
     axis.set_major_locator(LogLocator(base, numticks=8))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{suffix}"))
@@ -207,7 +207,7 @@ def shorten(name: str, letters: int = _LETTERS) -> str:
 
 
 def text_width(text: str, size: float) -> float:
-    """About how wide a text is, in inches.
+    """Approximate width of a text, in inches.
 
     Args:
         size: of the font, in points.

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-_MIN_NAME = 12  # columns of a terminal that names keep, however narrow it is
-_GAP = 2  # columns between two columns
+_MIN_NAME = 12  # minimum width of the names, in characters
+_GAP = 2  # characters between two columns
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     caption: str = ""
-    optional: tuple[str, ...] = ()  # columns a narrow terminal leaves out, in this order
+    optional: tuple[str, ...] = ()  # columns that are left out in a narrow terminal, in this order
     prose: tuple[str, ...] = ()  # columns of text, which may wrap; the others hold numbers
 
 
@@ -44,7 +44,7 @@ def rich_table(table: Table, width: int) -> RenderableType:
     after that its names are shortened.
 
     Args:
-        width: of the terminal, in columns.
+        width: of the terminal, in characters.
     """
     shown, dropped = _fit(table, width)
     result = rich.table.Table(

@@ -9,7 +9,7 @@ from trainer.metrics import format_metric, metric_names
 from trainer.report.table import Table
 from trainer.report.text import megabytes, number, perplexity, plural
 
-_FRAME = "names, shapes, checksums"  # what a file holds besides its tensors
+_FRAME = "names, shapes, checksums"  # the other content of a model file
 # Letters in the names of stages.
 _LETTERS = {"P": "pruned", "S": "values shared", "Q": "quantized", "H": "Huffman-coded"}
 _QUANTIZER = re.compile(r"(?:(?P<module>.*)\.)?\w*_quantizer\.\w+")
@@ -85,11 +85,11 @@ def has_perplexity(summary: Mapping[str, Any]) -> bool:
 def stages(
     artifact: Mapping[str, Any], perplexities: bool = False, metrics: Sequence[str] = ("accuracy",)
 ) -> Table:
-    """Size and test metrics of each stage, beside published figures where there are any.
+    """Size and test metrics of each stage, with published figures if there are any.
 
     Args:
         artifact: of summary.json.
-        perplexities: add the perplexity, which only means something for a language model.
+        perplexities: add the perplexity, which is defined for language models only.
         metrics: Names of the metrics. Of an accuracy, the error is shown.
     """
     published = has_published(artifact)
@@ -129,7 +129,7 @@ def has_published(artifact: Mapping[str, Any]) -> bool:
 
 
 def _published(stage: Mapping[str, Any]) -> str:
-    """The published ratio, and the published error where there is one."""
+    """The published ratio, and the published error if there is one."""
     published = stage["published"]
     if not published:
         return ""
@@ -149,7 +149,7 @@ def _legend(artifact: Mapping[str, Any], perplexities: bool) -> list[str]:
 
 
 def layers(artifact: Mapping[str, Any]) -> Table:
-    """What each tensor takes in the file; the last row is everything else.
+    """The bytes of each tensor in the file; the last row is everything else.
 
     The ranges and scales of quantizers count as bytes of the weight that they belong to.
     """
@@ -204,7 +204,7 @@ def fold_quantizers(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def onnx(converted: Sequence[Mapping[str, Any]], metrics: Sequence[str] = ("accuracy",)) -> Table:
-    """What onnxruntime makes of the models, on validation data with one thread."""
+    """Metrics and speed of the exported models in onnxruntime: validation data, one thread."""
     batches = list(converted[0]["milliseconds"])
     rows = [
         (
@@ -257,7 +257,7 @@ def members(groups: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def where(summary: Mapping[str, Any]) -> str:
-    """What ran where, and how long, in one line."""
+    """One line: workers, machines, precision and duration."""
     restarts = summary["restarts"]
     parts = [
         workers(summary),

@@ -1,4 +1,4 @@
-"""Live progress in the terminal; plain lines where the output is a file or a pipe."""
+"""Live progress in the terminal; plain lines if the output is a file or a pipe."""
 
 import time
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ from trainer.report.pace import Pace
 from trainer.report.table import Table, rich_table
 from trainer.report.text import duration
 
-_ELAPSED_AFTER_S = 3.0  # a status that takes longer shows its time
+_ELAPSED_AFTER_S = 3.0  # a status that is shown longer shows its duration
 _STYLES = {RunStarted: "cyan", PhaseStarted: "bold", PhaseEnded: "green", WorkersLost: "yellow"}
 
 
 @dataclass
 class _Bar:
-    """The progress of the present phase."""
+    """The progress bar of the current phase."""
 
     title: str
     steps: int
@@ -44,11 +44,11 @@ class _Bar:
 
 
 class Console:
-    """Shows the messages of a run. A context manager: the live display ends with it."""
+    """Shows the messages of a run. A context manager: the live display disappears at its end."""
 
     def __init__(self, terminal: rich.console.Console | None = None) -> None:
         self.terminal = terminal or Terminal()
-        # The usual spinner consists of letters that only Unicode has.
+        # The usual spinner consists of characters that ASCII does not have.
         name = "dots" if self.terminal.encoding.startswith("utf") else "line"
         self._spinner = Spinner(name, style="cyan")
         self._status: tuple[str, float] | None = None  # text, and when it was set
@@ -97,7 +97,7 @@ class Console:
         self.terminal.print(rich_table(table, self.terminal.width))
 
     def status(self, text: str | None) -> None:
-        """Show what the run is doing where there are no steps to count; None: nothing any more.
+        """Show what the run is doing when there are no steps to count; None: remove the text.
 
         A terminal shows it beside a spinner until the next status or the next phase; otherwise it
         is printed as a line.
@@ -141,7 +141,7 @@ class Console:
         self.say(shown, _STYLES.get(type(message)))
 
     def _refresh(self) -> None:
-        """Draw the live display now: its thread may wait for its turn while modules are loaded."""
+        """Draw the live display now: its own thread may be delayed while modules are imported."""
         if self._live and self._live.is_started:
             self._live.refresh()
 

@@ -1,4 +1,4 @@
-"""Numbers as text for people."""
+"""Numbers as text for readers."""
 
 import math
 
@@ -6,7 +6,7 @@ NOTHING = "–"  # noqa: RUF001 - not measured, or not a number
 
 
 def number(value: float | None, spec: str) -> str:
-    """Format a number; summary.json holds null for what is NaN or infinite."""
+    """Format a number; None, which stands for NaN and infinity in summary.json, is `NOTHING`."""
     return NOTHING if value is None else format(value, spec)
 
 
@@ -16,12 +16,12 @@ def plural(noun: str, count: int) -> str:
 
 
 def significant(value: object, digits: int = 4) -> str:
-    """A value of a setting for people: floats with a few significant digits."""
+    """A value of a setting as text: floats with a few significant digits."""
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def perplexity(loss: float) -> float:
-    """e to the power of a loss in nats; infinite where that is beyond a float."""
+    """e to the power of a loss in nats; infinity if a float cannot represent it."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -29,7 +29,7 @@ def perplexity(loss: float) -> float:
 
 
 def megabytes(count: float) -> str:
-    """A number of bytes for people, in powers of 1000."""
+    """A number of bytes as text, in powers of 1000."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -38,7 +38,7 @@ def megabytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in its two largest units."""
+    """A time as text, in its two largest units."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -8,7 +8,7 @@ CHART = {
     "grid": ("#e5e7eb", "#2a323d"),
     "band": ("#f1f4f8", "#222a34"),
     "card": ("#ffffff", "#1b212a"),
-    # Series that people with colour blindness can tell apart (Okabe & Ito, 2008), lightened for
+    # Series that colour-blind readers can distinguish (Okabe & Ito, 2008), lightened for
     # the dark theme.
     "c0": ("#4d4d4d", "#c3c9d1"),
     "c1": ("#0072b2", "#5ab4f0"),
@@ -19,7 +19,7 @@ CHART = {
     "c6": ("#56b4e9", "#8fd0f7"),
 }
 
-# Colours of pages besides.
+# Other colours of pages.
 PAGE = {
     "ground": ("#f6f7f9", "#12161c"),
     "line": ("#e1e5ea", "#2d3642"),

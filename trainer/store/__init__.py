@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its directory, checkpoints, initial weights, checksummed files."""
+"""Files of a run: its directory, checkpoints, initial weights, checksummed files."""

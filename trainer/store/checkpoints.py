@@ -29,12 +29,10 @@ class ResumePoint:
 
     phase: int  # index of the phase that runs next, or is resumed
     step: int  # steps done of that phase; 0: it begins
-    weights: (
-        bytes | None
-    )  # what the phase before it left, or the initial weights; None: there are none
+    weights: bytes | None  # after the phase before it, or the initial weights; None: there are none
     checkpoint: bytes | None  # state of the phase at that step; None: it begins
     records: list[Mapping[str, Any]]  # of the phases that ended, as in summary.json
-    progress: Mapping[str, Any] = field(default_factory=dict)  # what the driver stored with it
+    progress: Mapping[str, Any] = field(default_factory=dict)  # stored with it by the driver
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class Checkpoints:
     """The folder checkpoints/ of one run. Call `close` at the end.
 
     A thread writes the files one after the other. If the disk is slower than the run, a checkpoint
-    within a phase that is still waiting is replaced by a newer one, so that neither memory nor the
-    caller suffers; the end of a phase is always written. A failure to write is raised as RunError
-    by the next call.
+    within a phase that is still waiting is replaced by a newer one, so that memory does
+    not grow and the caller does not wait; the end of a phase is always written. A failure to write
+    is raised as RunError by the next call.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
@@ -197,7 +195,7 @@ class Checkpoints:
             raise RunError(f"a checkpoint cannot be read: {error}") from error
         except DamagedError as error:
             os.replace(path, path.with_name(f"{path.name}.damaged"))
-            notify(f"{error}; renamed to {path.name}.damaged: the run resumes from before it")
+            notify(f"{error}; renamed to {path.name}.damaged: resuming from an earlier one")
             return None
 
     def _write(self, file: _File) -> None:
@@ -206,7 +204,7 @@ class Checkpoints:
             self.wait()
         with self._lock:
             if self._waiting and not self._waiting[-1].phase_end:
-                self._waiting[-1] = file  # takes the place of the older one in the queue
+                self._waiting[-1] = file  # replaces the older one in the queue
                 return
             self._waiting.append(file)
         self._turn = self._writer.submit(self._write_next)
@@ -236,7 +234,7 @@ def _end(phase: int, name: str) -> str:
 
 
 def _steps(phase: int, name: str) -> re.Pattern[str]:
-    """Matches the names of checkpoints within a phase, and no other names."""
+    """A pattern that matches only names of checkpoints within this phase."""
     return re.compile(rf"{phase + 1:02d}-{re.escape(name)}-step-\d{{8,}}\.safetensors")
 
 

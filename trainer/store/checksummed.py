@@ -34,7 +34,7 @@ def write_checksummed(
 
 
 def read_checksummed(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The content that was given to `write_checksummed`, byte by byte, and its `about`.
+    """The content that was given to `write_checksummed`, byte for byte, and its `about`.
 
     Raises:
         DamagedError: The file is truncated or was changed.

@@ -28,7 +28,7 @@ class RunDirectory:
 
     @classmethod
     def claim(cls, wanted: Path) -> "RunDirectory":
-        """Create `wanted`, or where that exists `wanted-2`, `wanted-3` and so on.
+        """Create `wanted`, or if it exists `wanted-2`, `wanted-3` and so on.
 
         Raises:
             ConfigError: The folder cannot be created.
@@ -52,7 +52,7 @@ class RunDirectory:
                 candidate = candidate.with_name(f"{wanted.name}-{number}")
             except OSError as error:
                 for parent in new_parents:
-                    with contextlib.suppress(OSError):  # it was not created
+                    with contextlib.suppress(OSError):  # the folder was not created
                         parent.rmdir()
                 raise ConfigError(
                     f"the run directory {wanted} cannot be created: {error.strerror}; choose "
@@ -246,7 +246,7 @@ def as_json(record: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], record: Mapping[str, Any]) -> T:
-    """The dataclass with `metrics` that `as_json` turned into `record`."""
+    """The inverse of `as_json`, for a dataclass with `metrics`."""
     names = {field.name for field in dataclasses.fields(cast(Any, kind))}
     metrics = {key: value for key, value in record.items() if key not in names}
     own = {key: value for key, value in record.items() if key in names}

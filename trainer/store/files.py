@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: written under another name, then renamed."""
+"""Atomic writing: a file is written under another name, and renamed when it is complete."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ PART = ".part"  # suffix of a file that is not complete yet
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = False) -> None:
-    """Replace the file `path` by what `write` writes, in one step.
+    """Replace the content of a file atomically.
 
     Args:
         path: The file; its folder exists.

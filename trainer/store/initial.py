@@ -1,6 +1,6 @@
 """Initial weights from a file that the user names: init_from=FILE.
 
-Names of the file are adapted to those of the model where wrappers changed them
+Names of the file are adapted to those of the model if wrappers changed them
 (DistributedDataParallel, torch.compile, a module that has the model as an attribute). After that
 every entry must have the name and the shape that it has in the model, with these exceptions:
 
@@ -10,7 +10,7 @@ every entry must have the name and the shape that it has in the model, with thes
   libraries add and drop them between versions. The running statistics of batch norm may not.
 - Without `strict`, missing, extra and differently shaped entries are left out.
 
-What is not in the file keeps the fresh values of the model, drawn by the seed.
+Entries that are not in the file keep the fresh values of the model, drawn by the seed.
 
 The type of an entry may differ from the model's under these rules:
 
@@ -49,7 +49,7 @@ _COMPUTED = (  # floating-point buffers that libraries compute and once stored
     "total_ops",
     "total_params",
 )
-_LISTED = 6  # names in a message
+_LISTED = 6  # names listed in a message
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Loaded:
 
     Attributes:
         content: A complete state_dict, as the content of a safetensors file.
-        notices: What the user should know: entries that were left out, and names that were changed.
+        notices: Lines for the user: entries that were left out, and names that were changed.
     """
 
     content: bytes
@@ -91,7 +91,7 @@ def initial_weights(
     wanted = model_state(model)
     if any(name not in wanted for name in found if is_quantizer_entry(name)):
         raise ConfigError(
-            f"init_from={path}: the model in it is quantized, and no phase can follow that; start "
+            f"init_from={path}: the model in it is quantized, so no phase can follow; start "
             "from the weights before the quantize phase (in checkpoints/ of its run)"
         )
     try:
@@ -201,7 +201,7 @@ def _check_versions(versions: Mapping[str, Any], model: nn.Module, path: Path) -
 
 
 def _problem(found: Tensor, wanted: Tensor, trained: bool) -> str:
-    """What is wrong with the values of an entry of the file; empty where they fit.
+    """Why the values of an entry of the file do not fit; empty if they do.
 
     Args:
         found: The entry in the file.
@@ -234,5 +234,5 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Values of 8 bits as float32, since torch cannot ask all of those types for Inf."""
+    """Values of 8 bits as float32, since `isinf` does not accept all of those types."""
     return tensor.float() if tensor.element_size() == 1 else tensor

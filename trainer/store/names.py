@@ -13,7 +13,7 @@ _USUAL = "model"
 
 
 def adapt_names(found: Collection[str], wanted: Collection[str]) -> tuple[dict[str, str], str]:
-    """Find out how the names of a file become those of a model.
+    """Find the change that turns the names of a file into those of a model.
 
     Each change removes a wrapper's name, or removes or adds the first part of the names (the
     attribute in which a module keeps the model). It is made only if more names fit afterwards.
@@ -69,7 +69,7 @@ def _candidates(
 
 
 def _unwrapped(names: Mapping[str, str]) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """The names, and what they are without the parts that all of them share, one after another."""
+    """The names, then without their first part if all of them share it, and so on."""
     base, changes = dict(names), list[str]()
     while True:
         yield changes, base

@@ -63,10 +63,10 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
 
 
 def check_state(model: nn.Module) -> None:
-    """Refuse a model whose state a checkpoint cannot hold. Needs no values: meta tensors will do.
+    """Refuse a model whose state a checkpoint cannot hold. The model may be on the meta device.
 
     Raises:
-        ConfigError: names the entry, its type, and what to do.
+        ConfigError: The message names the entry, its type, and what to do.
     """
     for name, tensor in model_state(model).items():
         if tensor.dtype not in _DTYPES:

@@ -15,7 +15,7 @@ from trainer.compress.state import pack_state
 from trainer.errors import ConfigError, first_line
 
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
-"""Where training scripts put the weights, in the order in which they are looked for."""
+"""Keys under which training scripts store the weights, in the order of the search."""
 
 _IN_FOLDER = (
     "model.safetensors",
@@ -23,7 +23,7 @@ _IN_FOLDER = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What save_pretrained of transformers and timm, and runs of trainer, write into a folder."""
+"""Names of weight files that save_pretrained (transformers, timm) and runs of trainer write."""
 
 _NEEDED = (
     "a state_dict is needed, a mapping from names to dense tensors; save it with "
@@ -65,7 +65,7 @@ def read_weights(
             case ".dcz":
                 return artifact.load(path, coder=coder), {}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own
+    except Exception as error:  # each reader raises errors of its own
         reason = first_line(error)
         if "weights_only" in str(error):
             reason = f"it holds other objects than tensors and plain values; {_NEEDED}"
@@ -90,7 +90,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
 
 
 def _find_state(loaded: Any, path: Path) -> Mapping[str, Any]:
-    """The state_dict in what torch.load returned."""
+    """The state_dict in an object that torch.load returned."""
     for key in _NESTED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             return _find_state(loaded[key], path)

@@ -148,7 +148,7 @@ class PrunerStudy:
         """
         Args:
             name: of the study; Hyperband assigns trials to brackets by it.
-            epochs: of a trial at most; see `make_pruner`.
+            epochs: largest number of epochs of a trial; see `make_pruner`.
             own: a pruner of the user's own.
         """
         self._storage = _WindowedStorage(None if own else PRUNER_RECENT)
@@ -170,7 +170,7 @@ class PrunerStudy:
         Args:
             attributes: what the pruner has set.
         """
-        while len(self._ids) < number:  # trials of another command
+        while len(self._ids) < number:  # trials that another command has created
             self._create(create_trial(state=TrialState.FAIL))
         state, value = _last(values, state)
         self._create(
@@ -194,7 +194,7 @@ class PrunerStudy:
         return stop, self._storage.get_trial(self._ids[number]).system_attrs
 
     def end(self, number: int, state: TrialState) -> None:
-        """Record the end of a trial. One whose last value is not finite is no example."""
+        """Record the end of a trial. Without a finite value it counts as failed."""
         known = self._storage.get_trial(self._ids[number])
         state, value = _last(known.intermediate_values, state)
         values = None if value is None else [value]
@@ -285,7 +285,7 @@ def make_pruner(cfg: SweepConfig, epochs: int) -> BasePruner:
     """The pruner that `sweep.pruner` names.
 
     Args:
-        epochs: of a trial at most; Hyperband distributes them.
+        epochs: largest number of epochs of a trial; Hyperband derives its brackets from it.
     """
     match cfg.pruner:
         case "median":

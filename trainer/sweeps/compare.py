@@ -80,7 +80,7 @@ def _parse(key: str, text: str, example: str) -> Comparison:
     try:
         right = yaml.safe_load(matched[3])
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text}: {matched[3]} is no value in YAML") from error
+        raise ConfigError(f"{key}={text}: {matched[3]} is not a YAML value") from error
     return Comparison(matched[1], matched[2], right)
 
 

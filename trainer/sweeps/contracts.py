@@ -66,7 +66,7 @@ def check_sampler(sampler: BaseSampler, objectives: int = 1) -> None:
 
 
 def check_pruner(pruner: BasePruner) -> None:
-    """Check that a pruner answers for trials of all kinds.
+    """Check that a pruner decides about trials of all kinds.
 
     It must return True or False after each epoch of any trial: the first one, one with values that
     are NaN, one after trials that failed; it must not change values, and must not stop all trials.
@@ -90,7 +90,7 @@ def check_pruner(pruner: BasePruner) -> None:
 
 
 def _drive(study: optuna.Study, objectives: int) -> None:
-    """Run trials, a few at a time, that end in every way."""
+    """Run trials, a few at a time: some complete, some fail, some are pruned."""
     results = random.Random(0)
     running: list[optuna.Trial] = []
     for number in range(_TRIALS):

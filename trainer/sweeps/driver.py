@@ -87,7 +87,7 @@ class _Sweep:
         self.table = LiveTable(self.sweep, directory, total_trials(self.sweep, plan.space))
         self.pool = Pool(self.cfg, self.table.say)
         self.interrupted = False  # by the first signal
-        self.saved = False  # the results, since then
+        self.saved = False  # whether the results were saved since the signal
 
     def execute(self) -> dict[str, Any] | None:
         """Search, and write the results. Returns as `run_sweep`."""
@@ -116,7 +116,7 @@ class _Sweep:
             try:
                 self.pool.open()
             except RunError:
-                checked.result()  # a wrong configuration explains more
+                checked.result()  # if the configuration is wrong, raise that error instead
                 raise
             epochs = checked.result()
         self.study = SweepStudy(
@@ -156,11 +156,11 @@ class _Sweep:
             )
 
     def _keep_settings(self) -> None:
-        """Write the settings with which resume= continues, and the command, to the folder.
+        """Write config.yaml, from which `resume=` continues, and the command to the folder.
 
-        All settings if the study is new, since the files may be those of an earlier command that
-        failed before it created one. config.yaml is the lock as well: the new file is locked before
-        the old lock is released.
+        If the study is not new, only settings that may change are updated. If it is new, files of
+        an earlier command, which failed before it created a study, are replaced. The lock of the
+        folder is on config.yaml: the new file is locked before the old lock is released.
         """
         if not self._resumed and (self.study.new or not self.directory.has_command()):
             self.directory.write_command(self.arguments)

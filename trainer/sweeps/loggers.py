@@ -17,7 +17,7 @@ from trainer.errors import ConfigError, first_line
 from trainer.messages import Message
 from trainer.report.sinks import Sink
 
-CLOSE_S = 30.0  # how long the end of a sweep waits for what is still to be written
+CLOSE_S = 30.0  # how long a sweep waits at its end for sinks to write the rest
 
 
 def check_loggers(settings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -55,8 +55,8 @@ class TrialLoggers:
         """Open the sinks of a trial for an attempt.
 
         Args:
-            experiment: the trial's; without loggers, nothing happens.
-            message: the Resumed with which the attempt starts.
+            experiment: of the trial; if it has no loggers, nothing happens.
+            message: the message Resumed of this attempt.
         """
         if experiment.loggers:
             self._jobs.put((self._open, (number, experiment, message)))
@@ -79,7 +79,7 @@ class TrialLoggers:
                     self._say(line)
 
     def close(self) -> None:
-        """Write what is still to be written, and close all sinks."""
+        """Wait until the sinks have written the rest, and close them."""
         self._jobs.put((self._close_all, ()))
         self._jobs.put(None)
         self._thread.join(CLOSE_S)
@@ -105,7 +105,7 @@ class TrialLoggers:
         for sink in list(self._sinks.get(number, ())):
             try:
                 sink.on(message)
-            except Exception as error:  # whatever a service or a sink of the user's raises
+            except Exception as error:  # a service or a sink of the user may raise anything
                 self._sinks[number].remove(sink)
                 self._failed(sink, error)
 

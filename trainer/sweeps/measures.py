@@ -24,13 +24,13 @@ MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
     "latency": lambda records: records[-1].get("latency"),
     "seconds": lambda records: sum(record["seconds"] for record in records),
 }
-"""From the records of a trial's phases to one number; a new measure needs a line here.
+"""Each measure as a function of the records of a trial's phases.
 
 The other metrics of the task are measures as well, on validation data after the last phase.
 """
 
 ON_REQUEST = ("bytes", "latency")
-"""Measures that take time, so that they are only taken if a sweep requests them."""
+"""Measures that take time, and are made only if a sweep requests them."""
 
 _NO_METRICS = {field.name for field in dataclasses.fields(PhaseRecord)} | {*ON_REQUEST}
 
@@ -121,7 +121,7 @@ def violations(bounds: Mapping[str, Comparison], measured: Mapping[str, float]) 
 
 
 def not_finite(cfg: SweepConfig, measured: Mapping[str, float]) -> str | None:
-    """What is NaN or infinite of all that a trial is judged by, as a sentence; None: nothing."""
+    """A sentence about an objective, constraint or metric that is not finite; None: all are."""
     for name in dict.fromkeys(("loss", cfg.metric, *cfg.objectives, *cfg.constraints)):
         if not math.isfinite(measured[name]):
             return f"the {name} after the last phase is {measured[name]}"
@@ -129,16 +129,17 @@ def not_finite(cfg: SweepConfig, measured: Mapping[str, float]) -> str | None:
 
 
 def better(cfg: SweepConfig) -> str:
-    """Which way `sweep.metric` improves: maximize or minimize."""
+    """The direction of `sweep.metric`: maximize or minimize."""
     natural = "maximize" if cfg.metric == "accuracy" else "minimize"
     return str(cfg.objectives.get(cfg.metric, natural))
 
 
 def watched(cfg: SweepConfig, value: float, weights_left: float) -> float:
-    """The one number that the pruner compares.
+    """The number that the pruner compares.
 
-    With several objectives the metric alone would stop every small network. So, if a size is
-    minimized, ten times fewer weights count as much as `sweep.size_weight` in the metric.
+    With several objectives, a pruner that compares the metric alone would stop every small
+    network. So, if a size is minimized, `sweep.size_weight` is added to the metric for every factor
+    of ten by which there are fewer weights.
 
     Args:
         value: `sweep.metric` on the validation data.

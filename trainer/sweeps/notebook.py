@@ -17,11 +17,11 @@ def sweep_html(folder: Path) -> str:
     """The result of a sweep as an HTML element: its best trials, analysis and charts.
 
     Args:
-        folder: the sweep's own, which holds summary.json and config.yaml.
+        folder: of the sweep, with summary.json and config.yaml.
 
     Raises:
         OSError, ValueError: there is no summary.
-        Exception: of the data base that holds the trials.
+        Exception: an error of the database that holds the trials.
     """
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     storage = open_storage(RunDirectory(folder).read_config()["sweep"]["storage"], folder)

@@ -9,8 +9,8 @@ from hydra.errors import HydraException
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*|0|[1-9][0-9]*")  # a part of a dotted key
 _PLAIN_TEXT = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
-_KEYWORDS = ("true", "false", "null", "inf", "nan")  # in any case, they are no texts
-_ESCAPED = re.compile(r"([\\()\[\]{}:=, \t])")  # what a key of a mapping holds behind a backslash
+_KEYWORDS = ("true", "false", "null", "inf", "nan")  # in upper or lower case; not strings
+_ESCAPED = re.compile(r"([\\()\[\]{}:=, \t])")  # escaped in a key of a mapping
 
 
 def override(key: str, value: Any) -> str | None:
@@ -24,7 +24,7 @@ def override(key: str, value: Any) -> str | None:
         cannot contain quotes or letters outside ASCII.
     """
     parts = key.split(".")
-    # Parts of a key that are no names, such as conv*, are keys of a mapping.
+    # Parts of a key that are not names, such as conv*, are keys of a mapping.
     odd = next((i for i, part in enumerate(parts) if not _PLAIN_KEY.fullmatch(part)), len(parts))
     if odd == 0:
         return None

@@ -17,7 +17,7 @@ from trainer.sweeps.labels import format_measure, short_names
 from trainer.sweeps.plots import Objective
 from trainer.sweeps.study import reported_values
 
-ENOUGH = 2  # completed trials before there is anything to draw
+ENOUGH = 2  # completed trials that charts need
 
 
 def page(study: optuna.Study, summary: Mapping[str, Any], answer: Answer) -> str:
@@ -45,7 +45,7 @@ def page(study: optuna.Study, summary: Mapping[str, Any], answer: Answer) -> str
 
 
 def highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The sweep in a few figures, each with what it is."""
+    """The main figures of the sweep, each with its label."""
     counts = summary["trials"]
     found = []
     if summary["best"]:
@@ -101,7 +101,7 @@ def charts(study: optuna.Study) -> dict[str, dict[str, str]]:
     labels = short_names(names)
     if len(names) > 1:
         found["Importance of parameters"] = {
-            "How much each parameter decides whether a trial is a good one (PED-ANOVA)":
+            "Importance of each parameter for good values of the objective (PED-ANOVA)":
                 plots.importances(importances, labels)
         }  # fmt: skip
     found |= _by_parameter(trials, front, objectives, names, labels)
@@ -110,7 +110,7 @@ def charts(study: optuna.Study) -> dict[str, dict[str, str]]:
     if reported:
         shown = plots.thin_out(reported, [])
         label = objectives[0].name if len(objectives) == 1 else "compared value"
-        caption = "What early stopping compares after each epoch" + _of(shown, reported)
+        caption = "Values that the pruner compares after each epoch" + _of(shown, reported)
         found["Early stopping"] = {caption: plots.intermediate(shown, label)}
     return found
 

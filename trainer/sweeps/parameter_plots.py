@@ -1,4 +1,4 @@
-"""The charts of a sweep that show the values of parameters, as SVG."""
+"""Charts of a sweep that show the values of parameters, as SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ def slices(
     """Draw an objective against one parameter, the best trials in another colour.
 
     Args:
-        label: the name of the parameter for people.
+        label: short name of the parameter.
         index: a number that no other parameter of the page has.
     """
     drawn = [trial for trial in trials if name in trial.params]
@@ -82,7 +82,7 @@ def parallel(
 
     Args:
         names: parameters that every trial has.
-        labels: by parameter, its name for people.
+        labels: short name of each parameter.
     """
     ranked = objective.ranked(trials)
     top, half = max(1, len(ranked) // 10), max(1, len(ranked) // 2)

@@ -31,7 +31,7 @@ class Plan:
         objects: what was passed from Python, by name.
 
     Raises:
-        ConfigError: a key does not exist, or a text is no range; `check` finds other mistakes.
+        ConfigError: a key does not exist, or a text is not a range; `check` finds other mistakes.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Plan:
         self._base = base
         self.sampler = own_sampler(cfg.sweep, cfg.seed, given)
         self.pruner = own_pruner(cfg.sweep, given)
-        # Of the driver alone, and so not sent to the workers with each trial.
+        # Used by the driver only, so they are not sent to the workers with each trial.
         mine = ("sweep.sampler", "sweep.pruner")
         self._objects = {name: value for name, value in given.items() if name not in mine}
-        self._literal = "${" not in OmegaConf.to_yaml(base)  # also no text in sweep.params
+        self._literal = "${" not in OmegaConf.to_yaml(base)  # not in texts of sweep.params either
         settings = _container(base, resolve=True)
         self._plain = {**settings, "sweep": {"name": cfg.sweep.name}}
         defaults = dict(_leaves(settings))
@@ -153,7 +153,7 @@ class Plan:
         return _container(self._base, resolve=False)
 
     def _settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        if self._literal:  # a copy of plain values takes a tenth of the time
+        if self._literal:  # copying plain values is ten times faster
             return _changed(self._plain, changes)
         changed = copy.deepcopy(self._base)
         try:

@@ -1,4 +1,4 @@
-"""The charts of a sweep as SVG, in the style of all reports (trainer.report.svg)."""
+"""Charts of a sweep as SVG, in the style of all reports (trainer.report.svg)."""
 
 import math
 import warnings
@@ -29,7 +29,7 @@ from trainer.report.svg import (
 )
 from trainer.sweeps.study import reported_values
 
-MAX_TRIALS = 500  # drawn in a chart: the best, and others evenly spaced over the sweep
+MAX_TRIALS = 500  # per chart: the best, and others evenly spaced over the sweep
 MAX_SLICES = 8  # parameters drawn against an objective, the most important ones
 MAX_AXES = 12  # parameters in parallel coordinates
 _WIDE_RANGE = 20  # largest / smallest value from which an axis is logarithmic
@@ -88,7 +88,7 @@ def importances(found: Mapping[str, Mapping[str, float]], labels: Mapping[str, s
 
     Args:
         found: by objective, the importance of each parameter (`parameter_importances`).
-        labels: by parameter, its name for people.
+        labels: short name of each parameter.
     """
     names = by_importance(found)[:MAX_AXES]
     with style():
@@ -129,7 +129,7 @@ def parameter_importances(
             return -of.value(trial) if of.maximize else of.value(trial)
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that few trials say little is plain to see
+            warnings.simplefilter("ignore")  # about few trials, whose number is in the charts
             found[objective.name] = optuna.importance.get_param_importances(study, target=target)
     return found
 
@@ -188,7 +188,7 @@ def intermediate(trials: Sequence[FrozenTrial], label: str) -> str:
 
 
 def value_axis(axes: Axes, axis: Any, name: str, values: Sequence[float]) -> None:
-    """Name an axis, and write its numbers as the measure is usually written.
+    """Label an axis, and format its numbers as usual for the measure.
 
     Args:
         axis: axes.xaxis or axes.yaxis.
@@ -206,7 +206,7 @@ def value_axis(axes: Axes, axis: Any, name: str, values: Sequence[float]) -> Non
 
 
 def _compact(value: float) -> str:
-    """A number in few letters: 12k, 3.4M."""
+    """A number, abbreviated: 12k, 3.4M."""
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:g}{unit}"

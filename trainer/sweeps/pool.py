@@ -1,7 +1,7 @@
 """The slots of a sweep, each of which runs one trial at a time on its own warm workers.
 
-A slot is a worker group and a thread of the driver that feeds it. All that happens in the threads
-reaches the driver's main thread as events in one queue. There are as many slots as the cluster can
+A slot is a worker group and a thread of the driver that runs trials on it. The threads report to
+the driver's main thread by events in one queue. There are as many slots as the cluster can
 hold, while nodes join and leave.
 """
 
@@ -16,9 +16,9 @@ from trainer.cluster import Fleet, WorkerGroup
 from trainer.config import Config
 from trainer.errors import RunError, first_line
 
-PAUSE_S = 5.0  # before the start of a slot's workers is tried again
-COUNT_EVERY_S = 5.0  # between two looks at the size of the cluster
-SETTLE_S = 5.0  # how long the end of a slot without a trial may take
+PAUSE_S = 5.0  # pause before the next attempt to start a slot's workers
+COUNT_EVERY_S = 5.0  # interval of checks of the cluster's size
+SETTLE_S = 5.0  # how long to wait for a slot without a trial to end
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Slot:
             arguments: of `trainer.worker.trial.run_trial`, after the world.
         """
         assert self.group is not None
-        # By the thread that calls `stop_trial`, so that no request is lost.
+        # In the thread that calls `stop_trial`, so that no request is lost.
         self.group.stop_requested.clear()
         self.trial = number
         self._jobs.put(arguments)
@@ -133,7 +133,7 @@ class Slot:
             try:
                 for message in self.group.run(run_trial, *job):
                     self._events.put(TrialMessage(self, message))
-            except Exception as raised:  # whatever it is, the sweep continues
+            except Exception as raised:  # after any error the sweep continues
                 error = raised
             done += 1
             if (error or done >= self._recycle_after) and not self._closed.is_set():

@@ -44,7 +44,7 @@ class Range:
     """The range of one parameter."""
 
     distribution: BaseDistribution
-    values: Mapping[str, Any]  # by the text that Optuna stores, the value of a choice
+    values: Mapping[str, Any]  # of a choice, by the texts that Optuna stores
 
     def value(self, stored: Any) -> Any:
         """The value of a setting for what Optuna stores.
@@ -142,7 +142,7 @@ def parse_range(key: str, text: Any) -> Range:
             "perhaps inside int(...) or tag(log, ...)"
         )
     if unknown := parsed.tags - {"log"}:
-        raise ConfigError(f"{where}: the tag {', '.join(sorted(unknown))} means nothing; log does")
+        raise ConfigError(f"{where}: the tag {', '.join(sorted(unknown))} is unknown; use log")
     if getattr(parsed, "shuffle", False):
         raise ConfigError(f"{where}: the sampler decides the order; leave shuffle() out")
     try:

@@ -39,7 +39,7 @@ class Results:
         Args:
             status: done, failed or interrupted.
             seconds: duration of all sessions.
-            report: also the report, whose plots take seconds.
+            report: whether to write the report as well, whose charts take seconds.
         """
         summary = self.summary(status, error, seconds)
         self._directory.write_summary(summary)

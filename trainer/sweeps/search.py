@@ -27,7 +27,7 @@ LOOK_EVERY_S = 0.25  # interval of checks of signals, budgets and the live table
 
 
 class Search:
-    """One session of a sweep: from the unfinished trials of earlier ones to the end of a budget."""
+    """One session of a sweep: resumes trials that earlier ones left, then starts new ones."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Search:
             return
         try:
             report = trial.on(message)
-        except Exception as error:  # such as a full disk; it may not affect other trials
+        except Exception as error:  # such as a full disk, which may not affect other trials
             trial.error = error
             slot.stop_trial()
             return
@@ -233,7 +233,7 @@ class Search:
                 self._exhausted = True
                 return None
             self._budget.count_trial(asked)
-            # Another study, or one that lost its last seconds, may have left this folder.
+            # The folder may be a remainder of another study, or of one that lost its last seconds.
             shutil.rmtree(folder_of(self._directory.path, asked), ignore_errors=True)
             if not self._begin(asked):
                 continue
@@ -306,10 +306,10 @@ def _is_wrong(experiment: Any) -> bool:
 
 
 def _host_has_left(error: Exception) -> bool:
-    """Whether a worker was lost because its host left the cluster, which is no fault of a trial."""
+    """Whether a worker was lost because its host left the cluster, not by the trial."""
     return isinstance(error, WorkerFailed) and "its node has died" in error.detail
 
 
 def _detail(error: Exception) -> str:
-    """For the log: the traceback of the worker, or of this process."""
+    """Text for the log: the traceback of the worker, or of this process."""
     return getattr(error, "detail", "") or "".join(traceback.format_exception(error)).rstrip("\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.config import Config
 from trainer.errors import ConfigError
 
-# Sections that the weights after a phase do not depend on; of cluster and phases only a part.
+# Not part of the digest; of cluster and phases, `key` adds what the weights depend on.
 _WITHOUT = (
     "name",
     "logger",
@@ -54,7 +54,7 @@ class SharedPhases:
     def save(self, key: str, checkpoints: Path) -> None:
         """Store the checkpoints of a trial, which are those of the shared phases.
 
-        They replace what is there: the trial has trained the phases itself since that was damaged.
+        Existing ones are replaced: they were damaged, so the trial has trained the phases itself.
         """
         aside, kept = self._folder / f"{key}.part", self._folder / key
         shutil.rmtree(aside, ignore_errors=True)
@@ -78,7 +78,7 @@ def check_shared_phases(cfg: Config) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link files into another folder. Nobody changes these files; they are only replaced."""
+    """Link files into another folder. This is safe, since files are replaced and never changed."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob("*.safetensors")):
         try:

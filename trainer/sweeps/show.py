@@ -20,12 +20,14 @@ from trainer.sweeps.space import GRID_LIMIT, Space
 from trainer.sweeps.study import SweepStudy, reported_values
 from trainer.sweeps.trial import Trial
 
-PLAIN_EVERY_S = 60.0  # between two lines on progress where the output is no terminal
+PLAIN_EVERY_S = 60.0  # between progress lines, if the output is not a terminal
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class LiveTable:
-    """Shows a sweep. A context manager: the live table ends with it. Lines go to log.txt too."""
+    """Shows a running sweep: a live table in a terminal, and lines, which also go to log.txt.
+
+    A context manager: the live table disappears at its end."""
 
     def __init__(self, cfg: SweepConfig, directory: RunDirectory, total: int | None = None) -> None:
         """Args: total: trials that the sweep makes (`total_trials`); None: no fixed number."""
@@ -63,7 +65,7 @@ class LiveTable:
         Args:
             wrapped: break it between words in a terminal; not for paths and commands.
         """
-        self._directory.log(line)  # first: a line that was seen is in the log
+        self._directory.log(line)  # first, so that every line that the user has seen is in the log
         shown = wrap(self.terminal, line) if wrapped else line
         self.terminal.print(shown, markup=False, soft_wrap=True)
 
@@ -72,7 +74,7 @@ class LiveTable:
         self.say(describe(trial, list(self._cfg.objectives)), wrapped=True)
 
     def show(self, running: Mapping[int, Trial], study: SweepStudy, left: float | None) -> None:
-        """Update the live table; without a terminal, print a line now and then.
+        """Update the live table; without a terminal, print a line once a minute.
 
         Args:
             running: the trials that have not ended, by number.
@@ -90,7 +92,7 @@ class LiveTable:
         self._live.update(Group(Text(title), self._table(running)), refresh=True)
 
     def _progress(self, study: SweepStudy, left: float | None) -> str:
-        """How many trials have ended, and the time left: the smaller one of budget and estimate."""
+        """Text: how many trials have ended, and the time left (budget or estimate, if shorter)."""
         ended = sum(study.counts.get(state, 0) for state in _ENDED)
         estimate = self._speed.time_left(ended, self._total)
         text = tally(study.counts, self._total)
@@ -138,14 +140,14 @@ def total_trials(cfg: SweepConfig, space: Space) -> int | None:
     """How many trials a sweep makes unless another budget ends it earlier.
 
     Returns:
-        None where neither `sweep.trials` nor a grid limits them.
+        None if neither `sweep.trials` nor a grid limits the number.
     """
     grid = len(space.grid(GRID_LIMIT)) if cfg.sampler == "grid" else None
     return min((count for count in (cfg.trials, grid) if count is not None), default=None)
 
 
 def tally(states: Mapping[TrialState, int], total: int | None = None) -> str:
-    """How many trials are in which state.
+    """Text: the number of trials in each state.
 
     Args:
         states: number of trials in each state.

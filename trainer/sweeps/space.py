@@ -19,7 +19,7 @@ from trainer.sweeps.ranges import Range, parse_range
 GRID_LIMIT = 100_000  # combinations
 
 Drawn = Mapping[str, Any]
-"""What Optuna stores, by parameter name: `trial.params`. See `Range.value`."""
+"""The values that Optuna stores, by parameter name: `trial.params`. See `Range.value`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Space:
         return settings
 
     def ends(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Draws that contain every end of every range; each with the name of that parameter."""
+        """Draws to validate: for every end of every range one, with the name of its parameter."""
         seen = []
         for parameter in self.parameters:
             for value in parameter.range.ends():
@@ -117,7 +117,7 @@ class Space:
     def _draws(self, wanted: Drawn) -> Iterator[dict[str, Any]]:
         """Draws with the value of one parameter, and the others at the low ends of their ranges.
 
-        Parameters that it depends on take all values that may decide their conditions.
+        Parameters that its conditions compare take all values that may decide them.
         """
         (name,) = wanted
         line = self._ancestors(name)
@@ -145,7 +145,7 @@ def parse_space(cfg: SweepConfig, defaults: Mapping[str, Any]) -> Space:
         defaults: values of the configuration by dotted key, for lengths that are not searched.
 
     Raises:
-        ConfigError: names the key, the text and what would be right.
+        ConfigError: The message names the key, the text and a correct one.
     """
     texts = flatten(cfg.params, "sweep.params")
     ranges = {key: parse_range(key, text) for key, text in texts.items() if text is not None}
@@ -178,14 +178,14 @@ def parse_space(cfg: SweepConfig, defaults: Mapping[str, Any]) -> Space:
 
 
 def flatten(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Nested keys as dotted ones. Raises ConfigError if a key is there in both forms."""
+    """Settings by dotted key. Raises ConfigError if a key is given both dotted and nested."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         nested = flatten(value, f"{where}.{key}") if isinstance(value, Mapping) else {"": value}
         for rest, leaf in nested.items():
             dotted = f"{key}.{rest}" if rest else str(key)
             if dotted in flat:
-                raise ConfigError(f"{where}: {dotted} is there twice, dotted and nested")
+                raise ConfigError(f"{where}: {dotted} is given twice, dotted and nested")
             flat[dotted] = leaf
     return flat
 

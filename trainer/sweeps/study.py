@@ -56,7 +56,7 @@ class SweepStudy:
             name: of the experiment; the study is called NAME/SWEEP.
             seed: of the sampler.
             folder: of the sweep.
-            epochs: of a trial at most.
+            epochs: largest number of epochs of a trial.
             sampler: one of the user's own.
             pruner: one of the user's own.
 
@@ -78,7 +78,7 @@ class SweepStudy:
                 directions=[direction(each) for each in cfg.objectives.values()],
                 load_if_exists=True,
             )
-        except Exception as error:  # of whichever database driver
+        except Exception as error:  # of any database driver
             # Optuna does not say which module it lacks.
             reason = first_line((isinstance(error, ImportError) and error.__cause__) or error)
             if self._private:
@@ -94,7 +94,7 @@ class SweepStudy:
         self.leader: FrozenTrial | None = None  # the best trial so far in the first objective
 
     def record_settings(self, settings: Mapping[str, Any]) -> None:
-        """Store what identifies the sweep in a new study, and read the trials of an existing one.
+        """Store the settings in a new study, or compare them with those of an existing one.
 
         Raises:
             ConfigError: the study belongs to a sweep with other settings.
@@ -245,7 +245,7 @@ class SweepStudy:
         self._end(number, TrialState.PRUNED)
 
     def fail(self, number: int, reason: str) -> None:
-        """Record that a trial failed and is not tried again."""
+        """Record that a trial failed and is not repeated."""
         self._set(number, REASON, reason)
         self._end(number, TrialState.FAIL)
 
@@ -304,7 +304,7 @@ class SweepStudy:
             self.leader = trial
 
     def _order(self, trial: FrozenTrial) -> tuple[list[float], int]:
-        """Sorts trials by their objectives, the first one first, the best trial first."""
+        """Sort key: trials by their objectives, in order; the best trial is the first."""
         ways = self._cfg.objectives.values()
         losses = [-v if way == "maximize" else v for v, way in zip(trial.values, ways, strict=True)]
         return losses, trial.number
@@ -312,7 +312,7 @@ class SweepStudy:
 
 def reported_values(trial: FrozenTrial) -> dict[int, float]:
     """The values that were reported of a trial, by epoch."""
-    values = trial.user_attrs.get(VALUES, {})  # where the objective is another one
+    values = trial.user_attrs.get(VALUES, {})  # if the objective is another value
     return {int(epoch): value for epoch, value in values.items()} or dict(trial.intermediate_values)
 
 
@@ -353,7 +353,7 @@ def without_password(url: str | None) -> str | None:
 
 
 def _owner_of(folder: Path) -> str:
-    """What marks the trials of this folder in a storage with trials of others.
+    """The identity of this folder, which marks its trials in a storage shared with others.
 
     It is a random text in a file of the folder, and so moves with the folder.
     """

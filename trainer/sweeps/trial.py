@@ -45,15 +45,15 @@ class Trial:
         self.value: float | None = None  # the metric after that epoch
         self.pruned = False
         self.stopped = False
-        self.error: Exception | None = None  # raised here by a message; the attempt has failed
+        self.error: Exception | None = None  # of handling a message; the attempt has failed
         self.records: list[dict[str, Any]] = []
-        self.shared = shared_phases.key(experiment.config)  # key of what it shares with others
+        self.shared = shared_phases.key(experiment.config)  # of phases shared with others
         self._shared_phases = shared_phases
         self._sweep = sweep
         self._names = list(experiment.phases)
         self._folder = folder_of(folder, number)
         self._checkpoints: Checkpoints | None = None
-        self.resumed: Resumed | None = None  # where the last attempt began
+        self.resumed: Resumed | None = None  # the message with which the last attempt began
         self._parameters = 0
         self._file_bytes: int | None = None
         self._latency: float | None = None
@@ -140,7 +140,7 @@ class Trial:
         """End the attempt. Its checkpoints are kept.
 
         Raises:
-            RunError: the last checkpoint could not be written; the one before it is there.
+            RunError: the last checkpoint could not be written; the one before it is kept.
         """
         if self._checkpoints:
             try:

@@ -1,1 +1,1 @@
-"""What every worker executes: the phases in order, checks before them, and what follows them."""
+"""Code that every worker executes: checks, the phases in order, evaluation and export."""

@@ -10,8 +10,8 @@ from trainer.errors import RunError
 from trainer.messages import EpochEnded, Progress
 
 PROGRESS_EVERY_S = 0.2
-WAIT_SHARE = 0.1  # of the training time, above which waiting for data is worth a notice,
-WAIT_SECONDS = 10  # if the training lasted so long
+WAIT_SHARE = 0.1  # share of the training time spent waiting for data from which there is a notice,
+WAIT_SECONDS = 10  # if the training lasted at least so many seconds
 
 
 class PhaseClock:
@@ -26,9 +26,9 @@ class PhaseClock:
 
     def __init__(self, started: float, waited: Callable[[], float] = lambda: 0.0) -> None:
         self._waited = waited
-        self._waited_before = -waited()  # of the phase before it was resumed, less other phases'
+        self._waited_before = -waited()  # of this phase, before it was resumed
         self.train_loss: float | None = None  # of the last whole epoch
-        self.checkpointed = time.monotonic()  # when the last checkpoint was made
+        self.checkpointed = time.monotonic()  # time of the last checkpoint
         self._started = started
         self._before = 0.0  # seconds of the phase before it was resumed
         self._speed = 0.0
@@ -47,7 +47,7 @@ class PhaseClock:
         self._epoch_started = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """The state for a checkpoint."""
         return {
             "loss": self._loss,
             "samples": self._samples,
@@ -150,13 +150,13 @@ class PhaseClock:
         return self._all_samples / self._all_seconds if self._all_seconds else None
 
     def data_wait(self) -> float | None:
-        """Fraction of the training time in which this worker waited for data; None as above."""
+        """Fraction of the training time spent waiting for data; None if nothing was trained."""
         if not self._all_seconds:
             return None
         return min(1.0, (self._waited_before + self._waited()) / self._all_seconds)
 
     def data_notice(self) -> str:
-        """What to tell the user about the waiting; empty if there is nothing to say."""
+        """A notice for the user about waiting for data; empty if it took little time."""
         share = self.data_wait()
         if share is None or share <= WAIT_SHARE or self._all_seconds < WAIT_SECONDS:
             return ""

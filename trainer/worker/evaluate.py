@@ -23,7 +23,7 @@ DECODED = "artifact"
 def evaluate_models(
     world: World, experiment: Experiment, models: Mapping[str, bytes]
 ) -> Iterator[Message]:
-    """Evaluate models on the test set. Each is built afresh and shares nothing with a trained one.
+    """Evaluate models on the test set. Each is built anew, apart from the models in memory.
 
     Args:
         models: By name, the content of a safetensors file; `DECODED`: of a compressed model.
@@ -33,7 +33,7 @@ def evaluate_models(
         test = experiment.build_data().test
     runtime = experiment.build_runtime(world)
     for name, content in models.items():
-        if request_of_all(world) == STOP:  # members change in training only
+        if request_of_all(world) == STOP:  # members change during training only
             yield RunStopped()
             return
         with world.heartbeat.busy():

@@ -1,4 +1,4 @@
-"""Export to ONNX: tried with the fresh model before the first phase, and made at the end.
+"""Export to ONNX: a trial with the fresh model before the first phase, and the export at the end.
 
 Rank 0 exports the final model, and the dense one to compare with, runs both in onnxruntime on
 validation data, and reports the result. The other ranks have nothing to do.
@@ -35,8 +35,8 @@ def try_export(world: World, experiment: Experiment) -> Iterator[Message]:
     in onnxruntime once: its structure and operators are those of the final model.
 
     Raises:
-        ConfigError: A package is missing on this node, the model cannot be exported, or the run
-            itself would refuse the experiment before its first step.
+        ConfigError: A package is missing on this node, the model cannot be exported, or another
+            check before the first step fails.
     """
     if world.rank != 0:
         return

@@ -1,4 +1,4 @@
-"""One phase of a run: entered, trained, left; most phases once, some in several rounds."""
+"""One phase of a run: enter, train, leave; some phases repeat this in several rounds."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ from trainer.worker.clock import PhaseClock
 LOSS_SCALE = "loss_scale"
 """Key of the loss scale, with which the next phase starts, in the metadata of the weights."""
 
-CONTINUE, SAVE, STOP, CHANGE = range(4)  # what rank 0 may request of all ranks after a step
+CONTINUE, SAVE, STOP, CHANGE = range(4)  # requests that rank 0 may send to all ranks after a step
 
 Position = tuple[int, int, int]
 """Phase, step and stage, as in `Handover.position`."""
@@ -66,7 +66,7 @@ def observed(split: Split, samples: int, runtime: Runtime) -> list[Tensor]:
 
 
 class _Leave(Exception):
-    """The position has been reached at which the group ends."""
+    """Raised at the position at which this group of workers ends."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class PhaseRun:
         train = self.data.train
         self.clock = PhaseClock(time.monotonic(), lambda: getattr(train, "waited_s", 0.0))
         self.rounds: list[RoundRecord] = []
-        self._step: StepResult | None = None  # the last one whose update is in the model
+        self._step: StepResult | None = None  # the last step whose update was applied to the model
         self._stage = STEP_COMPLETE  # of that step
 
     def messages(self, resumed: Mapping[str, Any] | None) -> Iterator[Message]:
@@ -214,7 +214,7 @@ class PhaseRun:
                     continue
                 if step.epoch_ends:
                     ended = time.monotonic()
-                    metrics = self._evaluate(model)  # may lose a rank: the epoch is still open
+                    metrics = self._evaluate(model)  # a rank may be lost: the epoch is incomplete
                     clock.end_epoch(ended)
                     shown = self._over_rounds(step, number)
                     yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
@@ -233,14 +233,17 @@ class PhaseRun:
         except Diverged as error:
             raise Diverged(f"phase {self.name}: {error}") from error
         if self.last:
-            # What follows changes the model, and a rank may be lost meanwhile.
+            # From here on the model changes, and a rank may be lost meanwhile.
             self.earlier, self._step = self._needed_handover(), None
             clock.end_epoch(time.monotonic())
         with world.heartbeat.busy():
             phase.leave(model)
 
     def _steps(self, number: int, resumed: Mapping[str, Any] | None) -> Iterator[StepResult]:
-        """The steps of a round, after the phase's own work; first one that was not finished."""
+        """The steps of a round, each yielded after the phase has done its work for the step.
+
+        If a step was not finished before the group was reformed, it is the first one.
+        """
         phase, fit_config = self.phase, self.phase.fit
         if resumed is not None and (unfinished := resumed["unfinished"]) is not None:
             step = StepResult(
@@ -270,7 +273,7 @@ class PhaseRun:
         return step
 
     def _reach(self, stage: int) -> None:
-        """A stage of the present step is done. Raises _Leave if the group ends here."""
+        """A stage of the current step is done. Raises _Leave if the group ends here."""
         assert self._step is not None
         self._stage = stage
         step = self._over_rounds(self._step, len(self.rounds)).step
@@ -278,7 +281,7 @@ class PhaseRun:
             raise _Leave
 
     def _stop(self, *, changes_members: bool) -> Iterator[Message]:
-        """End the run on this worker; what it needs to continue stays in its memory."""
+        """End the run on this worker; the state for continuing stays in its memory."""
         self.stopped = True
         with self.runtime.world.heartbeat.busy():
             handover = self.handover()
@@ -291,7 +294,7 @@ class PhaseRun:
         return self.phase.max_rounds if isinstance(self.phase, RoundPhase) else 1
 
     def _check_finite(self, metrics: Metrics) -> None:
-        """Refuse a model that the last update broke: the loop checks losses before updates."""
+        """Refuse a model that the last update made NaN; the loop checks only earlier ones."""
         if math.isfinite(metrics.loss):
             return
         message = f"phase {self.name}: the validation loss is {metrics.loss} at its end"
@@ -328,7 +331,7 @@ class PhaseRun:
         return Distilled(task, self.dense, distill.weight, distill.temperature)
 
     def _request(self, clock: PhaseClock) -> int:
-        """What this rank requests after the step. Only rank 0 receives the driver's requests."""
+        """The request of this rank after the step. Only rank 0 receives the driver's requests."""
         world, every = self.runtime.world, self.checkpoint.every_seconds
         if world.rank != 0:
             return CONTINUE
@@ -344,7 +347,7 @@ class PhaseRun:
         return macs(self.model, inputs, self.runtime.task.call)
 
     def _checkpoint(self, step: StepResult) -> Checkpoint:
-        """The state after a complete step; on other ranks than 0 without its content."""
+        """The state after a complete step; on ranks other than 0 without its content."""
         content = self._content(step, STEP_COMPLETE) if self.runtime.world.rank == 0 else b""
         return self._as_checkpoint(step, content)
 
@@ -353,7 +356,7 @@ class PhaseRun:
         return Checkpoint(phase=self.index, step=shown, content=content)
 
     def _needed_handover(self) -> Handover | None:
-        """As `handover`, in a group of several ranks; another rank may lose this one."""
+        """As `handover`; None in a group of one, as there is nobody to hand over to."""
         if self.runtime.world.size == 1:
             return None
         with self.runtime.world.heartbeat.busy():

@@ -1,4 +1,4 @@
-"""Checks that data and model fit together, by a few samples, before the first step."""
+"""Checks with a few samples that data and model fit together, before the first step."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ from trainer.engine.runtime import Runtime
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.tasks import output as outputs
 
-SCAN_SECONDS = 0.2  # spent on looking for unusable samples in a split that is not in memory
+SCAN_SECONDS = 0.2  # time for finding unusable samples in a split that is not in memory
 _SCAN_BATCH = 16  # samples
 _LIBRARY = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[1]
@@ -32,19 +32,19 @@ def check_compatible(
 ) -> tuple[Splits, torch.Size]:
     """Refuse a model that cannot take the samples, or has no output for a target.
 
-    All targets of a split in memory are checked. Of another split, the first sample is, and as many
-    more as can be read in a fifth of a second, shared out over the ranks; first those whose listed
-    target (`Dataset.targets`) looks wrong. The model and the random state stay as they are.
+    All targets of a split in memory are checked. Of other splits, the first sample is checked, and
+    as many more as all ranks together can read in a fifth of a second, beginning with those whose
+    listed target (`Dataset.targets`) looks wrong. Model and random state do not change.
 
     Args:
         model: On the device of the run.
         data: Its three splits.
         runtime: What all phases share.
-        fits: Settings of the trainings to come.
+        fits: Training settings of the phases.
 
     Returns:
         The same data, whose remaining samples are checked as they are read; and the shape of the
-        targets of one training sample, which is empty where that is one class.
+        targets of one training sample, which is empty if a target is one class.
 
     Raises:
         ConfigError: Names the split, the sample, and the model. All ranks raise it if the first
@@ -183,13 +183,13 @@ def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime
 
 
 def _scan(checked: CheckedSplit, runtime: Runtime) -> None:
-    """Look for a target without an output, for SCAN_SECONDS."""
+    """Look for targets for which the model has no output, for SCAN_SECONDS."""
     rank, size = runtime.world.rank, runtime.world.size
     listed = checked.split.listed_targets() if isinstance(checked.split, DatasetSplit) else None
     if listed is not None:
         try:
             checked.check_targets(torch.arange(len(listed)), listed)
-        except SampleError as error:  # a transform may still make a right target of it
+        except SampleError as error:  # a transform may still correct the target
             _check(checked, [torch.tensor([error.index])])
     _check(checked, torch.arange(rank, len(checked), size).split(_SCAN_BATCH), SCAN_SECONDS)
 
@@ -213,7 +213,7 @@ def _read(split: Split, order: Iterable[Tensor]) -> Iterator[tuple[Any, Tensor]]
 
 @contextlib.contextmanager
 def _readable(name: str, split: Split) -> Iterator[None]:
-    """Turn an error that reading samples raises into one that ends the command with one line."""
+    """Convert an error of reading samples into one that is reported in one line."""
     try:
         yield
     except SampleError as error:
@@ -233,7 +233,7 @@ def _check_smallest_batch(
 ) -> None:
     """Try a forward pass in training mode with as few samples as the training will have.
 
-    Batch norm, for one, may need two.
+    Batch norm, for example, may need two.
 
     Args:
         inputs: Of one sample [1, ...].

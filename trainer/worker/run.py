@@ -52,9 +52,9 @@ class Start:
     """Where a run starts or resumes."""
 
     phase: int  # index of the first phase to run
-    weights: bytes | None = None  # what the phase before it left; None: draw the initial weights
+    weights: bytes | None = None  # after the phase before it; None: draw the initial weights
     checkpoint: bytes | None = None  # `Checkpoint.content` of that phase; None: from its beginning
-    dense: bytes | None = None  # weights of the dense model; None: `weights`, or still to come
+    dense: bytes | None = None  # of the dense model; None: `weights`, or not trained yet
     step: int = 0  # of the checkpoint
 
 
@@ -91,7 +91,7 @@ def run_phases(
 
     Args:
         world: The group of workers.
-        experiment: What to run.
+        experiment: The experiment to run.
         start: Where to start.
         continues: Whether rank 0 has a later state of the phase in which to start, in
             `World.kept`, from which all ranks continue.
@@ -231,7 +231,7 @@ def planned_steps(phase: Phase, samples: int, batch_size: int) -> int:
 
 
 def request_of_all(world: World) -> int:
-    """What rank 0 was requested to do: CONTINUE, STOP or CHANGE. A collective call.
+    """The request that rank 0 has received: CONTINUE, STOP or CHANGE. A collective call.
 
     Returns:
         The same answer on all ranks.
@@ -247,8 +247,8 @@ def request_of_all(world: World) -> int:
 def _receive_state(world: World) -> Handover:
     """Give all ranks the state that rank 0 keeps. A collective call.
 
-    Ranks of the group before have equal parameters, but each has its own buffers, such as the
-    running statistics of batch norm; a new rank has nothing.
+    Ranks of the previous group have equal parameters, but their own buffers, such as running
+    statistics of batch norm; a new rank has neither.
     """
     kept = world.kept
     if world.size == 1:
@@ -268,7 +268,7 @@ def _receive_state(world: World) -> Handover:
 
 
 def _restore(model: nn.Module, experiment: Experiment, content: bytes) -> dict[str, str]:
-    """Give a fresh model the structure and weights of a safetensors file; return its metadata."""
+    """Load structure and weights of a safetensors file into a fresh model; return its metadata."""
     weights, metadata = from_bytes(content)
     experiment.apply_changes(model, from_metadata(metadata))
     restore(model, weights)
@@ -276,7 +276,7 @@ def _restore(model: nn.Module, experiment: Experiment, content: bytes) -> dict[s
 
 
 def _check_restorable(experiment: Experiment, model: nn.Module) -> None:
-    """Refuse a model whose weights a fresh one cannot load, as it must when training is over.
+    """Refuse a model whose weights cannot be loaded into a fresh one, as happens after training.
 
     Raises:
         ConfigError: Loading them fails, or leaves other values than were stored.

@@ -14,7 +14,7 @@ from trainer.phases.structure import from_metadata
 from trainer.store.serialization import from_bytes
 from trainer.worker.run import Start, run_phases
 
-_SECONDS = 0.3  # for the measurement of a latency
+_SECONDS = 0.3  # duration of a latency measurement
 
 
 def run_trial(

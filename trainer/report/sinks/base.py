@@ -1,4 +1,4 @@
-"""Where the messages of a run go: the protocol of every sink, and a base for sinks of curves."""
+"""Sinks receive the messages of a run: their protocol, and a base class for sinks of curves."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -38,7 +38,7 @@ class ScalarSink:
         raise NotImplementedError
 
     def rewind(self, step: int) -> None:
-        """Prepare for the step after `step`: what was recorded for later steps is void.
+        """Prepare for the step after `step`: values recorded for later steps are invalid.
 
         Called before the first `log`, with 0 at the beginning of a run.
         """

@@ -32,7 +32,7 @@ class MetricsSink:
         self._directory = directory
 
     def on(self, message: Message) -> None:
-        """Append an epoch; when the run resumes, delete the epochs after the point."""
+        """Append an epoch; when the run resumes, delete the epochs after the checkpoint."""
         match message:
             case EpochEnded():
                 self._directory.append_metrics(as_json(message))
@@ -56,7 +56,7 @@ class MembersSink:
         self._directory = directory
 
     def on(self, message: Message) -> None:
-        """Append a group; when the run resumes, delete the groups that began after the point."""
+        """Append a group; when the run resumes, delete groups that began after the checkpoint."""
         match message:
             case MembersChanged():
                 self._directory.append_members(as_json(message))

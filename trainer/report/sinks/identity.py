@@ -1,4 +1,4 @@
-"""The id under which a run is known to services outside its run directory."""
+"""The id of a run in services such as Weights & Biases and MLflow."""
 
 import uuid
 from pathlib import Path

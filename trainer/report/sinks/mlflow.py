@@ -25,8 +25,8 @@ class MlflowSink(ScalarSink):
         settings: All settings of the run.
         group: Name of the sweep that the run is a trial of.
         experiment: Name of the MLflow experiment.
-        tracking_uri: Where MLflow stores runs; None: as the environment variable
-            MLFLOW_TRACKING_URI says, and otherwise a database file outputs/mlflow.db.
+        tracking_uri: Where MLflow stores runs; None: the value of the environment
+            variable MLFLOW_TRACKING_URI, or else a database file outputs/mlflow.db.
         files: Files of the run directory that are stored with the run at its end.
 
     Raises:
@@ -99,7 +99,7 @@ class MlflowSink(ScalarSink):
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
-        """Every value is written at once: nothing to do."""
+        """Nothing to do: every value is written when it is received."""
 
 
 def _local_store(folder: Path) -> str:

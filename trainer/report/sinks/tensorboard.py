@@ -30,7 +30,7 @@ class TensorBoardSink(ScalarSink):
     def rewind(self, step: int) -> None:
         if self._writer:
             self._writer.close()
-        # TensorBoard hides what earlier writers recorded for later steps.
+        # With it, TensorBoard hides values of later steps that earlier writers recorded.
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def close(self) -> None:

@@ -25,8 +25,8 @@ class WandbSink(ScalarSink):
         group: Name of the sweep that the run is a trial of.
         project: Project that the run appears in.
         entity: User or team; None: your default.
-        mode: "online", "offline", "disabled"; None: as the environment variable WANDB_MODE says,
-            and otherwise online.
+        mode: "online", "offline", "disabled"; None: the value of the environment variable
+            WANDB_MODE, or else online.
         tags: Tags of the run.
 
     Raises:

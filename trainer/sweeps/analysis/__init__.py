@@ -1,4 +1,4 @@
-"""The question that a sweep over a whole grid answers, beyond its best trial: `sweep.analysis`."""
+"""Analyses of all trials of a sweep, beside the search for the best one: `sweep.analysis`."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from trainer.sweeps.space import Space
 
 
 class Analysis(NamedTuple):
-    """One kind of question."""
+    """One kind of analysis."""
 
-    check: Callable[[Space, Collection[str]], None]  # of the parameters and the measures
+    check: Callable[[Space, Collection[str]], None]  # raises ConfigError
     answer: Callable[[Sequence[Row]], Answer]  # from the completed trials
 
 
@@ -27,10 +27,10 @@ ANALYSES = {
 
 
 def check_analysis(cfg: SweepConfig, space: Space) -> None:
-    """Reject a sweep whose trials cannot answer `sweep.analysis`.
+    """Refuse a sweep whose trials do not suffice for its `sweep.analysis`.
 
     Raises:
-        ConfigError: names the parameter or the measure that is missing or in the way.
+        ConfigError: A parameter or a measure is missing, or a parameter must not be searched.
     """
     if cfg.analysis is not None:
         measured = [name for name in MEASURES if name not in ON_REQUEST or name in requested(cfg)]

@@ -1,4 +1,4 @@
-"""The input and the output of an analysis, and the statistics of few repeats."""
+"""Input and output of an analysis, and statistics of a few repeated measurements."""
 
 import math
 import statistics
@@ -30,11 +30,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation of a few repeats."""
+    """Mean and standard deviation of a few repeated measurements."""
 
     n: int
     mean: float
-    deviation: float  # standard deviation of the sample; NaN for one repeat
+    deviation: float  # standard deviation of the sample; NaN for one value
 
     @property
     def error(self) -> float:
@@ -68,7 +68,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def p_value(t: float, freedom: int) -> float:
-    """The probability that chance alone brings Student's t as far from zero as `t`, two-sided.
+    """Two-sided p-value: the probability that Student's t is at least as far from zero as `t`.
 
     Abramowitz & Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4.
 

@@ -1,7 +1,7 @@
 """Do compression methods interfere with one another when they are combined?
 
 The sweep runs every combination of phases (`phases.NAME.enabled`) with several seeds. Each seed has
-its own baseline, the combination without any of the methods: changes are taken within a seed.
+its own baseline, the trial without any of the methods; changes are relative to it.
 A change of accuracy is in percentage points, and negative means worse.
 """
 
@@ -16,7 +16,7 @@ from trainer.sweeps.analysis.answer import Answer, Row, Spread, spread
 from trainer.sweeps.analysis.parameters import check_parameters
 from trainer.sweeps.space import Space
 
-LEVEL = 0.05  # probability that chance alone makes any sentence of an answer claim something
+LEVEL = 0.05  # probability that any of the conclusions claims an effect that is chance
 
 _PHASES, _ENABLED = "phases.", ".enabled"
 
@@ -26,10 +26,10 @@ Trials = Mapping[int, Mapping[Combination, Row]]
 
 
 def check(space: Space, measured: Collection[str]) -> None:
-    """Reject a sweep that says nothing about methods.
+    """Refuse a sweep that does not combine phases, or does not measure bytes.
 
     Raises:
-        ConfigError: names what is missing.
+        ConfigError: The message names what is missing.
     """
     keys = [parameter.key for parameter in space.parameters]
     methods = _methods(keys)
@@ -47,7 +47,7 @@ def check(space: Space, measured: Collection[str]) -> None:
 
 
 def interference(rows: Sequence[Row]) -> Answer:
-    """A row for each combination, and conclusions for each pair of methods and for all together."""
+    """A table of all combinations, and conclusions about each pair of methods and all together."""
     methods = _methods(key for row in rows for key in row.settings)
     trials = _by_seed(rows, methods)
     every = [frozenset(c) for n in range(len(methods) + 1) for c in combinations(methods, n)]
@@ -68,8 +68,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     together, divided by the product of the ratios of each alone.
 
     A sentence claims an interaction only if its mean over the seeds is significant by Student's
-    t test. Each sentence is one more chance to be wrong, so each test uses `LEVEL` divided by
-    their number (Bonferroni). Groups with missing trials are left out.
+    t test. As there are several tests, each uses `LEVEL` divided by their number (Bonferroni's
+    correction). Groups with missing trials are left out.
     """
     methods = _methods(key for row in rows for key in row.settings)
     trials = _by_seed(rows, methods)
@@ -83,7 +83,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
 
 
 def _methods(keys: Iterable[str]) -> list[str]:
-    """The phases that some trials leave out, in their order."""
+    """The phases that are disabled in some trials, in order."""
     found = dict.fromkeys(k for k in keys if k.startswith(_PHASES) and k.endswith(_ENABLED))
     return [key.removeprefix(_PHASES).removesuffix(_ENABLED) for key in found]
 

@@ -7,10 +7,10 @@ from trainer.sweeps.space import Space
 
 
 def check_parameters(analysis: str, space: Space, keys: Collection[str]) -> None:
-    """Reject a sweep that searches more than `keys` and the seed, or one of them conditionally.
+    """Refuse a sweep that searches more than `keys` and the seed, or one of them conditionally.
 
     Raises:
-        ConfigError: names the parameter.
+        ConfigError: The message names the parameter.
     """
     for parameter in space.parameters:
         if parameter.key not in (*keys, "seed"):

@@ -1,4 +1,4 @@
-"""The charts of the analyses as SVG, in the style of all reports (trainer.report.svg)."""
+"""Charts of the analyses as SVG, in the style of all reports (trainer.report.svg)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

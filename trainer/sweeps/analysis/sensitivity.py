@@ -23,10 +23,10 @@ Curves = Mapping[tuple[str, bool], Curve]
 
 
 def check(space: Space, measured: Collection[str]) -> None:
-    """Reject a sweep that does not show how much sparsity a layer tolerates.
+    """Refuse a sweep that does not vary layer, sparsity and epochs of one phase.
 
     Raises:
-        ConfigError: names what is missing.
+        ConfigError: The message names what is missing.
     """
     searched = {parameter.key: parameter.range for parameter in space.parameters}
     keys = _keys(searched)
