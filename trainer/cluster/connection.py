@@ -42,7 +42,7 @@ RAY_PATH_LENGTH = 85  # length of /trainer-xxxxxxxx/session_DATE_TIME_PID/socket
 class RayConnection:
     """One connection to Ray, from `open` to `close`."""
 
-    _private_ray: "RayConnection | None" = None  # whose private Ray this process is connected to
+    _private_ray: "RayConnection | None" = None  # whose private Ray is connected
     _head: HeadMonitor | None = None  # of the cluster that this process is connected to
 
     def __init__(self, cfg: ClusterConfig, groups: int = 1) -> None:

@@ -17,8 +17,8 @@ from trainer.cluster.recruits import Rank, Recruits
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
 
-SUSPECT_WAIT_S = 0.3  # how long to wait for a worker that others have lost, after all the others
-SETTLE_S = 5.0  # at the start: how long to wait for more than `min_workers` after the last one came
+SUSPECT_WAIT_S = 0.3  # extra time to wait for a worker that others have lost
+SETTLE_S = 5.0  # at the start: how long to wait for another worker beyond `min_workers`
 CONNECT_WAIT_S = 10.0  # how long the members may take to connect with one another
 POLL_S = 0.05  # between two checks whether enough workers are ready
 
@@ -42,7 +42,7 @@ class ElasticGroup(RayGroup):
         self._recruits = Recruits(lambda: self._new_actor(None))
         self._nodes: NodeMonitor | None = None
         self._changed_run = 0  # the last run that was requested to change its members
-        self._noticed: set[str] = set()  # hosts whose notice has been followed
+        self._noticed: set[str] = set()  # hosts whose notice has been handled
 
     def start(self) -> None:
         """Connect to Ray, and start as many workers as there are resources for."""
@@ -58,7 +58,7 @@ class ElasticGroup(RayGroup):
             )
 
     def restart(self) -> None:
-        """Make the group usable without any state of the run before."""
+        """Make the group usable without any state of the previous run."""
         self._reform(self._answers(), keep=False)
 
     def reform(self, size: int | None = None, source: int | None = None) -> Reformed:
@@ -124,10 +124,10 @@ class ElasticGroup(RayGroup):
         return answers
 
     def _reform(self, answers: list[Answer], *, keep: bool, settle_s: float = 0.0) -> Reformed:
-        """Connect the workers that are there in a new group.
+        """Connect all available workers in a new group.
 
         Args:
-            answers: of the members of the group before.
+            answers: of the members of the previous group.
             keep: whether to continue from a state that they keep.
             settle_s: how long to wait for further workers when there are enough, in seconds.
         """
@@ -157,11 +157,11 @@ class ElasticGroup(RayGroup):
         return Reformed(members[0].kept, members[0].rank, left, new)
 
     def _gather(self, present: int, available: int, settle_s: float) -> list[Rank]:
-        """Take in new workers; wait for them while there are too few.
+        """Add new workers; wait for them while there are too few.
 
         Args:
-            present: number of workers that are there and stay.
-            available: the same, with those whose host has notice.
+            present: number of workers that stay.
+            available: the same, including those whose host has been given notice.
             settle_s: as for `_reform`.
         """
         deadline = time.monotonic() + self._cfg.start_timeout_s
@@ -189,7 +189,7 @@ class ElasticGroup(RayGroup):
             time.sleep(POLL_S)
 
     def _try_connect(self, keep: bool) -> list[Rank]:
-        """Connect `_ranks`. Returns those to leave out at the next attempt; none: it worked."""
+        """Connect `_ranks`. Returns those to leave out at the next attempt; empty: it succeeded."""
         limit = CONNECT_WAIT_S + START_MARGIN_S
         try:
             pending = self._request_connect(CONNECT_WAIT_S, keep)

@@ -1,4 +1,4 @@
-"""What this process may use: its CPUs, and the Ray cluster that its environment names."""
+"""The environment of this process: its CPUs, and the Ray cluster that variables name."""
 
 import logging
 import os

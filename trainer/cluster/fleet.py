@@ -39,7 +39,7 @@ class Fleet:
         self._connection.open()
 
     def size(self) -> int:
-        """The number of groups to run now: the maximum, or what the cluster can hold at present.
+        """The number of groups to run now: the maximum, or as many as the cluster can hold now.
 
         Without a maximum the result is at least 1, so that the start of that group reports which
         resources are missing.

@@ -9,7 +9,7 @@ from trainer.cluster.restart import WorkerLoss
 from trainer.errors import RunError
 
 WorkerFunction = Callable[..., Iterator[Any]]
-"""What workers execute: a generator function `f(world, *args)`, the same on every rank (SPMD)."""
+"""A function that workers execute: a generator `f(world, *args)`, the same on every rank (SPMD)."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class WorkerFailed(RunError):
 
 @dataclass(frozen=True)
 class Reformed:
-    """What `WorkerGroup.reform` did."""
+    """The result of `WorkerGroup.reform`."""
 
     kept: tuple[int, int, int] | None  # phase, step and stage of the state of rank 0; None: none
-    source: int  # rank that this worker had in the group before; 0 if there is no state
+    source: int  # rank of this worker in the previous group; 0 if there is no state
     left: list[str]  # the workers that are not in the group any more, in words
     joined: list[str]  # host name of each new worker
 
@@ -101,7 +101,7 @@ class WorkerGroup(Protocol):
 
     @property
     def notices(self) -> list[str]:
-        """Once started: lines for the user about what the workers run on."""
+        """Once started: lines for the user about devices and CPUs of the workers."""
 
     def start(self) -> None:
         """Start the workers and connect them, once. Every later `run` reuses the processes.
@@ -143,12 +143,12 @@ class WorkerGroup(Protocol):
     def reform(self, size: int | None = None, source: int | None = None) -> Reformed:
         """Make the group usable after `run` failed or stopped to change members: an elastic run.
 
-        The workers that are left become the ranks of a new group, with those that have become ready
-        meanwhile. Where workers keep a state of the run, one with the latest state is rank 0.
+        The remaining workers and those that have become ready meanwhile become the ranks of a new
+        group. If workers keep a state of the run, one with the latest state is rank 0.
 
         Args:
-            size: number of ranks, to repeat a recorded run; None: all workers that are there.
-            source: the worker that becomes rank 0, by its rank up to now; None: see above.
+            size: number of ranks, to repeat a recorded run; None: all available workers.
+            source: current rank of the worker that becomes rank 0; None: see above.
 
         Raises as `start`; InsufficientResources if there are fewer than `cluster.min_workers` and
         no other became ready in time.

@@ -1,9 +1,9 @@
-"""Watches the head node of a Ray cluster, whose loss Ray itself reports to nobody.
+"""Watches the head node of a Ray cluster, since Ray does not report its loss.
 
 When the head's control service (GCS) is lost, workers continue for a while. After about a minute
 (RAY_gcs_rpc_server_reconnect_timeout_s of each node) every node ends its workers, and Ray ends the
-driver's process with exit code 1, without an exception. Until then, the driver must have said and
-saved what its user needs.
+driver's process with exit code 1, without an exception. Before that, the driver must have saved the
+run and shown how to resume it.
 """
 
 import socket
@@ -39,7 +39,7 @@ class HeadMonitor:
         return since is not None and time.monotonic() - since >= LOST_AFTER_S
 
     def message(self) -> HeadLost | HeadRecovered:
-        """The present state, for the sinks of the run."""
+        """The current state, for the sinks of the run."""
         since = self._silent_since
         if since is None:
             return HeadRecovered(self.address)

@@ -21,7 +21,7 @@ class HeartbeatStatus:
     """The state of one worker's heartbeat at one moment."""
 
     beats: int  # steps and batches done so far
-    busy: bool  # waits for other workers, or does work that gives no beats
+    busy: bool  # waits for other workers, or does work without progress to count
     position: tuple[int, int]  # phase and step
     where: str  # the position in words
 
@@ -35,8 +35,8 @@ class _Entry:
 class HangDetector:
     """Finds the worker that has made no progress for longer than a time-out.
 
-    A busy worker does not hang: the worker that it waits for does. Time in which nobody polled,
-    because the driver was suspended or busy itself, counts against no worker. All times are
+    A busy worker does not hang: the worker that it waits for does. Time in which the driver
+    did not poll, because it was suspended or busy itself, is not counted. All times are
     seconds of one clock.
     """
 

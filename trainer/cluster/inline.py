@@ -62,7 +62,7 @@ class InlineGroup:
         """Nothing to do: this process is alive."""
 
     def reform(self, size: int | None = None, source: int | None = None) -> Reformed:
-        """Nothing to do, and no state: after an error, this process has none."""
+        """Nothing to do: this process keeps no state after an error."""
         return Reformed(None, 0, [], [])
 
     def alive(self) -> bool:

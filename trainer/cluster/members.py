@@ -1,4 +1,4 @@
-"""Who belongs to the next group of an elastic run: pure functions of what the workers answered."""
+"""The members of the next group of an elastic run: pure functions of the workers' answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ Position = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known about a worker of the group before."""
+    """The answer of a worker of the previous group."""
 
     rank: int  # in that group
     kept: Position | None  # phase, step and stage of the state that it keeps; None: it has none
@@ -17,12 +17,12 @@ class Answer:
 
 
 def choose(answers: Sequence[Answer], others: int, minimum: int) -> list[Answer]:
-    """The workers of the group before that stay, rank 0 first.
+    """The workers of the previous group that stay, rank 0 first.
 
     Parameters are equal on all ranks after the same step, and a step that one rank has completed
     is complete: all gradients were in its sum. So the latest state of any rank is continued, and
-    no step is repeated. Workers whose host leaves hand over their state and go, except if fewer
-    than `minimum` would be left.
+    no step is repeated. Workers whose host leaves hand over their state and are left out,
+    unless fewer than `minimum` would remain.
 
     Args:
         answers: of the workers that are alive.

@@ -9,7 +9,7 @@ import torch
 
 @contextlib.contextmanager
 def memory_released(device: torch.device) -> Iterator[None]:
-    """Afterwards, free what the block allocated and does not use any more.
+    """A context after which objects that the block allocated, and nobody uses, are freed.
 
     Models, optimizers and their hooks form reference cycles. Their tensors would stay allocated
     until Python's collector runs by itself, which depends on the number of objects and not on

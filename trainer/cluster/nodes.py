@@ -1,4 +1,4 @@
-"""Which hosts of a Ray cluster are alive, and which have been given notice to leave."""
+"""Hosts of a Ray cluster: which are alive, and which have been given notice to leave."""
 
 import contextlib
 import threading

@@ -47,7 +47,7 @@ class Placement:
             raise ConfigError(message) if permanent else InsufficientResources(message)
 
     def keep(self, check_stop: Callable[[], None]) -> None:
-        """Return when every worker has its resources: at once, unless a node was lost.
+        """Wait until every worker has its resources again; returns at once unless a node was lost.
 
         Args:
             check_stop: as for `reserve`.
@@ -93,7 +93,7 @@ class Placement:
         return False
 
     def shortage(self) -> tuple[str, bool]:
-        """Why not all workers found resources in time, and whether they never can."""
+        """The reason why resources were missing, and whether the cluster can never have them."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         missing, permanent = shortage(
             self.bundle, self._cfg.workers, nodes, ray.available_resources()

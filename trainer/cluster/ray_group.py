@@ -39,7 +39,7 @@ START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 
 
 class RayGroup:
-    """See `WorkerGroup`. The number of workers is fixed; trainer.cluster.elastic has the other."""
+    """See `WorkerGroup`. The number of workers is fixed; trainer.cluster.elastic varies it."""
 
     root_cause_wait_s = 1.0  # how long to wait for the root cause after a rank lost a peer
 
@@ -49,7 +49,7 @@ class RayGroup:
         self._connection = RayConnection(cfg)
         self._placement = Placement(cfg)
         self._ranks: list[Rank] = []
-        self._idle: list[Rank] = []  # workers that are not in the present group
+        self._idle: list[Rank] = []  # workers that are not in the current group
         self._runs = 0  # number of the current or last run
         self._suspects: set[int] = set()  # ranks that others have lost in the last run
         self._head_lost = False  # as far as reported
@@ -180,7 +180,7 @@ class RayGroup:
             self._ranks[0].actor.request_stop.remote(self._runs)
 
     def _attend(self) -> None:
-        """Do what a group does regularly during a run: nothing, if its members are fixed."""
+        """Called regularly during a run. Nothing to do if the members are fixed."""
 
     def _disconnect(self) -> None:
         """Let workers whose function has not ended stop waiting for other ranks at once."""
@@ -209,7 +209,7 @@ class RayGroup:
         """Request a worker.
 
         Args:
-            rank: its place in the placement group; None: wherever there are resources for it.
+            rank: its index in the placement group; None: on any host with free resources.
         """
         from trainer.cluster.worker import CONTROL, Worker  # imports torch, after Ray has started
 
@@ -238,7 +238,7 @@ class RayGroup:
         with startup_errors():
             while waiting:
                 up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_INTERVAL_S)
-                ray.get(up)  # raises where one has died
+                ray.get(up)  # raises if one has died
                 self._check_stop()
                 self._placement.keep(self._check_stop)
                 if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Removes what a private Ray leaves behind when its driver is killed.
+"""Removes processes and files of a private Ray after its driver was killed.
 
 A separate process, run as `python reaper.py FOLDER` with a pipe from the driver as its standard
 input. The pipe closes when the driver ends, for whatever reason. Some of Ray's processes notice the
@@ -16,8 +16,8 @@ import psutil
 def reap(folder: str, driver: int) -> None:
     """Kill every process that has a file open in `folder`, and remove the folder.
 
-    All processes of a private Ray have their log files open there. The driver itself is spared: it
-    may have closed its pipe without ending.
+    All processes of a private Ray have their log files open there. The driver itself is not
+    killed: it may have closed its pipe without ending.
     """
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it ended meanwhile, or belongs to another user

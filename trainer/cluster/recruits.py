@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-RETRY_S = 2.0  # before another worker is requested in place of one that failed to start
+RETRY_S = 2.0  # pause before a worker that failed to start is replaced
 
 
 @dataclass

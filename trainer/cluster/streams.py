@@ -1,4 +1,4 @@
-"""What crosses the boundary to Ray actors: arguments to them, and the streams of their messages."""
+"""Communication with Ray actors: arguments to them, and the streams of their messages."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from trainer.cluster.group import Failure
 from trainer.errors import ConfigError, RunError, first_line
 
 END = object()
-"""What `receive` returns at the end of a stream."""
+"""The value that `receive` returns at the end of a stream."""
 
 
 @contextlib.contextmanager
@@ -50,14 +50,14 @@ def died(answer: Any) -> bool:
 def ready(streams: Mapping[Any, int], timeout: float) -> list[Any]:
     """A stream that has a message, after waiting for the first one.
 
-    The message is on this host then, so that `receive` need not wait for a host that is lost.
+    The message is then on this host, so that `receive` never waits for a lost host.
     """
     found, _ = ray.wait(list(streams), timeout=timeout)
     return found
 
 
 def receive(stream: Any) -> Any:
-    """The next message of a stream: a Failure where the worker died, END at the end."""
+    """The next message of a stream: a Failure if the worker died, END at the end."""
     try:
         return ray.get(next(stream))
     except StopIteration:

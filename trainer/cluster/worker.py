@@ -28,10 +28,10 @@ class Worker:
     """One rank. Ray calls its methods one after the other, those of CONTROL in parallel to them."""
 
     def __init__(self, threads: int, nice: int, paths: list[str]) -> None:
-        self._rank = 0  # in the present group
+        self._rank = 0  # in the current group
         self._threads = threads
         sys.path.extend(path for path in paths if path not in sys.path)
-        with contextlib.suppress(PermissionError):  # a cluster may start its workers with more
+        with contextlib.suppress(PermissionError):  # the niceness is already higher
             os.setpriority(os.PRIO_PROCESS, 0, nice)
         self._server: RendezvousServer | None = None
         self._world: World | None = None
@@ -84,7 +84,7 @@ class Worker:
         Args:
             rank: of this worker in the group.
             size: number of ranks.
-            host: these three are what `listen` returned.
+            host: of the rendezvous, as `listen` returned it.
             port: likewise.
             token: likewise.
             device: cpu or cuda.
@@ -93,7 +93,7 @@ class Worker:
             keep: whether the group may continue from a state that a rank keeps.
 
         Returns:
-            Why the group is not complete; None: it is.
+            The reason why the group is not complete; None: it is complete.
         """
         self._rank = rank
         if self._world:

@@ -1,4 +1,4 @@
-"""Composition of a configuration with Hydra, from the shipped files, the user's, and overrides."""
+"""Composes a configuration with Hydra from shipped files, files of the user, and overrides."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +109,7 @@ def _search_path(folders: Sequence[Path]) -> list[str]:
 
 
 def _known_keys(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """Dotted keys of the configuration that the groups among the overrides make up."""
+    """Dotted keys of the configuration that is composed from the groups among the overrides."""
     names = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     groups = [o for o in overrides if o.lstrip("+").partition("=")[0].split("@")[0] in names]
     try:

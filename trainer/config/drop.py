@@ -1,4 +1,4 @@
-"""How much worse than the dense model a result may be: an amount, or a fraction in percent."""
+"""The allowed drop of a metric below the dense model's: an amount, or a percentage."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf refuse, in one line that says what to write instead."""
+"""Errors of Hydra and OmegaConf in one line that says what to write instead."""
 
 import difflib
 import re
@@ -55,7 +55,7 @@ def explain(error: Exception, keys: Callable[[], list[str]]) -> str:
 
 
 def _parser_message(error: OverrideParseException) -> str:
-    """What Hydra's parser says, without the tokens that it expected."""
+    """The message of Hydra's parser, without the tokens that it expected."""
     message = error.message or str(error)
     return first_line(ValueError(message.partition(" expecting ")[0]))
 
@@ -70,7 +70,7 @@ def with_cause(error: Exception) -> str:
 
 
 def _advice(key: str, known: Iterable[str]) -> str:
-    """What was probably meant by a key that does not exist."""
+    """A suggestion for a key that does not exist."""
     keys = [*known]
     close = difflib.get_close_matches(key, keys, 1, cutoff=0.75)
     last = key.rpartition(".")[2]

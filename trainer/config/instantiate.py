@@ -1,4 +1,4 @@
-"""From settings to objects: dataclasses, and whatever a `_target_` names.
+"""Builds objects from settings: dataclasses, and instances of a `_target_`.
 
 Every mistake is a ConfigError that names the key, its value and what is expected.
 """
@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
-# Hydra prints why a target cannot be imported; the ConfigError says it.
+# Hydra prints why a target cannot be imported, which the ConfigError says already.
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 OBJECT = "_object_"
@@ -64,7 +64,7 @@ def _structured(schema: Hashable) -> Any:
 
 
 def _not_a_mapping(schema: Any, settings: Mapping[str, Any], key: str) -> str:
-    """KEY=VALUE of the setting that is no mapping although its field is a dataclass, or ""."""
+    """KEY=VALUE of a setting that must be a mapping and is none; "" if there is no such setting."""
     types = get_type_hints(schema)
     for name, value in settings.items():
         path = f"{key}.{name}" if key else name
@@ -128,7 +128,7 @@ class Factory(Generic[T]):
 
     key: str  # dotted key of the settings, for messages
     settings: Mapping[str, Any]
-    expected: type[T]  # what the built object must be an instance of
+    expected: type[T]  # class of the built object
     objects: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -202,9 +202,9 @@ def build_object(
             partial = functools.partial(function, **instantiate(own, _convert_="all"))
         else:
             partial = instantiate({**settings, "_partial_": True}, _convert_="all")
-        # The context is passed as it is: a `_target_` in it is no target of these settings.
+        # The context is passed unchanged: a `_target_` in it does not belong to these settings.
         result = partial(**extra)
-    except Exception as error:  # whatever the target, or a nested one, raises
+    except Exception as error:  # the target, or a nested one, may raise anything
         nested = isinstance(error, InstantiationException) and error.__cause__
         reason = nested or error
         raise ConfigError(f"{key} ({function.__name__}): {reason}") from reason

@@ -1,7 +1,7 @@
 """A sweep's settings on the command line, such as sweep.params.model.depth=range(1,5).
 
-The keys of `sweep.params` are themselves dotted keys of the configuration, and Hydra would take
-their values for a sweep of its own. So such arguments are rewritten before Hydra reads them.
+The keys of `sweep.params` are themselves dotted keys of the configuration, and Hydra would treat
+their values as a sweep of its own. So such arguments are rewritten before Hydra reads them.
 """
 
 import re
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from trainer.errors import ConfigError
 
-# These mappings have no keys of their own: a new one needs no +.
+# These mappings have no fixed keys: a new key needs no +.
 _OPEN = re.compile(r"sweep\.(params|lengths|conditions|trial_overrides|objectives|constraints)[.=]")
 # The keys of these have dots.
 _DOTTED = re.compile(
@@ -25,7 +25,7 @@ _PARAMS = re.compile(r"\+{0,2}sweep\.params=(.*)", re.DOTALL)
 
 
 def as_hydra(argument: str) -> str:
-    """An argument as Hydra takes it.
+    """An argument in the form that Hydra accepts.
 
     Raises:
         ConfigError: it is a mapping whose ranges are not in quotes.
@@ -41,7 +41,7 @@ def as_hydra(argument: str) -> str:
 
 
 def drop_nested(arguments: list[str], composed: DictConfig) -> None:
-    """Where an argument gives a key that a file has nested, take the file's away."""
+    """Remove nested keys of a file that an argument gives in dotted form."""
     for argument in arguments:
         if matched := _DOTTED.fullmatch(argument):
             section, key, _ = matched.groups()
@@ -54,7 +54,7 @@ def drop_nested(arguments: list[str], composed: DictConfig) -> None:
 
 
 def _parsed(text: str) -> Any:
-    """The value of an argument; None where Hydra will say what is wrong with it."""
+    """The value of an argument; None if it is invalid, which Hydra reports later."""
     try:
         return OverridesParser.create().parse_override(f"x={text}").value()
     except HydraException:

@@ -1,4 +1,4 @@
-"""What the configuration in a run directory may import when the run is resumed.
+"""Checks which code the configuration of a run directory may import when the run is resumed.
 
 A run directory can come from anybody, and its config.yaml names the functions to call. It may name
 those of installed packages, and those in folders that the user named: the folder in which the

@@ -44,7 +44,7 @@ def check_file_name(key: str, value: str) -> None:
 
 @dataclass
 class DistillConfig:
-    """How much a phase learns from the experiment's own dense model (knowledge distillation)."""
+    """Knowledge distillation: learning from the outputs of the experiment's own dense model."""
 
     weight: float = 0.0  # weight of the dense model's outputs in the loss, in [0, 1]
     temperature: float = 4.0  # softens the outputs of both models
@@ -127,7 +127,7 @@ class CheckpointConfig:
 class ArtifactConfig:
     """The compressed model file, model.dcz."""
 
-    make: bool = False  # write model.dcz at the end and evaluate what it decodes to
+    make: bool = False  # write model.dcz at the end, and evaluate the model decoded from it
     dtype: str = "fp16"  # format of codebooks, biases and norms in it: fp16 (where it fits) | fp32
     # Coder of positions and indices: auto (the smallest) | context | columns | huffman | ans |
     # groups, or a mapping with a `_target_`, a class of your own; in Python also an object of it.
@@ -150,7 +150,7 @@ class ExportConfig:
 
 @dataclass
 class LimitsConfig:
-    """What the result must reach. A run that misses a limit ends with exit code 3."""
+    """Limits on the result. A run that misses one ends with exit code 3."""
 
     max_accuracy_drop: float | None = None  # below the dense model's test accuracy, as a fraction
     # How much worse than the dense model's the first metric of the task may be on the test set: a
@@ -184,7 +184,7 @@ class LimitsConfig:
 
 @dataclass
 class ClusterConfig:
-    """Which processes train, and on what."""
+    """The worker processes and their resources."""
 
     workers: int = 2  # data-parallel processes
     min_workers: int | None = None  # elastic: continue with as few as that; null: always `workers`
@@ -260,7 +260,7 @@ class ClusterConfig:
 
 @dataclass
 class SweepConfig:
-    """What a sweep searches, and for how long. Without `params` the experiment is no sweep."""
+    """The search of a sweep and its budget. Without `params` the experiment is not a sweep."""
 
     params: dict[str, Any] = field(default_factory=dict)  # key -> range in Hydra's override grammar
     lengths: dict[str, Any] = field(default_factory=dict)  # key whose value is a list -> its length

@@ -1,6 +1,6 @@
 """Files in a folder, a zip file or tar files, read by number without unpacking.
 
-An archive is indexed once. A file is then one read at a known place in it (`os.pread`), which is
+An archive is indexed once. A file is then read at a known position (`os.pread`), which is
 safe in any number of processes and threads. Objects can be pickled: each process opens its own.
 """
 
@@ -41,7 +41,7 @@ def open_files(path: Path) -> Files:
     """The files in a folder, a .zip or a .tar.
 
     Raises:
-        ValueError: There is no such path, or it is no such archive; names the path.
+        ValueError: The path does not exist, or is not such an archive; the message names it.
     """
     try:
         if path.is_dir():
@@ -76,7 +76,7 @@ class FolderFiles:
 
 
 class _Archive:
-    """Archives that are read at given places."""
+    """Archives that are read at given positions."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
@@ -90,7 +90,7 @@ class _Archive:
             self._opened[archive] = self._paths[archive].open("rb", buffering=0)
         content = os.pread(self._opened[archive].fileno(), size, start)
         if len(content) < size:
-            raise ValueError(f"{self._paths[archive]} ends before it")
+            raise ValueError(f"{self._paths[archive]} ends before this file")
         return content
 
 
@@ -131,7 +131,7 @@ class ZipFiles(_Archive):
             except zlib.error as error:
                 raise ValueError(f"it is damaged ({error})") from error
         if zlib.crc32(content) != checksum:
-            raise ValueError("it is damaged: its checksum is another one")
+            raise ValueError("it is damaged: its checksum does not match")
         return content
 
     def path(self, number: int) -> str:

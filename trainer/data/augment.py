@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, a pure function of (seed, epoch, sample index)."""
+"""Augmentation of whole batches: a pure function of (seed, epoch, sample index)."""
 
 import numpy as np
 import torch

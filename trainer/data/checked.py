@@ -1,4 +1,4 @@
-"""A split whose samples are checked as they are read: errors name the split and the sample."""
+"""A split that checks samples when they are read: errors name the split and the sample."""
 
 import time
 from collections import deque
@@ -18,10 +18,10 @@ TargetCheck = Callable[[Tensor], tuple[int, str] | None]
 class CheckedSplit:
     """A `Split` that refuses targets that the task cannot use with the model.
 
-    On CUDA such a target would end the process without saying which one it was.
+    On CUDA such a target would end the process without a message about the sample.
 
     Args:
-        split: What to read from.
+        split: The split to read from.
         name: Of the split, for messages: train, validation or test.
         check: Finds a target that cannot be used.
 

@@ -19,9 +19,9 @@ class Pad:
     several workers each pads its own share; the model must not be influenced by padding.
 
     Args:
-        value: What inputs are padded with; or a mapping of such values by the name of the input,
-            for inputs that are mappings. Names that are missing are padded with 0.
-        target: What targets are padded with; the default does not count in loss and metrics.
+        value: Padding of inputs; for inputs that are mappings, also a mapping by the name of the
+            input, in which missing names mean 0.
+        target: Padding of targets; the default does not count in loss and metrics.
     """
 
     def __init__(self, value: float | Mapping[str, float] = 0, target: float = IGNORED) -> None:

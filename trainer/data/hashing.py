@@ -1,8 +1,8 @@
 """Random numbers as a pure function of counters such as (seed, epoch, sample index).
 
-They do not depend on who asks or in what order, so any number of workers, resumed or not, gets the
-same ones. The function is splitmix64 (Steele, Lea & Flood, OOPSLA 2014; constants of Vigna's
-public-domain version).
+They do not depend on the process or the order of calls, so they are the same for any number of
+workers, resumed or not. The function is splitmix64 (Steele, Lea & Flood, OOPSLA 2014; constants of
+Vigna's public-domain version).
 """
 
 import numpy as np

@@ -13,7 +13,7 @@ from trainer.data.split import Split, Splits
 from trainer.errors import first_line
 
 Transform = Callable[[Mapping[str, Any]], tuple[Any, Any]]
-"""From a row, values by column, to (input, target)."""
+"""A function from a row (values by column) to (input, target)."""
 
 
 class Rows(Dataset[tuple[Any, Any]]):
@@ -23,7 +23,7 @@ class Rows(Dataset[tuple[Any, Any]]):
         table: A `datasets.Dataset`.
         inputs: A column, or several, which the model gets by keyword.
         target: A column.
-        transform: Makes the pair of a row; takes the place of `inputs` and `target`.
+        transform: Converts a row to a pair; used instead of `inputs` and `target`.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ def huggingface(
         inputs: The column of the inputs, numbers or lists of numbers; or several, which the model
             gets as keyword arguments.
         target: The column of the targets.
-        transform: Makes (input, target) of a row, a mapping by column; takes the place of `inputs`
-            and `target`. For images, texts and all other columns that are not numbers.
+        transform: Converts a row, a mapping by column, to (input, target); used instead of `inputs`
+            and `target` for images, texts and other columns that are not numbers.
         name: Configuration of the data set (`load_dataset`'s second argument).
         data_files: For a format: files, or a mapping from split to files.
         train: Name of the split for training.
@@ -84,10 +84,10 @@ def huggingface(
         test: Likewise for testing, "test".
         hold_out: Fraction of the training rows in each part that is held out, by a fixed
             permutation.
-        collate: Makes a batch of a list of (input, target) pairs, such as `trainer.data.Pad` for
+        collate: Converts a list of (input, target) pairs to a batch, such as `trainer.data.Pad` for
             lists of different lengths; None: they are stacked.
-        loader_workers: Processes per worker and split that read rows; 0: the worker does; None: as
-            many as CPUs are left to reading, up to 8.
+        loader_workers: Processes per worker and split that read rows; 0: the worker reads
+            them; None: as many as there are CPUs that training does not use, up to 8.
         seed: Seeds the random numbers that `transform` draws.
 
     Raises:
@@ -140,13 +140,13 @@ def _load(path: str, name: str | None, data_files: Any) -> Mapping[str, Any]:
             found = datasets.load_from_disk(str(folder))
         else:
             found = datasets.load_dataset(path, name, data_files=data_files)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # the library raises many kinds
         raise ValueError(f"data: {path} cannot be loaded: {first_line(error)}") from error
     return found if isinstance(found, Mapping) else {"train": found}
 
 
 def _tensor(value: Any) -> Any:
-    """Numbers and lists of numbers as a tensor; anything else as it is."""
+    """Numbers and lists of numbers as a tensor; anything else unchanged."""
     try:
         return value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):

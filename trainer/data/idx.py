@@ -59,7 +59,7 @@ def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
             f"{path}: its header announces {math.prod(shape)} values {shape}, but it contains "
             f"{values}"
         )
-    # The bytes are copied once, because torch warns of memory that is read-only.
+    # The bytes are copied, because torch warns of read-only memory.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].view(shape)
 
 
@@ -121,12 +121,12 @@ def mnist(
 
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of each file: they differ once a file has changed."""
+    """Name, time and size of each file, which show whether a file has changed."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
 
 
-@lru_cache(maxsize=1)  # the next trial on a warm worker uses the same splits, which nobody changes
+@lru_cache(maxsize=1)  # for the next trial on a warm worker; splits are never changed
 def _splits(
     folder: Path,
     stamps: tuple[tuple[str, int, int], ...],

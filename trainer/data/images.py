@@ -27,18 +27,18 @@ class LabelledFiles:
 
     Attributes:
         files: All files of the folder or archive.
-        numbers: Which of them are images.
+        numbers: Numbers of those files that are images.
         targets: The class of each image.
-        classes: Names of the classes; empty where .cls files hold numbers.
+        classes: Names of the classes; empty if .cls files hold numbers.
     """
 
     def __init__(self, path: Path, classes: Sequence[str] | None = None) -> None:
         """Args:
             path: A folder, a .zip, a .tar, or a pattern of .tar files such as train-*.tar.
-            classes: Names that the folders must have; None: those that there are, sorted.
+            classes: Names that the folders must have; None: the existing ones, sorted.
 
         Raises:
-            ValueError: There are no images, or a folder is none of `classes`; names the path.
+            ValueError: There are no images, or a folder is not in `classes`. The message has the path.
         """
         self.files: Files = _open(path)
         self.numbers = [n for n, name in enumerate(self.files.names) if _is_image(name)]
@@ -86,9 +86,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Args:
         source: The files and their classes.
-        indices: Which images of it.
-        pixels: Makes pixels of a file.
-        transform: Takes their place: makes a tensor of the decoded image. None: `pixels` does all.
+        indices: Numbers of the images to use.
+        pixels: Decodes a file to pixels.
+        transform: Used instead of `pixels`: converts the decoded image to a tensor. None: `pixels`.
     """
 
     trusted = True  # items need no check: they are pairs of a tensor and a class
@@ -118,7 +118,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             if self._transform is None:
                 return self._pixels(content), self.targets[index]
             image = self._pixels.decode(content)
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of these
+        except (OSError, ValueError, SyntaxError) as error:  # errors that Pillow raises
             raise SampleError(
                 index, f"{self._files.path(number)} cannot be read as an image: {error}"
             ) from error
@@ -168,13 +168,13 @@ def images(
         pad: Training images get so many black pixels on each side before a random crop.
         flip: Whether half of the training images are mirrored.
         mean: Of each channel on a scale of [0, 1], which is subtracted; None: ImageNet's.
-        std: Of each channel, by which is divided; None: ImageNet's.
-        train_transform: Makes a tensor of a PIL.Image for training, such as
-            `torchvision.transforms.v2.Compose`; takes the place of all settings from `size` to
-            `std`, and draws from the global generators of torch, NumPy or Python.
+        std: Standard deviation of each channel, by which is divided; None: ImageNet's.
+        train_transform: Converts a PIL.Image to a tensor for training, such as
+            `torchvision.transforms.v2.Compose`. It replaces all settings from `size` to `std`, and
+            draws from the global generators of torch, NumPy or Python.
         transform: Likewise for validation and test; give both or none.
-        loader_workers: Processes per worker and split that read images; 0: the worker does; None:
-            as many as CPUs are left to reading, up to 8.
+        loader_workers: Processes per worker and split that read images; 0: the worker reads them;
+            None: as many as there are CPUs that training does not use, up to 8.
         seed: Seeds the random numbers of each image.
 
     Raises:
@@ -256,7 +256,9 @@ def _per_channel(
     if values is None:
         return default
     if len(values) != channels or (key == "std" and min(values) <= 0):
-        raise ValueError(f"data.{key}={list(values)}: it must be {channels} numbers, one a channel")
+        raise ValueError(
+            f"data.{key}={list(values)}: it must be {channels} numbers, one per channel"
+        )
     return tuple(values)
 
 
@@ -297,7 +299,7 @@ def _is_image(name: str) -> bool:
 
 
 def _class_folders(names: Sequence[str], path: Path, archive: bool) -> list[str]:
-    """The folder that says the class of each image: the first one.
+    """The folder that names the class of each image: the first one of its path.
 
     In an archive, folders that contain everything are left out: train/ in train.zip.
     """

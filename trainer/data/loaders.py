@@ -1,4 +1,4 @@
-"""Where the processes of data loaders come from."""
+"""Starts the processes of data loaders."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ def fork_server() -> BaseContext:
 def _shorten_temp_dir() -> None:
     """Let multiprocessing keep its sockets in /tmp if the path of TMPDIR is too long for them."""
     config = process.current_process()._config  # type: ignore[attr-defined]
-    folder = config.get("tempdir")  # where this process keeps sockets, once it has any
+    folder = config.get("tempdir")  # folder of this process's sockets, if it has any
     base = os.path.dirname(folder) if folder else tempfile.gettempdir()
     if len(os.fsencode(base)) + _IN_TEMP_DIR <= _MAX_SOCKET_PATH:
         return

@@ -1,7 +1,7 @@
-"""The order of samples: which ones make up global batch k of an epoch, and which worker gets which.
+"""The order of samples: the global batches of an epoch, and how workers share them.
 
-Pure functions of (n, batch size, seed, epoch): the number of workers has no say in what the global
-batches are.
+Pure functions of (n, batch size, seed, epoch): global batches do not depend on the number of
+workers.
 """
 
 import torch
@@ -31,7 +31,7 @@ def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Tenso
 def shard(batch: Tensor, rank: int, world_size: int) -> Tensor:
     """The part of a batch's indices that worker `rank` of `world_size` computes.
 
-    Contiguous, in rank order, and uneven where it must be: the first len(batch) % world_size ranks
+    Contiguous and in rank order. Sizes may differ: the first len(batch) % world_size ranks
     get one sample more, and ranks get none if there are not enough.
     """
     each, extra = divmod(len(batch), world_size)

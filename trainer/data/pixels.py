@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels of a fixed size. Needs Pillow: the extra `images`."""
+"""Decodes image files to pixels of a fixed size. Needs Pillow: the extra `images`."""
 
 import io
 import math
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_DRAFT = 2  # a JPEG is decoded to at least so many times the wanted size, then scaled
+_DRAFT = 2  # a JPEG is decoded to at least this multiple of the wanted size, then scaled
 _ASPECT = math.log(3 / 4), math.log(4 / 3)  # of random crops; Szegedy et al., 2015, arXiv:1409.4842
 _ATTEMPTS = 10  # to draw a crop that fits, as in torchvision.transforms.RandomResizedCrop
 
@@ -33,7 +33,7 @@ def pillow() -> Any:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an image becomes pixels, uint8 [height, width, channels].
+    """Decodes, scales, crops and augments images to uint8 [height, width, channels].
 
     Training draws from Python's generator; evaluation scales the shorter side and crops the center.
 
@@ -70,7 +70,7 @@ class Pixels:
         """The pixels of an image file.
 
         Raises:
-            OSError, ValueError: It is no image, damaged, or smaller than the crop.
+            OSError, ValueError: The file is not an image, damaged, or smaller than the crop.
         """
         image = self.decode(content)
         if self.training and self.area:

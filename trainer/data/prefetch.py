@@ -11,11 +11,11 @@ import torch
 
 T = TypeVar("T")
 
-_POLL_S = 0.05  # how often a thread that waits for room asks whether it should end
+_POLL_S = 0.05  # how often a thread that waits for space in the queue checks whether it should end
 
 
 def spare_cpus() -> int:
-    """CPUs of this process that training leaves to reading data.
+    """The number of CPUs of this process that training does not use.
 
     A worker has as many CPUs as threads of torch (cluster.cpus_per_worker, cluster.threads); on the
     CPU, training needs at least one of them.
@@ -35,14 +35,14 @@ def generator_states() -> tuple[Any, ...]:
 
 
 def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """The same items, made by a thread of its own, up to `depth` of them ahead.
+    """The same items, computed in a separate thread, up to `depth` of them ahead.
 
     An error in `items` is raised after the items before it. If this iterator is closed, the thread
     ends after the item that it is making.
 
     Args:
-        items: May not draw from the global random generators, which both threads share.
-        depth: Number of items that wait.
+        items: Must not draw from the global random generators, which both threads share.
+        depth: Maximum number of items that wait.
     """
     waiting: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
     closed = threading.Event()

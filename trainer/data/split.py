@@ -1,4 +1,4 @@
-"""What training asks of data, and the split that holds its samples in memory.
+"""The protocol of data for training, and an implementation that holds samples in memory.
 
 A `Split` turns index tensors into batches. It knows nothing of workers, shuffling or batch sizes.
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 from trainer.data.prefetch import generator_states, prefetched, spare_cpus
 from trainer.data.tree import map_tensors, tensors
 
-_PREFETCH_S = 1e-3  # of a batch; making a cheaper one ahead costs more than it saves
+_PREFETCH_S = 1e-3  # time to make a batch, from which making it ahead pays
 
 IGNORED = -100
-"""The target that does not count in loss and accuracy, as in torch.nn.functional.cross_entropy."""
+"""Targets of this value do not count in loss and metrics, as in torch's cross_entropy."""
 
 Augment = Callable[[Tensor, Tensor, int], Tensor]
 """(inputs [n, ...], sample indices [n], epoch) -> inputs [n, ...]."""
@@ -77,7 +77,7 @@ class Splits:
 
 
 class TensorSplit:
-    """A split in memory. A batch costs one indexed copy, and what `augment` and `prepare` cost.
+    """A split in memory. A batch is one indexed copy, followed by `augment` and `prepare`.
 
     Args:
         inputs: [n, ...] of any type; or a tuple or mapping of such tensors.
@@ -113,9 +113,9 @@ class TensorSplit:
     def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
         """As `Split.batches`.
 
-        Where a batch costs a millisecond and there are CPUs to spare, a thread makes the next ones
-        ahead; not if `augment` or `prepare` draw from the global random generators, since the
-        numbers would then depend on when they are drawn.
+        If a batch takes at least a millisecond and CPUs are free, a thread makes the next batches
+        ahead; but not if `augment` or `prepare` draw from the global random generators, since the
+        numbers would then depend on the time of drawing.
         """
         batches = self._batches(order, epoch)
         if spare_cpus() < 1:

@@ -50,13 +50,13 @@ def table(
         features: Columns to predict from; None: all but the target.
         categorical: Columns that hold categories although they are numbers.
         regression: Whether the target is a number instead of a class.
-        missing: What to do about missing features (empty, NA, NaN, null, None, ?): "error", or
-            "mean", which takes the mean of the training rows, and for a category zeros. A missing
+        missing: How to treat missing features (empty, NA, NaN, null, None, ?): "error", or "mean",
+            which uses the mean of the training rows, or zeros for a category. A missing
             target is always an error.
         separator: Between two columns of a .csv file.
 
     Raises:
-        ValueError: A file, column or value cannot be used; names file, row and column.
+        ValueError: A file, column or value cannot be used; the message names file, row and column.
     """
     if missing not in ("error", "mean"):
         raise ValueError(f"data.missing={missing}: it must be error or mean")
@@ -70,7 +70,7 @@ def table(
         raise ValueError(f"data.features: {target!r} is data.target, which is to be predicted")
     for name in categorical:
         if name not in names:
-            raise ValueError(f"data.categorical: {name!r} is none of the features")
+            raise ValueError(f"data.categorical: {name!r} is not one of the features")
     absent = [part for part in ("validation", "test") if part not in tables]
     size = held_out_size(len(whole), hold_out, len(absent)) if absent else 0
     order = permutation(len(whole), SPLIT_SEED, 0)
@@ -163,7 +163,7 @@ def _text(value: object) -> str | None:
 
 
 class _Encoder:
-    """Makes inputs of one column; learns how from the training rows."""
+    """Converts one column to inputs, with statistics or categories of the training rows."""
 
     def __init__(
         self, whole: _Table, name: str, rows: Tensor, categorical: bool, missing: str

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to every tensor; what is no tensor stays as it is.
+    """Apply a function to every tensor; other values are returned unchanged.
 
     Args:
         function: From tensor to tensor.

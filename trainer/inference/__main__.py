@@ -1,12 +1,12 @@
-"""Measure how fast a compressed model is, beside PyTorch and onnxruntime.
+"""Measure the latency of a compressed model in the engine, PyTorch and onnxruntime.
 
     python -m trainer.inference FILE.dcz [EXPERIMENT]         a compressed model
     python -m trainer.inference RUN_DIR                       a finished run
     python -m trainer.inference EXPERIMENT [key=value ...]    an experiment, before it is run
 
 A file gets its model and data from the run directory that it is in, or from an experiment; without
-both, a model of `trainer.models` computes random samples. All contestants take turns; the times
-are medians. onnxruntime takes part if it is installed (pip install 'trainer[onnx]').
+both, a model of `trainer.models` computes random samples. The libraries are measured in turn; the
+times are medians. onnxruntime is measured if it is installed (pip install 'trainer[onnx]').
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments.
 """
@@ -26,7 +26,7 @@ from trainer.report.table import Table
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line says and return the exit code."""
+    """Execute the command line and return the exit code."""
     options = _parser().parse_args(arguments)
     return exit_code(options.what, lambda: _measure(options))
 
@@ -61,7 +61,7 @@ def _measure(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = subject_parser(
         "trainer.inference",
-        "How fast a compressed model is, beside PyTorch and onnxruntime.",
+        "The latency of a compressed model in the engine, PyTorch and onnxruntime.",
         threads="threads of each contestant",
         json_help="write the times to a file; -: print them",
     )

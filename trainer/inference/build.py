@@ -1,4 +1,4 @@
-"""From a model with compressed weights to one that computes with them."""
+"""Replaces layers of a model by layers that compute with compressed weights."""
 
 import os
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ COLUMNS: Order = "columns"
 ROWS: Order = "rows"
 _ORDERS = (COLUMNS, ROWS)
 MAX_DENSITY = 0.5
-"""Of the weights: with more of them that are not zero, a compressed kernel is not tried."""
+"""Fraction of nonzero weights above which compressed kernels are not tried."""
 
 
 def compile(
@@ -66,7 +66,7 @@ def compile(
         The model in evaluation mode. It can be pickled, and has no weights to train.
 
     Raises:
-        ConfigError: `kernels` names a layer or kernel that there is not.
+        ConfigError: `kernels` names a layer or kernel that does not exist.
         trainer.artifact.ArtifactError: The file is damaged.
         OSError: The file cannot be read.
         RuntimeError: The weights do not fit the model.
@@ -78,7 +78,7 @@ def compile(
     count = torch.get_num_threads() if threads is None else threads
     if count < 1:
         raise ConfigError(f"threads={threads}: it must be at least 1")
-    replaced: dict[int, nn.Module] = {}  # a layer at several places stays one
+    replaced: dict[int, nn.Module] = {}  # a layer that is used several times is replaced once
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) not in replaced:
             found = _compiled(name, module, chosen, count)
@@ -93,7 +93,7 @@ def compile(
     unknown = set(chosen) - {layer.about.layer for layer in _choices(model)}
     if unknown:
         there = ", ".join(layer.about.layer for layer in _choices(model)) or "none"
-        raise ConfigError(f"kernels: {min(unknown)!r} is no compressed layer; there are {there}")
+        raise ConfigError(f"kernels: {min(unknown)!r} is not a compressed layer; there are {there}")
     if samples is not None:
         with torch.inference_mode():
             model(samples)
@@ -101,7 +101,7 @@ def compile(
 
 
 def layer_kernels(model: nn.Module) -> list[LayerKernel]:
-    """The layers that `compile` replaced, with their kernels and how long each takes."""
+    """The layers that `compile` replaced, with their kernels and the measured times."""
     return [layer.about for layer in _choices(model)]
 
 
@@ -124,7 +124,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 def _compiled(
     name: str, module: nn.Module, chosen: Mapping[str, str], threads: int
 ) -> nn.Module | None:
-    """What takes the place of a layer; None if it stays."""
+    """The replacement of a layer; None if it is not replaced."""
     if type(module) is nn.Linear:
         return _linear(name, module, chosen, threads)
     if type(module) in (nn.Conv1d, nn.Conv2d):
@@ -183,7 +183,7 @@ def _layer(
     if not candidates:
         return None
     compressed = next((candidates[o] for o in (ROWS, COLUMNS) if o in candidates), None)
-    # Where a compressed form exists, the dense weight is decoded from it when it is measured.
+    # If there is a compressed form, the dense weight is decoded from it for the measurement.
     candidates[DENSE] = None if compressed else dense(module.weight.detach())
     made = CompiledLayer(
         _about(name, module, compressed and compressed.matrix.bits),
@@ -288,7 +288,7 @@ def _shape(module: Any) -> ConvolutionShape | None:
 
 
 def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hooks of the old layer, but that of its quantizer of inputs, which the new one calls."""
+    """Move hooks to the new layer, except that of the input quantizer, which it calls itself."""
     quantizer = getattr(old, "input_quantizer", None)
     own = {handle.id for handle in getattr(quantizer, "handles", ())}
     for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):

@@ -1,4 +1,4 @@
-"""How long a model takes: the engine beside PyTorch and onnxruntime, in turn."""
+"""Measures the latency of a model in the engine, PyTorch and onnxruntime, in turn."""
 
 import copy
 import time
@@ -23,15 +23,15 @@ ONNX, ONNX_INT8 = "onnxruntime fp32", "onnxruntime int8"
 
 @dataclass(frozen=True)
 class Latencies:
-    """Of one batch."""
+    """Latencies of one batch."""
 
     seconds: Mapping[str, float]
-    """Medians by contestant, the engine first."""
+    """Median seconds by engine or library, the engine of this project first."""
     rounds: int
     layers: list[LayerKernel]
     """Of the engine."""
     missing: Mapping[str, str]
-    """Contestants that could not run, with the reason."""
+    """Libraries that could not run, with the reason."""
 
 
 def measure_latencies(
@@ -45,15 +45,15 @@ def measure_latencies(
     seconds: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Latencies:
-    """Measure a batch, all contestants in turn.
+    """Measure the latency of a batch in all libraries, in turn.
 
     Args:
         model: With compressed weights, perhaps quantized.
         dense: The same model without quantizers.
         samples: The batch.
         quantized: The model with quantizers, for onnxruntime int8; `model` if it has them.
-        onnx: Whether onnxruntime takes part.
-        threads: Of each contestant.
+        onnx: Whether to measure onnxruntime.
+        threads: Threads of each library.
         seconds: How long to measure.
         clock: As for `alternate`.
     """
@@ -77,7 +77,7 @@ def _measure(
     clock: Callable[[], float],
 ) -> Latencies:
     missing: dict[str, str] = {}
-    # Kernels are chosen as for a user, at the first call; that is not part of the measurement.
+    # Kernels are chosen at the first call, which is not part of the measurement.
     engine = compile(copy.deepcopy(model), samples=samples, threads=threads)
     has_grid = any(isinstance(module, WeightQuantizer) for module in model.modules())
     plain = copy.deepcopy(dense).eval()
@@ -108,7 +108,7 @@ def _measure(
 
 
 def _with_integers(model: nn.Module, threads: int) -> nn.Module | None:
-    """All layers that can compute with integers do so; None where there are none."""
+    """The model with integers in all layers that can use them; None if there are none."""
     found = copy.deepcopy(model)
     names = {
         name: INT8
@@ -121,7 +121,7 @@ def _with_integers(model: nn.Module, threads: int) -> nn.Module | None:
 
 
 def _session(model: nn.Module, samples: Tensor, threads: int) -> OnnxModel:
-    import onnxruntime  # noqa: F401  an extra; the export takes long, so it is looked for first
+    import onnxruntime  # noqa: F401  an extra; checked first, since the export takes long
 
     pair = samples if len(samples) > 1 else torch.cat([samples, samples])
     return OnnxModel(to_onnx(model, pair), threads)

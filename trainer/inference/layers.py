@@ -24,7 +24,7 @@ _SECONDS = 0.03  # for the choice among the kernels of a layer
 
 @dataclass(frozen=True)
 class LayerKernel:
-    """The kernel of a layer, and what it was chosen from."""
+    """The kernel of a layer, and the measurements from which it was chosen."""
 
     layer: str
     kind: str
@@ -34,11 +34,11 @@ class LayerKernel:
     density: float
     """Fraction of the weights that are not zero."""
     code_bits: int | None
-    """Of the codes in a compressed weight; 0: the values themselves; None: none is compressed."""
+    """Bits of a code in a compressed weight; 0: values are stored; None: not compressed."""
     kernel: str | None
     """columns, rows (both compressed), dense or int8; None: chosen at the first call."""
     microseconds: Mapping[str, float]
-    """Median time of each kernel that was measured; empty where there was no choice."""
+    """Median time of each kernel that was measured; empty if there was no choice."""
     nbytes: int
     """Bytes of the weight in memory."""
 
@@ -47,7 +47,7 @@ class Choice(nn.Module):
     """Base class: a layer that chooses among candidates at its first call.
 
     Attributes:
-        about: What `trainer.inference.layer_kernels` reports.
+        about: The description that `trainer.inference.layer_kernels` returns.
         product: The chosen candidate; None before the first call.
     """
 
@@ -61,7 +61,7 @@ class Choice(nn.Module):
         """Set the candidates; keep the chosen one, or the only one, without measuring.
 
         Args:
-            candidates: By name; None stands for what `candidate` builds when it is needed.
+            candidates: By name; None: `candidate` builds it when it is needed.
         """
         self._candidates = dict(candidates)
         if chosen is None and len(candidates) == 1:
@@ -70,16 +70,16 @@ class Choice(nn.Module):
             self._keep(chosen, {})
 
     def candidate(self, name: str) -> Any:
-        """A candidate that only the measurement needs."""
+        """Build a candidate that is only needed for the measurement."""
         raise NotImplementedError
 
     def call(self, product: Any, *args: Any) -> Any:
-        """What the layer computes, by a candidate."""
+        """Compute the layer's output with a candidate."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, decoded at each use: for code that reads the layer's weight."""
+        """The dense weight, decoded at each access, for code that reads the layer's weight."""
         weight: Tensor = (self.product or next(iter(self._candidates.values()))).dense()
         return weight
 
@@ -110,7 +110,7 @@ class Choice(nn.Module):
 
 
 class CompiledLayer(Choice):
-    """In the place of a Linear or a convolution. The bias stays a tensor of torch."""
+    """Replaces a Linear or convolution. The bias remains a tensor of torch."""
 
     bias: Tensor | None
 
@@ -124,7 +124,7 @@ class CompiledLayer(Choice):
     ) -> None:
         """
         Args:
-            about: What is known before the choice.
+            about: The description before the choice.
             candidates: The kernels by name; None: `dense`, which is built when it is needed.
             chosen: The kernel to use without measuring; None: measure at the first call.
             quantizer: Of the inputs.
@@ -158,7 +158,7 @@ class CompiledLayer(Choice):
 
 
 def check_input(x: Tensor) -> None:
-    """Refuse what kernels cannot compute. Raises TypeError or RuntimeError."""
+    """Refuse inputs that kernels cannot compute. Raises TypeError or RuntimeError."""
     if x.dtype != torch.float32 or x.device.type != "cpu":
         raise TypeError(
             f"a compiled model computes float32 on the CPU, not {x.dtype} on {x.device.type}"

@@ -1,4 +1,4 @@
-"""A weight as the engine stores it: 16 bits for each value that is not zero."""
+"""The compressed weight of the engine: 16 bits for each nonzero value."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ class CompressedMatrix:
 
     The position of an entry is its row (or its column, in the order of rows) within a block. A
     block has as many rows as 16 bits can name beside a code: 4096 with 4 bits, 256 with 8. A
-    matrix with more than 255 distinct values but zero has no codes; it stores each value in fp32.
+    matrix with more than 255 distinct nonzero values has no codes; it stores each value in fp32.
     """
 
     order: Order
@@ -111,14 +111,14 @@ def compress(weight: Tensor, order: Order, parts: int = 1) -> CompressedMatrix:
 
 
 def codebook(dense: NDArray[Any]) -> tuple[NDArray[np.float32], int]:
-    """The distinct values but zero in ascending order, and the bits that their codes take.
+    """The distinct nonzero values in ascending order, and the number of bits of a code.
 
-    No values and 0 bits where there are more than 255 of them.
+    No values and 0 bits if there are more than 255 of them.
 
     Raises:
         ValueError: NaN.
     """
-    # Most weights that have not been shared differ: a few of them show it without sorting all.
+    # In a weight that is not shared most values differ, which a sample shows without a full sort.
     few = dense[: 1 + (1 << 16) // max(1, dense.shape[1])]
     for part in (few, dense):
         values = np.unique(part[part != 0])

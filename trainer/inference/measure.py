@@ -1,4 +1,4 @@
-"""How long functions take, side by side."""
+"""Measures the times of several functions in turn."""
 
 import statistics
 import time
@@ -16,9 +16,9 @@ def alternate(
     """Call the functions in turn, and return the seconds of each call.
 
     Args:
-        seconds: How long to continue.
+        seconds: Duration of the measurement.
         rounds: The smallest number of rounds.
-        clock: What is measured; `time.thread_time` for functions that compute in the calling
+        clock: The clock to use; `time.thread_time` for functions that compute in the calling
             thread, on a machine that does other work as well.
     """
     for _ in range(WARM_UP):

@@ -27,7 +27,7 @@ from trainer.inference.kernels.vectors import LANES
 from trainer.inference.matrix import CompressedMatrix
 from trainer.inference.threads import run_parts
 
-_FEW = 4  # samples: with as many or more, the order of rows computes them together
+_FEW = 4  # samples from which the order of rows computes them together
 
 
 class Product(Protocol):
@@ -38,7 +38,7 @@ class Product(Protocol):
         """Bytes of the weights in memory."""
 
     def dense(self) -> Tensor:
-        """The weight in float32, in the shape that torch gives it."""
+        """The weight in float32, in torch's shape."""
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output for its input, both float32."""
@@ -51,7 +51,7 @@ class CompressedLinear:
     matrix: CompressedMatrix
     threads: int = 1
     scale: Tensor | None = None
-    """[outputs], where the codebook has integers."""
+    """[outputs], if the codebook has integers."""
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +77,7 @@ class CompressedLinear:
         m = self.matrix
         inputs = x.contiguous().numpy()
         start = self._zeros if bias is None else bias.numpy()
-        out = np.empty((len(inputs), m.shape[0]), np.float32)  # quicker than by torch
+        out = np.empty((len(inputs), m.shape[0]), np.float32)  # faster than torch
         columns = m.order == "columns"
         multiply: Any = linear_columns if columns else linear_rows
 
@@ -132,7 +132,7 @@ class CompressedLinear:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the kernel for convolutions needs to know about images of one size."""
+    """Parameters of the convolution kernel for images of one size."""
 
     size: tuple[int, int]  # of the result
     geometry: tuple[int, ...]
@@ -152,14 +152,14 @@ class ConvolutionShape:
     dilation: tuple[int, int]
 
     def plan(self, height: int, width: int) -> _Plan:
-        """How images of this size are computed. Raises RuntimeError if the kernel is larger."""
+        """The parameters for images of this size. Raises RuntimeError if the kernel is larger."""
         left, right, top, bottom = self.padding
         (sy, sx), (ky, kx), (dy, dx) = self.stride, self.kernel, self.dilation
         rows, columns = -(-(height + top + bottom) // sy), -(-(width + left + right) // sx)
         high = (height + top + bottom - dy * (ky - 1) - 1) // sy + 1
         wide = (width + left + right - dx * (kx - 1) - 1) // sx + 1
         if high < 1 or wide < 1:
-            raise RuntimeError(f"{height} x {width} are less than the kernel takes, {ky} x {kx}")
+            raise RuntimeError(f"{height} x {width} are smaller than the kernel, {ky} x {kx}")
         channel, y, x = np.ix_(*map(np.arange, (self.channels // self.groups, ky, kx)))
         y, x = y * dy, x * dx
         plane = (channel * sy + y % sy) * sx + x % sx
@@ -178,7 +178,7 @@ class CompressedConvolution:
     weight_shape: tuple[int, ...]
     threads: int = 1
     scale: Tensor | None = None
-    """[outputs], where the codebook has integers."""
+    """[outputs], if the codebook has integers."""
 
     @property
     def nbytes(self) -> int:
@@ -285,7 +285,7 @@ class DenseConvolution:
 class Int8:
     """A weight of 8-bit integers times inputs of 8-bit integers, summed up exactly, by oneDNN.
 
-    What `quantize` trained for: the weight is on its grid, and the inputs are rounded to theirs.
+    The computation that `quantize` simulates: weights are on a grid, inputs are rounded to one.
     """
 
     def __init__(

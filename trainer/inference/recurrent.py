@@ -82,7 +82,7 @@ class CompiledSteps(Choice):
     ) -> None:
         """
         Args:
-            about: What is known before the choice.
+            about: The description before the choice.
             kind: nn.LSTM or nn.GRU.
             candidates: The kernels by name; None: `dense`, which is built when it is needed.
             chosen: The kernel to use without measuring; None: measure at the first call.

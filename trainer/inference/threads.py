@@ -1,4 +1,4 @@
-"""Parts of a product, computed by several threads."""
+"""Computes parts of a product in several threads."""
 
 import os
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def run_parts(function: Callable[[int, int], object], count: int, threads: int) 
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
-    """Of this process: a forked one has none of its parent's threads."""
+    """The threads of this process; a forked process does not have those of its parent."""
     key = os.getpid(), workers
     if key not in _pools:
         _pools[key] = ThreadPoolExecutor(workers, "trainer-inference")

@@ -67,13 +67,13 @@ def multiply_rows(entries, pointers, starts, bits, table, x, out, first, last): 
 def multiply_planes(entries, pointers, starts, bits, table, offsets, x, out, first, last):  # type: ignore[no-untyped-def]
     """out[i, p] += sum over j of W[i, j] * x[offsets[j] + p], for all positions p.
 
-    Many samples, and convolutions: with `offsets[j]` where the plane of inputs begins that weight j
-    of a row is multiplied with (Park et al., Faster CNNs with direct sparse convolutions and guided
+    For many samples, and for convolutions: weight j of a row is multiplied with the plane of inputs
+    that begins at `offsets[j]` (Park et al., Faster CNNs with direct sparse convolutions and guided
     pruning, ICLR 2017, arXiv:1608.01409).
 
     Args:
         offsets: int32 [columns].
-        x: [inputs], with as many after the last as `out` has positions beyond those wanted.
+        x: [inputs], with padding at the end for the positions that round `out` up.
         out: [rows, positions], positions divisible by 16.
         first, last: the rows to compute.
     """
@@ -99,7 +99,7 @@ def convolve(entries, pointers, starts, bits, table, offsets, geometry, x, bias,
     """A convolution of images, zeros around them; it computes the outputs `first` to `last`.
 
     The inputs are copied to planes, one for each channel and each step of a stride, so that inputs
-    that a weight is multiplied with are neighbours in memory: [C, stride y, stride x, rows,
+    of one weight are consecutive in memory: [C, stride y, stride x, rows,
     columns].
 
     Args:

@@ -19,7 +19,7 @@ _P0, _P1, _P2 = (
     np.float32(8.3334519073e-3),
 )
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0e-1)
-_LARGEST = np.float32(87)  # exp of it, and its inverse, are normal numbers
+_LARGEST = np.float32(87)  # exp of this value, and its inverse, are normal numbers
 
 
 @jit

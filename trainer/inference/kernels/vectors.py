@@ -1,11 +1,11 @@
-"""Loops over the stored entries of a compressed weight, 16 at a time, for the kernels next door.
+"""Loops over the stored entries of a compressed weight, 16 at a time, for kernels of this package.
 
 An entry is an unsigned 16-bit integer: position * 2^bits + code. Its weight is `table[code]`. With
 bits = 0 there are no codes, and the weight of entry k is `table[k]`.
 
 The functions are written in the intermediate language of LLVM, since numba vectorizes neither
 scattered additions nor loops of varying length. `add_column` and `dot` need AVX-512; other CPUs
-execute equivalent scalar loops. `add_planes` becomes vector instructions of whatever CPU there is.
+execute equivalent scalar loops. `add_planes` is compiled to the vector instructions of any CPU.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class _Entries:
         builder.position_at_end(end)
 
     def _weights(self, at: Any, packed: Any, mask: Any) -> Any:
-        """Look up the weights of 16 entries: in a register of 16 values, in memory, or one each."""
+        """Look up the weights of 16 entries: in a register, in memory, or one for each entry."""
         builder = self.builder
         codes = builder.and_(packed, self.low)
         found = cgutils.alloca_once(builder, _FLOATS)
@@ -135,7 +135,7 @@ def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 @_intrinsic
 def prefetch(typing_context, entries, start, stop):  # type: ignore[no-untyped-def]
-    """Ask for entries `start` to `stop`, which are needed soon, without waiting for them."""
+    """Load entries `start` to `stop` into the cache ahead of their use."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         entries, start, stop = arguments
