@@ -38,7 +38,7 @@ class LabelledFiles:
             classes: Names that the folders must have; None: the existing ones, sorted.
 
         Raises:
-            ValueError: There are no images, or a folder is not in `classes`. The message has the path.
+            ValueError: There are no images, or a folder is not in `classes`.
         """
         self.files: Files = _open(path)
         self.numbers = [n for n, name in enumerate(self.files.names) if _is_image(name)]

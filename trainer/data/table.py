@@ -211,8 +211,8 @@ class _Encoder:
                 number = _number(value)
                 if number is None:
                     raise ValueError(
-                        f"{source.where(self._name, row)}: {value!r} is no finite number, but all "
-                        "training values are"
+                        f"{source.where(self._name, row)}: {value!r} is not a finite number, but "
+                        "all training values are"
                     )
                 made[position, 0] = (number - self._mean) / self._std
         return torch.from_numpy(made)
