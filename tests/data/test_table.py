@@ -105,7 +105,7 @@ def test_parquet(path, tmp_path):
         ({"target": "price"}, r"has no column 'price'; it has id, age, city, floor, sold"),
         ({"features": ["rooms"]}, r"has no column 'rooms'"),
         ({"features": ["age", "sold"]}, "'sold' is data.target"),
-        ({"categorical": ["rooms"]}, "'rooms' is none of the features"),
+        ({"categorical": ["rooms"]}, "'rooms' is not one of the features"),
         ({"missing": "drop"}, "data.missing=drop: it must be error or mean"),
         ({"separator": ";"}, r"has no column 'sold'"),
         ({"test": "no.csv"}, r"no\.csv cannot be read"),
@@ -128,7 +128,7 @@ def test_wrong_files(tmp_path):
         table(str(path), "a")
     numbers = write(tmp_path / "b.csv", ROWS)
     other = write(tmp_path / "c.csv", changed(2, age="many"))
-    with pytest.raises(ValueError, match=r"c\.csv, row 3, column 'age': 'many' is no finite"):
+    with pytest.raises(ValueError, match=r"c\.csv, row 3, column 'age': 'many' is not a finite"):
         table(numbers, "sold", test=other, features=FEATURES)
     other = write(tmp_path / "d.csv", changed(2, sold="perhaps"))
     with pytest.raises(ValueError, match="the target is 'perhaps', not a class of the training"):

@@ -177,7 +177,7 @@ def test_what_stays() -> None:
 def test_refuses() -> None:
     model = nn.Sequential(nn.Linear(20, 30))
     sparse(model)
-    with pytest.raises(ConfigError, match="'1' is no compressed layer; there are 0"):
+    with pytest.raises(ConfigError, match="'1' is not a compressed layer; there are 0"):
         compile(pickle.loads(pickle.dumps(model)), kernels={"1": "rows"})
     with pytest.raises(ConfigError, match="there are columns, rows, dense"):
         compile(pickle.loads(pickle.dumps(model)), kernels={"0": "int8"})

@@ -54,7 +54,7 @@ def _measure(options: argparse.Namespace) -> None:
         seconds=options.seconds,
     )
     batch, threads = options.batch, options.threads
-    tables = [_contestants(found, batch, threads, list(subject.notes)), _layers(found)]
+    tables = [_times(found, batch, threads, list(subject.notes)), _layers(found)]
     show(tables, {"batch": batch, "threads": threads, **asdict(found)}, options.json)
 
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = subject_parser(
         "trainer.inference",
         "The latency of a compressed model in the engine, PyTorch and onnxruntime.",
-        threads="threads of each contestant",
+        threads="threads of each library",
         json_help="write the times to a file; -: print them",
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure")
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _contestants(found: Latencies, batch: int, threads: int, notes: list[str]) -> Table:
+def _times(found: Latencies, batch: int, threads: int, notes: list[str]) -> Table:
     engine = found.seconds[ENGINE]
     rows = [
         (name, f"{1e3 * seconds:.3f}", f"{seconds / engine:.2f}")

@@ -81,7 +81,7 @@ def _measure(
     engine = compile(copy.deepcopy(model), samples=samples, threads=threads)
     has_grid = any(isinstance(module, WeightQuantizer) for module in model.modules())
     plain = copy.deepcopy(dense).eval()
-    contestants: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         ENGINE: lambda: engine(samples),
         TORCH: lambda: plain(samples),
     }
@@ -89,7 +89,7 @@ def _measure(
     if integers is None:
         missing[TORCH_INT8] = "the model is not quantized"
     else:
-        contestants[TORCH_INT8] = lambda: integers(samples)
+        calls[TORCH_INT8] = lambda: integers(samples)
     if onnx:
         files = {ONNX: plain, ONNX_INT8: model if has_grid else quantized}
         for name, of in files.items():
@@ -98,12 +98,12 @@ def _measure(
                 continue
             try:
                 session = _session(of, samples, threads)
-                contestants[name] = partial(session, samples)
+                calls[name] = partial(session, samples)
             except ImportError as error:
                 missing[name] = f"{error.name} is not installed: pip install 'trainer[onnx]'"
             except RunError as error:
                 missing[name] = str(error)
-    times = alternate(contestants, seconds, clock=clock)
+    times = alternate(calls, seconds, clock=clock)
     return Latencies(medians(times), len(times[ENGINE]), layer_kernels(engine), missing)
 
 
