@@ -195,7 +195,7 @@ def _refit(best: dict[str, Any], folder: Path, signals: Signals) -> None:
 
 
 def _identity(plain: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a run this run: all but those that may change on resume."""
+    """The settings that identify a run: all except those that may change on resume."""
     free = tuple(prefix.rstrip(".") for prefix in RESUMABLE)
     return {
         section: value

@@ -1,4 +1,4 @@
-"""What a run reports: plain records, from rank 0 and the driver to the sinks, in order."""
+"""Messages of a run: plain records, sent in order by rank 0 and the driver to the sinks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run is, a few times a second."""
+    """The position of the run, reported a few times a second."""
 
     phase: str
     epoch: int  # 1 is the first
@@ -228,7 +228,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Status:
-    """What the run is doing now, in a few words; valid until the next status or phase."""
+    """The current activity of the run, in a few words; valid until the next status or phase."""
 
     text: str
 

@@ -37,5 +37,5 @@ def first_metric(summary: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def metric_names(summary: Mapping[str, Any]) -> list[str]:
-    """Names of the metrics besides the loss."""
+    """Names of the metrics other than the loss."""
     return [name for name in directions(summary) if name != LOSS]

@@ -130,7 +130,7 @@ class RayConnection:
         ray.shutdown()
 
     def _start(self) -> None:
-        """Start a private Ray. On a busy machine, Ray's own limit of 30 s may not suffice once."""
+        """Start a private Ray. Tries twice: on a busy machine 30 s may not suffice."""
         try:
             self._start_once()
         except Exception:

@@ -13,7 +13,7 @@ RETRY_S = 2.0  # pause before a worker that failed to start is replaced
 
 @dataclass
 class Rank:
-    """What the driver knows about one worker."""
+    """The driver's data about one worker."""
 
     actor: Any
     node: str = ""  # host name

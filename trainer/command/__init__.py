@@ -1,1 +1,1 @@
-"""What the command offers besides runs: help, shell completion, an examination of the machine."""
+"""Other functions of the command: help, shell completion, an examination of the machine."""

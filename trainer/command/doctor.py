@@ -67,7 +67,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """Which optional parts are installed."""
+    """The optional parts, and whether they are installed."""
     try:
         extras = metadata.metadata("trainer").get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """What the package requires, or, with an extra, what that adds."""
+    """The requirements of the package, or those that an extra adds."""
     found = [Requirement(line) for line in metadata.requires("trainer") or []]
     if not extra:
         return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -95,7 +95,7 @@ def _requirements(extra: str) -> list[Requirement]:
 
 
 def _missing(needed: Requirement) -> str:
-    """Why a requirement is not met; empty if it is."""
+    """The reason why a requirement is not met; empty if it is."""
     try:
         version = metadata.version(needed.name)
     except metadata.PackageNotFoundError:
@@ -157,7 +157,7 @@ def _disk(subject: str, folder: Path) -> Finding:
 
 
 def _address(cfg: ClusterConfig) -> Finding:
-    """Which cluster the workers would run on, and whether there is a token for it."""
+    """The cluster on which workers would run, and whether there is a token for it."""
     address = cluster_address(cfg)
     if cfg.backend == "inline":
         return Finding("cluster", "none: the worker runs in this process (cluster.backend=inline)")

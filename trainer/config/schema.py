@@ -57,7 +57,7 @@ class DistillConfig:
 
 @dataclass
 class FitConfig:
-    """How a phase trains. With `epochs: 0` it trains nothing."""
+    """Training settings of a phase. With `epochs: 0` it trains nothing."""
 
     epochs: int = 0  # passes over the training data
     lr: float | None = None  # peak learning rate; null: optimizer.lr
@@ -93,7 +93,7 @@ class FitConfig:
 
 @dataclass
 class AllReduceConfig:
-    """How gradients are averaged over the workers."""
+    """Averaging of gradients over the workers."""
 
     algorithm: str = (
         "ring"  # ring (this project's, over point-to-point sends) | native (gloo, NCCL)
@@ -177,7 +177,7 @@ class LimitsConfig:
 
     @property
     def drop(self) -> float | str | None:
-        """How much worse the first metric may be; None: it is not limited."""
+        """Allowed drop of the first metric; None: it is not limited."""
         found: float | str | None = self.max_drop
         return self.max_accuracy_drop if found is None else found
 

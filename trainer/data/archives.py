@@ -34,7 +34,7 @@ class Files(Protocol):
         """
 
     def path(self, number: int) -> str:
-        """Where the file is, for messages."""
+        """The location of a file, for messages."""
 
 
 def open_files(path: Path) -> Files:

@@ -223,7 +223,7 @@ class DatasetSplit:
             self._reading = False
 
     def probe(self, order: Iterable[Tensor]) -> Iterator[Batch]:
-        """Batches of evaluation, read by a process of their own where there are loader processes.
+        """Batches for evaluation, read by a separate process if loader processes are used.
 
         A Dataset that opens its files with the first sample could not be sent to loader processes
         after it was read here.
@@ -257,7 +257,7 @@ class DatasetSplit:
 
 
 def _choose_workers(batches: SeededBatches, samples: int) -> int:
-    """How many processes should read samples, by the CPUs that are left and what a sample costs."""
+    """The number of processes that read samples, by the free CPUs and the time for a sample."""
     spare = spare_cpus()
     if spare < 1:
         return 0
@@ -300,7 +300,7 @@ def _as_it_is(item: Any, index: int) -> Any:
 
 
 def _check_item(item: Any, index: int) -> tuple[Any, Any]:
-    """An item of a Dataset as (input, target). Raises SampleError if it is no such pair."""
+    """An item of a Dataset as (input, target). Raises SampleError if it is not a pair."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise SampleError(index, f"it must be a pair (input, target), not {_type_name(item)}")
     value, target = item

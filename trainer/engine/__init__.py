@@ -1,1 +1,1 @@
-"""How a model is trained: workers that talk, gradients that are averaged, the loop, precision."""
+"""Training: communication of the workers, averaged gradients, the loop, precision."""

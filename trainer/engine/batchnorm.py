@@ -73,7 +73,7 @@ class SyncBatchNorm(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """`torch.nn.functional.batch_norm`, over all ranks where it is in training mode."""
+        """`torch.nn.functional.batch_norm`, over the samples of all ranks in training mode."""
         if not training:
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps
@@ -160,5 +160,5 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _other_dimensions(x: Tensor) -> list[int]:
-    """All dimensions but that of the channels, which is 1."""
+    """All dimensions except that of the channels, which is 1."""
     return [0, *range(2, x.ndim)]

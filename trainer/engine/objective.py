@@ -1,4 +1,4 @@
-"""What training minimizes: the loss of the task, alone or together with a teacher."""
+"""The training objective: the loss of the task, alone or combined with distillation."""
 
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -29,7 +29,7 @@ class OptimizerSpec:
         return float(self.options["lr"])
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Make the optimizer, with torch's fused kernel where that is correct.
+        """Make the optimizer, with torch's fused kernel if that is correct.
 
         Args:
             parameters: At least one; all on one device.

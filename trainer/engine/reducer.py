@@ -97,7 +97,7 @@ class Reducer:
         self._armed = True
 
     def finish(self) -> None:
-        """Send what has not been sent yet, and wait until every gradient is the mean.
+        """Send the remaining gradients, and wait until every gradient is the mean.
 
         Raises:
             ConnectionError: A rank is gone. Close the reducer and the world.
@@ -141,7 +141,7 @@ class Reducer:
             self._sender.close()
 
     def _drop_absent(self, present: list[bool]) -> None:
-        """Set the gradients to None that no rank has. A collective call.
+        """Set gradients that no rank has to None. A collective call.
 
         Args:
             present: Whether this rank has a gradient, for each parameter.

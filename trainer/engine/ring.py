@@ -148,7 +148,7 @@ class RingAllReduce:
             return handle, hop, arriving, theirs
 
         def land(handle: Handle, hop: int, arrived: Tensor, theirs: Tensor) -> None:
-            """Add what one exchange has brought, or keep it if it is finished."""
+            """Add the values received in one exchange, or store them if they are final."""
             handle.wait()
             if hop >= size - 1:
                 if not exact:

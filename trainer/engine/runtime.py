@@ -1,4 +1,4 @@
-"""What all phases of a run share, and how a model and a batch get to the device."""
+"""Objects that all phases of a run share; moves model and batches to the device."""
 
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""How two workers move a tensor: the seam below every all-reduce algorithm.
+"""Transports send tensors between two workers; all-reduce algorithms are built on them.
 
 `Transport` is all that an algorithm may know about the machine. `TcpTransport` moves CPU tensors
 over its own sockets, without a progress thread: on one host an exchange of 4 KB takes a tenth of
@@ -95,7 +95,7 @@ class _Peer:
         self.incoming: deque[_Transfer] = deque()
 
     def push(self) -> bool:
-        """Send what the socket takes now. Returns whether anything moved."""
+        """Send as much as the socket accepts without waiting. Returns whether anything was sent."""
         moved = False
         while self.outgoing:
             transfer = self.outgoing[0]

@@ -1,4 +1,4 @@
-"""From Python objects to the settings that describe them, as config.yaml stores them."""
+"""Describes Python objects by settings, as config.yaml stores them."""
 
 import dataclasses
 import functools

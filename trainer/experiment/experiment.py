@@ -312,7 +312,7 @@ class Experiment:
         return splits
 
     def build_runtime(self, world: World) -> Runtime:
-        """What all phases share on a worker."""
+        """Build the objects that all phases share on a worker."""
         return Runtime(
             world=world,
             precision=self.config.precision,
@@ -377,7 +377,7 @@ class Experiment:
         return loaded.content
 
     def _described_model(self) -> nn.Module:
-        """The model for its names and shapes: without values where it can be built so."""
+        """The model for its names and shapes: on the meta device if it can be built there."""
         try:
             with torch.device("meta"):
                 return self.build_model()

@@ -1,4 +1,4 @@
-"""From settings to the phases of an experiment, in order, and what their order has to fulfil."""
+"""Builds the phases of an experiment from settings, and validates them and their order."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a network costs on hardware: energy, a TPU v1, EIE.
+"""Models of hardware: the cost of a network in energy, on TPU v1 and on EIE.
 
     found = workloads(model, samples)
     stages = stored_weights(model.state_dict(), [name for name, _ in model.named_parameters()])

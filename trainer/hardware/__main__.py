@@ -1,4 +1,4 @@
-"""What a network costs on hardware: bytes, operations, energy, and time on CPU, TPU v1 and EIE.
+"""The cost of a network on hardware: bytes, operations, energy, and time on CPU, TPU v1 and EIE.
 
     python -m trainer.hardware RUN_DIR                        a finished run
     python -m trainer.hardware FILE.dcz [EXPERIMENT]          a compressed model
@@ -37,7 +37,7 @@ _SAMPLES = 8  # over which densities of activations are averaged
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line says and return the exit code."""
+    """Execute the command line and return the exit code."""
     options = _parser().parse_args(arguments)
     return exit_code(options.what, lambda: _calculate(options))
 

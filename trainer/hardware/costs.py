@@ -1,4 +1,4 @@
-"""What a network costs on every kind of hardware, stage by stage: sizes, energy, times.
+"""The costs of a network on all kinds of hardware in each stage: sizes, energy, times.
 
     costs = network_costs(model, samples, file=Path("model.dcz").read_bytes())
     for stage in costs.stages:
@@ -36,7 +36,7 @@ _WITH_INTEGERS: tuple[Stage, ...] = ("quantized", "coded")
 
 @dataclass(frozen=True)
 class CostSettings:
-    """What the costs are computed for."""
+    """Assumptions of the costs."""
 
     table: EnergyTable = EIE_TABLE_I
     """Energies of operations and memory accesses."""
@@ -64,7 +64,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class StageCosts:
-    """What a batch costs in one stage of compression."""
+    """The costs of a batch in one stage of compression."""
 
     stage: Stage
     bytes: Figure
@@ -207,7 +207,7 @@ def _at_least(figure: Figure, evidence: Evidence) -> Figure:
 
 
 def _cycles_of_shapes(found: Sequence[Workload], batch: int) -> TpuCycles:
-    """Cycles of the layers' matrix products one after the other, as if they were quantized.
+    """Cycles of the matrix products of all layers together, as if they were quantized.
 
     Each time step of a recurrent layer is a product of its own, since it needs the one before.
     """
@@ -276,7 +276,7 @@ def _on_eie(
 
 
 def random_samples(shape: Sequence[int], tokens: int | None, count: int) -> Tensor:
-    """Samples where there is no data: [count, *shape], uniform in [0, 1), or tokens.
+    """Random samples if there is no data: [count, *shape], uniform in [0, 1), or tokens.
 
     Args:
         shape: Of a sample.

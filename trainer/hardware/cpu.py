@@ -1,4 +1,4 @@
-"""How long a model takes on this machine's CPU, what that costs in energy, and the CPU's limits."""
+"""Latency and energy of a model on this machine's CPU, and limits of the CPU."""
 
 import statistics
 import time
@@ -30,7 +30,7 @@ class CpuCost(NamedTuple):
 
 
 class CpuLimits(NamedTuple):
-    """What a CPU can do at best, measured with PyTorch."""
+    """Peak performance of a CPU, measured with PyTorch."""
 
     operations: float
     """fp32 multiplications and additions per second, in a product of large matrices."""
@@ -97,7 +97,7 @@ def measure_model(
 
 
 def measure_limits(threads: int = 1) -> CpuLimits:
-    """What the CPU can do at best, in a tenth of a second or so."""
+    """Measure the peak performance of the CPU; takes about 0.1 s."""
     size, rows = 512, 4096
     square, tall = torch.rand(size, size), torch.rand(rows, rows)  # 64 MiB: more than caches hold
     vector = torch.rand(rows)
@@ -107,7 +107,7 @@ def measure_limits(threads: int = 1) -> CpuLimits:
 
 
 def _microjoules(counter: Path) -> int | None:
-    """What the energy counter shows; None if there is none, or only root may read it."""
+    """The reading of the energy counter; None if there is none, or only root may read it."""
     with suppress(OSError, ValueError):
         return int((counter / "energy_uj").read_text())
     return None

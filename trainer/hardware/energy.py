@@ -1,4 +1,4 @@
-"""What single operations and memory accesses cost, in picojoules: tables that users can replace.
+"""The energy of single operations and memory accesses, in picojoules: tables that can be replaced.
 
 The figures are those of arithmetic units and memories alone. A processor spends far more on each
 operation, to fetch, decode and schedule its instructions: no sum of these figures is the energy of

@@ -20,5 +20,5 @@ class Figure:
 
 
 def weakest(evidence: Iterable[Evidence]) -> Evidence:
-    """How a number was found that is computed from others."""
+    """The origin of a number that is computed from others."""
     return max(evidence, key=_WEAKEST_LAST.index)

@@ -1,4 +1,4 @@
-"""Where the energy of a network goes: arithmetic, weights, activations, gradients.
+"""The energy of a network by cause: arithmetic, weights, activations, gradients.
 
 The memory is a model: an on-chip buffer holds the activations of the layer at work, and with the
 rest as much of the weights as fits; what does not fit is read from off-chip memory for each batch.
@@ -38,7 +38,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a batch costs in one stage of compression."""
+    """The energy of a batch in one stage of compression."""
 
     stage: Stage
     batch: int

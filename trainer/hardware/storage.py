@@ -1,4 +1,4 @@
-"""How many bytes a weight takes in each stage of compression.
+"""The bytes of weights in each stage of compression.
 
 The pruned and shared stages count as in Han, Mao & Dally, Deep Compression, ICLR 2016,
 arXiv:1510.00149: a relative index of 5 bits for each surviving weight (8 in convolutions), with
@@ -45,7 +45,7 @@ class StoredWeights:
 def stored_weights(
     state: Mapping[str, Tensor], parameters: Sequence[str], file: bytes | None = None
 ) -> list[StoredWeights]:
-    """What the parameters take in each stage that the model has gone through.
+    """The bytes of the parameters in each stage of the model.
 
     Args:
         state: The state_dict of a model at the end of its phases.

@@ -33,7 +33,7 @@ class Result:
 
     @property
     def status(self) -> str:
-        """How the run ended: "done", or "limits" if its result misses a limit."""
+        """Status of the run: "done", or "limits" if its result misses a limit."""
         return str(self.summary["status"])
 
     @property

@@ -300,5 +300,5 @@ def load(
 
 
 def default_folder(name: str) -> Path:
-    """Where a run goes by default, as for the command."""
+    """The default run directory, as for the command."""
     return Path("outputs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")

@@ -1,4 +1,4 @@
-"""What a command is about, run directory, model file or experiment, as a model with samples."""
+"""The model and samples that a command is given: by a run directory, model file or experiment."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""What the commands about a run directory, model file or experiment share."""
+"""Code shared by commands that take a run directory, a model file or an experiment."""
 
 import argparse
 import json
@@ -53,7 +53,7 @@ def positive(name: str, value: float) -> float:
 
 
 def exit_code(what: str, action: Callable[[], None]) -> int:
-    """Do what a command is for; report an error in one line.
+    """Execute the command; report an error in one line.
 
     Args:
         what: The command's first argument, for messages.

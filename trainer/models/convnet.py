@@ -20,7 +20,7 @@ def per_layer(key: str, value: int | Sequence[int], depth: int) -> tuple[int, ..
 
 
 def pooled_layers(depth: int, image_size: int) -> tuple[bool, ...]:
-    """Which layers end in a 2x2 max-pool.
+    """For each layer, whether it ends in a 2x2 max-pool.
 
     As many as leave a map of at least 3x3, never more than one per layer, spread evenly with the
     last one after the last layer. 28x28: depth 1 to 3 pool after every layer, depth 4 after layers

@@ -1,4 +1,4 @@
-"""What training may do to a model: train, prune, retrain, share, quantize, or a phase of yours."""
+"""Phases of a run: train, prune, retrain, share, quantize, or a phase of your own."""
 
 from trainer.phases.auto_prune import AutoPrune
 from trainer.phases.base import Evaluate, Phase, RoundPhase, StructuralPhase

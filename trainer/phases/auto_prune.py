@@ -212,7 +212,7 @@ class AutoPrune(RoundPhase):
 
 
 def expand(phase: Phase) -> Phase:
-    """Replace `Prune(sparsity="auto")`, a shorthand, by the `AutoPrune` that it stands for.
+    """Replace the shorthand `Prune(sparsity="auto")` by the equivalent `AutoPrune`.
 
     Raises:
         ConfigError: A setting of `Prune` that has no meaning for `AutoPrune` is set.
@@ -242,7 +242,7 @@ def expand(phase: Phase) -> Phase:
 def _sensitivity(
     model: nn.Module, weight: Tensor, kept: int, evaluate: Evaluate, loss: float
 ) -> Curve:
-    """How much the loss rises when only `weight` is pruned, for each fraction of `PROBES`.
+    """The increase of the loss when only `weight` is pruned, for each fraction of `PROBES`.
 
     Args:
         weight: A weight of `model`; it is restored afterwards.

@@ -1,4 +1,5 @@
-"""What a phase is: it changes how a model is represented, trains it, and changes it back.
+"""The base classes of phases: a phase changes the representation of a model, trains it, and
+changes it back.
 
 Phases do not know one another. Each finds plain weights and leaves plain weights. What a phase did
 is visible in their values (a pruned weight is zero) and, after quantization, in the quantizers
@@ -87,7 +88,7 @@ class Phase:
         """
 
     def check_inputs(self, model: nn.Module, inputs: Tensor) -> None:
-        """Raise ConfigError for settings that do not fit `model`, where that takes real inputs.
+        """Raise ConfigError for settings that do not fit `model`, if the check needs real inputs.
 
         Called on each worker before training starts, if `samples` is not 0. Every worker must come
         to the same result.
@@ -123,7 +124,7 @@ class Phase:
         """
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """What is added to the loss in each step, such as a regularization; None: nothing.
+        """A term that is added to the loss in each step, such as a regularization; None: nothing.
 
         Must depend on nothing but the model and the settings, and be the same on all ranks. It is
         added to the mean loss of each micro-batch.
@@ -188,7 +189,7 @@ class RoundPhase(Phase):
         raise NotImplementedError
 
     def state(self) -> Mapping[str, Any]:
-        """Everything a checkpoint must store besides the model: plain values and tensors."""
+        """State for a checkpoint, in addition to the model: plain values and tensors."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

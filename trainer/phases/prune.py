@@ -191,7 +191,7 @@ class Prune(Phase):
     def _targets(
         self, sizes: Mapping[str, int], present: Mapping[str, int], progress: float
     ) -> tuple[dict[str, int], list[str], int]:
-        """How many weights are kept at `progress`.
+        """The number of weights kept at `progress`.
 
         Args:
             sizes: Number of weights of each layer.
@@ -213,7 +213,7 @@ class Prune(Phase):
         return counts, pool, self._kept(size, there, float(self.sparsity), progress)
 
     def _kept(self, size: int, present: int, sparsity: float, progress: float) -> int:
-        """How many of `size` weights are kept at `progress`."""
+        """The number of `size` weights kept at `progress`."""
         if self.schedule == "cubic":
             initial = 1 - present / size
             final = max(initial, sparsity)
@@ -234,7 +234,7 @@ def check_min_density(min_density: float) -> None:
 
 
 def min_kept(size: int, min_density: float) -> int:
-    """How many of its `size` weights a layer keeps at least."""
+    """The smallest number of its `size` weights that a layer keeps."""
     return max(1, int(min_density * size))
 
 

@@ -289,7 +289,7 @@ def _broadcast_ranges(model: nn.Module, world: World) -> None:
 
 
 def _unsupported(places: Sequence[ParameterRef], own: tuple[type[nn.Module], ...]) -> str | None:
-    """Why a weight cannot be quantized; None: it can."""
+    """The reason why a weight cannot be quantized; None: it can."""
     dtype = places[0].value.dtype
     for layer, attribute in places:
         kind = type(layer).__name__

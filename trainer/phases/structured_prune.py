@@ -161,7 +161,7 @@ class _Search:
             raise ConfigError(self._unreachable(least))
 
     def plan(self, world: World) -> dict[str, Any]:
-        """What to remove, as `trainer.compress.slicing.remove` takes it; the same on all ranks."""
+        """Arguments for `trainer.compress.slicing.remove`; the same on all ranks."""
         low, high = 0, len(self._order)  # the target is reached with `high` units, not with `low`
         if not self._reached(high, world):
             raise RunError(self._unreachable(self._fraction(self._removed(high))))

@@ -1,1 +1,1 @@
-"""What people see of a run: the terminal, notebooks, report.html, and sinks for other tools."""
+"""Output of a run: the terminal, notebooks, report.html, and sinks for other tools."""

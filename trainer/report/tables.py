@@ -269,7 +269,7 @@ def where(summary: Mapping[str, Any]) -> str:
 
 
 def workers(summary: Mapping[str, Any]) -> str:
-    """How many workers ran on which machines; each machine is named once."""
+    """Text: the number of workers on each machine."""
     count = summary["workers"]
     text = f"{count} {plural('worker', count)}"
     nodes = Counter(summary["nodes"])

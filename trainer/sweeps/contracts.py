@@ -143,7 +143,7 @@ def _suggest(trial: optuna.Trial, name: str, kind: BaseDistribution) -> Any:
 
 
 def _problem(kind: BaseDistribution, value: Any) -> str | None:
-    """What is wrong with a drawn value; None: nothing."""
+    """The problem with a drawn value; None: there is none."""
     match kind:
         case CategoricalDistribution():
             if not any(value is choice for choice in kind.choices):

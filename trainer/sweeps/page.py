@@ -59,7 +59,7 @@ def highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def best_table(summary: Mapping[str, Any]) -> Table:
-    """The best trials: objectives and drawn values; the Pareto front where there are several."""
+    """The best trials: objectives and drawn values; with several objectives, the Pareto front."""
     # Sorted, since the first trial may lack parameters that only exist for some values of others.
     names = sorted({name for trial in summary["best"] for name in trial["params"]})
     objectives = list(summary["objectives"])

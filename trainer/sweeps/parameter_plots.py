@@ -157,7 +157,7 @@ class Scale:
                 self._low, self._high = float(distribution.low), float(distribution.high)
 
     def number(self, value: Any) -> float:
-        """Where a value lies on an axis: itself, or the position of a choice."""
+        """The position of a value on an axis: the value itself, or the index of a choice."""
         if self._choices:
             # By type too: True == 1.
             return next(
@@ -168,7 +168,7 @@ class Scale:
         return float(value)
 
     def fraction(self, value: Any) -> float:
-        """Where a value lies between the ends of the range, from 0 to 1."""
+        """The position of a value between the ends of the range, from 0 to 1."""
         low, high, number = self._low, self._high, self.number(value)
         if self._log:
             low, high, number = math.log(low), math.log(high), math.log(number)

@@ -137,7 +137,7 @@ class _Speed:
 
 
 def total_trials(cfg: SweepConfig, space: Space) -> int | None:
-    """How many trials a sweep makes unless another budget ends it earlier.
+    """The number of trials of a sweep, unless another budget ends it earlier.
 
     Returns:
         None if neither `sweep.trials` nor a grid limits the number.

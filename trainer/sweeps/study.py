@@ -317,7 +317,7 @@ def reported_values(trial: FrozenTrial) -> dict[int, float]:
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """Open a storage, or create it. Raises whatever the driver of the database raises.
+    """Open a storage, or create it. Raises any error of the database driver.
 
     Args:
         url: as SQLAlchemy and Optuna read it; None: study.db in `folder`.

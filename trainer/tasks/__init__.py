@@ -1,4 +1,4 @@
-"""Tasks: what training minimizes, what is measured, and how a batch and a model fit together.
+"""Tasks: the loss to minimize, the metrics, and how a model is called with a batch.
 
 `task._target_` names one of these classes, or one of your own that derives from `Task`.
 """

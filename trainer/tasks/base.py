@@ -1,4 +1,4 @@
-"""What a task is: what training minimizes, and what is measured."""
+"""The base class of tasks, which define the loss and the metrics."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -195,7 +195,7 @@ class Task:
         raise NotImplementedError
 
     def divergence_factor(self, temperature: float) -> float:
-        """Factor of the divergence in the training loss, besides its weight."""
+        """Factor of the divergence in the training loss, in addition to `distill.weight`."""
         return 1.0
 
     @property
@@ -212,11 +212,11 @@ class Task:
         return self.loss_inputs(prediction, targets)
 
     def check_type(self, targets: Tensor) -> str | None:
-        """What is wrong with the type of targets, as the end of a sentence; None: nothing."""
+        """The problem with the type of targets, as the end of a sentence; None: there is none."""
         return None
 
     def check(self, prediction: Tensor, targets: Tensor) -> str | None:
-        """What is wrong with the shapes of a prediction, as the end of a sentence; None: nothing.
+        """The problem with a prediction's shape, as the end of a sentence; None: there is none.
 
         Args:
             prediction: Of one sample, [1, ...].

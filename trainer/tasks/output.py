@@ -1,4 +1,4 @@
-"""What a model returns: which part of it is the prediction, and which are auxiliary outputs."""
+"""Outputs of models: finds the prediction and the auxiliary outputs in them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -62,7 +62,7 @@ def model_loss(output: Any) -> Tensor:
 
 
 def describe(output: Any) -> str:
-    """What a model returned, for messages."""
+    """The output of a model as text, for messages."""
     if isinstance(output, Tensor):
         return str([*output.shape])
     names = [name for name, _ in _named(output)]

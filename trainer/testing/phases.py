@@ -131,7 +131,7 @@ def check_structural_phase(
 
 @dataclass
 class _Trace:
-    """What one rank saw of the phase."""
+    """The states and messages of one rank."""
 
     model: nn.Module
     changes: list[StructureChange]

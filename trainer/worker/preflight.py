@@ -308,7 +308,7 @@ def _forward(
 
 
 def _source_line(error: Exception) -> str:
-    """Where the user's code raised an error: " (net.py, line 12)"; empty if it did not."""
+    """The place where the user's code raised an error: " (net.py, line 12)"; "" if it did not."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if not (path.is_relative_to(_LIBRARY) or path.is_relative_to(_OURS)):

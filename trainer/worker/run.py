@@ -49,7 +49,7 @@ from trainer.worker.preflight import check_compatible
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts or resumes."""
+    """The point at which a run starts or resumes."""
 
     phase: int  # index of the first phase to run
     weights: bytes | None = None  # after the phase before it; None: draw the initial weights
@@ -59,7 +59,7 @@ class Start:
 
 
 def start_at(experiment: Experiment, point: ResumePoint, saved: Callable[[int], bytes]) -> Start:
-    """Where a run of `experiment` resumes.
+    """The point at which a run of `experiment` resumes.
 
     Args:
         point: The last checkpoint.

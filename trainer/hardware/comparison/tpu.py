@@ -94,7 +94,7 @@ def counters(given: bool = False) -> ComparisonTable:
 
 
 def operations() -> ComparisonTable:
-    """Row 9 of table 3, and what the paper's own row 2 says of it."""
+    """Row 9 of table 3, compared with row 2 of the same table."""
     rows, errors, counted = [], [], []
     for name, published in paper.APPLICATIONS.items():
         ours = _cycles(name).tops

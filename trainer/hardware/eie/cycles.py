@@ -1,4 +1,4 @@
-"""How many cycles EIE takes for a matrix-vector product, cycle by cycle.
+"""Simulates the cycles of EIE for a matrix-vector product.
 
 Han et al., EIE, ISCA 2016, arXiv:1602.01528, section IV. Every cycle, one activation that is not
 zero is broadcast to the queues of all elements, unless one of them is full. Each element works on
@@ -20,7 +20,7 @@ from trainer.hardware.eie.settings import EieSettings
 
 @dataclass(frozen=True)
 class EieCycles:
-    """What one matrix-vector product takes."""
+    """Cycles of one matrix-vector product."""
 
     cycles: int
     entries: int

@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 
 
 class ElementMemory(NamedTuple):
-    """What one processing element stores."""
+    """The content of one processing element."""
 
     codes: Codes  # [entries]
     zeros: NDArray[np.uint8]  # [entries]: relative indices
@@ -41,7 +41,7 @@ class EncodedMatrix:
 
     @property
     def fillers(self) -> int:
-        """Entries that stand for no weight."""
+        """Entries that represent no weight (padding)."""
         return int(np.count_nonzero(self.codes == 0))
 
     def counts(self) -> Ints:

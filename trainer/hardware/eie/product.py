@@ -62,7 +62,7 @@ class FixedPoint:
         return np.clip(scaled, -_LARGEST - 1, _LARGEST).astype(np.int16)
 
     def decode(self, integers: NDArray[np.integer]) -> Floats:
-        """The numbers that integers of this format stand for."""
+        """The numbers that integers of this format represent."""
         return cast(Floats, np.ldexp(integers.astype(np.float64), -self.fraction))
 
 

@@ -1,4 +1,4 @@
-"""What Han et al. published about EIE: ISCA 2016, arXiv:1602.01528, tables III to V.
+"""Figures that Han et al. published about EIE: ISCA 2016, arXiv:1602.01528, tables III to V.
 
 The values serve to check the simulator against; it does not compute with them.
 """

@@ -1,4 +1,4 @@
-"""What the EIE accelerator is built of."""
+"""Parameters of the EIE accelerator."""
 
 from dataclasses import dataclass
 

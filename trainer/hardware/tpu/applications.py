@@ -142,7 +142,7 @@ APPLICATIONS: Mapping[str, Application] = MappingProxyType(
 
 
 def application_network(application: Application) -> Network:
-    """The layers of an application one after the other, with weights that are all zero.
+    """A Sequential of the layers of an application, with zero weights.
 
     It serves to count cycles: a layer reads the result of the one before it whatever its size.
     """

@@ -1,4 +1,4 @@
-"""Integers that stand for real numbers, and how the TPU gets from sums back to 8 bits.
+"""Integers that represent real numbers, and the TPU's conversion of sums to 8 bits.
 
 An activation q stands for scale * (q - zero_point), as in Jacob et al., CVPR 2018,
 arXiv:1712.05877. Sums are brought to the grid of the next layer by a multiplication with a 30-bit
@@ -30,7 +30,7 @@ UNIT = 2.0**-15
 
 @dataclass(frozen=True)
 class Grid:
-    """An affine grid of unsigned integers: q stands for scale * (q - zero_point)."""
+    """An affine grid of unsigned integers: q represents scale * (q - zero_point)."""
 
     scale: float
     zero_point: int
@@ -53,7 +53,7 @@ class Grid:
         return quantized
 
     def dequantize(self, integers: NDArray[np.integer]) -> Tensor:
-        """The float32 numbers that integers stand for."""
+        """The float32 numbers that integers represent."""
         return torch.from_numpy(integers.astype(np.float32) - self.zero_point) * self.scale
 
 

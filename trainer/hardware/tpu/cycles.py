@@ -1,4 +1,4 @@
-"""How many cycles a program takes, and what the matrix unit does in each of them.
+"""The number of cycles of a program, and the state of the matrix unit in each of them.
 
 Jouppi et al., ISCA 2017, arXiv:1704.04760, section 2. Four units work at the same time: the host
 interface, the weight memory, the matrix unit and the activation unit. Instructions are issued in
@@ -32,7 +32,7 @@ from trainer.hardware.tpu.settings import BUSY_WATTS, TpuSettings
 
 @dataclass(frozen=True)
 class TpuCycles:
-    """What one execution of a program takes."""
+    """Cycles of one execution of a program."""
 
     settings: TpuSettings
     total: float

@@ -33,7 +33,7 @@ _LARGEST_PRODUCT = 255 * 128
 
 
 def execute(program: Program, samples: Tensor) -> Tensor:
-    """What the model returns for a batch, computed by the program.
+    """The output of the model for a batch, computed by the program.
 
     Args:
         program: Compiled for batches of this shape.

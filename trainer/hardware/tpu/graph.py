@@ -37,7 +37,7 @@ _FUNCTIONS = {x: kind for kind, names in _OPERATIONS.items() for x in names}
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of a tensor that a call returned for the samples."""
+    """Properties of a tensor that a call returned for the samples."""
 
     shape: tuple[int, ...]
     low: float
@@ -54,7 +54,7 @@ class Trace:
     """Of the calls that return one tensor."""
 
     def kind(self, node: fx.Node) -> str:
-        """What a call does: a key of the operations above, input, output, or empty if unknown."""
+        """The kind of a call: a key of the operations above, input, output, or empty if unknown."""
         if node.op in ("placeholder", "output"):
             return {"placeholder": "input"}.get(node.op, node.op)
         target: Any = type(self.module(node)) if node.op == "call_module" else node.target

@@ -95,7 +95,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer or a convolution, with what the activation unit does to its results."""
+    """A linear layer or a convolution, and what the activation unit applies to its results."""
 
     name: str
     source: Rows
@@ -164,7 +164,7 @@ Layer = Product | Pool | CellUpdate
 
 @dataclass(frozen=True)
 class Network:
-    """Layers in the order of their execution, and what the host does before and after them."""
+    """Layers in the order of execution, and the operations of the host before and after them."""
 
     layers: Sequence[Layer]
     input: Value

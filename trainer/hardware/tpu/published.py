@@ -1,4 +1,4 @@
-"""What Jouppi et al. published about the TPU: ISCA 2017, arXiv:1704.04760.
+"""Figures that Jouppi et al. published about the TPU: ISCA 2017, arXiv:1704.04760.
 
 The values serve to check the simulator against; it does not compute with them.
 """

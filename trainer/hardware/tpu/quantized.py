@@ -27,7 +27,7 @@ class QuantizedLayer:
     input_grid: Grid
 
     def sum_scales(self, source: Grid) -> Floats:
-        """[outputs]: what a sum of products stands for, with an input on the grid `source`."""
+        """[outputs]: the value of 1 in a sum of products, with an input on the grid `source`."""
         return self.scales * source.scale
 
     def zero_sums(self, source: Grid) -> Ints:

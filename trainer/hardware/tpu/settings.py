@@ -1,4 +1,4 @@
-"""What a TPU is built of: the first one, and variants that its authors studied."""
+"""Parameters of the TPU: the first one, and variants that its authors studied."""
 
 from dataclasses import dataclass, replace
 

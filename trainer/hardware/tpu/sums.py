@@ -52,7 +52,7 @@ class Sums:
         return self.operand is None and not self.function
 
     def epilogue(self, grid: Grid) -> Epilogue:
-        """How the sums become results on a grid."""
+        """How sums are converted to results on a grid."""
         operand = None if self.operand is None else self.operand.grid
         if self.function not in _TABLES:
             relu = self.function == "relu"

@@ -61,7 +61,7 @@ def interference(rows: Sequence[Row]) -> Answer:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """Two conclusions for each pair of methods, and for all methods where there are more than two.
+    """Two conclusions for each pair of methods, and for all methods if there are more than two.
 
     The first one is about accuracy: the interaction is the change by all methods together, minus
     the sum of the changes by each alone. The second one is about bytes: the compression ratio
@@ -110,7 +110,7 @@ def _measured(used: Combination, trials: Trials, measure: str) -> list[float]:
 
 
 def _ratios(used: Combination, trials: Trials) -> list[float]:
-    """How many times smaller the file is than the baseline's, for each seed that has both."""
+    """The size of the baseline's file divided by the trial's, for each seed that has both."""
     return [
         of_seed[frozenset()].measured["bytes"] / of_seed[used].measured["bytes"]
         for of_seed in trials.values()

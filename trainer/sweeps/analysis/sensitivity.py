@@ -1,4 +1,4 @@
-"""How much sparsity does each layer tolerate, with and without retraining?
+"""The analysis `sensitivity`: how much sparsity each layer tolerates, with and without retraining.
 
 The sweep prunes one layer at a time (Han et al., NIPS 2015, figure 6).
 """
@@ -111,7 +111,7 @@ def _tolerated(curve: Curve, dense: float) -> str:
 
 
 def _figures(curves: Curves, layers: Sequence[str], dense: float) -> dict[str, Callable[[], str]]:
-    """One chart of all layers, or one for each where there are many."""
+    """One chart of all layers, or one for each if there are many."""
     caption = (
         "Accuracy against the sparsity of {}. "
         "Dashed: only pruned; solid: retrained; dotted: the dense model"
