@@ -16,11 +16,10 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from startup import STAMPS
 
 from trainer.cluster import WorkerGroup, open_group
 from trainer.data.split import Splits, TensorSplit
@@ -33,17 +32,6 @@ EVERY = 20  # steps between two checkpoints
 STEPS = 3 * EVERY + 1
 TIMED = slice(EVERY - 1, 3 * EVERY)  # ends of steps, from just before a checkpoint on
 ALEXNET = {"_target_": "trainer.models.AlexNet", "classes": 1000, "dropout": 0.5}
-STAMPS = "CHECKPOINT_STAMPS"  # environment: the file with rank 0's time stamps
-
-
-class StampedSGD(torch.optim.SGD):
-    """SGD that writes down when each of its steps is done."""
-
-    def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        with open(f"{os.environ[STAMPS]}/{os.getpid()}", "a", encoding="utf-8") as file:
-            file.write(f"{time.monotonic()}\n")
-        return result
 
 
 def images(seed: int, samples: int, size: int) -> Splits:
@@ -68,7 +56,7 @@ def config(batch_size: int, every: int | None, quick: bool) -> Experiment:
             "samples": 4 * batch_size,
             "size": 8 if quick else 224,
         },
-        "optimizer": {"_target_": "checkpoint_cost.StampedSGD", "lr": 1e-4, "momentum": 0.9},
+        "optimizer": {"_target_": "startup.StampedSGD", "lr": 1e-4, "momentum": 0.9},
         "phases": {
             "train": {
                 "_target_": "trainer.phases.Train",

@@ -21,7 +21,7 @@ from trainer.messages import (
 from trainer.report.summary import SummarySink
 from trainer.report.table import rich_table
 from trainer.report.tables import phases
-from trainer.store.directory import RunDirectory
+from trainer.store.directory import METRICS, RunDirectory
 
 RECORD = PhaseRecord(
     name="train",
@@ -89,8 +89,8 @@ def test_a_folder_that_cannot_be_made_is_a_wrong_configuration(tmp_path):
 def test_files_appear_whole(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.write_model(b"model")
-    directory.append_metrics({"a": 1, "loss": float("nan")})
-    directory.append_metrics({"a": 2})
+    directory.append(METRICS, {"a": 1, "loss": float("nan")})
+    directory.append(METRICS, {"a": 2})
     assert (tmp_path / "model.safetensors").read_bytes() == b"model"
     assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1, "loss": null}\n{"a": 2}\n'
     assert not list(tmp_path.glob("**/*.part"))
@@ -99,10 +99,10 @@ def test_files_appear_whole(tmp_path):
 def test_metrics_are_cut_back_and_a_torn_line_goes(tmp_path):
     directory = RunDirectory(tmp_path)
     for step in range(4):
-        directory.append_metrics({"step": step})
+        directory.append(METRICS, {"step": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 0, "los')
-    directory.truncate_metrics(lambda entry: entry["step"] < 2)
+    directory.truncate(METRICS, lambda entry: entry["step"] < 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
 
 

@@ -13,7 +13,7 @@ from trainer.messages import EpochEnded, Resumed, WorkersLost
 from trainer.report.sinks import CsvSink, MetricsSink
 from trainer.report.sinks.tensorboard import TensorBoardSink
 from trainer.report.summary import SummarySink
-from trainer.store.directory import RunDirectory
+from trainer.store.directory import METRICS, RunDirectory
 
 NAMES = ["train", "prune"]
 BEGINNING = Resumed(0, 0, NAMES, [], {})
@@ -125,7 +125,7 @@ def test_metrics_beyond_the_point_of_resumption_are_deleted(tmp_path) -> None:
     sink.on(dataclasses.replace(BEGINNING, phase=1, step=10))
 
     def left() -> list[tuple[str, int]]:
-        return [(entry["phase"], entry["step"]) for entry in directory.read_metrics()]
+        return [(entry["phase"], entry["step"]) for entry in directory.entries(METRICS)]
 
     assert left() == [("train", 10), ("train", 20), ("prune", 10)]
     sink.on(dataclasses.replace(BEGINNING, phase=1, step=10, is_evaluated=False))

@@ -11,7 +11,7 @@ from trainer.experiment import Experiment
 from trainer.report.distributions import Distribution, distributions
 from trainer.report.page import page
 from trainer.store.checkpoints import Checkpoints
-from trainer.store.directory import RunDirectory
+from trainer.store.directory import METRICS, RunDirectory
 from trainer.store.serialization import from_bytes
 
 
@@ -24,7 +24,7 @@ def write_report(
     """Write report.html. The run is done, so a failure is reported and changes nothing else."""
     try:
         shared = shared_distributions(experiment, directory, notify)
-        metrics = directory.read_metrics()
+        metrics = directory.entries(METRICS)
         directory.write_report(page(summary, metrics, experiment.settings(), shared))
     except Exception as error:
         with suppress(OSError):  # the disk may be the reason

@@ -13,7 +13,7 @@ from trainer.experiment import Experiment
 from trainer.metrics import metric_names
 from trainer.phases.structure import from_metadata
 from trainer.report.notebook import run_html
-from trainer.store.directory import RunDirectory
+from trainer.store.directory import METRICS, RunDirectory
 from trainer.store.serialization import from_bytes
 
 
@@ -71,7 +71,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Charts and tables of the run, which a notebook shows for a result."""
-        return run_html(self.summary, RunDirectory(self.folder).read_metrics())
+        return run_html(self.summary, RunDirectory(self.folder).entries(METRICS))
 
 
 class SweepResult:

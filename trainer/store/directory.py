@@ -18,6 +18,8 @@ from trainer.store.files import atomic_write
 
 T = TypeVar("T")
 
+METRICS, MEMBERS = "metrics.jsonl", "members.jsonl"  # a line per epoch, per group of workers
+
 
 class RunDirectory:
     """The folder of one run. Its files are written atomically."""
@@ -151,23 +153,12 @@ class RunDirectory:
         """Delete summary.json, since the run continues."""
         (self.path / "summary.json").unlink(missing_ok=True)
 
-    def append_metrics(self, entry: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        self._append("metrics.jsonl", _json(entry))
+    def append(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Append an entry to a .jsonl file: `METRICS` or `MEMBERS`."""
+        self._append(name, _json(entry))
 
-    def append_members(self, entry: Mapping[str, Any]) -> None:
-        """Append a line to members.jsonl."""
-        self._append("members.jsonl", _json(entry))
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The entries of metrics.jsonl. An incomplete line is skipped."""
-        return self._read_lines("metrics.jsonl")
-
-    def read_members(self) -> list[dict[str, Any]]:
-        """The entries of members.jsonl; none if the run is not elastic."""
-        return self._read_lines("members.jsonl")
-
-    def _read_lines(self, name: str) -> list[dict[str, Any]]:
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """The entries of a .jsonl file; an incomplete line is skipped. Empty without a file."""
         path = self.path / name
         entries = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -175,16 +166,9 @@ class RunDirectory:
                 entries.append(json.loads(line))
         return entries
 
-    def truncate_metrics(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Keep only the entries of metrics.jsonl for which `keep` returns True."""
-        self._truncate("metrics.jsonl", keep)
-
-    def truncate_members(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Keep only the entries of members.jsonl for which `keep` returns True."""
-        self._truncate("members.jsonl", keep)
-
-    def _truncate(self, name: str, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        kept = [_json(entry) for entry in self._read_lines(name) if keep(entry)]
+    def truncate(self, name: str, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Keep only the entries of a .jsonl file for which `keep` returns True."""
+        kept = [_json(entry) for entry in self.entries(name) if keep(entry)]
         if (self.path / name).exists():
             self._replace(name, "".join(f"{line}\n" for line in kept).encode())
 

@@ -26,31 +26,21 @@ class PublishedApplication:
     """Row 6."""
     tops: float
     """Row 9: 10^12 operations per second, from another measurement than the other rows."""
-    model_error: float
-    """Table 7: error of the authors' own performance model, in percent of the cycles."""
-    relative_performance: float
-    """Table 6: performance of a die relative to a CPU die."""
 
 
 # fmt: off
 APPLICATIONS: Mapping[str, PublishedApplication] = MappingProxyType({
-    "MLP0": PublishedApplication(12.7, 12.5, 0.3, 53.9, 15.9, 17.5, 12.3, 6.8, 41.0),
-    "MLP1": PublishedApplication(10.6, 9.4, 1.2, 44.2, 13.4, 31.9, 9.7, 10.9, 18.5),
-    "LSTM0": PublishedApplication(8.2, 8.2, 0.0, 58.1, 15.8, 17.9, 3.7, 7.7, 3.5),
-    "LSTM1": PublishedApplication(10.5, 6.3, 4.2, 62.1, 17.1, 10.3, 2.8, 5.4, 1.2),
-    "CNN0": PublishedApplication(78.2, 78.2, 0.0, 0.0, 0.0, 21.8, 86.0, 8.2, 40.3),
-    "CNN1": PublishedApplication(46.2, 22.5, 23.7, 28.1, 7.0, 18.7, 14.1, 11.2, 71.0),
+    "MLP0": PublishedApplication(12.7, 12.5, 0.3, 53.9, 15.9, 17.5, 12.3),
+    "MLP1": PublishedApplication(10.6, 9.4, 1.2, 44.2, 13.4, 31.9, 9.7),
+    "LSTM0": PublishedApplication(8.2, 8.2, 0.0, 58.1, 15.8, 17.9, 3.7),
+    "LSTM1": PublishedApplication(10.5, 6.3, 4.2, 62.1, 17.1, 10.3, 2.8),
+    "CNN0": PublishedApplication(78.2, 78.2, 0.0, 0.0, 0.0, 21.8, 86.0),
+    "CNN1": PublishedApplication(46.2, 22.5, 23.7, 28.1, 7.0, 18.7, 14.1),
 })
 # fmt: on
 
 MATRIX_600_MICROSECONDS: Mapping[int, float] = MappingProxyType({256: 18.0, 512: 32.0})
 """Time to load the weights of a 600 x 600 matrix, by the size of the array (section 7)."""
 
-MEMORY_X4_SPEEDUP = 3.0
-"""Mean speed-up of the six applications with four times the weight bandwidth (figure 11)."""
-
 TPU_PRIME_SPEEDUP = 2.6
 """Geometric mean of the speed-ups of TPU', host time excluded (section 7)."""
-
-TPU_PRIME_WEIGHTED_SPEEDUP = 3.9
-"""The mean weighted by how often the applications run (section 7)."""

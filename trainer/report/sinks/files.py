@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.messages import EpochEnded, MembersChanged, Message, Resumed, Status, WorkersLost
 from trainer.report.lines import describe
-from trainer.store.directory import RunDirectory, as_json
+from trainer.store.directory import MEMBERS, METRICS, RunDirectory, as_json
 
 
 class LogSink:
@@ -35,7 +35,7 @@ class MetricsSink:
         """Append an epoch; when the run resumes, delete the epochs after the checkpoint."""
         match message:
             case EpochEnded():
-                self._directory.append_metrics(as_json(message))
+                self._directory.append(METRICS, as_json(message))
             case Resumed(phase=phase, step=step, names=names):
                 index = {name: number for number, name in enumerate(names)}
                 end = (phase, step + message.is_evaluated)
@@ -43,7 +43,7 @@ class MetricsSink:
                 def is_before(entry: Mapping[str, Any]) -> bool:
                     return (index[entry["phase"]], entry["step"]) < end
 
-                self._directory.truncate_metrics(is_before)
+                self._directory.truncate(METRICS, is_before)
 
     def close(self) -> None:
         """Every line is written at once: nothing to do."""
@@ -59,10 +59,10 @@ class MembersSink:
         """Append a group; when the run resumes, delete groups that began after the checkpoint."""
         match message:
             case MembersChanged():
-                self._directory.append_members(as_json(message))
+                self._directory.append(MEMBERS, as_json(message))
             case Resumed(phase=phase, step=step):
                 end = (phase, step)
-                self._directory.truncate_members(lambda e: (e["phase"], e["step"]) <= end)
+                self._directory.truncate(MEMBERS, lambda e: (e["phase"], e["step"]) <= end)
 
     def close(self) -> None:
         """Every line is written at once: nothing to do."""
