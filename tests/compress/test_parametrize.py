@@ -1,4 +1,4 @@
-"""Compressed weights against the dense ones that they stand for."""
+"""Compressed weights compared with the dense ones that they represent."""
 
 import copy
 from collections.abc import Callable
@@ -220,6 +220,9 @@ def test_copies_and_state_dicts_are_independent(
     assert not any("dense" in key or "index" in key for key in twin.state_dict())
     fold(twin)
     assert torch.equal(blank(x), twin(x))
+    assert torch.equal(model(x), expected)
+    fold(model)
+    assert torch.equal(model(x), expected)
 
 
 def test_memory_format_and_type_may_change_in_between() -> None:

@@ -68,10 +68,21 @@ def fold(model: nn.Module) -> None:
         for handle in new.handles:
             handle.remove()
         for module, name in places:
+            _own_class(module)
             remove_parametrizations(module, name, leave_parametrized=False)
             module._parameters[name] = plain
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    A deep copy shares the class of the original, from which torch deletes the attribute of a folded
+    weight.
+    """
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def _forget_weights(module: nn.Module, inputs: object, output: object) -> None:
