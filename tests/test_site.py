@@ -128,17 +128,19 @@ def test_commands_are_accepted(page: Path, elsewhere: None) -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "pages",
+    ("pages", "learnt"),
     [
-        "index.md resume.md run-directory.md",
-        "tutorial.md",
-        "command.md onnx.md",
-        "loggers.md notebooks.md",
+        ("index.md resume.md run-directory.md inference.md", {}),
+        ("tutorial.md", {"dense": 0.6, "pruned": 0.6, "int8": 0.6, "own": 0.9}),
+        ("command.md onnx.md", {}),
+        ("loggers.md notebooks.md", {}),
     ],
 )
 @pytest.mark.usefixtures("shared_ray")
-def test_examples_run(pages: str, elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the pages, on few samples."""
+def test_examples_run(
+    pages: str, learnt: dict[str, float], elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the pages, on few samples; `learnt`: accuracies that results must reach."""
     few = {"train": 640, "validation": 64, "test": 64}
     monkeypatch.setattr(trainer.data, "mnist", lambda: mnist(**few))
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -146,6 +148,18 @@ def test_examples_run(pages: str, elsewhere: None, monkeypatch: pytest.MonkeyPat
         code = block.replace('"max_accuracy_drop": 0.01, ', "")  # 640 samples do not reach it
         code = code.replace("trials=8", "trials=2")
         exec(compile(code, pages, "exec"), names)
+    for name, accuracy in learnt.items():
+        assert names[name].metrics["accuracy"] > accuracy, name
+
+
+def test_examples_of_a_task_run(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, task, check = blocks(DOCS / "own-task.md")
+    Path("quantile.py").write_text(task)
+    monkeypatch.syspath_prepend(Path.cwd())
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in (run, check):
+        exec(compile(block, "own-task.md", "exec"), names)
+    assert names["result"].metrics["mae"] < 0.3
 
 
 @pytest.mark.integration
