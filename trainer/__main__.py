@@ -1,4 +1,4 @@
-"""The command: compose a configuration, run it, and report how it ended.
+"""The command: composes a configuration, runs it, and returns the exit code.
 
     trainer                                   list the experiments
     trainer +experiment=NAME [key=value ...]  run one, or a sweep
@@ -173,7 +173,7 @@ def _sweep(config: Config, composed: Composed, arguments: list[str], signals: Si
     if best is not None:
         try:
             _refit(best, composed.folder / "best", signals)
-        except ConfigError as error:  # after a whole search it is no longer exit code 2
+        except ConfigError as error:  # no exit code 2 after a whole search
             raise RunError(f"the best trial cannot be run in full: {error}") from error
 
 
@@ -205,7 +205,7 @@ def _identity(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:
-    """Print to a stream, by default standard output, whose reader may have gone."""
+    """Print to a stream, by default standard output; ignores that its reader is gone."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)  # names of files may be bytes

@@ -55,7 +55,7 @@ class LimitsMissed(Exception):
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended the run, which can be resumed.
 
-    It is no `Exception`, so that no handler mistakes it for a failure.
+    It is not an `Exception`, so that handlers do not treat it as a failure.
 
     Attributes:
         exit_code: 128 + the signal's number.

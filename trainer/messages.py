@@ -25,12 +25,12 @@ class RunStarted:
     """Every worker has its model and its data."""
 
     workers: int
-    device: str  # what rank 0 trains on
+    device: str  # of rank 0
     parameters: int
     train: int  # training samples
     validation: int
     test: int
-    phase_steps: tuple[int, ...] = ()  # steps that each phase of the run takes at most
+    phase_steps: tuple[int, ...] = ()  # maximum number of steps of each phase
     sequence_targets: bool = False  # a sample's targets are a sequence, as of a language model
     task: str = "classification"  # kind of the task
     directions: Mapping[str, str] = field(  # of its metrics by name: maximize or minimize
@@ -110,7 +110,7 @@ class PhaseRecord(_Measured):
     kind: str
     seconds: float
     steps: int
-    train_loss: float | None  # of the last epoch; None where nothing was trained
+    train_loss: float | None  # of the last epoch; None if nothing was trained
     metrics: Mapping[str, float]  # validation
     loss: float  # validation
     parameters: int
@@ -154,15 +154,15 @@ def _arrived(phase: int, step: int, content: Any) -> Checkpoint:
 
 
 STEP_UPDATED, STEP_COUNTED, STEP_COMPLETE = 0, 1, 2
-"""What of a step is done: its update of the weights; also the work of its phase; also what follows
-the last step of an epoch or a phase, such as the evaluation."""
+"""Completed parts of a step: the update of the weights; also the work of the phase; also everything
+after the last step of an epoch or phase, such as the evaluation."""
 
 
 @dataclass(frozen=True)
 class Handover:
-    """The state of one rank when its group ends, because a rank was lost or others shall join.
+    """The state of one rank when its group ends because a rank was lost or others join.
 
-    Every rank keeps its own in its memory, and one of them is where the next group continues. Not
+    Every rank keeps its state in memory, and the next group continues from one of them. It is not
     sent to the driver.
     """
 
@@ -214,7 +214,7 @@ class Exported(_Measured):
     file_bytes: int
     metrics: Mapping[str, float]
     torch_metrics: Mapping[str, float]  # of the same model in PyTorch, fp32 arithmetic
-    difference: float  # largest one of an output, between the two
+    difference: float  # largest difference of an output between the two
     milliseconds: dict[str, float]  # median per batch, by the samples in it
     content: bytes  # the file, of the run's last model; empty: not kept
 
@@ -249,7 +249,7 @@ class WorkersLost:
 
     reason: str
     detail: str  # a traceback, or what is known about their death
-    restart: int  # number of this restart in the present command; 1 is the first
+    restart: int  # number of this restart in the current command; 1 is the first
     elastic: bool = False  # the others continue
     counted: bool = True  # against cluster.max_restarts; False: the host has left the cluster
 
@@ -258,7 +258,7 @@ class WorkersLost:
 class MembersChanged:
     """A group of workers has started in an elastic run: one line of members.jsonl.
 
-    The group continues from the state of one rank of the group before it, or from a checkpoint.
+    The group continues from the state of one rank of the previous group, or from a checkpoint.
     """
 
     phase: int  # index of the phase in which it starts
@@ -266,8 +266,8 @@ class MembersChanged:
     stage: int  # of that step: STEP_UPDATED, STEP_COUNTED or STEP_COMPLETE
     workers: int
     nodes: list[str]  # host name of each rank
-    source: int  # rank in the group before, whose state is continued; 0 after a checkpoint
-    reason: str  # why it differs from the group before
+    source: int  # rank in the previous group whose state is continued; 0 after a checkpoint
+    reason: str  # reason for the change of the group
     seconds: float  # since the loss or the change was noticed, until the group was ready to train
     time: str  # when it was ready, in ISO 8601
 
@@ -289,7 +289,7 @@ class HeadRecovered:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The run continues from a point; everything reported beyond it is void.
+    """The run continues from a point; all later reports are invalid.
 
     Sent before the first message of the workers, also when the point is the beginning.
     """

@@ -65,7 +65,7 @@ class Signals:
     def deferring(
         self, before_exit: Callable[[], None], request: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Raise nothing within this block, because an exception would damage the state of Ray.
+        """Defer exceptions to the end of this block, since they would damage the state of Ray.
 
         The first signal calls `request`, and Interrupted is raised when the block ends, in place of
         any other error. The second signal calls `before_exit` and ends the process immediately,

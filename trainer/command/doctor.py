@@ -1,4 +1,4 @@
-"""`trainer doctor`: what this machine and its cluster offer, and what would fail there."""
+"""`trainer doctor`: reports the resources of this machine and its cluster, and problems."""
 
 import os
 import shutil
@@ -106,7 +106,7 @@ def _missing(needed: Requirement) -> str:
 
 
 def _processors(cfg: ClusterConfig) -> Iterator[Finding]:
-    """CPUs and memory, beside what the workers would take of a private Ray."""
+    """CPUs and memory, compared with the needs of the workers in a private Ray."""
     usable, load = available_cpus(), os.getloadavg()[0]
     text = f"{usable} usable, load average {load:.1f}"
     wanted = cfg.workers * cfg.cpus_per_worker

@@ -77,7 +77,7 @@ def settings(overrides: list[str], config_dir: str | None = None) -> list[Settin
 
 
 def describe(found: list[Setting], width: int) -> str:
-    """Settings as text: each key with its value, and below it what it means.
+    """Settings as text: each key with its value, and below it its documentation.
 
     Args:
         found: The settings.
@@ -100,7 +100,7 @@ def describe(found: list[Setting], width: int) -> str:
 def _files(
     chosen: Mapping[str, Any], known: Mapping[str, Mapping[str, Path]]
 ) -> Iterator[tuple[str, Path]]:
-    """The files that make up an experiment: (package, file), such as (phases.prune, prune.yaml).
+    """The files of an experiment: (package, file), such as (phases.prune, prune.yaml).
 
     Args:
         chosen: Hydra's choices: `group` or `group@package` -> name or names.
@@ -134,6 +134,6 @@ def _leaves(plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _as_text(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value in the notation of the command line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""A trained model as an ONNX file, and how that runs in onnxruntime.
+"""Exports trained models to ONNX files, and runs them in onnxruntime.
 
 The packages that this needs are an extra: pip install '.[onnx]' in the checkout.
 """
@@ -11,7 +11,7 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_installed() -> None:
-    """Raises ConfigError where a package is missing."""
+    """Raises ConfigError if a package is missing."""
     missing = [name for name in NEEDED if not _importable(name)]
     if missing:
         raise ConfigError(
@@ -23,5 +23,5 @@ def check_installed() -> None:
 def _importable(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # it was put out of reach
+    except ValueError:  # set to None in sys.modules
         return False

@@ -1,12 +1,12 @@
-"""From a model to ONNX. A quantized one has its integers in the file, and runs on integers.
+"""Exports models to ONNX. A quantized model is stored, and computes, with integers.
 
 Weights are int8 initializers behind DequantizeLinear, biases int32, and QuantizeLinear and
-DequantizeLinear stand before each quantized layer: the QDQ form, from which runtimes make kernels
-for integers (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+DequantizeLinear precede each quantized layer: the QDQ form, which runtimes convert to integer
+kernels (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 
-A bias is counted in steps of the input times steps of the weight; to leave it fp32 would not help,
-since onnxruntime makes such integers of it by itself, and wraps those that are too large. So the
-file's grids of weights are chosen for the biases to be exact: see `_fitted`.
+The step of a bias is the step of the input times that of the weight. A bias in fp32 would not
+help: onnxruntime converts it to such integers, and wraps those that are too large. So the grids of
+weights in the file are chosen so that biases are exact: see `_fitted`.
 """
 
 import copy
@@ -23,21 +23,21 @@ from torch.nn.utils.parametrize import register_parametrization
 from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, broadcast_scale
 from trainer.errors import RunError, first_line
 
-OPSET = 21  # the first that quantizes to all types of integers that are used here
+OPSET = 21  # the first version with quantization to all integer types used here
 INPUT, OUTPUT = "input", "logits"
-_INTEGER_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that runtimes compute so
-_LARGEST = 2.0**30  # bias in its file, in steps: as much again is left for the products
+_INTEGER_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their biases are integers
+_LARGEST = 2.0**30  # of a bias in steps; the rest of the range is for the products
 
 
 def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     """The content of an ONNX file.
 
     Its input `input` has the shape and type of `sample`, with any number of samples; its output is
-    `logits`. It needs nothing of this project.
+    `logits`. It can be used without this project.
 
     Args:
-        model: plain or quantized, as training left it; stays as it is.
-        sample: a batch of inputs, two at least.
+        model: plain or quantized, as after training; not changed.
+        sample: a batch of at least two inputs.
 
     Raises:
         RunError: PyTorch cannot export the model, or a weight is no longer on its grid.
@@ -59,31 +59,31 @@ def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
                 dynamic_shapes=({0: batch},),
                 verbose=False,
             )
-    except Exception as error:  # torch.export's and the exporter's own, of many kinds
+    except Exception as error:  # torch.export and the exporter raise many kinds
         raise RunError(
             f"{type(model).__name__} cannot be exported to ONNX: {first_line(_root(error))}"
         ) from error
     assert program is not None
     file = program.model_proto
     for part in (*file.graph.node, *file.graph.value_info, *file.graph.input, *file.graph.output):
-        part.ClearField("metadata_props")  # lines and folders of this machine
+        part.ClearField("metadata_props")  # they contain paths of this machine
     return cast(bytes, file.SerializeToString())
 
 
 def _root(error: BaseException) -> BaseException:
-    """The first error of a chain; those of the exporter say which of its steps failed."""
+    """The first error of a chain; later ones only name the step of the exporter that failed."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a quantize phase went over the model."""
+    """Whether the model was quantized by a quantize phase."""
     return any(isinstance(module, WeightQuantizer) for module in model.modules())
 
 
 def _put_integers(name: str, layer: nn.Module) -> None:
-    """Let a quantized layer compute with what ONNX calls quantized tensors."""
+    """Replace weight, bias and input of a quantized layer by ONNX's quantized tensors."""
     prefix = f"{name}." if name else ""
     for kind, child in list(layer.named_children()):
         kind = kind.removesuffix("_quantizer")
@@ -107,7 +107,7 @@ def _put_integers(name: str, layer: nn.Module) -> None:
 
 
 def _check_finite(prefix: str, layer: nn.Module, kind: str) -> None:
-    """Raise RunError where a layer has no integers: NaN would become the smallest one."""
+    """Raise RunError for Inf and NaN, which would become the smallest integer."""
     for key, value in layer.state_dict().items():
         ranges = key.endswith("_quantizer.range")
         if key in (kind, "bias") or ranges:
@@ -122,9 +122,8 @@ def _check_finite(prefix: str, layer: nn.Module, kind: str) -> None:
 def _integers(name: str, weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
     """A weight as integers (float32), and their scale. Raises RunError.
 
-    Integers of few bits are multiplied up to 7 bits, which makes the steps finer in which a bias is
-    counted. With the eighth, sums of two products could overflow the 16 bits that some kernels for
-    x86 have for them.
+    Integers of fewer bits are scaled up to 7 bits, so that the steps of the bias become finer. With
+    8 bits, sums of two products could overflow the 16 bits that some kernels for x86 use.
     """
     steps = weight / broadcast_scale(quantizer.scale, weight.ndim)
     integers = steps.round()
@@ -140,12 +139,11 @@ def _integers(name: str, weight: Tensor, quantizer: WeightQuantizer) -> tuple[Te
 
 
 def _fitted(integers: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The same weight on grids of which each bias is an exact number of int32, nearly always as
-    it is.
+    """The same weight on grids in which each bias is an int32 number of steps; mostly unchanged.
 
-    A channel whose bias has too many steps gets fewer and larger ones, by a power of two: that
-    moves its products by less than 1e-7 of the bias for each weight. One without a weight that is
-    not zero may have any steps.
+    If a bias has too many steps, the steps of its channel are enlarged by a power of two, which
+    changes products by less than 1e-7 of the bias for each weight. The step of a channel of zeros
+    is arbitrary.
 
     Args:
         integers: [channels, ...].
@@ -166,7 +164,7 @@ def _replace(layer: nn.Module, name: str, integers: Tensor, scale: Tensor) -> No
 
 
 class _Dequantized(nn.Module):
-    """In the place of a weight: integers, and one scale or one for each channel."""
+    """Replaces a weight: integers, with one scale or one for each channel."""
 
     def __init__(self, integers: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -184,13 +182,13 @@ class _Dequantized(nn.Module):
 
 
 class _Quantized(nn.Module):
-    """In the place of a quantizer of activations: to integers, and back."""
+    """Replaces a quantizer of activations: converts to integers and back."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         scale, zero = quantizer.grid()
         self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero.to(torch.uint8))
-        # QuantizeLinear stops at 0 and 255; a grid of fewer bits ends before.
+        # QuantizeLinear clips at 0 and 255; a grid of fewer bits has narrower limits.
         self.ends: tuple[float, float] | None = None
         if quantizer.bits < 8:
             below, above = -int(zero), quantizer.max_integer - int(zero)

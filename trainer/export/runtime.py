@@ -1,4 +1,4 @@
-"""ONNX files in onnxruntime: what they answer, and how fast."""
+"""Runs ONNX files in onnxruntime and measures latencies."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ Array = npt.NDArray[Any]
 
 BATCHES = (1, 32)  # samples at a time, for latencies
 REPEATS = 50
-SECONDS = 10.0  # for one latency, at most
+SECONDS = 10.0  # maximum duration of a latency measurement
 
 
 class OnnxModel:
@@ -40,7 +40,7 @@ class OnnxModel:
 
 
 def latencies(models: Mapping[str, OnnxModel], inputs: Tensor) -> dict[str, float]:
-    """Median milliseconds that each model takes for a batch. They take turns.
+    """Median milliseconds of each model for a batch; the models are measured in turn.
 
     Args:
         inputs: the batch.

@@ -42,7 +42,7 @@ def dump_objects(objects: Mapping[str, Any]) -> tuple[bytes | None, str]:
         cloudpickle.dump(dict(objects), file)
     except _TooLargeError:
         reason = f"they take more than {MAX_BYTES >> 20} MiB"
-    except Exception as error:  # whatever an object's class raises
+    except Exception as error:  # an object's class may raise anything
         reason = first_line(error)
     else:
         return file.getvalue(), ""

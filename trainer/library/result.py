@@ -120,6 +120,6 @@ class SweepResult:
 
 
 def _shown(folder: Path) -> str:
-    """A folder as the user would write it: relative to the working directory if it is in there."""
+    """A folder relative to the working directory if it is inside it."""
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)

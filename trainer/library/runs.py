@@ -204,7 +204,7 @@ def sweep(
     The same call with the same `out` continues a sweep that was interrupted.
 
     Args:
-        experiment: The experiment; what is not searched stays as it is.
+        experiment: The experiment; settings that are not searched keep its values.
         params: Dotted keys of settings and their ranges: choice(...), range(...), interval(...),
             tag(log, ...). Settings of a model or data that were passed as objects cannot be
             searched; pass the class instead.
@@ -247,7 +247,7 @@ def sweep(
 def _refit(experiment: Experiment, folder: Path) -> Result:
     try:
         return run(experiment, out=folder)
-    except ConfigError as error:  # after a whole search the settings are not to blame
+    except ConfigError as error:  # no exit code 2 after a whole search
         raise RunError(f"the best trial cannot be run in full: {error}") from error
 
 

@@ -25,7 +25,7 @@ from trainer.phases.structure import apply_changes, class_path, from_metadata
 from trainer.store.directory import RunDirectory
 from trainer.store.serialization import from_bytes
 
-# The models of files without a run or an experiment: their sources, and the shapes of samples.
+# Models for files without a run or an experiment, and the shapes of their samples.
 _MODELS: Mapping[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "trainer.models.LeNet300": (models.LeNet300, (1, 28, 28)),
     "trainer.models.LeNet5": (models.LeNet5, (1, 28, 28)),
@@ -48,7 +48,7 @@ class Subject:
     file: bytes | None
     evidence: Evidence = "measured"
     notes: tuple[str, ...] = ()
-    run: tuple[RunDirectory, Experiment] | None = None  # that it comes from
+    run: tuple[RunDirectory, Experiment] | None = None  # from which the model was loaded
 
 
 def find_subject(
@@ -143,7 +143,7 @@ def _without_experiment(
     kinds = {class_path(StructuredPrune): StructuredPrune}
     if target not in _MODELS or any(change.phase not in kinds for change in changes):
         raise ConfigError(
-            f"{path}: which model and data it belongs to is not known; give the run directory, or "
+            f"{path}: its model and data are not known; give the run directory, or "
             "the experiment after the file"
         )
     build, shape = _MODELS[target]
@@ -161,14 +161,14 @@ def _without_experiment(
 
 
 def _of_experiment(experiment: Experiment, count: int) -> Subject:
-    """An experiment's model after its phases, which train nothing."""
+    """The model of an experiment after its phases, without training."""
     model, dense = experiment.build_model(), experiment.build_model()
     samples = _validation_samples(experiment, count)
     world = World.single(torch.device("cpu"))
     notes = ["weights are not trained: sizes and densities are assumptions"]
     for name, phase in experiment.phases.items():
         if isinstance(phase, RoundPhase):
-            notes.append(f"phase {name} is left out: what it does depends on training")
+            notes.append(f"phase {name} is left out: its result depends on training")
         else:
             _apply(phase, model, dense, world, samples)
     content = None
@@ -194,7 +194,7 @@ def _apply(phase: Phase, model: nn.Module, dense: nn.Module, world: World, sampl
 
 
 def quantized_copy(model: nn.Module, samples: Tensor) -> nn.Module:
-    """The model with 8-bit quantizers and no training: as fast as a trained one, less accurate."""
+    """The model with untrained 8-bit quantizers: as fast as with trained ones, less accurate."""
     made = copy.deepcopy(model)
     _apply(Quantize(), made, made, World.single(torch.device("cpu")), samples)
     return made.eval()

@@ -16,7 +16,7 @@ from trainer.report.table import Table, rich_table
 
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes
 
-_WIDE = 1000  # columns where the output is no terminal
+_WIDE = 1000  # columns if the output is not a terminal
 
 
 def subject_parser(
@@ -57,7 +57,7 @@ def exit_code(what: str, action: Callable[[], None]) -> int:
 
     Args:
         what: The command's first argument, for messages.
-        action: Does everything.
+        action: Executes the command.
     """
     try:
         action()
@@ -77,11 +77,11 @@ def exit_code(what: str, action: Callable[[], None]) -> int:
 
 
 def show(tables: Sequence[Table], figures: Mapping[str, Any], out: str | None) -> None:
-    """Print tables to standard output, whose reader may have gone.
+    """Print tables to standard output; does nothing if its reader is gone.
 
     Args:
         tables: Not printed if `out` is "-".
-        figures: What JSON holds.
+        figures: Content of the JSON.
         out: A file for JSON; "-": print it; None: no JSON.
     """
     if out == "-":

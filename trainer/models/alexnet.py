@@ -7,8 +7,8 @@ class AlexNet(nn.Module):
     """Krizhevsky et al. 2012, with groups for its two GPUs: 60,965,224 parameters.
 
     Images [N, 3, 224, 224] (or 227x227) -> logits [N, classes]. Weights start as N(0, 0.01), biases
-    at 1 where the paper says so (section 5) and at 0 elsewhere. `dropout` is the probability of
-    dropping a unit of fc6 or fc7.
+    at 1 in the layers that the paper names (section 5) and at 0 in the others. `dropout` is the
+    probability of dropping a unit of fc6 or fc7.
     """
 
     def __init__(self, classes: int = 1000, dropout: float = 0.5) -> None:

@@ -22,9 +22,9 @@ def per_layer(key: str, value: int | Sequence[int], depth: int) -> tuple[int, ..
 def pooled_layers(depth: int, image_size: int) -> tuple[bool, ...]:
     """For each layer, whether it ends in a 2x2 max-pool.
 
-    As many as leave a map of at least 3x3, never more than one per layer, spread evenly with the
-    last one after the last layer. 28x28: depth 1 to 3 pool after every layer, depth 4 after layers
-    2, 3, 4, depth 6 after 2, 4, 6.
+    There are as many pools as leave a map of at least 3x3 at the end, but at most one per layer.
+    They are evenly spaced, the last one after the last layer. 28x28: depth 1 to 3 pool after every
+    layer, depth 4 after layers 2, 3, 4, depth 6 after 2, 4, 6.
     """
     halvings, size = 0, image_size
     while size // 2 >= 3 and halvings < depth:

@@ -32,13 +32,13 @@ class LSTMLanguageModel(nn.Module):
             hidden,
             layers,
             batch_first=True,
-            # With one layer there is nothing between layers, and nn.LSTM would warn.
+            # nn.LSTM would warn about dropout between layers if there is only one.
             dropout=dropout if layers > 1 else 0.0,
         )
         self.decoder = nn.Linear(hidden, vocabulary)
         self.dropout = nn.Dropout(dropout)
 
-        # The default N(0, 1) of an embedding would give a tied output matrix far too large logits.
+        # With the default N(0, 1), the logits of a tied output matrix would be too large.
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
         if tied:
