@@ -1,4 +1,4 @@
-"""What holds for all tests: their order, no deadlines of hypothesis, shared fixtures."""
+"""Settings of all tests: their order, no deadlines of hypothesis, shared fixtures."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Each benchmark runs, shrunk by --quick; and the documented commands have arguments it knows."""
+"""Each benchmark runs, shrunk by --quick, and accepts its documented arguments."""
 
 import argparse
 import contextlib

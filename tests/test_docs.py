@@ -52,7 +52,7 @@ def _commands(page):
 
 @pytest.mark.parametrize("written", ["own-model.md", "own-data.md"], indirect=True)
 @pytest.mark.slow
-def test_the_commands_of_a_page_run_as_it_says(written):
+def test_the_commands_of_a_page_run(written):
     commands = _commands(written)
     assert len(commands) >= 2
     world = World.single(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""An experiment: which stages its phases lead through, and what is refused before it starts."""
+"""Experiments: the stages of their phases, and settings that are refused before the start."""
 
 import pickle
 from functools import partial

@@ -1,4 +1,4 @@
-"""The command: what it lists, what it refuses and how, what it leaves behind."""
+"""The command: lists, refused arguments, exit codes and files."""
 
 import json
 import os
@@ -302,7 +302,7 @@ def test_smoke_ends_in_a_file_that_decodes_to_what_was_measured():
 
 
 @pytest.mark.slow
-def test_a_missed_limit_is_exit_code_3_and_can_be_judged_anew(capsys):
+def test_a_missed_limit_is_exit_code_3_and_other_limits_can_be_applied(capsys):
     overrides, _ = shrunk("smoke")
     assert main([*overrides, "limits.min_ratio=1e6"]) == 3
     assert "limits.min_ratio=1e+06" in capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_a_missed_limit_is_exit_code_3_and_can_be_judged_anew(capsys):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_judged_by_a_dense_model_that_it_lacks(capsys):
+def test_a_limit_on_the_drop_of_a_finished_run_needs_a_dense_model(capsys):
     composed = capture(["+experiment=prune_lenet300", "~phases.train", "--cfg"])
     directory = RunDirectory.claim(Path("run"))
     directory.write_config(yaml.safe_load(composed))

@@ -1,4 +1,4 @@
-"""Runs that survive: stopped, killed, damaged, and in the end the same bits."""
+"""Runs that are stopped, killed or damaged end with the same bits."""
 
 import contextlib
 import itertools
@@ -348,7 +348,7 @@ def fill(file):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(finished, small_disk, capsys):
+def test_a_full_disk_is_reported_and_the_run_can_be_resumed_later(finished, small_disk, capsys):
     run, filler = small_disk / "run", small_disk / "filler"
     with once("disk/run/checkpoints/01-train-step*.safetensors", lambda: fill(filler)):
         assert main([*ARGUMENTS, f"hydra.run.dir={run}"]) == 1
@@ -366,7 +366,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(finished, sm
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.slow
-def test_a_run_whose_directory_is_deleted_says_so(tmp_path, monkeypatch, capsys):
+def test_a_deleted_run_directory_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with once(
         "run/checkpoints/01-train-step*.safetensors", lambda: shutil.rmtree(tmp_path / "run")

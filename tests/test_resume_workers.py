@@ -1,4 +1,4 @@
-"""Runs on Ray workers: killed, frozen, stopped by a signal, and in the end the same bits."""
+"""Runs on Ray workers that are killed, frozen or stopped end with the same bits."""
 
 import glob
 import json

@@ -1,4 +1,4 @@
-"""The first signal asks, the second ends at once, and none is lost on the way."""
+"""The first signal requests a stop, the second ends the process, and none is lost."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_one_whose_error_was_lost_in_foreign_code_still_asks(signals):
     assert signals.interrupted().exit_code == 143
 
 
-def test_while_held_the_first_asks_and_is_raised_at_the_end(signals):
+def test_while_deferring_the_first_signal_requests_and_is_raised_at_the_end(signals):
     asked, through = [], []
     with (  # noqa: PT012 - the block goes on after the signal
         pytest.raises(Interrupted) as ended,
@@ -57,7 +57,7 @@ def test_while_held_the_first_asks_and_is_raised_at_the_end(signals):
         """A later block does not raise it again."""
 
 
-def test_while_held_the_second_ends_the_process_at_once(signals, monkeypatch):
+def test_while_deferring_the_second_signal_ends_the_process_at_once(signals, monkeypatch):
     said = []
     monkeypatch.setattr(os, "_exit", lambda code: said.append(code))
     with (  # noqa: PT012 - in between the two signals nothing happens

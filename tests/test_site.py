@@ -1,4 +1,4 @@
-"""README and the documentation: complete, and right in every command, setting and example."""
+"""README and documentation are complete; their commands, settings and examples work."""
 
 import contextlib
 import importlib.util

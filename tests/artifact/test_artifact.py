@@ -1,4 +1,4 @@
-"""What a .dcz file gives back, and that nothing but a whole one is taken for one."""
+"""Files of the format .dcz: decoded values, and refused damaged or forged files."""
 
 import random
 import tracemalloc
@@ -618,7 +618,7 @@ def framed(text: bytes, *sections: bytes) -> bytes:
     ],
     ids=lambda text: repr(text[:20]),
 )
-def test_headers_that_are_none_are_refused(text: bytes) -> None:
+def test_invalid_headers_are_refused(text: bytes) -> None:
     refused(framed(text))
 
 
@@ -692,7 +692,7 @@ def test_equal_tensors_are_described_without_being_made(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_too_little_memory_is_told(error: Exception, monkeypatch) -> None:
+def test_too_little_memory_is_reported(error: Exception, monkeypatch) -> None:
     def decode_layer(*args: object) -> None:
         raise error
 

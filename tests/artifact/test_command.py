@@ -1,4 +1,4 @@
-"""The command that looks into .dcz files: what it shows and writes, and how it ends."""
+"""python -m trainer.artifact: output, files and exit codes."""
 
 import runpy
 import sys
@@ -107,7 +107,7 @@ def test_long_names_are_shown_in_full_and_all_bytes(model, tmp_path, capsys) -> 
     assert f" {artifact.describe(file.read_bytes()).frame} " in shown
 
 
-def test_a_terminal_is_told_nothing_by_a_file(tmp_path, capsys) -> None:
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path, capsys) -> None:
     file = tmp_path / "model.dcz"
     evil = "\x1b[2J\x1b]0;title\x07\u202e\n"
     weights = {evil: torch.ones(3), "equal": torch.ones(3)}

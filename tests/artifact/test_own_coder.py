@@ -64,7 +64,7 @@ def test_every_tensor_comes_back_and_the_header_names_the_class(tmp_path: Path) 
     assert same(artifact.load(tmp_path / "model.dcz", coder=Zip()), weights())
 
 
-def test_a_file_of_shipped_coders_needs_none_and_says_nothing() -> None:
+def test_a_file_of_shipped_coders_needs_and_names_no_coder() -> None:
     content = artifact.encode(weights())
     assert "coder" not in split(content)[0]
     assert same(artifact.loads(content, coder=Zip()), weights())

@@ -1,4 +1,4 @@
-"""What this process may use, and what is said when the workers want more or use less."""
+"""CPUs and GPUs of this process, and notices if workers need more or use fewer."""
 
 import os
 

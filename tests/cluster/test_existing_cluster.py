@@ -1,4 +1,4 @@
-"""On a Ray cluster that was there before: by its address, and as a job submitted to it.
+"""Runs on an existing Ray cluster: by its address, and as a submitted job.
 
 The cluster is one node with folder, ports and token of its own, on the loopback interface. It is
 ended by the reaper that ends private Rays, so that it goes even if these tests are killed.
@@ -131,7 +131,7 @@ def test_joins_by_address_and_leaves_the_cluster_as_it_was(cluster, tmp_path):
     assert cluster.secret_in(tmp_path, cluster.folder) == []
 
 
-def test_without_the_token_nobody_is_let_in(cluster, tmp_path):
+def test_callers_without_the_token_are_refused(cluster, tmp_path):
     # Ray asks again and again, twenty times by default.
     done = cluster.train(cwd=tmp_path, RAY_AUTH_TOKEN="wrong", RAY_NUM_REDIS_GET_RETRIES="1")
     assert done.returncode == 1, done.stdout

@@ -45,7 +45,7 @@ def test_a_head_that_disappears_and_returns():
     monitor.stop()
 
 
-def test_a_short_restart_of_the_head_is_no_loss(monkeypatch):
+def test_a_short_restart_of_the_head_is_not_a_loss(monkeypatch):
     monkeypatch.setattr(head, "LOST_AFTER_S", 10)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

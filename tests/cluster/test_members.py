@@ -1,4 +1,4 @@
-"""Who belongs to the next group, and what leaves the budget of restarts alone: pure functions."""
+"""The members of the next group, and losses that use up no restart: pure functions."""
 
 import sys
 

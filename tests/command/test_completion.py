@@ -1,4 +1,4 @@
-"""What a shell offers after `trainer`."""
+"""Completions of a shell after `trainer`."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""trainer doctor: what it finds, and that it names what would fail."""
+"""trainer doctor: its findings, and the problems that it names."""
 
 from importlib import metadata
 from pathlib import Path

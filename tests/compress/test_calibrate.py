@@ -1,4 +1,4 @@
-"""Quantization without training: what it does to ranges, weights and biases of each layer."""
+"""Quantization without training: ranges, weights and biases of each layer."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""K-means on one dimension: how good it is, what it leaves alone, what it refuses."""
+"""One-dimensional k-means: its error, unchanged values, and refused settings."""
 
 from itertools import combinations
 
@@ -240,7 +240,7 @@ def test_what_repeats_by_chance_is_not_few(number: int) -> None:
     assert distinct_values(repeated, any_repeat=True) is not None
 
 
-def test_nan_is_no_value() -> None:
+def test_nan_is_not_a_value() -> None:
     assert codebook_of(torch.tensor([1.0, 1.0, 1.0, torch.nan, 2.0, 2.0])) is None
 
 

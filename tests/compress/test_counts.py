@@ -1,4 +1,4 @@
-"""Counts in and out of a phase."""
+"""Counts of parameters inside and outside a phase."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Which slices belong together, for each way in which layers can be connected."""
+"""Slices that belong together, for each way of connecting layers."""
 
 from collections import Counter
 from typing import Any

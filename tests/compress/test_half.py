@@ -1,4 +1,4 @@
-"""What becomes fp16, and that a model that was rounded is the one its file decodes to."""
+"""Values stored as fp16, and that the rounded model equals the one decoded from its file."""
 
 import pytest
 import torch

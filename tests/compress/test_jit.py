@@ -43,7 +43,7 @@ def scramble(rounds: int) -> int:
     return x
 
 
-def test_other_threads_go_on_meanwhile() -> None:
+def test_other_threads_continue_meanwhile() -> None:
     compiled, looks = jit.jit(scramble), 0
     compiled(1)
     work = threading.Thread(target=compiled, args=(100_000_000,))

@@ -1,4 +1,4 @@
-"""Selection by magnitude against plain sorting, and the sparsity ramp at known points."""
+"""Selection by magnitude compared with sorting, and the sparsity ramp at known points."""
 
 import pytest
 import torch

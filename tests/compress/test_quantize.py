@@ -1,4 +1,4 @@
-"""Grids: what is on them, what they cost, and that they keep zeros, clusters and gradients."""
+"""Grids of quantizers: their values and errors; they preserve zeros, clusters and gradients."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Which weights are found, under which names, in and out of a phase; and what patterns match."""
+"""The weights of a model, their names inside and outside a phase, and matches of patterns."""
 
 import warnings
 
@@ -135,7 +135,7 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NO_WEIGHTS)
-def test_scales_biases_and_norms_are_no_weights(name: str) -> None:
+def test_scales_biases_and_norms_are_not_weights(name: str) -> None:
     model = NO_WEIGHTS[name]()
     assert weights(model) == {}
     assert len(vectors(model)) == len(list(model.parameters()))

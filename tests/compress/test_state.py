@@ -1,4 +1,4 @@
-"""A model's state as tensors: what comes back, and what is refused by name."""
+"""The state of a model as tensors: restored values, and refused entries."""
 
 import copy
 

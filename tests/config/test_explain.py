@@ -1,4 +1,4 @@
-"""What the command line refuses, and what it advises instead."""
+"""Messages about refused arguments suggest correct ones."""
 
 import pytest
 

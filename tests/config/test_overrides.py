@@ -1,4 +1,4 @@
-"""A sweep's settings as the command line writes them, against Hydra and the shipped experiments."""
+"""Settings of a sweep on the command line, with Hydra and the shipped experiments."""
 
 import pytest
 import yaml

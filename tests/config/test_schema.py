@@ -1,4 +1,4 @@
-"""The schema: right settings become frozen dataclasses, wrong ones a message that names the key."""
+"""The schema: valid settings become dataclasses; messages about invalid ones name the key."""
 
 import pytest
 

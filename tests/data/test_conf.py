@@ -1,4 +1,4 @@
-"""The data files of conf list every setting of what they name, with its defaults."""
+"""Data files of conf/ list every setting of their functions, with its default."""
 
 import inspect
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""data=images: folders, archives, decoding, augmentation, and what is refused."""
+"""data=images: folders, archives, decoding, augmentation, and refused files."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""MNIST as shipped, and what is said about files that are not as they should be."""
+"""The shipped MNIST, and messages about damaged files."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""One trajectory: the global order does not know how many workers there are."""
+"""The global order of samples does not depend on the number of workers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Contract suite: what the training loop asks of every split."""
+"""Contract suite of splits: requirements of the training loop."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""data=table: encoding of columns, parts, and what is refused."""
+"""data=table: encoding of columns, parts, and refused files."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""One run as its driver sees it: what it makes of a group that fails, and of a finished run."""
+"""The driver of a run: failures of the group of workers, and finished runs."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_a_request_to_stop_during_a_restart_interrupts_the_run(monkeypatch):
     assert summary()["status"] == "interrupted"
 
 
-def test_a_restart_that_finds_no_room_is_not_repeated(monkeypatch, capsys):
+def test_a_restart_without_resources_is_not_repeated(monkeypatch, capsys):
     tried = []
 
     def restart(self):
@@ -146,7 +146,7 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_shows_its_summary(mon
 
 
 @pytest.mark.slow
-def test_done_is_not_on_disk_before_the_limits_are_judged(monkeypatch):
+def test_done_is_not_on_disk_before_the_limits_are_applied(monkeypatch):
     statuses = []
     write = RunDirectory.write_summary
 
@@ -175,7 +175,7 @@ def test_equal_runs_leave_files_with_the_same_bytes():
 
 
 @pytest.mark.slow
-def test_what_an_end_that_was_cut_short_left_out_is_made_up_for():
+def test_files_that_an_interrupted_end_left_out_are_written_later():
     assert main(ARGUMENTS) == 0
     weights, page = Path("run/model.safetensors"), Path("run/report.html")
     content = weights.read_bytes()

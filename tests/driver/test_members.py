@@ -1,4 +1,4 @@
-"""Which state the next group of an elastic run continues from, and repeating a recorded run."""
+"""Elastic runs: the state from which the next group continues, and replays of recorded runs."""
 
 import json
 

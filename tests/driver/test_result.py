@@ -1,4 +1,4 @@
-"""What a run ends with: sizes of its stages, counted by parameters."""
+"""Results of a run: sizes of its stages, counted by parameters."""
 
 import pytest
 import safetensors.torch

@@ -1,4 +1,4 @@
-"""Multiply-accumulates, against numbers from the literature and by hand."""
+"""Multiply-accumulates, compared with the literature and with counts by hand."""
 
 from collections.abc import Callable
 from threading import Event, Thread

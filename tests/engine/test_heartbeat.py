@@ -1,4 +1,4 @@
-"""The heartbeat of a rank: beats, and blocks without any."""
+"""The heartbeat of a rank: beats, and busy blocks without beats."""
 
 from trainer.engine.heartbeat import Heartbeat
 

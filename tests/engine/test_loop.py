@@ -1,4 +1,4 @@
-"""The loop: what it trains, in which order, and that the number of workers does not matter."""
+"""The training loop: order of samples, and independence of the number of workers."""
 
 import copy
 import itertools

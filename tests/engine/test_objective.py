@@ -1,4 +1,4 @@
-"""The loss with a teacher against its formula."""
+"""The loss with a teacher, compared with its formula."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Autocast and loss scaling, for real on the CPU."""
+"""Autocast and loss scaling on the CPU."""
 
 import pytest
 import torch

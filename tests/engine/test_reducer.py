@@ -1,4 +1,4 @@
-"""Averaged gradients against those that one process computes, and every way to fail."""
+"""Averaged gradients compared with those of one process, and failures."""
 
 import socket
 import threading
@@ -313,7 +313,7 @@ def test_sparse_gradients_become_dense(ranks: Ranks, size: int) -> None:
     assert ranks(size, body) == [expected[size]] * size
 
 
-def test_ranks_with_different_models_are_told(ranks: Ranks) -> None:
+def test_ranks_with_different_models_are_reported(ranks: Ranks) -> None:
     def body(world: World) -> None:
         model = nn.Linear(3, 4 + world.rank)
         with pytest.raises(ValueError, match="the ranks' parameters or bucket sizes differ"):

@@ -1,4 +1,4 @@
-"""The averages against the exact ones, over socket pairs between threads."""
+"""All-reduce algorithms compared with exact means, over socket pairs between threads."""
 
 import math
 import socket

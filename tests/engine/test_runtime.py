@@ -1,4 +1,4 @@
-"""How models and batches get to the device and the memory format of a run."""
+"""Models and batches are moved to the device and the memory format of a run."""
 
 import pytest
 import torch

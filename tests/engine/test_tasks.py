@@ -1,4 +1,4 @@
-"""For every task: workers and micro-batches change nothing, uneven ones and padding included."""
+"""Losses and metrics of every task do not depend on workers, micro-batches and padding."""
 
 import copy
 from collections.abc import Callable

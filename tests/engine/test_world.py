@@ -1,4 +1,4 @@
-"""The group of workers: collectives, meeting, and every way in which a wait must end."""
+"""The group of workers: collectives, rendezvous, and the end of every wait."""
 
 import multiprocessing
 import os
@@ -121,7 +121,7 @@ def test_a_missing_rank_ends_in_one_line() -> None:
         World.connect(0, 2, "127.0.0.1", server.port, CPU, 0.3, server)
 
 
-def test_nobody_at_the_meeting_point_ends_in_one_line() -> None:
+def test_a_missing_rendezvous_ends_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(RunError, match="rank 1 could not join the group of 2"):

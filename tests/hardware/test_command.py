@@ -1,4 +1,4 @@
-"""python -m trainer.hardware: of a run directory, a file, an experiment; and what it refuses."""
+"""python -m trainer.hardware with a run directory, a file or an experiment; refused arguments."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Costs of all machines together: which figures a stage has, and how each was found."""
+"""Costs on all machines: the figures of each stage, and their origins."""
 
 import json
 from pathlib import Path

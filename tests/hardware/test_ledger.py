@@ -1,4 +1,4 @@
-"""The ledger: by hand for a small network, and the lecture's message."""
+"""The energy of a small network, computed by hand, and the figures of the lecture."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""The products of a model, and what its weights take in each stage."""
+"""The products of a model, and the bytes of its weights in each stage."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""python -m trainer.inference: tables, JSON, and what it refuses."""
+"""python -m trainer.inference: tables, JSON, and refused arguments."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compiled models compute what the dense ones do, by each kernel."""
+"""Compiled models compute the same as dense ones, with each kernel."""
 
 import pickle
 from pathlib import Path

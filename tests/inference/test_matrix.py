@@ -1,4 +1,4 @@
-"""Weights as entries: what is stored, and that it is the weight again."""
+"""Compressed matrices: entries, and decoding to the same weight."""
 
 import numpy as np
 import pytest

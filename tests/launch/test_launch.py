@@ -135,7 +135,7 @@ def test_test_extra_is_added_and_serves_local_too(checkout: Checkout) -> None:
     assert installs(checkout.call("test")[2]) == []
 
 
-def test_half_made_environment_is_made_anew(checkout: Checkout) -> None:
+def test_incomplete_environment_is_rebuilt(checkout: Checkout) -> None:
     checkout.call("local")
     checkout.stamp.unlink()
     (checkout.environment / "half-written").touch()
@@ -144,7 +144,7 @@ def test_half_made_environment_is_made_anew(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize("word", ["--clear", "--editable"])
-def test_failed_set_up_is_told_and_tried_again(checkout: Checkout, word: str) -> None:
+def test_failed_set_up_is_reported_and_repeated(checkout: Checkout, word: str) -> None:
     code, err, calls = checkout.call("local", BREAK=word)
     assert code == 1
     assert "trainer: p" in err
@@ -154,7 +154,7 @@ def test_failed_set_up_is_told_and_tried_again(checkout: Checkout, word: str) ->
     assert (code, creations(calls)) == (0, 1)
 
 
-def test_failed_update_is_made_anew(checkout: Checkout) -> None:
+def test_environment_is_rebuilt_after_a_failed_update(checkout: Checkout) -> None:
     checkout.call("local")
     (checkout.root / "constraints.txt").write_text("torch==2\n")
     assert checkout.call("local", BREAK="--editable")[0] == 1
@@ -168,7 +168,7 @@ def test_broken_interpreter_in_the_environment_is_noticed(checkout: Checkout) ->
     assert (code, creations(calls)) == (0, 1)
 
 
-def test_moved_checkout_is_made_anew(checkout: Checkout) -> None:
+def test_environment_is_rebuilt_in_a_moved_checkout(checkout: Checkout) -> None:
     checkout.call("local")
     checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
     code, _, calls = checkout.call("local")

@@ -1,4 +1,4 @@
-"""The recipes for clusters and containers: sound, safe, in step with the project and one another.
+"""Recipes for clusters and containers: valid, safe, and consistent with the project.
 
 Nothing here starts Ray or needs a container engine: files are read, and the Slurm script runs
 against stubs.

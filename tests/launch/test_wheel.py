@@ -1,4 +1,4 @@
-"""The wheel carries all that a run needs besides code: the configuration and MNIST."""
+"""The wheel contains the configuration and MNIST."""
 
 import subprocess
 import sys

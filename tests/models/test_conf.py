@@ -1,4 +1,4 @@
-"""The model files of conf build what they name, and list every setting it has."""
+"""Model files of conf/ build their models, and list every setting."""
 
 import inspect
 from pathlib import Path

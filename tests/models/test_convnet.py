@@ -1,4 +1,4 @@
-"""The net that sweeps search: what is drawn must work, or say why not."""
+"""The network that sweeps search: drawn settings work, or are refused with a reason."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Contract suite: what the loop, the phases and the published tables ask of every model."""
+"""Contract suite of models: requirements of the loop, the phases and published tables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

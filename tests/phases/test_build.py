@@ -1,4 +1,4 @@
-"""From settings to phases: which are refused, and with which message."""
+"""Building phases from settings: refused ones and their messages."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path

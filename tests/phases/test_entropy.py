@@ -1,4 +1,4 @@
-"""What training for size leaves in the model, and how lambda shrinks it."""
+"""The phase entropy: the trained model, and the effect of lambda on its size."""
 
 from dataclasses import replace
 

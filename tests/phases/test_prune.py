@@ -1,4 +1,4 @@
-"""What prune leaves in the model: exact counts, the right weights, and regrowth on the way."""
+"""The phase prune: exact counts, the right weights, and regrowth during the ramp."""
 
 import copy
 
@@ -189,7 +189,7 @@ def test_a_layer_that_is_sparser_than_its_floor_stays_so(model: Net) -> None:
     assert kept(model) == before
 
 
-def test_a_ramp_goes_on_from_its_checkpoint(model: Net) -> None:
+def test_a_ramp_continues_from_its_checkpoint(model: Net) -> None:
     start = copy.deepcopy(model)
     phase = Prune(0.8, "global", fit=TRAINING, schedule="cubic", interval=1, end=1.0)
     phase.enter(model, WORLD)

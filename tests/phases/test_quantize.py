@@ -1,4 +1,4 @@
-"""What quantize leaves in the model, what survives it, and what it refuses."""
+"""The phase quantize: the quantized model, preserved properties, and refused settings."""
 
 import copy
 from typing import Any
@@ -249,7 +249,7 @@ def test_weights_of_own_layers_are_quantized_on_request(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("layer", ["nowhere.Layer", "torch.nn.functional.relu", 3])
-def test_what_is_no_layer_is_refused(layer: Any) -> None:
+def test_invalid_layers_are_refused(layer: Any) -> None:
     with pytest.raises(ConfigError, match="layers"):
         Quantize(fit=TRAINING, layers=[layer])
 
@@ -465,7 +465,7 @@ def _untied(state):
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def test_entering_again_and_loading_goes_on_in_the_same_bits() -> None:
+def test_entering_again_and_loading_continues_with_the_same_bits() -> None:
     inputs = torch.randn(8, 20)
     phase = Quantize(4, fit=TRAINING)
 

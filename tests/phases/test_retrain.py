@@ -1,4 +1,4 @@
-"""What retrain learns, and that nothing else changes."""
+"""The phase retrain: the trained weights, and that others do not change."""
 
 import copy
 
@@ -51,7 +51,7 @@ def test_training_keeps_or_loses_zeros_as_declared(kind: type[Train] | type[Retr
     assert (model[0].weight[~zeros] != 0).all()
 
 
-def test_sharing_is_kept_in_a_sparse_layer_and_made_up_in_none() -> None:
+def test_sharing_is_kept_in_a_sparse_layer_and_found_in_no_other() -> None:
     """60 survivors in 32 clusters: more than half as many values as survivors."""
     model = pruned()
     with torch.no_grad():

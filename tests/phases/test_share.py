@@ -1,4 +1,4 @@
-"""What share leaves in the model, what it learns, and what it refuses."""
+"""The phase share: shared values, their training, and refused settings."""
 
 import copy
 
@@ -82,7 +82,7 @@ def test_a_pattern_that_matches_nothing_is_refused(model: nn.Module, key: str) -
         ({"bits": 16}, [300, 300]),
     ],
 )
-def test_each_weight_has_the_clusters_that_it_was_told(
+def test_each_weight_has_the_number_of_clusters_that_was_set(
     model: nn.Module, settings: dict[str, object], expected: list[int]
 ) -> None:
     Share(fit=FitConfig(), init="density", **settings).enter(model, WORLD)  # type: ignore[arg-type]
@@ -188,7 +188,7 @@ def test_a_recurrent_matrix_with_its_gates_and_a_tied_weight_are_one_layer() -> 
 # --- what comes after ---
 
 
-def test_retrain_keeps_sharing_where_it_is_told_to(model: nn.Module) -> None:
+def test_retrain_keeps_sharing_if_set(model: nn.Module) -> None:
     Share(3, fit=FitConfig(), init="density").enter(model, WORLD)
     Share(3, fit=FitConfig()).leave(model)
     shared = copy.deepcopy(model)

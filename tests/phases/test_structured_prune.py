@@ -1,4 +1,4 @@
-"""What structured pruning removes, and how small it makes a model."""
+"""The phase structured_prune: removed units, and the size of the model."""
 
 from typing import Any
 

@@ -35,7 +35,7 @@ def cell(monkeypatch):
     return found
 
 
-def test_a_terminal_with_ipython_is_no_notebook(monkeypatch):
+def test_a_terminal_with_ipython_is_not_a_notebook(monkeypatch):
     assert not in_notebook()
     for shell in (None, SimpleNamespace()):
         module = SimpleNamespace(get_ipython=lambda shell=shell: shell)

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what it leaves: fed with messages, no training needed."""
+"""Summary, tables and files of a run, from messages without training."""
 
 import errno
 import io
@@ -132,7 +132,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     assert "No locks available" in said[0]
 
 
-def test_a_url_is_no_run_directory(tmp_path, monkeypatch):
+def test_a_url_is_not_a_run_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=s3://bucket/run: .* not to a URL"):
         RunDirectory.claim(Path("s3://bucket/run"))

@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow: what a run leaves there, read back with their own formats."""
+"""Weights & Biases and MLflow: the records of a run, read back in their own formats."""
 
 import dataclasses
 import json

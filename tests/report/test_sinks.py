@@ -1,4 +1,4 @@
-"""Sinks: what each makes of the messages of a run."""
+"""Sinks: the output of each for the messages of a run."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""The terminal: fed with messages, no training needed."""
+"""The terminal: output for messages, without training."""
 
 import errno
 import io
@@ -280,7 +280,7 @@ def test_numbers_are_never_cut_and_no_line_is_too_long(width):
     assert "a=1, b=2" in text
 
 
-def test_a_narrow_terminal_leaves_out_columns_and_says_so():
+def test_a_narrow_terminal_leaves_out_columns_and_names_them():
     assert "too narrow" not in printed(160)
     assert "nonzero" in printed(160)
     narrow = printed(80)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which one a resumed run goes on from."""
+"""The checkpoints of a run: the one from which a resumed run continues."""
 
 import errno
 import threading
@@ -102,7 +102,7 @@ def test_a_half_written_one_does_not_count_and_goes(store):
     assert not part.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_what_is_there_stays(store):
+def test_a_folder_that_cannot_be_written_is_reported_and_its_files_are_kept(store):
     store.save_within(0, "train", 5, state(5))
     store.wait()
     moved = store.folder.rename(store.folder.with_name("away"))
@@ -143,7 +143,7 @@ def test_a_damaged_end_of_a_phase_takes_later_phases_along(store):
     assert latest(store)[0].step == 5
 
 
-def test_a_file_that_cannot_be_read_is_told_and_nothing_is_touched(store, monkeypatch):
+def test_an_unreadable_file_is_reported_and_nothing_is_changed(store, monkeypatch):
     """A file system that is away for a moment says nothing of what the file holds."""
     store.save_phase_end(0, {"name": "train"}, weights(1))
     store.save_phase_end(1, {"name": "prune"}, weights(2))
@@ -187,7 +187,7 @@ def test_steps_of_one_phase_leave_those_of_others_alone(store):
     assert files(store) == ["01-train.safetensors"]
 
 
-def test_a_slow_disk_holds_nobody_up_and_loses_no_end_of_a_phase(store, monkeypatch):
+def test_a_slow_disk_delays_no_caller_and_loses_no_end_of_a_phase(store, monkeypatch):
     begun, go_on, written = threading.Event(), threading.Event(), []
 
     def slow(file):

@@ -1,4 +1,4 @@
-"""Initial weights: every kind of file that is read, and what is refused."""
+"""Initial weights: all kinds of files, and refused ones."""
 
 import json
 import pickle
@@ -61,7 +61,7 @@ class Harmful:
         ("harm.pt", pickle.dumps(Harmful(), protocol=2), "cannot be read"),
     ],
 )
-def test_files_that_are_none(name, content, said, tmp_path, capsys):
+def test_files_of_other_formats_are_refused(name, content, said, tmp_path, capsys):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=said) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, and what was damaged is found."""
+"""Checkpoints: contents are preserved, and damage is detected."""
 
 import io
 import pickle
@@ -106,7 +106,7 @@ def test_a_checkpoint_travels_beside_the_pickle_and_is_written_from_there(tmp_pa
     assert read_checksummed(sealed(tmp_path / "x", got.content, {}))[0] == sent.content
 
 
-def test_a_sealed_file_says_what_it_is_about(tmp_path):
+def test_a_checksummed_file_returns_its_about(tmp_path):
     content = pack({"step": 3, "weights": torch.arange(5.0)})
     path = sealed(tmp_path / "x", content, {"phase": 1, "name": "prune"})
     read, about = read_checksummed(path)

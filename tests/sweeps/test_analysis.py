@@ -1,4 +1,4 @@
-"""What grids of trials say: only what their numbers support."""
+"""Analyses of grids claim only what the numbers support."""
 
 import random
 import re
@@ -196,7 +196,7 @@ def test_three_methods_have_three_pairs_and_a_sentence_for_all() -> None:
     assert {"-0.10", "-0.20", "250 bytes", "97.80%"} <= texts(svg)  # alone, and in pairs
 
 
-def test_missing_trials_are_not_talked_about() -> None:
+def test_groups_with_missing_trials_are_left_out() -> None:
     rows = pairs([(0.1, 0.1, 0.2)])[:3]
     answer = interference(rows)
     assert answer.sentences == []

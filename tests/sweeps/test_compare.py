@@ -31,6 +31,6 @@ def test_bounds():
 
 
 @pytest.mark.parametrize("text", ["0.98", "> 0.98", ">= much", "a >= 1", ">="])
-def test_what_is_no_bound(text):
+def test_invalid_bounds_are_refused(text):
     with pytest.raises(ConfigError, match="key="):
         parse_bound("key", text)

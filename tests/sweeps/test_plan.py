@@ -1,4 +1,4 @@
-"""What a sweep will do, held against the configuration before anything starts."""
+"""Settings of a sweep, validated before anything starts."""
 
 from types import SimpleNamespace
 
@@ -43,7 +43,7 @@ def test_what_only_the_winner_would_meet_is_found_before_anything_starts() -> No
         plan(wrong, trial_overrides=overrides, refit=True).check()
 
 
-def test_an_analysis_is_checked_and_may_change_when_the_sweep_goes_on() -> None:
+def test_an_analysis_is_checked_and_may_change_when_the_sweep_continues() -> None:
     with pytest.raises(
         ConfigError, match=r"sweep\.analysis=sensitivity: .* phases\.prune\.include"
     ):

@@ -1,4 +1,4 @@
-"""Slots and their workers, with groups that start as the test says."""
+"""Slots and their workers, with fake groups that the tests control."""
 
 import threading
 import time
@@ -125,7 +125,7 @@ def test_where_no_slot_ever_had_workers_their_error_is_raised_at_once(made):
         until(pool, lambda _: False)
 
 
-def test_where_all_workers_are_lost_there_is_a_wait_for_room_before_the_error(made):
+def test_after_the_loss_of_all_workers_the_error_comes_after_a_wait(made):
     pool, nodes = made
     until(pool, lambda _: len(pool._ready) == 2)
     nodes.room, nodes.lost = 0, True
@@ -160,7 +160,7 @@ def test_workers_stay_warm_and_are_recycled_after_some_trials_and_after_an_error
     assert started[-1] == 4
 
 
-def test_a_trial_that_is_asked_to_stop_at_once_hears_of_it(made):
+def test_a_trial_receives_a_stop_request_that_arrives_before_it_starts(made):
     """A slot's thread that is slow to begin must not take the request for an old one."""
     pool, _ = made
     heard = []

@@ -148,7 +148,7 @@ def test_too_few_trials_make_no_charts():
     assert "History" not in page(study, summary(best=[]), Answer())
 
 
-def test_choices_are_told_apart_by_their_type():
+def test_choices_are_distinguished_by_their_type():
     """Optuna's choices True and 1 are equal in Python."""
     scale = Scale(SPACE["phases.prune.enabled"])
     assert [scale.number(value) for value in (True, False, 1, "[fc1, fc2]")] == [0, 1, 2, 3]

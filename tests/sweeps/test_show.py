@@ -1,4 +1,4 @@
-"""The live table: what it says, and when."""
+"""The live table of a sweep, and progress lines."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""From texts to a space: what is drawn, when, and what is refused."""
+"""The space of a sweep: drawn values, conditions, and refused texts."""
 
 import optuna
 import pytest
@@ -82,7 +82,7 @@ def test_ranges(text, ends, values):
         ("range(1", "sweep.params.key=range(1"),
     ],
 )
-def test_what_is_no_range(text, said):
+def test_invalid_ranges_are_refused(text, said):
     with pytest.raises(ConfigError) as error:
         parse_range("key", text)
     assert f"sweep.params.key={text}" in str(error.value)
@@ -282,7 +282,7 @@ def test_ends_are_tried_along_a_chain_of_conditions():
         ),
     ],
 )
-def test_what_is_no_space(settings, said):
+def test_invalid_spaces_are_refused(settings, said):
     with pytest.raises(ConfigError, match="sweep") as error:
         space(CONVNET, **settings)
     assert said in str(error.value)

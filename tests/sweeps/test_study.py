@@ -1,4 +1,4 @@
-"""The study: what is drawn, pruned and stored, without training anything."""
+"""The study: drawing, pruning and storing trials, without training."""
 
 import json
 import math
@@ -266,7 +266,7 @@ def test_nothing_is_read_from_the_storage_during_a_sweep(tmp_path, monkeypatch):
     assert sum(book.counts.values()) == 12
 
 
-def test_a_trial_whose_last_watched_value_is_nan_says_nothing_to_the_pruner(tmp_path):
+def test_a_trial_whose_last_watched_value_is_nan_is_not_shown_to_the_pruner(tmp_path):
     book = ledger(tmp_path, metric="loss")
     number = book.new_trial()
     book.start(number)

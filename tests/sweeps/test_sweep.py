@@ -71,7 +71,7 @@ def test_the_command_of_the_best_trial_gives_the_same_result():
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_and_repeats_nothing(capsys):
+def test_the_same_command_continues_and_repeats_nothing(capsys):
     assert main(ARGUMENTS) == 0
     before = rows()
     assert main([*ARGUMENTS[:-1], "sweep.trials=4"]) == 0
@@ -190,7 +190,7 @@ class Net(ConvNet):
 
 
 @pytest.mark.slow
-def test_a_trial_that_failed_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+def test_a_trial_that_failed_continues_from_its_last_checkpoint(tmp_path, monkeypatch):
     """Of six steps, two an epoch, the fifth fails; the second and the fourth left checkpoints."""
     (tmp_path / "once.py").write_text(
         FAILS_ONCE.format(steps=tmp_path / "steps", how="raise ArithmeticError('once')")
@@ -208,7 +208,7 @@ def test_a_trial_that_failed_goes_on_from_its_last_checkpoint(tmp_path, monkeypa
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("shared_ray")
-def test_a_trial_that_hangs_is_ended_and_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+def test_a_trial_that_hangs_is_ended_and_continues_from_its_last_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(
         FAILS_ONCE.format(steps=tmp_path / "steps", how="time.sleep(60)")
     )
@@ -252,7 +252,7 @@ INIT = [
 ]
 
 
-def test_weights_to_begin_with_are_held_against_the_model(capsys, tmp_path):
+def test_initial_weights_are_validated_against_the_model(capsys, tmp_path):
     assert main(INIT) == 2
     assert "with init_from=a.pt, init_from=a.pt: it cannot be read" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -343,7 +343,7 @@ def test_where_no_trial_keeps_the_constraints_the_closest_is_named(capsys):
 
 
 @pytest.mark.slow
-def test_a_trial_whose_values_do_not_go_together_is_told(capsys, monkeypatch):
+def test_contradicting_values_of_a_trial_are_reported(capsys, monkeypatch):
     """The ends of ranges are tried before, not what lies between."""
     real = Plan.trial
 
@@ -361,7 +361,7 @@ def test_a_trial_whose_values_do_not_go_together_is_told(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_better_trial_is_trained_anew_and_the_old_one_moves_aside(capsys):
+def test_a_better_trial_is_refitted_and_the_previous_refit_is_moved(capsys):
     wanted = [
         *ARGUMENTS, "sweep.refit=true", "phases.train.fit.epochs=10", "sweep.sampler=grid",
         "sweep.pruner=none", "sweep.params={optimizer.lr: 'choice(1e-9,0.05)', "
@@ -441,7 +441,7 @@ def test_a_sweep_that_only_resume_got_to_start_still_tells_commands_that_work(ca
 
 
 @pytest.mark.slow
-def test_the_command_of_a_trial_keeps_what_is_no_override(capsys):
+def test_the_command_of_a_trial_keeps_other_arguments(capsys):
     experiments = Path("sweeps") / "experiment"
     experiments.mkdir(parents=True)
     shipped = conf_dir() / "experiment" / "sweep_smoke.yaml"
@@ -471,7 +471,7 @@ def test_a_winner_that_cannot_be_trained_in_full_does_not_make_the_sweep_a_wrong
 
 
 @pytest.mark.slow
-def test_resume_goes_on_with_the_budget_that_was_given_last():
+def test_resume_continues_with_the_last_budget():
     assert main([*ARGUMENTS, "sweep.trials=1"]) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.sweeps.search.Search.run", killed)
@@ -654,7 +654,7 @@ def test_a_data_parallel_trial_is_pruned_on_both_ranks_together():
 
 
 @pytest.mark.integration
-def test_a_sweep_waits_for_room_when_its_only_node_is_lost(tmp_path):
+def test_a_sweep_waits_for_resources_when_its_only_node_is_lost(tmp_path):
     """Two slots on one node, which is removed in the middle of two trials; another one comes."""
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as short:
         script = Path(__file__).with_name("lost_node.py")

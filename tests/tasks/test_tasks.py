@@ -101,7 +101,7 @@ def test_parts_weighted_by_their_units_are_the_whole(
 
 
 @pytest.mark.parametrize(("task", "output", "targets", "expected", "units"), CASES)
-def test_nothing_that_counts_is_no_loss(
+def test_batches_without_counted_targets_have_no_loss(
     task: Task, output: Tensor, targets: Tensor, expected: Tensor, units: float
 ) -> None:
     if isinstance(task, Classification):

@@ -1,4 +1,4 @@
-"""The contract suite of sinks accepts the shipped ones and finds what is wrong with others."""
+"""The contract suite of sinks accepts the shipped ones and finds errors in others."""
 
 import re
 from functools import partial

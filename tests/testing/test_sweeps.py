@@ -1,4 +1,4 @@
-"""The contract suites of samplers and pruners accept sound ones and find what is wrong."""
+"""The contract suites of samplers and pruners accept correct ones and find errors in others."""
 
 import re
 from pathlib import Path
@@ -130,7 +130,7 @@ def test_the_classes_of_the_page_keep_the_contract_and_are_selected(monkeypatch,
         ("sampler", "tpee", "tpe"),
     ],
 )
-def test_what_is_no_sampler_or_pruner_is_refused(key: str, value: str, found: str) -> None:
+def test_other_classes_are_refused(key: str, value: str, found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         plan(**{key: value})
 

@@ -1,4 +1,4 @@
-"""The measurement on the test set: it never ends with a number that is not one."""
+"""Evaluation on the test set, also with NaN and infinity."""
 
 import math
 

@@ -49,7 +49,7 @@ def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_trained()
     assert list(try_export(WORLD, chosen())) == []
 
 
-def test_what_the_run_would_refuse_is_told_as_the_run_tells_it() -> None:
+def test_errors_of_the_run_are_reported_in_the_same_words() -> None:
     with pytest.raises(ConfigError, match=r"data: train sample 0: its target is 9, .* 9 outputs"):
         list(try_export(WORLD, chosen(_target_="trainer.models.LeNet300", classes=9)))
 

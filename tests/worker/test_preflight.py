@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
     assert model.training
 
 
-def test_classes_that_are_no_int64_are_refused():
+def test_classes_that_are_not_int64_are_refused():
     data = splits(IMAGES.train.inputs, IMAGES.train.targets.int())
     with pytest.raises(ConfigError, match=r"targets of train are int32; they must be .* int64"):
         check_compatible(net(), data, runtime(WORLD))
@@ -215,7 +215,7 @@ def test_a_sample_that_cannot_be_read_ends_the_run_at_once(broken):
         check_images(Images(broken=broken))
 
 
-def test_images_that_are_no_tensors_are_a_wrong_configuration():
+def test_images_that_are_not_tensors_are_a_wrong_configuration():
     pairs = [("image.png", 0)]
     with pytest.raises(ConfigError, match="data: train sample 0: its input must be a tensor"):
         check_images(pairs)

@@ -1,4 +1,4 @@
-"""The phases of a run on a worker: its heartbeat, and what it refuses."""
+"""The phases of a run on a worker: its heartbeat, and refused models."""
 
 import random
 
@@ -21,8 +21,8 @@ from trainer.worker.run import Start, run_phases
 TRAIN = {"train": {"_target_": "trainer.phases.Train", "fit": {**FIT, "accumulate": 2}}}
 
 
-def test_long_stretches_are_no_hang(monkeypatch):
-    """Whoever watches the heartbeat is told that no beat will come before such a stretch begins."""
+def test_long_busy_times_are_not_hangs(monkeypatch):
+    """The heartbeat says that the rank is busy before work without beats begins."""
     world = World.single(torch.device("cpu"))
     seen = {}
 

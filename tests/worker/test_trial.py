@@ -1,4 +1,4 @@
-"""What workers measure at the end of a trial."""
+"""Measurements of workers at the end of a trial."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""One contract for all layer coders: what goes in comes out, and damage never does harm."""
+"""Contract of layer coders: lossless, and safe with damaged data."""
 
 import tracemalloc
 
@@ -122,7 +122,7 @@ def test_nearly_nothing_in_a_large_layer_still_justifies_its_positions() -> None
         ([0], 65536, "can be"),
     ],
 )
-def test_refuses_levels_that_are_none(levels: list[int], clusters: int, problem: str) -> None:
+def test_refuses_invalid_levels(levels: list[int], clusters: int, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         encode_layer(np.array(levels), (len(levels),), clusters)
 

@@ -1,4 +1,4 @@
-"""docs/artifact.md is enough to write a second decoder: here is one, held against the product."""
+"""A second decoder, written from docs/artifact.md alone, compared with the package."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The cycles of EIE: against a simulation cycle by cycle, and against the published tables."""
+"""The cycles of EIE, compared with a simulation cycle by cycle and with published tables."""
 
 from collections import deque
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The format of EIE: the paper's two examples, and what comes back from it."""
+"""The format of EIE: the paper's two examples, and decoding."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What EIE computes: the product with the shared weights."""
+"""The product that EIE computes with shared weights."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""From sums to grids: rounding, clipping, added operands and tables."""
+"""Conversion of sums to grids: rounding, clipping, added operands and tables."""
 
 from fractions import Fraction
 from math import floor
