@@ -267,7 +267,7 @@ def test_ends_are_tried_along_a_chain_of_conditions():
         ({"lengths": {"model.kernel_size": "optimizer.lr"}}, "whole numbers"),
         ({"lengths": {"model.kernel_size": 0}}, "above 0"),
         ({"lengths": {"model.kernel_size": "model.layers"}}, "above 0"),
-        ({"conditions": {"model.kernel_size": "model.size > 2"}}, "model.size is no parameter"),
+        ({"conditions": {"model.kernel_size": "model.size > 2"}}, "model.size is not a parameter"),
         ({"conditions": {"model.kernel_size": "often"}}, "KEY >= VALUE"),
         ({"conditions": {"model.kernel_size": "model.depth > big"}}, "cannot be ordered"),
         ({"conditions": {"model.width": "model.depth > 2"}}, "does not search it"),

@@ -315,7 +315,7 @@ def test_batches_become_calls() -> None:
         (
             Classification,
             {"metrics": {"own": 3}},
-            "metrics.own: a int is no metric of",
+            "metrics.own: a int is not a metric of",
         ),
         (Classification, {"loss": "mse"}, "loss=mse: it must be null"),
         (Classification, {"auxiliary": -1.0}, "auxiliary=-1.0"),

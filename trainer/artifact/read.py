@@ -151,7 +151,7 @@ class _File:
         stored = sorted(self._counts)
         if len(sections) != len(coded) + len(stored):
             raise ArtifactError(
-                f"damaged: {len(sections)} sections are not as many as its header needs"
+                f"damaged: it has {len(sections)} sections, not the number that its header needs"
             )
         self._layers = {e.name: s for e, s in zip(coded, sections, strict=False)}
         self._streams = dict(zip(stored, sections[len(coded) :], strict=True))

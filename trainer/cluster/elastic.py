@@ -1,4 +1,4 @@
-"""A group of Ray actors whose members come and go during a run (`cluster.min_workers`)."""
+"""A group of Ray actors whose members may change during a run (`cluster.min_workers`)."""
 
 import contextlib
 import dataclasses

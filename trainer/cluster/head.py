@@ -20,7 +20,7 @@ STOP_AFTER_S = 45.0  # without an answer; Ray's nodes wait for 60 s
 
 
 class HeadMonitor:
-    """Connects to the head regularly, in a thread of its own."""
+    """Connects to the head regularly, in a separate thread."""
 
     def __init__(self, address: str) -> None:
         """

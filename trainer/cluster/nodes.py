@@ -10,7 +10,7 @@ POLL_INTERVAL_S = 1.0
 
 
 class NodeMonitor:
-    """Asks the head for hosts that will leave, in a thread of its own.
+    """Asks the head for hosts that will leave, in a separate thread.
 
     A host gets notice by `ray drain-node`, by the autoscaler before it removes an idle or preempted
     host, and by KubeRay. (Ray has no public function for that; Ray Train calls the same one.)

@@ -1,7 +1,7 @@
 """Removes processes and files of a private Ray after its driver was killed.
 
 A separate process, run as `python reaper.py FOLDER` with a pipe from the driver as its standard
-input. The pipe closes when the driver ends, for whatever reason. Some of Ray's processes notice the
+input. The pipe closes when the driver ends, for any reason. Some of Ray's processes notice the
 end of the driver only after a minute, and no process of Ray removes the folder.
 """
 

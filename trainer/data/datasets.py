@@ -155,9 +155,9 @@ class DatasetSplit:
             array.
         seed: Seeds the random numbers of each sample.
         loader_workers: Processes that read samples; 0: this one does. They start with the first
-            batch, and end with this object. None: as many as CPUs are left to reading, up to 8, if
-            a sample costs more than sending it between processes; the Dataset must then be one that
-            can be pickled after samples were read.
+            batch, and end with this object. None: as many as there are CPUs that training
+            does not use, up to 8, if a sample costs more than sending it between processes; the
+            Dataset must then be one that can be pickled after samples were read.
         prepare: Turns the inputs of a batch into those of the model, after they were read, so that
             loader processes send a compact form of them (bytes).
         collate: Makes a batch of pairs whose tensors may differ in shape; None: they are stacked.

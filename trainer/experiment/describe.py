@@ -165,7 +165,7 @@ def _can_import(path: str, wanted: Any) -> bool:
         return False
     try:
         return get_method(path) is wanted
-    except Exception:  # whatever importing raises
+    except Exception:  # importing may raise anything
         return False
 
 

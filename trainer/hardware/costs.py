@@ -74,9 +74,9 @@ class StageCosts:
     energy: Mapping[Cause, Figure]
     """Microjoules of arithmetic and memory accesses, by cause. Not the energy of a CPU."""
     cpu: Execution
-    """PyTorch in fp32, with dense arrays whatever the stage."""
+    """PyTorch in fp32, with dense arrays in every stage."""
     tpu: Execution
-    """TPU v1, with 8-bit weights whatever the stage."""
+    """TPU v1, with 8-bit weights in every stage."""
     eie: Execution | None
     """EIE; None before weights are shared, or if no matrix-vector product is."""
     engine: Execution | None = None
@@ -127,7 +127,7 @@ def network_costs(
         file: Content of the model's .dcz file.
         settings: What the costs are computed for.
         evidence: How sizes and densities are known: "assumed" for a model that was not trained, or
-            for samples that are no data.
+            for random samples.
         dense: The model without quantizers, with any weights, which the CPU runs; None: `model`.
 
     Raises:
@@ -280,7 +280,7 @@ def random_samples(shape: Sequence[int], tokens: int | None, count: int) -> Tens
 
     Args:
         shape: Of a sample.
-        tokens: Size of the vocabulary; None: samples are no tokens.
+        tokens: Size of the vocabulary; None: samples are not tokens.
         count: Number of samples.
     """
     generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from trainer.hardware.energy import NumberFormat
 Stage = Literal["dense", "pruned", "shared", "quantized", "coded"]
 
 STAGES: tuple[Stage, ...] = ("dense", "pruned", "shared", "quantized", "coded")
-"""In the order in which a chain of phases goes through them."""
+"""In the order of a usual chain of phases."""
 
 _FLOAT = 4  # bytes
 _SCALE, _WIDTH = "_quantizer.scale", "_quantizer.width"

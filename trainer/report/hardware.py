@@ -82,10 +82,10 @@ def caption(costs: Costs) -> list[str]:
         f"arithmetic, weights, activations, energy: operations and memory accesses by the table "
         f"{settings['energy_table']!r} with {settings['buffer_bytes'] / 1024:g} KiB on the chip; "
         "not the energy of a CPU",
-        f"CPU: PyTorch, fp32, {threads} thread{'s' * (threads > 1)}, dense whatever the stage; its "
+        f"CPU: PyTorch, fp32, {threads} thread{'s' * (threads > 1)}, dense in every stage; its "
         f"power is {'an assumption' if watts is None else f'given as {watts:g} W'} unless measured",
         "engine: the same CPU with compressed weights, as trainer.inference.compile makes them",
-        "TPU v1: 8 bits whatever the stage, 40 W (Jouppi et al., 2017). "
+        "TPU v1: 8 bits in every stage, 40 W (Jouppi et al., 2017). "
         "EIE: 64 elements at 45 nm (Han et al., 2016)",
         *costs["notes"],
     ]
@@ -174,7 +174,7 @@ def roofline(costs: Costs) -> str:
 def _dots(stages: Sequence[Costs], machine: str) -> list[tuple[float, float]]:
     """Operations per byte of weights, and per second.
 
-    CPU and TPU read dense weights whatever the stage, with 32 and 8 bits; EIE reads those of the
+    CPU and TPU read dense weights in every stage, with 32 and 8 bits; EIE reads those of the
     stage.
     """
     found = []

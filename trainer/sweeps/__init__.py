@@ -2,5 +2,5 @@
 
 import warnings
 
-# Optuna imports tqdm, which in a notebook suggests a package for progress bars that nobody sees.
+# Optuna imports tqdm, which in a notebook warns that a package for progress bars is missing.
 warnings.filterwarnings("ignore", "IProgress not found")

@@ -242,7 +242,7 @@ def own_sampler(cfg: SweepConfig, seed: int, objects: Mapping[str, Any]) -> Base
         objects: what was passed from Python, by name.
 
     Raises:
-        ConfigError: the class cannot be imported or built, or is no sampler.
+        ConfigError: the class cannot be imported or built, or is not a sampler.
     """
     if isinstance(cfg.sampler, str):
         return None
@@ -257,7 +257,7 @@ def own_pruner(cfg: SweepConfig, objects: Mapping[str, Any]) -> BasePruner | Non
         objects: what was passed from Python, by name.
 
     Raises:
-        ConfigError: the class cannot be imported or built, or is no pruner.
+        ConfigError: the class cannot be imported or built, or is not a pruner.
     """
     if isinstance(cfg.pruner, str):
         return None

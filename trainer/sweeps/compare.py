@@ -49,7 +49,7 @@ def parse_condition(key: str, text: str) -> list[Comparison]:
         text: the comparisons.
 
     Raises:
-        ConfigError: the text is no comparison.
+        ConfigError: the text is not a comparison.
     """
     return [_parse(key, part, "KEY >= VALUE") for part in re.split(r"\s+and\s+", text)]
 

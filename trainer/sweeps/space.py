@@ -221,8 +221,8 @@ def _in_order(parameters: list[Parameter]) -> list[Parameter]:
         for condition in parameter.conditions:
             if condition.left not in names:
                 raise ConfigError(
-                    f"sweep.conditions.{parameter.key}: {condition.left or 'it'} is no parameter "
-                    f"of this sweep; there are {', '.join(sorted(names))}"
+                    f"sweep.conditions.{parameter.key}: {condition.left or 'it'} is not a "
+                    f"parameter of this sweep; there are {', '.join(sorted(names))}"
                 )
             _check_types(parameter, condition, parameters)
     ordered: list[Parameter] = []

@@ -130,7 +130,7 @@ class Task:
     def units(self, targets: Tensor) -> float:
         """Units of loss in a batch, by default its samples.
 
-        Losses are means over units. A target that is ignored is no unit.
+        Losses are means over units. A target that is ignored does not count.
 
         Args:
             targets: On the CPU.

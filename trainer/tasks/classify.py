@@ -20,7 +20,7 @@ class Classification(Task):
     """One class of several for each target: cross-entropy with integer targets.
 
     Logits are [..., classes], and targets int64 [...]: one per sample, or one per position of a
-    sequence. Every target has the same weight, whichever of the leading dimensions it belongs to.
+    sequence. Every target has the same weight, at any position.
     Losses are means over the targets that are not ignored, in nats; with `class_weights`, means
     weighted by them, as in `torch.nn.CrossEntropyLoss`.
 

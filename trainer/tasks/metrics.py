@@ -123,7 +123,7 @@ class TorchMetric:
         for method in ("update", "compute", "reset", "sync"):
             if not callable(getattr(metric, method, None)):
                 raise ConfigError(
-                    f"a {type(metric).__name__} is no metric of torchmetrics: it has no {method}()"
+                    f"a {type(metric).__name__} is not a metric of torchmetrics: it lacks {method}"
                 )
         if direction is None:
             better = getattr(metric, "higher_is_better", None)
@@ -337,7 +337,7 @@ def build_metrics(
         reserved: Names that no metric may have.
 
     Raises:
-        ConfigError: A name is unknown or reserved, or a value is no metric.
+        ConfigError: A name is unknown or reserved, or a value is not a metric.
     """
     named = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted)
     found: dict[str, AnyMetric] = {}

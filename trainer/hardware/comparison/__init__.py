@@ -1,4 +1,4 @@
-"""The simulators beside the published tables: paper, ours, difference."""
+"""The simulators compared with published tables: paper, ours, difference."""
 
 from trainer.hardware.comparison.eie import eie_tables, published_layer
 from trainer.hardware.comparison.table import ComparisonTable, compare, percent

@@ -1,4 +1,4 @@
-"""The EIE model beside the tables of Han et al., ISCA 2016, arXiv:1602.01528.
+"""The EIE model compared with the tables of Han et al., ISCA 2016, arXiv:1602.01528.
 
 The matrices are random, with the densities of table III. These are rounded: a weight density of 4%
 may be 3.5 to 4.5%. The published times belong to trained matrices and one vector for each. Only

@@ -1,4 +1,4 @@
-"""The TPU model beside the tables of Jouppi et al., ISCA 2017, arXiv:1704.04760."""
+"""The TPU model compared with the tables of Jouppi et al., ISCA 2017, arXiv:1704.04760."""
 
 from collections.abc import Callable
 from dataclasses import replace

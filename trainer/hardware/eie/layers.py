@@ -39,7 +39,7 @@ def shared_matrix(weight: Tensor) -> SharedMatrix:
     """The codes and the codebook of a weight [outputs, inputs] with few distinct values.
 
     Raises:
-        ConfigError: The weight is no matrix, or its values are not shared.
+        ConfigError: The weight is not a matrix, or its values are not shared.
     """
     if weight.ndim != 2:
         raise ConfigError(f"EIE multiplies matrices by vectors; a {weight.ndim}-D weight is none")

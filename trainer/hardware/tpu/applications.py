@@ -144,7 +144,7 @@ APPLICATIONS: Mapping[str, Application] = MappingProxyType(
 def application_network(application: Application) -> Network:
     """A Sequential of the layers of an application, with zero weights.
 
-    It serves to count cycles: a layer reads the result of the one before it whatever its size.
+    It serves to count cycles: a layer reads the result of the one before it, also if sizes differ.
     """
     dtype = np.dtype(np.uint8 if application.activation_bytes == 1 else np.uint16)
     value = Value("input", (application.batch, application.input_bytes), np.dtype(np.uint8))

@@ -102,7 +102,7 @@ def trace(model: nn.Module, samples: Tensor) -> Trace:
         recorder = _Recorder(module)
         with torch.no_grad():
             recorder.run(samples)
-    except Exception as error:  # whatever the model's code raises
+    except Exception as error:  # the model's code may raise anything
         raise ConfigError(
             f"{type(model).__name__} cannot be compiled for the TPU, since torch.fx cannot follow "
             f"it: {first_line(error)}"

@@ -43,7 +43,7 @@ def lower(model: nn.Module, samples: Tensor) -> Network:
 
     Args:
         model: Made of Linear, Conv2d, ReLU, sigmoid, tanh, pooling, flatten, residual additions,
-            and LSTMs that the quantize phase made of Linears; an embedding is looked up by the
+            and LSTMs that the quantize phase rebuilt from Linears; an embedding is looked up by the
             host. It stays as it is.
         samples: A batch as the model takes it. The network is for batches of this shape.
 
@@ -151,7 +151,7 @@ class _Lowering:
     def _convolution(self, node: fx.Node) -> Sums:
         module = cast(nn.Conv2d, self._trace.module(node))
         if isinstance(module.padding, str) or module.padding_mode != "zeros":
-            raise self._trace.refusal(node, "whose padding is no number of zeros")
+            raise self._trace.refusal(node, "whose padding is not a number of zeros")
         source = self._value(self._source(node))
         window = Window(
             pair(module.kernel_size),
@@ -263,7 +263,7 @@ class _Lowering:
         """The first argument of a call."""
         source = node.args[0] if node.args else next(iter(node.kwargs.values()))
         if not isinstance(source, fx.Node):
-            raise self._trace.refusal(node, "of what is no tensor")
+            raise self._trace.refusal(node, "of a value that is not a tensor")
         return source
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""An LSTM that is made of quantized Linears, as layers of an integer network.
+"""An LSTM of quantized Linears, as layers of an integer network.
 
 The products with the inputs are made for all steps at once and kept in 16 bits; in each step, the
 products with the previous result are added to them, functions are looked up in tables, and the

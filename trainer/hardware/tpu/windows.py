@@ -24,11 +24,11 @@ def pooling_window(trace: Trace, node: fx.Node, source: Value) -> Window:
         source: The images, [N, H, W, C].
 
     Raises:
-        ConfigError: The source is no image, or the TPU model does not have this kind of pooling.
+        ConfigError: The source is not an image, or the TPU model lacks this kind of pooling.
     """
     kind, argument = trace.kind(node), trace.argument
     if len(source.shape) != 4:
-        raise trace.refusal(node, "of what are no images")
+        raise trace.refusal(node, "of values that are not images")
     height, width = source.shape[1:3]
     whole = Window((height, width), (height, width), (0, 0), 0)
     if kind == "mean":

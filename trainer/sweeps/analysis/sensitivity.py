@@ -53,7 +53,7 @@ def sensitivity(rows: Sequence[Row]) -> Answer:
     differ only in the seed are averaged.
 
     Returns:
-        Nothing while there is no trial of the dense model.
+        An empty answer as long as there is no trial of the dense model.
     """
     curves = _curves(rows)
     dense = [
