@@ -50,6 +50,8 @@ NETS = {
 }
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
 BATCHES = (1, 4, 16, 64)
+SIDE = 4096  # inputs and outputs of the layer of the map
+QUICK_LAYERS = {"small": (256, 128, 0.1, 0.4)}
 
 
 def sparse(weight: Tensor, density: float, values: int) -> None:
@@ -126,20 +128,20 @@ def layers(shapes: dict, seconds: float) -> None:
     print(f"\nGeometric means: {means['dense']:.1f}x dense fp32, {means['int8']:.1f}x int8")
 
 
-def density_map(densities: tuple, batches: tuple, seconds: float) -> None:
+def density_map(side: int, densities: tuple, batches: tuple, seconds: float) -> None:
     print(
-        "\ndense fp32 / compressed kernels (the faster of `columns` and `rows`), 4096 x 4096, "
+        f"\ndense fp32 / compressed kernels (the faster of `columns` and `rows`), {side} x {side}, "
         "35% of activations\n\n| density | "
         + " | ".join(f"batch {b}" for b in batches)
         + " |\n|"
         + " --- |" * (1 + len(batches))
     )
     for density in densities:
-        dense = nn.Linear(4096, 4096).eval().requires_grad_(False)
+        dense = nn.Linear(side, side).eval().requires_grad_(False)
         sparse(dense.weight, density, 15)
         cells = []
         for batch in batches:
-            x = torch.cat(vectors(batch, 4096, 0.353))
+            x = torch.cat(vectors(batch, side, 0.353))
             functions = {"dense": lambda x=x, dense=dense: dense(x)}
             for kernel in ("columns", "rows"):
                 engine = compile(
@@ -198,9 +200,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with torch.inference_mode():
         if "layers" in chosen:
-            layers(dict(list(LAYERS.items())[:number]), seconds)
+            layers(QUICK_LAYERS if args.quick else LAYERS, seconds)
         if "map" in chosen:
-            density_map(DENSITIES[:number], BATCHES[:number], seconds)
+            side = 64 if args.quick else SIDE
+            density_map(side, DENSITIES[:number], BATCHES[:number], seconds)
         if "nets" in chosen:
             nets(dict(list(NETS.items())[:number]), seconds)
     print(f"\nLoad at the end: {os.getloadavg()[0]:.1f}")

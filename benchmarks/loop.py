@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     args = parser.parse_args()
     if args.quick:
-        args.images, args.repeats = 2 * BATCH, 1
+        args.images, args.repeats, args.nets = 2 * BATCH, 1, args.nets[:1]
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", *COMPARED)]
     warnings.filterwarnings("ignore")  # Lightning wants more DataLoader workers
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -39,6 +39,15 @@ def elsewhere(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def charts_not_drawn(monkeypatch):
+    """Skip the slowest part of a run of seconds, for tests that do not look at its charts."""
+    monkeypatch.setattr(
+        "matplotlib.backends.backend_svg.FigureCanvasSVG.print_svg",
+        lambda canvas, file, **_: file.write("<svg></svg>"),
+    )
+
+
 @pytest.fixture(scope="session")
 def shared_ray():
     """One private Ray with two CPUs for all tests that need one; starting it takes seconds."""

@@ -25,7 +25,7 @@ ARGUMENTS = {  # besides --quick
     "compress_mnist": ["--out", "out"],
     "golden": ["HEAD"],
     "onnx_latency": ["--out", "out"],
-    "packed_retrain": ["--steps", "1"],
+    "packed_retrain": ["--steps", "1", "--workers", "1"],
 }
 # These need processes, or a Ray, of their own; the others run here, where everything is imported.
 ALONE = ("checkpoint_cost", "golden", "recovery", "soak", "startup", "sweep_overhead")

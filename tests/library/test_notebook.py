@@ -23,12 +23,13 @@ class Net(nn.Sequential):
 model = partial(Net, units=8)
 data = trainer.data.mnist(train=64, validation=16)
 phases = [Train(epochs=1), Prune(0.5)]
-trainer.run(model=model, data=data, phases=phases, artifact=True, out="r")
+here = {"backend": "inline"}  # examples/ start workers from notebooks
+trainer.run(model=model, data=data, phases=phases, artifact=True, cluster=here, out="r")
 """
 
 
 @pytest.mark.integration
-def test_a_run_with_workers_shows_its_progress_and_its_result(
+def test_a_run_shows_its_progress_and_its_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(__file__).parents[2]

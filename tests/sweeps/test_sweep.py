@@ -38,7 +38,7 @@ ONLY = [f"sweep.params.{key}=null" for key in ("model.depth", "model.kernel_size
 FOLDER = Path("outputs/sweep_smoke/sweep")
 
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere", "charts_not_drawn")
 
 
 def rows():
