@@ -8,11 +8,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from trainer.cluster.group import Failure, InsufficientResources, Reformed
+from trainer.cluster.group import InsufficientResources, Reformed
 from trainer.cluster.members import Answer, choose, to_drop
 from trainer.cluster.nodes import NodeMonitor
 from trainer.cluster.placement import Placement
-from trainer.cluster.ray_group import IDLE_WAIT_S, START_MARGIN_S, RayGroup
+from trainer.cluster.ray_group import IDLE_WAIT_S, RayGroup
 from trainer.cluster.recruits import Rank, Recruits
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
@@ -95,9 +95,7 @@ class ElasticGroup(RayGroup):
             # Ray on a host that runs reports the end of a process at once. That the host itself is
             # lost, Ray notices only after 20 to 65 s.
             return True
-        if not self._connection.answers() or self._nodes is None:
-            return False
-        return self._nodes.has_left(self._ranks[rank].node_id)
+        return super()._has_left(rank, reported)
 
     def _answers(self) -> list[Answer]:
         """Ask all members which state they keep; those that do not answer are ended."""
@@ -138,7 +136,7 @@ class ElasticGroup(RayGroup):
             joined += self._gather(present + len(joined), len(answers) + len(joined), settle_s)
             members = choose(answers, len(joined), self._minimum)
             self._ranks = [*(before[answer.rank] for answer in members), *joined]
-            lost = self._try_connect(keep)
+            lost = self._connect_or_drop(keep)
             if not lost:
                 break
             for rank in lost:
@@ -179,7 +177,7 @@ class ElasticGroup(RayGroup):
                 if enough:
                     return self._recruits.take(wanted)
                 message, permanent = self._placement.shortage()
-                message = message.replace("cluster.workers=", "cluster.min_workers=", 1)
+                message = message.replace("cluster.workers=", "cluster.min_workers=")
                 raise (
                     ConfigError(message)
                     if permanent and not self._ranks
@@ -188,24 +186,16 @@ class ElasticGroup(RayGroup):
             self._check_stop()
             time.sleep(POLL_S)
 
-    def _try_connect(self, keep: bool) -> list[Rank]:
+    def _connect_or_drop(self, keep: bool) -> list[Rank]:
         """Connect `_ranks`. Returns those to leave out at the next attempt; empty: it succeeded."""
-        limit = CONNECT_WAIT_S + START_MARGIN_S
-        try:
-            pending = self._request_connect(CONNECT_WAIT_S, keep)
-        except RayError:
-            return self._ranks[:1]
-        found, silent = ray.wait(pending, num_returns=len(pending), timeout=limit)
-        lost, failures = [self._ranks[pending.index(ref)] for ref in silent], {}
-        for ref in found:
-            number = pending.index(ref)
-            try:
-                failure: Failure | None = ray.get(ref)
-            except RayError:
-                lost.append(self._ranks[number])
-            else:
-                if failure is not None:
-                    failures[number] = failure.lost_rank
-        if failures and not lost:
-            lost = [self._ranks[to_drop(list(failures), list(failures.values()))]]
-        return lost
+        lost, failures = self._try_connect(CONNECT_WAIT_S, keep)
+        if not lost and failures and (links := self._broken_links(failures)):
+            avoided = self._placement.avoided()
+            self._recruits.discard(avoided)
+            lost = [number for number, rank in enumerate(self._ranks) if rank.node_id in avoided]
+            names = " and ".join({self._ranks[number].node for number in lost})
+            self._moves.append(f"{'; '.join(links)}: no worker starts on {names} any more")
+        if not lost and failures:
+            blamed = [failure.lost_rank for failure in failures.values()]
+            lost = [to_drop(list(failures), blamed)]
+        return [self._ranks[number] for number in lost]

@@ -23,6 +23,7 @@ class Failure:
     is_peer_loss: bool = False  # only a consequence: another worker disappeared first
     position: tuple[int, int] | None = None  # phase and step; None: unknown
     lost_rank: int | None = None  # with `is_peer_loss`: the other worker, if it is known
+    is_unreachable: bool = False  # no connection to `lost_rank` was possible, nothing refused it
     has_left: bool = False  # the worker's host has left the cluster, or is about to
 
     def makes_worker_unusable(self, device: str) -> bool:

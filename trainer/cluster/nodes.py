@@ -1,31 +1,65 @@
-"""Hosts of a Ray cluster: which are alive, and which have been given notice to leave."""
+"""Which hosts of a Ray cluster are alive, have been given notice to leave, or do not answer."""
 
 import contextlib
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import ray
 from ray._private.state import state
 
+from trainer.cluster.head import probe
+
 POLL_INTERVAL_S = 1.0
+PROBE_TIMEOUT_S = 3.0  # for a connection to a host, which its kernel accepts also under load
 
 
-class NodeMonitor:
-    """Asks the head for hosts that will leave, in a separate thread.
+def alive_nodes() -> dict[str, dict[str, Any]]:
+    """What Ray knows about each host that it takes for alive, by Ray's id. Asks the head."""
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+
+
+def draining_nodes() -> set[str]:
+    """Ray's ids of the hosts that have notice to leave. Asks the head.
 
     A host gets notice by `ray drain-node`, by the autoscaler before it removes an idle or preempted
     host, and by KubeRay. (Ray has no public function for that; Ray Train calls the same one.)
     """
+    return set(state.get_draining_nodes())
+
+
+def lost_nodes(node_ids: Iterable[str]) -> set[str]:
+    """Those of the hosts on which no worker should start: gone, with notice, or not answering.
+
+    Ray itself notices only after 20 to 65 s that a host is lost without closing its connections.
+    """
+    wanted, alive, draining = set(node_ids), alive_nodes(), draining_nodes()
+    running = [node_id for node_id in wanted if node_id in alive and node_id not in draining]
+    if not running:
+        return wanted
+    with ThreadPoolExecutor(len(running)) as threads:
+        answers = threads.map(lambda node_id: _answers(alive[node_id]), running)
+        return wanted - {node_id for node_id, there in zip(running, answers, strict=True) if there}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether Ray's service on a host accepts a connection."""
+    try:
+        probe(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}", PROBE_TIMEOUT_S)
+    except OSError:
+        return False
+    return True
+
+
+class NodeMonitor:
+    """Asks the head for hosts that will leave, in a thread of its own."""
 
     def __init__(self) -> None:
         self.draining: set[str] = set()  # Ray's ids of hosts that will leave
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="node monitor")
         self._thread.start()
-
-    def has_left(self, node_id: str) -> bool:
-        """Whether a host has left the cluster or will do so. Asks the head, which must answer."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return node_id not in alive or node_id in self.draining
 
     def stop(self) -> None:
         """End the thread. May be called twice."""
@@ -35,4 +69,4 @@ class NodeMonitor:
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_INTERVAL_S):
             with contextlib.suppress(Exception):  # the head is lost, or Ray shuts down
-                self.draining = set(state.get_draining_nodes())
+                self.draining = draining_nodes()

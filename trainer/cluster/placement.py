@@ -2,13 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray._private.state import state
+from ray.util.placement_group import (
+    NODE_ID_LABEL_KEY,
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from trainer.cluster.group import InsufficientResources
 from trainer.cluster.heartbeat import POLL_INTERVAL_S
+from trainer.cluster.nodes import alive_nodes
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
 
@@ -20,6 +29,10 @@ class Placement:
         self.device = "cpu"  # the type of device that the workers train on, chosen by `reserve`
         self.notice: str | None = None  # why device=auto leaves GPUs unused; None: it does not
         self.group: PlacementGroup | None = None  # a bundle per worker, if reserved together
+        # Hosts of lost workers that are gone, though Ray may not know it yet: Ray's id -> name.
+        self.lost: dict[str, str] = {}
+        # Hosts that cannot reach each other: one that is avoided, the other one, and it in words.
+        self._links: list[tuple[str, str, str]] = []
         self._cfg = cfg
 
     @property
@@ -41,10 +54,67 @@ class Placement:
             InsufficientResources: it could, but other work occupies it.
         """
         self.choose_device()
-        self.group = placement_group([self.bundle] * self._cfg.workers, strategy="PACK")
+        self._reserve()
         if not self._wait(check_stop):
             message, permanent = self.shortage()
             raise ConfigError(message) if permanent else InsufficientResources(message)
+
+    def move(self, check_stop: Callable[[], None]) -> None:
+        """Reserve resources on other hosts, as `avoided` says. Ray ends the workers of the group.
+
+        Args:
+            check_stop: as for `reserve`.
+
+        Raises:
+            InsufficientResources: there are none.
+        """
+        self.free()
+        self._reserve()
+        self.keep(check_stop)
+
+    def _reserve(self) -> None:
+        workers, selector = self._cfg.workers, self.selector()
+        self.group = placement_group(
+            [self.bundle] * workers,
+            strategy="PACK",
+            bundle_label_selector=[selector] * workers if selector else None,
+        )
+
+    def host_of(self, rank: int) -> str:
+        """Ray's id of the host on which a rank's resources are; empty: not known."""
+        assert self.group is not None
+        return str(placement_group_table(self.group)["bundles_to_node_id"].get(rank, ""))
+
+    def disconnected(self, links: Mapping[frozenset[str], str], keep: str = "") -> None:
+        """Avoid hosts so that all others can reach each other, as long as the others are alive.
+
+        Args:
+            links: pairs of hosts that cannot, by Ray's ids -> what is wrong, in words.
+            keep: the host that should rather not be avoided.
+        """
+        capacity = {
+            node_id: capacity_of(self.bundle, node["Resources"])
+            for node_id, node in alive_nodes().items()
+        }
+        avoided = to_avoid(links, capacity, keep)
+        for link, text in links.items():
+            for host in link & avoided:
+                (other,) = link - {host}
+                self._links.append((host, other, text))
+
+    def avoided(self) -> set[str]:
+        """Ray's ids of the hosts on which no worker should start."""
+        alive = alive_nodes()
+        return self.lost.keys() | {host for host, other, _ in self._links if other in alive}
+
+    def selector(self) -> dict[str, str]:
+        """Ray's label selector of the hosts to use; empty: all."""
+        hosts = self.avoided()
+        return {NODE_ID_LABEL_KEY: f"!in({','.join(sorted(hosts))})"} if hosts else {}
+
+    def fits(self) -> bool:
+        """Whether the hosts that are not avoided could hold all workers."""
+        return not self.shortage()[1]
 
     def keep(self, check_stop: Callable[[], None]) -> None:
         """Wait until every worker has its resources again; returns at once unless a node was lost.
@@ -94,13 +164,19 @@ class Placement:
 
     def shortage(self) -> tuple[str, bool]:
         """The reason why resources were missing, and whether the cluster can never have them."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        missing, permanent = shortage(
-            self.bundle, self._cfg.workers, nodes, ray.available_resources()
-        )
+        avoided = self.avoided()
+        usable = {id_: node for id_, node in alive_nodes().items() if id_ not in avoided}
+        available = state.available_resources_per_node()
+        free: Counter[str] = Counter()
+        for node_id in usable:
+            free.update(available.get(node_id, {}))
+        nodes = [node["Resources"] for node in usable.values()]
+        missing, permanent = shortage(self.bundle, self._cfg.workers, nodes, free)
+        reasons = [f"{name} is lost" for name in self.lost.values()]
+        reasons += [text for host, _, text in self._links if host in avoided]
         message = (
             f"no room for cluster.workers={self._cfg.workers} within cluster.start_timeout_s="
-            f"{self._cfg.start_timeout_s:g}: {missing}"
+            f"{self._cfg.start_timeout_s:g}: {'; '.join([*reasons, missing])}"
         )
         return message, permanent
 
@@ -145,12 +221,40 @@ def shortage(
         f"{amount * workers:g} {kind} needed, {free.get(kind, 0):g} of {total[kind]:g} free"
         for kind, amount in bundle.items()
     )
-    capacity = sum(
-        min(math.floor(node.get(kind, 0) / amount) for kind, amount in bundle.items())
-        for node in nodes
-    )
+    capacity = sum(capacity_of(bundle, node) for node in nodes)
     enough_in_total = all(amount * workers <= total[kind] for kind, amount in bundle.items())
     if capacity < workers and enough_in_total:
         needed = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
         missing += f"; each worker needs {needed} of one node, and only {capacity} find that"
+    if 0 < capacity < workers:
+        missing += f"; add hosts, or set cluster.workers={capacity}"
     return missing, capacity < workers
+
+
+def capacity_of(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
+    """The number of workers that a node can hold."""
+    return min(math.floor(node.get(kind, 0) / amount) for kind, amount in bundle.items())
+
+
+def to_avoid(
+    links: Iterable[Collection[str]], capacity: Mapping[str, int], keep: str = ""
+) -> set[str]:
+    """The hosts without which any two of the others can reach each other.
+
+    Args:
+        links: pairs of hosts that cannot.
+        capacity: the number of workers that each living host can hold.
+        keep: the host to rather use.
+
+    Returns:
+        Repeatedly the host that most of the others cannot reach; among equals the one that holds
+        the fewest workers.
+    """
+    rest = [link for link in links if all(host in capacity for host in link)]
+    found: set[str] = set()
+    while rest:
+        counts = Counter(host for link in rest for host in link)
+        worst = max(counts, key=lambda h: (counts[h], h != keep, -capacity[h], h))
+        found.add(worst)
+        rest = [link for link in rest if worst not in link]
+    return found

@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -26,6 +26,7 @@ from trainer.cluster.group import (
     WorkerFunction,
 )
 from trainer.cluster.heartbeat import POLL_INTERVAL_S, HeartbeatMonitor, HeartbeatStatus
+from trainer.cluster.nodes import alive_nodes, lost_nodes
 from trainer.cluster.placement import Placement
 from trainer.cluster.recruits import Rank
 from trainer.cluster.streams import END, died, put, ready, receive, startup_errors
@@ -35,6 +36,7 @@ from trainer.errors import ConfigError, RunError
 IDLE_WAIT_S = 5.0  # how long a worker may take to return from a failed function
 COLLECTIVE_FACTOR = 2.0  # timeout of collectives / hang_timeout_s: the monitor must be faster
 START_MARGIN_S = 5.0  # how long an answer may take to arrive, in addition to what it waits for
+FAILED_WAIT_S = 2.0  # how long to wait for further failures after a rank could not connect
 START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 
 
@@ -53,6 +55,7 @@ class RayGroup:
         self._runs = 0  # number of the current or last run
         self._suspects: set[int] = set()  # ranks that others have lost in the last run
         self._head_lost = False  # as far as reported
+        self._moves: list[str] = []  # why workers started on other hosts
 
     @property
     def size(self) -> int:
@@ -68,6 +71,7 @@ class RayGroup:
     def notices(self) -> list[str]:
         """See `WorkerGroup`."""
         lines = [self._placement.notice] if self._placement.notice else []
+        lines += self._moves
         if self._connection.private and self._placement.device == "cpu":
             crowded = too_few_cpus(self._cfg, available_cpus())
             lines += [crowded] if crowded else []
@@ -78,7 +82,7 @@ class RayGroup:
         self._connection.open()
         self._check_stop()
         self._placement.reserve(self._check_stop)
-        self._ranks = [Rank(self._new_actor(rank)) for rank in range(self.size)]
+        self._ranks = [self._new_rank(rank) for rank in range(self.size)]
         self._wait_until_up()
         if self._placement.device == "cuda" and self._ranks_without_gpu():
             self._placement.device = self._placement.without_cuda(
@@ -87,23 +91,22 @@ class RayGroup:
         self._connect()
 
     def restart(self) -> None:
-        """Replace the lost workers; the others stay warm."""
-        idle = {rank.actor.identity.remote(): number for number, rank in enumerate(self._ranks)}
-        deadline = time.monotonic() + IDLE_WAIT_S
-        while idle:
-            answered, silent = ray.wait(list(idle), timeout=max(0, deadline - time.monotonic()))
-            for ref in answered or silent:
-                number = idle.pop(ref)
-                if not answered:
-                    self._kill(self._ranks[number])
-                elif not died(ref):
-                    continue
-                self._ranks[number] = Rank(self._new_actor(number))
+        """Replace the lost workers; the others stay warm, unless all have to move."""
+        self._connection.check_head()
+        lost = self._end_lost()
+        hosts = {self._ranks[number].node_id: self._ranks[number].node for number in lost}
+        hosts |= self._placement.lost  # by an earlier restart: they may answer again
+        gone = lost_nodes(hosts)
+        self._placement.lost = {node_id: hosts[node_id] for node_id in gone}
+        if gone & alive_nodes().keys() and self._placement.fits():
+            self._move(f"{' and '.join(self._placement.lost.values())} lost")
+        else:  # Ray itself moves what it has reserved on a host, as soon as it knows of the loss
+            for number in lost:
+                self._ranks[number] = self._new_rank(number)
         self._wait_until_up()
         if self._placement.device == "cuda" and (blind := self._ranks_without_gpu()):
-            lost = blind[0]
             raise InsufficientResources(
-                f"worker {lost} on {self.nodes[lost]}: torch sees no GPU there any more"
+                f"worker {blind[0]} on {self.nodes[blind[0]]}: torch sees no GPU there any more"
             )
         self._connect()
 
@@ -220,43 +223,149 @@ class RayGroup:
         if rank is not None:
             assert self._placement.group is not None
             strategy = PlacementGroupSchedulingStrategy(self._placement.group, rank)
+            selector = None  # its resources are reserved
+        else:
+            selector = self._placement.selector()
         return (
             ray.remote(concurrency_groups={CONTROL: 1})(Worker)  # type: ignore[call-overload]
             .options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=strategy,
+                label_selector=selector,
             )
             .remote(threads, self._cfg.nice, paths)
         )
 
+    def _new_rank(self, rank: int) -> Rank:
+        """Request the worker of a rank; it starts where its resources are reserved."""
+        host = self._placement.host_of(rank)  # first, as Ray may move it meanwhile
+        return Rank(self._new_actor(rank), node_id=host)
+
+    def _end_lost(self) -> list[int]:
+        """End the workers that do not answer. Returns the ranks of all that are lost."""
+        idle = {rank.actor.identity.remote(): number for number, rank in enumerate(self._ranks)}
+        _, silent = ray.wait(list(idle), num_returns=len(idle), timeout=IDLE_WAIT_S)
+        for ref in silent:
+            self._kill(self._ranks[idle[ref]])
+        return sorted(idle[ref] for ref in idle if ref in silent or died(ref))
+
+    def _move(self, reason: str) -> None:
+        """Start all workers again, on hosts that the placement does not avoid."""
+        self._moves.append(f"{reason}: the workers start on other hosts")
+        self._placement.move(self._check_stop)
+        self._ranks = [self._new_rank(rank) for rank in range(self.size)]
+
     def _wait_until_up(self) -> None:
-        """Wait until every worker is up, and record its identity."""
-        answers = [rank.actor.identity.remote() for rank in self._ranks]
+        """Wait until every worker is up, and record its identity.
+
+        A worker whose host was lost before it was up is requested again.
+        """
         deadline = time.monotonic() + START_WAIT_S
-        waiting = answers
+        waiting = {rank.actor.identity.remote(): number for number, rank in enumerate(self._ranks)}
         with startup_errors():
             while waiting:
-                up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_INTERVAL_S)
-                ray.get(up)  # raises if one has died
+                refs = list(waiting)
+                up, _ = ray.wait(refs, num_returns=len(refs), timeout=POLL_INTERVAL_S)
+                for ref in up:
+                    number = waiting.pop(ref)
+                    rank = self._ranks[number]
+                    try:
+                        rank.node, rank.node_id, rank.pid, rank.started = ray.get(ref)
+                    except RayActorError:
+                        if rank.node_id in alive_nodes():
+                            raise
+                        rank = self._ranks[number] = self._new_rank(number)
+                        waiting[rank.actor.identity.remote()] = number
                 self._check_stop()
                 self._placement.keep(self._check_stop)
                 if time.monotonic() > deadline:
                     raise GetTimeoutError(f"they are not up after {START_WAIT_S:g} s")
-            for rank, identity in zip(self._ranks, ray.get(answers), strict=True):
-                rank.node, rank.node_id, rank.pid = identity
 
     def _connect(self, keep: bool = False) -> None:
         """Connect the workers with one another in a new group.
 
+        If two of their hosts cannot reach each other, all start again without one of the two.
+
         Args:
             keep: whether the group may continue from a state that the first worker keeps.
         """
-        with startup_errors():
-            failures = ray.get(self._request_connect(self._wait_s, keep), timeout=START_WAIT_S)
-        for failure in failures:
-            if failure is not None:
-                raise RunError(f"the workers did not start: {failure.reason}", failure.detail)
+        while True:
+            lost, failures = self._try_connect(self._wait_s, keep)
+            if not lost and not failures:
+                return
+            links = self._broken_links(failures)
+            if not links or keep:
+                for failure in failures.values():
+                    raise RunError(f"the workers did not start: {failure.reason}", failure.detail)
+                rank = lost[0]
+                raise RunError(f"worker {rank} on {self.nodes[rank]} was lost while it connected")
+            self._move("; ".join(links))
+            self._wait_until_up()
+
+    def _try_connect(self, timeout_s: float, keep: bool) -> tuple[list[int], dict[int, Failure]]:
+        """Let the workers form a new group.
+
+        Args:
+            timeout_s: how long they may take, in seconds.
+            keep: as for `_connect`.
+
+        Returns:
+            The ranks that died or do not answer, and the failures of others; neither: it worked.
+            After a failure, ranks that still wait for it are none of them.
+        """
+        try:
+            pending = self._request_connect(timeout_s, keep)
+        except RayError:
+            return [0], {}
+        lost, failures = [], {}
+        waiting = {ref: number for number, ref in enumerate(pending)}
+        deadline = time.monotonic() + timeout_s + START_MARGIN_S
+        while waiting:
+            found, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not found:
+                break
+            number = waiting.pop(found[0])
+            try:
+                failure: Failure | None = ray.get(found[0])
+            except RayError:
+                lost.append(number)
+            else:
+                if failure is None:
+                    continue
+                failures[number] = failure
+            deadline = min(deadline, time.monotonic() + FAILED_WAIT_S)
+        silent = self._silent(waiting.values())
+        return [*lost, *silent], failures
+
+    def _silent(self, ranks: Iterable[int]) -> list[int]:
+        """Those of the ranks whose worker does not answer, whatever it executes."""
+        asked = {self._ranks[rank].actor.heartbeat.remote(): rank for rank in ranks}
+        if not asked:
+            return []
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=IDLE_WAIT_S)
+        return [rank for ref, rank in asked.items() if ref not in answered or died(ref)]
+
+    def _broken_links(self, failures: Mapping[int, Failure]) -> list[str]:
+        """Remember the hosts that cannot reach each other, and return them in words.
+
+        Args:
+            failures: why ranks could not connect.
+        """
+        pairs = [
+            (rank, failure.lost_rank)
+            for rank, failure in failures.items()
+            if failure.lost_rank is not None and failure.is_unreachable
+        ]
+        silent = set(self._silent({rank for pair in pairs for rank in pair}))
+        links = {}
+        for pair in pairs:
+            one, other = (self._ranks[rank] for rank in pair)
+            if silent.isdisjoint(pair) and one.node_id != other.node_id:
+                text = f"{one.node} cannot reach {other.node}"
+                links[frozenset((one.node_id, other.node_id))] = text
+        self._placement.disconnected(links, keep=self._ranks[0].node_id)
+        return [*links.values()]
 
     def _request_connect(self, timeout_s: float, keep: bool) -> list[Any]:
         """Let the workers form a new group. Returns the pending answers of all ranks.
@@ -301,17 +410,19 @@ class RayGroup:
         if not rank.pid:  # it never started
             return
         if rank.node_id == ray.get_runtime_context().get_node_id():
-            with contextlib.suppress(OSError):  # it has ended
-                os.kill(rank.pid, signal.SIGKILL)
+            kill_process(rank.pid, rank.started)
             return
         on_its_node = NodeAffinitySchedulingStrategy(rank.node_id, soft=False)
-        _kill_process.options(scheduling_strategy=on_its_node).remote(rank.pid)
+        task = ray.remote(num_cpus=0)(kill_process)
+        task.options(scheduling_strategy=on_its_node).remote(rank.pid, rank.started)
 
     def _hung(self, rank: int, last: HeartbeatStatus | None) -> WorkerFailed:
         reason = f"no progress for cluster.hang_timeout_s={self._cfg.hang_timeout_s:g}"
         detail = f"last seen {last.where}" if last else "no heartbeat was received before"
         position = last.position if last else None
-        return WorkerFailed(rank, self.nodes[rank], f"{reason}; {detail}", detail, position)
+        has_left = bool(lost_nodes([self._ranks[rank].node_id]))
+        reason = f"{reason}; {detail}"
+        return WorkerFailed(rank, self.nodes[rank], reason, detail, position, has_left)
 
     def _kill_if_unusable(self, rank: int, failure: Failure) -> None:
         """End a worker that cannot be reused after its failure."""
@@ -381,12 +492,17 @@ class RayGroup:
             rank: of the worker that was lost.
             reported: whether Ray, or the worker itself, has reported its end.
         """
-        if not self._connection.answers():
-            return False
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return self._ranks[rank].node_id not in alive
+        return self._connection.answers() and bool(lost_nodes([self._ranks[rank].node_id]))
 
 
-@ray.remote(num_cpus=0)
-def _kill_process(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+def kill_process(pid: int, started: float) -> None:
+    """End a process of this host at once, unless it has ended and its id was given to another.
+
+    Args:
+        pid: its id.
+        started: when it started, in seconds since 1970.
+    """
+    with contextlib.suppress(psutil.Error):  # it has ended
+        process = psutil.Process(pid)
+        if abs(process.create_time() - started) < 1:
+            process.kill()

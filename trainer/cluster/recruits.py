@@ -1,7 +1,7 @@
 """Workers that start in the background, to join a group of an elastic run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ class Rank:
     node: str = ""  # host name
     node_id: str = ""  # Ray's id of the host
     pid: int = 0
+    started: float = 0.0  # when the process started, in seconds since 1970
 
 
 class Recruits:
@@ -55,6 +56,13 @@ class Recruits:
         """Remove up to `limit` workers that are ready, and return them."""
         taken, self._ready = self._ready[: max(0, limit)], self._ready[max(0, limit) :]
         return taken
+
+    def discard(self, node_ids: Collection[str]) -> None:
+        """End the workers that are ready on some hosts."""
+        for rank in self._ready:
+            if rank.node_id in node_ids:
+                ray.kill(rank.actor)
+        self._ready = [rank for rank in self._ready if rank.node_id not in node_ids]
 
     def actors(self) -> list[Any]:
         """All workers that have not been taken."""

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -40,9 +41,10 @@ class Worker:
         self._stopped_run = 0  # number of the last run that was requested to stop
         self._changed_run = 0  # number of the last run that was requested to change its members
 
-    def identity(self) -> tuple[str, str, int]:
-        """Host name, Ray's node id and process id. Answers once the process is up and idle."""
-        return socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid()
+    def identity(self) -> tuple[str, str, int, float]:
+        """The fields of `Rank` but for its actor. Answers once the process is up and idle."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return socket.gethostname(), node_id, os.getpid(), psutil.Process().create_time()
 
     def sees_cuda(self) -> bool:
         """Whether torch can use a GPU in this process."""
@@ -107,8 +109,13 @@ class Worker:
             world = World.connect(rank, size, host, port, place, timeout_s, server, token, wait_s)
         except RunError as error:
             cause = error.__cause__
-            lost = cause.rank if isinstance(cause, PeerLost) else None
-            return Failure(str(error), traceback.format_exc(), lost_rank=lost)
+            peer = cause if isinstance(cause, PeerLost) else None
+            return Failure(
+                str(error),
+                traceback.format_exc(),
+                lost_rank=peer.rank if peer else None,
+                is_unreachable=peer is not None and peer.unreachable,
+            )
         if rank == 0:
             world.kept = self._handover
         self._world = world

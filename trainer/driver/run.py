@@ -208,6 +208,7 @@ class _Run:
         self.loggers: list[Sink] = []  # chosen by `logger`; a failure of theirs ends no run
         self.members = Members(config.cluster)
         self.experiment: Any = None  # an Experiment, once it is built
+        self.noticed = 0  # notices of the group that have been shown
         self.head_lost: HeadLost | None = None  # until it recovers
         self.started = False  # once a worker has sent a message, the directory is kept
 
@@ -241,7 +242,7 @@ class _Run:
                 raise
             self.directory.log(getattr(error, "detail", "") or traceback.format_exc())
             self._end("failed", first_line(error))
-            if isinstance(error, ClusterLost):
+            if isinstance(error, ClusterLost | InsufficientResources):
                 self._notify_resume()
             raise RunError(
                 f"{first_line(error)} (more in {self.directory.path}/log.txt)"
@@ -272,10 +273,15 @@ class _Run:
                 ready.result()  # if the configuration is wrong, raise that error instead
                 raise
             ready.result()
+        self._workers_started(group)
+
+    def _workers_started(self, group: WorkerGroup) -> None:
+        """Report where the workers are, and what the group has to say about it, once."""
         self.on(WorkersStarted(group.nodes))
         if group is not self.borrowed:
-            for line in group.notices:
+            for line in group.notices[self.noticed :]:
                 self.notify(line)
+            self.noticed = len(group.notices)
 
     def _prepare(self) -> None:
         """Build and check the experiment, and open the sinks, before there are workers."""
@@ -321,7 +327,7 @@ class _Run:
                 self.members.begin(group, leave_at)
             else:
                 self.members.change(group)
-            self.on(WorkersStarted(group.nodes))
+            self._workers_started(group)
             point, position, continues = self._rewind()
 
     def _evaluate(self, group: WorkerGroup) -> None:
@@ -417,7 +423,7 @@ class _Run:
             raise
         except RunError as error:  # another worker was lost meanwhile
             self._restart(group, error, WorkerLoss(str(error), None), losses)
-        self.on(WorkersStarted(group.nodes))
+        self._workers_started(group)
 
     def _rewind(self) -> tuple[ResumePoint, Position, bool]:
         """Find where the run continues, and let the sinks discard later reports.

@@ -23,6 +23,7 @@ _SET, _GET = b"S", b"G"
 _FOUND, _MISSING = b"F", b"M"
 _MAX_BYTES = 1 << 20  # of a key or a value; addresses take less than a kilobyte
 _TOKEN_TIMEOUT_S = 5.0  # a client that has not sent the token by then is no rank of the group
+_ANSWER_S = 10.0  # in which the kernel of a host that can be reached accepts or refuses
 _RETRY_S = 0.1  # between two attempts to connect while nobody listens
 
 
@@ -166,7 +167,7 @@ def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
     while True:
         remaining = deadline - time.monotonic()
         try:
-            return socket.create_connection((host, port), max(remaining, 0.001))
+            return socket.create_connection((host, port), max(min(remaining, _ANSWER_S), 0.001))
         except ConnectionRefusedError:
             if remaining <= _RETRY_S:
                 raise

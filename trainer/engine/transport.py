@@ -22,9 +22,9 @@ from torch.distributed import Store
 
 _HELLO = 20  # bytes: 16 of the group's token, 4 of the caller's rank
 _HELLO_TIMEOUT_S = 5.0  # a caller that has not sent its token by then is no rank of the group
-_SILENT_S = 10.0  # a host whose kernel acknowledges nothing for so long is lost
+SILENT_S = 10.0  # a host whose kernel acknowledges nothing for so long is lost
 _CHECK_S = 1.0  # between two checks of that, while nothing arrives
-_KEEPALIVE = {  # of a connection without traffic: together they take _SILENT_S
+_KEEPALIVE = {  # of a connection without traffic: together they take SILENT_S
     "TCP_KEEPIDLE": 4,  # seconds until the first probe
     "TCP_KEEPINTVL": 2,  # seconds between probes
     "TCP_KEEPCNT": 3,  # probes without an answer
@@ -37,11 +37,19 @@ class PeerLost(ConnectionError):
 
     Attributes:
         rank: The other rank.
+        unreachable: Whether no connection was possible, although nothing refused it.
     """
 
-    def __init__(self, message: str, rank: int) -> None:
+    def __init__(self, message: str, rank: int, unreachable: bool = False) -> None:
         super().__init__(message)
         self.rank = rank
+        self.unreachable = unreachable
+
+    @classmethod
+    def connecting(cls, rank: int, peer: int, host: str, error: OSError) -> "PeerLost":
+        """The failure of `rank` to connect to `peer` at `host`."""
+        refused = isinstance(error, ConnectionError)
+        return cls(f"rank {rank} cannot reach rank {peer} at {host}: {error}", peer, not refused)
 
 
 class Handle(Protocol):
@@ -127,7 +135,7 @@ class _Peer:
         return moved
 
     def is_silent(self) -> bool:
-        """Whether the peer's kernel has acknowledged nothing for `_SILENT_S` of retransmissions.
+        """Whether the peer's kernel has acknowledged nothing for `SILENT_S` of retransmissions.
 
         The kernel of a host that runs acknowledges data also while our peer computes or is
         suspended, so that this tells a lost host or network from a slow peer. (Linux only; the
@@ -141,7 +149,7 @@ class _Peer:
             return False
         retransmits: int = info[2]
         (milliseconds,) = struct.unpack_from("I", info, 56)  # since the last acknowledgment
-        return retransmits > 0 and milliseconds >= _SILENT_S * 1000
+        return retransmits > 0 and milliseconds >= SILENT_S * 1000
 
 
 class _TcpExchange:
@@ -199,7 +207,7 @@ class TcpTransport:
                 if peer.is_silent():
                     self._error = PeerLost(
                         f"rank {self.rank} lost rank {peer.rank}: its host has not answered for "
-                        f"{_SILENT_S:g} s",
+                        f"{SILENT_S:g} s",
                         peer.rank,
                     )
                     raise self._error
@@ -304,11 +312,10 @@ def connect_tcp(rank: int, size: int, store: Store, address: str, timeout_s: flo
         for peer in range(rank):
             host, port = store.get(f"address{peer}").decode().split()
             try:
-                sock = socket.create_connection((host, int(port)), timeout_s)
+                sock = socket.create_connection((host, int(port)), min(timeout_s, SILENT_S))
                 sock.sendall(token + rank.to_bytes(4, "little"))
             except OSError as error:
-                message = f"rank {rank} cannot reach rank {peer} at {host}: {error}"
-                raise PeerLost(message, peer) from error
+                raise PeerLost.connecting(rank, peer, host, error) from error
             peers[peer] = sock
         while len(peers) < size - 1:
             listener.settimeout(max(0.001, deadline - time.monotonic()))

@@ -26,7 +26,13 @@ from torch.distributed import PrefixStore, TCPStore
 from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.rendezvous import RendezvousServer, RendezvousStore
 from trainer.engine.ring import RingAllReduce, broadcast
-from trainer.engine.transport import NcclTransport, TcpTransport, Transport, connect_tcp
+from trainer.engine.transport import (
+    NcclTransport,
+    PeerLost,
+    TcpTransport,
+    Transport,
+    connect_tcp,
+)
 from trainer.errors import RunError
 from trainer.messages import Handover
 
@@ -127,7 +133,10 @@ class World:
                 token = server.token
             elif rank == 0:
                 server = RendezvousServer(host, port, token)
-            store = RendezvousStore(host, port, timeout_s, token)
+            try:
+                store = RendezvousStore(host, port, timeout_s, token)
+            except OSError as error:
+                raise PeerLost.connecting(rank, 0, host, error) from error
             address = _own_address(host, port)
             tcp = connect_tcp(rank, size, PrefixStore("tcp", store), address, timeout_s)
             transport: Transport = tcp

@@ -34,6 +34,8 @@ def describe(message: Message) -> str | None:
                 f"{_count(message.workers, 'worker')} {after} phase {message.phase + 1}, ready in "
                 f"{message.seconds:.1f} s: {message.reason}"
             )
+        case WorkersLost(counted=False):
+            return f"{message.reason}; its host is lost; restarting from the last checkpoint"
         case WorkersLost():
             return (
                 f"{message.reason}; restarting from the last checkpoint (restart {message.restart})"
