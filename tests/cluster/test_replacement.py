@@ -36,10 +36,12 @@ class Cluster:
     def __init__(self, monkeypatch, hosts):
         self.alive = list(hosts)  # as Ray sees them
         self.unreachable = set()
+        self.answers_heartbeat = True
         self.links = set()  # pairs of hosts without connection
         self.avoided = set()  # hosts of the present placement group's selector
         self.bundles = {}  # rank -> host
         self.created = []  # (rank, host) of each actor
+        self.busy = {}  # host -> how often its worker is asked until its function has returned
         placement = sys.modules["trainer.cluster.placement"]
         group = sys.modules["trainer.cluster.ray_group"]
         for module in (placement, group):
@@ -105,6 +107,11 @@ class Call:
         cluster, host = self.actor.cluster, self.actor.host
         if host not in cluster.alive:
             return True
+        if self.name == "heartbeat":
+            return cluster.answers_heartbeat and host not in cluster.unreachable
+        if self.name == "identity" and cluster.busy.get(host):
+            cluster.busy[host] -= 1
+            return False
         if host in cluster.unreachable:
             if self.name == "identity" and cluster.notices_at_next_wait:
                 cluster.alive.remove(host)
@@ -141,6 +148,7 @@ def died(call):
 @pytest.fixture
 def make(monkeypatch):
     def start(hosts):
+        monkeypatch.setattr("trainer.cluster.ray_group.SUSPECT_WAIT_S", 0)
         group = open_group(ClusterConfig(workers=2, device="cpu", start_timeout_s=0.01))
         cluster = Cluster(monkeypatch, hosts)
         cluster.notices_at_next_wait = False
@@ -167,7 +175,7 @@ def test_a_lost_host_that_ray_knows_of_is_replaced_and_the_others_stay_warm(make
 
 def test_all_move_away_from_a_silent_host_that_ray_still_takes_for_alive(make):
     group, cluster = make("abc")
-    cluster.unreachable = {"b"}
+    cluster.unreachable, group._suspects = {"b"}, {1}
     group.restart()
     assert group.nodes == ["a", "c"]
     assert group.notices == ["b lost: the workers start on other hosts"]
@@ -175,13 +183,14 @@ def test_all_move_away_from_a_silent_host_that_ray_still_takes_for_alive(make):
 
 def test_without_another_host_a_restart_waits_until_ray_notices_the_loss(make):
     group, cluster = make("ab")
+    group._suspects = {1}
     cluster.unreachable, cluster.notices_at_next_wait = {"b"}, False
     end_lost = group._end_lost
 
-    def then_notice():
-        lost = end_lost()
+    def then_notice(method):
+        answers = end_lost(method)
         cluster.notices_at_next_wait = True
-        return lost
+        return answers
 
     group._end_lost = then_notice
     with pytest.raises(
@@ -189,6 +198,17 @@ def test_without_another_host_a_restart_waits_until_ray_notices_the_loss(make):
     ):
         group.restart()
     assert cluster.created[0] == (1, "b")  # it is back if the host answers again
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_worker_that_others_have_lost_is_kept_if_it_answers(make, answers):
+    """It has closed its connections because it lost another worker, and stores its state."""
+    group, cluster = make("abc")
+    group.busy_wait_s, group._suspects, cluster.busy = 60, {1}, {"b": 3}
+    cluster.answers_heartbeat = answers
+    group.restart()
+    assert group.nodes == ["a", "b"]
+    assert cluster.created == ([] if answers else [(1, "b")])
 
 
 def test_a_worker_that_never_ran_because_its_host_was_lost_is_requested_again(make):

@@ -5,19 +5,17 @@ import dataclasses
 import time
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from trainer.cluster.group import InsufficientResources, Reformed
 from trainer.cluster.members import Answer, choose, to_drop
 from trainer.cluster.nodes import NodeMonitor
 from trainer.cluster.placement import Placement
-from trainer.cluster.ray_group import IDLE_WAIT_S, RayGroup
+from trainer.cluster.ray_group import RayGroup
 from trainer.cluster.recruits import Rank, Recruits
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
 
-SUSPECT_WAIT_S = 0.3  # extra time to wait for a worker that others have lost
 SETTLE_S = 5.0  # at the start: how long to wait for another worker beyond `min_workers`
 CONNECT_WAIT_S = 10.0  # how long the members may take to connect with one another
 POLL_S = 0.05  # between two checks whether enough workers are ready
@@ -37,6 +35,7 @@ class ElasticGroup(RayGroup):
         super().__init__(cfg)
         assert cfg.min_workers is not None
         self._minimum = cfg.min_workers
+        self.busy_wait_s = cfg.hang_timeout_s  # its state is worth waiting for
         # The device, and the message about missing resources, are those of the smallest group.
         self._placement = Placement(dataclasses.replace(cfg, workers=self._minimum))
         self._recruits = Recruits(lambda: self._new_actor(None))
@@ -99,27 +98,8 @@ class ElasticGroup(RayGroup):
 
     def _answers(self) -> list[Answer]:
         """Ask all members which state they keep; those that do not answer are ended."""
-        pending = {rank.actor.kept.remote(): number for number, rank in enumerate(self._ranks)}
-        now = time.monotonic()
-        deadline, suspects_until = now + IDLE_WAIT_S, 0.0
-        answers = []
-        while pending:
-            until = deadline
-            if set(pending.values()) <= self._suspects:
-                suspects_until = suspects_until or time.monotonic() + SUSPECT_WAIT_S
-                until = min(deadline, suspects_until)
-            found, _ = ray.wait(list(pending), timeout=max(0.0, until - time.monotonic()))
-            for ref in found:
-                number = pending.pop(ref)
-                with contextlib.suppress(RayError):  # it has died
-                    kept = ray.get(ref)
-                    leaves = self._has_notice(self._ranks[number])
-                    answers.append(Answer(number, kept, leaves))
-            if not found:
-                break
-        for number in pending.values():
-            self._kill(self._ranks[number])
-        return answers
+        kept = self._end_lost("kept")
+        return [Answer(n, state, self._has_notice(self._ranks[n])) for n, state in kept.items()]
 
     def _reform(self, answers: list[Answer], *, keep: bool, settle_s: float = 0.0) -> Reformed:
         """Connect all available workers in a new group.

@@ -33,6 +33,7 @@ from trainer.cluster.streams import END, died, put, ready, receive, startup_erro
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError, RunError
 
+SUSPECT_WAIT_S = 1.0  # how long a worker that others have lost may take to answer at all
 IDLE_WAIT_S = 5.0  # how long a worker may take to return from a failed function
 COLLECTIVE_FACTOR = 2.0  # timeout of collectives / hang_timeout_s: the monitor must be faster
 START_MARGIN_S = 5.0  # how long an answer may take to arrive, in addition to what it waits for
@@ -43,6 +44,7 @@ START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 class RayGroup:
     """See `WorkerGroup`. The number of workers is fixed; trainer.cluster.elastic varies it."""
 
+    busy_wait_s = IDLE_WAIT_S  # the same for one that is not lost, as its heartbeat shows
     root_cause_wait_s = 1.0  # how long to wait for the root cause after a rank lost a peer
 
     def __init__(self, cfg: ClusterConfig) -> None:
@@ -93,7 +95,8 @@ class RayGroup:
     def restart(self) -> None:
         """Replace the lost workers; the others stay warm, unless all have to move."""
         self._connection.check_head()
-        lost = self._end_lost()
+        idle = self._end_lost("identity")
+        lost = [number for number in range(self.size) if number not in idle]
         hosts = {self._ranks[number].node_id: self._ranks[number].node for number in lost}
         hosts |= self._placement.lost  # by an earlier restart: they may answer again
         gone = lost_nodes(hosts)
@@ -242,13 +245,42 @@ class RayGroup:
         host = self._placement.host_of(rank)  # first, as Ray may move it meanwhile
         return Rank(self._new_actor(rank), node_id=host)
 
-    def _end_lost(self) -> list[int]:
-        """End the workers that do not answer. Returns the ranks of all that are lost."""
-        idle = {rank.actor.identity.remote(): number for number, rank in enumerate(self._ranks)}
-        _, silent = ray.wait(list(idle), num_returns=len(idle), timeout=IDLE_WAIT_S)
-        for ref in silent:
-            self._kill(self._ranks[idle[ref]])
-        return sorted(idle[ref] for ref in idle if ref in silent or died(ref))
+    def _end_lost(self, method: str) -> dict[int, Any]:
+        """Ask all workers, whose function has failed, and end those that cannot answer.
+
+        A worker that still executes something, such as storing its state, answers its heartbeat.
+
+        Args:
+            method: of the workers, which answer when no function runs.
+
+        Returns:
+            The answers by rank; the other workers are lost.
+        """
+        pending = {
+            getattr(r.actor, method).remote(): number for number, r in enumerate(self._ranks)
+        }
+        beats = {rank.actor.heartbeat.remote(): number for number, rank in enumerate(self._ranks)}
+        limits = [SUSPECT_WAIT_S if n in self._suspects else IDLE_WAIT_S for n in range(self.size)]
+        answers, begun = {}, time.monotonic()
+        while pending:
+            until = begun + min(limits[rank] for rank in pending.values())
+            refs = [*pending, *beats]
+            found, _ = ray.wait(refs, timeout=max(0.0, until - time.monotonic()))
+            for ref in found:
+                if ref in beats:
+                    rank = beats.pop(ref)
+                    if not died(ref):
+                        limits[rank] = self.busy_wait_s
+                    continue
+                rank = pending.pop(ref)
+                with contextlib.suppress(RayError):  # it has died
+                    answers[rank] = ray.get(ref)
+            if not found:
+                for ref, rank in list(pending.items()):
+                    if time.monotonic() - begun >= limits[rank]:
+                        self._kill(self._ranks[rank])
+                        del pending[ref]
+        return answers
 
     def _move(self, reason: str) -> None:
         """Start all workers again, on hosts that the placement does not avoid."""
