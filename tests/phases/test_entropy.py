@@ -78,12 +78,19 @@ def test_lambda_grows_along_the_ramp() -> None:
     assert weights[29] == weights[-1] == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize(("target", "grows"), [(100, True), (100_000, False)])
+@pytest.mark.parametrize(("target", "grows"), [(10, True), (100_000, False)])
 def test_lambda_follows_the_size_of_the_file(target: int, grows: bool) -> None:
     weights = train(EntropyPenalty(1.0, bytes=target, epochs=1), make_model())
     assert sorted(weights, reverse=not grows) == weights
     assert (weights[-1] > 2 / 8000) == grows
     assert (weights[-1] < 0.5 / 8000) != grows
+
+
+def test_a_file_may_be_larger_than_the_target_at_first() -> None:
+    at_once = train(EntropyPenalty(1.0, bytes=300, ramp=0.0, epochs=1), make_model())
+    later = train(EntropyPenalty(1.0, bytes=300, ramp=0.5, epochs=1), make_model())
+    assert later[4] < at_once[4]
+    assert later[4] < later[-1]
 
 
 def test_pruned_weights_stay_zero_unless_they_may_grow_back() -> None:

@@ -26,6 +26,7 @@ from trainer.phases.retrain import surviving
 # fit if the file is too large by a factor of e, and the most by which it may grow. Sizes follow
 # lambda within some percent of a fit, so that a larger gain would overshoot.
 _CONTROLS, _GAIN, _MAX_RATE = 40, 8.0, 12.0
+_ALLOWANCE = 2.0  # logarithm of how many times larger than the target a file may be at the start
 _CODER_SECONDS = 0.5  # CPU time for the coder at each change, estimated
 
 
@@ -47,7 +48,8 @@ class EntropyPenalty(Phase):
         bytes: Size of the model file at which training aims. Lambda then begins with `size_weight`
             and grows while the file is larger, or falls while it is smaller. None: it is constant
             after the ramp.
-        ramp: Fraction of the steps in which lambda grows linearly from 0; without `bytes`.
+        ramp: Fraction of the steps in which lambda grows linearly from 0. With `bytes`, the one in
+            which the aim falls to `bytes` from 7 times that size.
         step: First step of each grid, in root mean squares of the layer's weights.
         refresh: Optimizer steps after which the costs are counted again.
         vectors: Whether biases and norms are coded as well.
@@ -136,7 +138,8 @@ class EntropyPenalty(Phase):
         elif step % max(1, total // _CONTROLS) == 0:
             size = found[0][0].weight.new_tensor(_file_bytes(model) if world.rank == 0 else 0)
             world.broadcast([size])
-            rate = _GAIN * math.log(float(size) / self.bytes)
+            allowed = _ALLOWANCE * max(0.0, 1 - step / max(1.0, self.ramp * total))
+            rate = _GAIN * (math.log(float(size) / self.bytes) - allowed)
             factor = math.exp(min(max(rate, -_MAX_RATE), _MAX_RATE) / _CONTROLS)
             weight = float(found[0][0].weight) * factor
         else:
