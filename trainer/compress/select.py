@@ -4,6 +4,7 @@ Names are logical ("fc1.weight", "lstm.weight_hh_l0"): the same before, in and a
 never those of the parametrizations that a phase installs.
 """
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,6 +18,8 @@ from trainer.compress.parametrize import trainable_parameter
 from trainer.errors import ConfigError
 
 T = TypeVar("T")
+
+_LISTED = 8  # names that a message lists; of more names the closest ones
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)  # scale and bias have two dimensions where two are normalized
 _LAYERS = (
@@ -96,6 +99,18 @@ def parameters(model: nn.Module) -> dict[str, list[ParameterRef]]:
     return found
 
 
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters that require a gradient, by logical name; a tied one by its first name.
+
+    They are those that the optimizer sees: of a compressed weight, the tensor that makes it.
+    Parameters without dimensions, which are neither in `weights` nor in `vectors`, are included.
+    """
+    found = {name: places[0].trainable for name, places in parameters(model).items()}
+    known = {id(p) for p in found.values()}
+    found |= {name: p for name, p in model.named_parameters() if id(p) not in known}
+    return {name: p for name, p in found.items() if p.requires_grad}
+
+
 def _is_weight(places: Sequence[ParameterRef]) -> bool:
     """Whether a parameter is a weight in one of its places; see `weights`."""
     if any(isinstance(module, _LAYERS) and _WEIGHT.fullmatch(name) for module, name in places):
@@ -120,9 +135,7 @@ def match_patterns(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str,
     for pattern, value in patterns.items():
         hit = [name for name in names if matches(pattern, name)]
         if not hit:
-            raise ConfigError(
-                f"pattern {pattern!r} matches no weight; there are {', '.join(names)}"
-            )
+            raise ConfigError(f"pattern {no_match(pattern, names)}")
         result.update(dict.fromkeys(hit, value))
     return {name: result[name] for name in names if name in result}
 
@@ -134,6 +147,15 @@ def matches(pattern: str, name: str) -> bool:
             return True
         name = module_of(name)
     return False
+
+
+def no_match(pattern: str, names: Sequence[str], what: str = "weight") -> str:
+    """The message for a pattern that matches none of `names`; of many names the closest ones."""
+    if len(names) <= _LISTED:
+        return f"{pattern!r} matches no {what}; there are {', '.join(names) or 'none'}"
+    words = [*names, *dict.fromkeys(module_of(name) for name in names if module_of(name))]
+    close = difflib.get_close_matches(pattern, words, _LISTED, cutoff=0)
+    return f"{pattern!r} matches no {what}; the closest names are {', '.join(close)}"
 
 
 def select_weights(

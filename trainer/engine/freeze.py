@@ -11,7 +11,7 @@ from math import inf
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer.compress.select import matches, parameters
+from trainer.compress.select import matches, no_match, trainable_parameters
 from trainer.config import FitConfig
 from trainer.errors import ConfigError
 
@@ -31,7 +31,9 @@ class Freezing:
     def __init__(self, model: nn.Module, freeze: Mapping[str, int | None], epochs: int) -> None:
         self._model = model
         until = _frozen_until(model, freeze)
-        self._until = [(p, until[name]) for name, p in _named(model).items() if name in until]
+        self._until = [
+            (p, until[name]) for name, p in trainable_parameters(model).items() if name in until
+        ]
         whole = {id(p) for p, end in self._until if end >= epochs}
         self.trained = [p for p in model.parameters() if p.requires_grad and id(p) not in whole]
 
@@ -64,7 +66,7 @@ class Freezing:
 def frozen_values(model: nn.Module, fit: FitConfig) -> int:
     """Number of values that are frozen for the whole phase."""
     until = _frozen_until(model, fit.freeze)
-    named = _named(model)
+    named = trainable_parameters(model)
     return sum(named[name].numel() for name, end in until.items() if end >= fit.epochs)
 
 
@@ -75,13 +77,10 @@ def check_freeze(model: nn.Module, fit: FitConfig) -> None:
         model: With its initial weights; it may be on the meta device.
         fit: Settings of the phase.
     """
-    names = list(_named(model))
+    names = list(trainable_parameters(model))
     for pattern in fit.freeze:
         if not any(matches(pattern, name) for name in names):
-            raise ConfigError(
-                f"fit.freeze: {pattern!r} matches no trainable parameter; there are "
-                f"{', '.join(names)}"
-            )
+            raise ConfigError(f"fit.freeze: {no_match(pattern, names, 'trainable parameter')}")
     if fit.epochs and fit.freeze and len(_frozen_until(model, fit.freeze)) == len(names):
         raise ConfigError(
             f"fit.freeze={dict(fit.freeze)}: it freezes every parameter in the first epoch; leave "
@@ -89,18 +88,10 @@ def check_freeze(model: nn.Module, fit: FitConfig) -> None:
         )
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by logical name; a tied one by its first name."""
-    found = {name: places[0].trainable for name, places in parameters(model).items()}
-    known = {id(p) for p in found.values()}
-    found |= {name: p for name, p in model.named_parameters() if id(p) not in known}  # scalars
-    return {name: p for name, p in found.items() if p.requires_grad}
-
-
 def _frozen_until(model: nn.Module, freeze: Mapping[str, int | None]) -> dict[str, float]:
     """The epoch in which each frozen parameter is unfrozen, by logical name; infinity: never."""
     until: dict[str, float] = {}
-    for name in _named(model) if freeze else ():
+    for name in trainable_parameters(model) if freeze else ():
         for pattern, end in freeze.items():
             if matches(pattern, name):  # of several patterns the last one decides
                 until[name] = inf if end is None else end

@@ -24,9 +24,10 @@ from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs
 from trainer.engine.freeze import Freezing
 from trainer.engine.objective import Objective, Supervised
-from trainer.engine.optim import load_state, lr_factor, set_lr
+from trainer.engine.optim import load_state, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
+from trainer.engine.schedules import lr_factor
 from trainer.errors import Diverged
 
 Request = Callable[[], int]
@@ -97,7 +98,7 @@ def fit(
     objective = objective or Supervised(task)
     freezing = Freezing(model, cfg.freeze, cfg.epochs)
     parameters = freezing.trained
-    optimizer = runtime.optimizer.build(parameters)
+    optimizer = runtime.optimizer.build(parameters, model)
     peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
     step = updates = 0
     if start is not None:

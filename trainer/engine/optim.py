@@ -1,16 +1,16 @@
-"""Optimizers by name, and learning-rate schedules as pure functions of the step."""
+"""Optimizers by name, with groups of parameters that have settings of their own."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import FitConfig
 from trainer.config.instantiate import check_arguments, locate
+from trainer.engine.groups import LR_FACTOR, ParameterGroup, grouped, parse_groups
 from trainer.errors import ConfigError
 
 KERNEL_OPTIONS = {"fused", "foreach", "differentiable"}  # arguments that choose among kernels
@@ -22,17 +22,21 @@ class OptimizerSpec:
 
     kind: type[torch.optim.Optimizer]
     options: Mapping[str, Any]  # keyword arguments of the class, `lr` included
+    groups: Sequence[ParameterGroup] = ()  # parameters whose options differ
 
     @property
     def lr(self) -> float:
         """The peak learning rate of phases that set none."""
         return float(self.options["lr"])
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def build(
+        self, parameters: Iterable[nn.Parameter], model: nn.Module | None = None
+    ) -> torch.optim.Optimizer:
         """Make the optimizer, with torch's fused kernel if that is correct.
 
         Args:
             parameters: At least one; all on one device.
+            model: To which they belong, for the groups; None: all have the same options.
 
         Raises:
             ConfigError: The class rejects a setting, or there is no parameter.
@@ -52,7 +56,8 @@ class OptimizerSpec:
         if not KERNEL_OPTIONS & options.keys() and not wrong and _has_fused(kind, parameters):
             options["fused"] = True
         try:
-            optimizer = kind(parameters, **options)
+            groups = model is not None and grouped(model, parameters, self.groups)
+            optimizer = kind(groups or parameters, **options)
             optimizer.register_step_pre_hook(_complete_momenta)
             return optimizer
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -67,13 +72,16 @@ def parse_optimizer(
     """Parse and check the settings of an optimizer.
 
     Args:
-        settings: `_target_` (a subclass of torch.optim.Optimizer) and its keyword arguments.
+        settings: `_target_` (a subclass of torch.optim.Optimizer), its keyword arguments, and
+            `groups` (see `trainer.engine.groups.parse_groups`).
         objects: Classes by dotted path that cannot be imported.
 
     Raises:
         ConfigError: The class is unknown, cannot be used for data-parallel training, does not
             know an argument, or rejects a value.
     """
+    settings = dict(settings)
+    groups = settings.pop("groups", {})
     kind = locate("optimizer", settings, objects or {})
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ConfigError(
@@ -85,8 +93,13 @@ def parse_optimizer(
     lr = options.get("lr")
     if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
         raise ConfigError(f"optimizer.lr={lr}: it must be a number above 0")
-    spec = OptimizerSpec(kind, options)
+    spec = OptimizerSpec(kind, options, parse_groups(groups, kind))
     spec.build([nn.Parameter(torch.zeros(1))])
+    for group in spec.groups:
+        try:
+            OptimizerSpec(kind, options | group.options).build([nn.Parameter(torch.zeros(1))])
+        except ConfigError as error:
+            raise ConfigError(f"optimizer.groups.{group.name}: {error}") from error
     return spec
 
 
@@ -195,34 +208,11 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
                 moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def lr_factor(step: int, total: int, steps_per_epoch: int, fit: FitConfig) -> float:
-    """The factor on the peak learning rate at one step.
-
-    The warm-up rises linearly and reaches 1 at its last step; then the schedule follows. `cosine`
-    falls to 0 at `total` (Loshchilov & Hutter, SGDR, ICLR 2017, arXiv:1608.03983, without
-    restarts), `step` multiplies by `fit.step_gamma` every `fit.step_epochs` epochs counted from the
-    first step, `constant` stays at 1.
-
-    Args:
-        step: number of updates before this one; 0 is the first.
-        total: number of steps of the phase.
-        steps_per_epoch: number of steps of one epoch.
-        fit: names the schedule and its settings.
-    """
-    warmup = round(fit.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return (step + 1) / warmup
-    if fit.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-    if fit.schedule == "step":
-        return float(fit.step_gamma ** (step // (fit.step_epochs * steps_per_epoch)))
-    return 1.0
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times the factor of the group."""
     for group in optimizer.param_groups:
+        own = lr * group.get(LR_FACTOR, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own

@@ -30,6 +30,7 @@ from trainer.data.hashing import mix
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
 from trainer.engine.freeze import check_freeze
+from trainer.engine.groups import check_groups
 from trainer.engine.optim import OptimizerSpec, parse_optimizer
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
@@ -67,6 +68,7 @@ DEFAULT_OPTIMIZER = {
     "momentum": 0.9,
     "weight_decay": 0.0005,
     "nesterov": True,
+    "groups": {},
 }
 """The optimizer of experiments that name none; the same as conf/optimizer/sgd.yaml."""
 
@@ -93,8 +95,9 @@ class Experiment:
             `trainer.tasks.Regression(loss="huber")`, or of your own (docs/own-task.md), or a
             mapping with a `_target_`. By default `Classification()`.
         optimizer: A class or `functools.partial` of one, such as
-            `partial(torch.optim.AdamW, lr=1e-3)`, or a mapping with a `_target_`. By default SGD
-            with a learning rate of 0.02, momentum 0.9, Nesterov, and weight decay 0.0005.
+            `partial(torch.optim.AdamW, lr=1e-3)`, or a mapping with a `_target_`, which may have
+            `groups` (docs/training.md). By default SGD with a learning rate of 0.02, momentum 0.9,
+            Nesterov, and weight decay 0.0005.
         lr: Peak learning rate of phases that set none; overrides that of `optimizer`.
         name: Title, and default folder under outputs/.
         seed: Seeds initial weights, order of the samples, augmentation and dropout.
@@ -481,7 +484,8 @@ class Experiment:
         return model
 
     def check_phases(self, model: nn.Module) -> None:
-        """Raise ConfigError for a setting of a phase that does not fit `model`."""
+        """Raise ConfigError for a setting of a phase or the optimizer that does not fit `model`."""
+        check_groups(model, self.optimizer.groups)
         for name, phase in self.phases.items():
             try:
                 phase.check_model(model)
