@@ -189,12 +189,7 @@ def build_object(
     """
     function = locate(key, settings, objects or {})
     check_arguments(key, function, settings)
-    accepted = _parameter_names(function)
-    extra = {
-        name: value
-        for name, value in (context or {}).items()
-        if name not in settings and (accepted is None or name in accepted)
-    }
+    extra = accepted_context(function, settings, context or {})
     try:
         if settings["_target_"] in (objects or {}):
             # Hydra would import it by its name, which only the process that defined it can do.
@@ -214,6 +209,18 @@ def build_object(
             f"but a {expected.__name__} is needed"
         )
     return result
+
+
+def accepted_context(
+    function: Any, settings: Mapping[str, Any], context: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part of `context` that a callable accepts and that its settings do not set."""
+    accepted = _parameter_names(function)
+    return {
+        name: value
+        for name, value in context.items()
+        if name not in settings and (accepted is None or name in accepted)
+    }
 
 
 def _given(key: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) -> Any:

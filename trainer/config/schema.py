@@ -16,7 +16,7 @@ from trainer.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 CODERS = ("auto", "context", "columns", "huffman", "ans", "groups")
-SCHEDULES = ("constant", "cosine", "step")
+SCHEDULES = ("constant", "cosine", "polynomial", "one_cycle", "step")
 
 
 def check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -61,8 +61,11 @@ class FitConfig:
 
     epochs: int = 0  # passes over the training data
     lr: float | None = None  # peak learning rate; null: optimizer.lr
-    schedule: str = "cosine"  # after the warm-up: constant | cosine (to zero) | step
+    # After the warm-up: constant | cosine (to zero) | polynomial (to zero) | one_cycle | step, or a
+    # mapping with the `_target_` of a function or a scheduler of torch; in Python also a function.
+    schedule: Any = "cosine"
     warmup_epochs: float = 0.0  # epochs of linear rise from zero to the peak
+    power: float = 1.0  # schedule=polynomial: of the fraction of steps that remain; 1: linear
     step_epochs: int = 10  # schedule=step: epochs between drops
     step_gamma: float = 0.1  # schedule=step: factor of the learning rate at each drop
     accumulate: int = 1  # micro-batches per optimizer step
@@ -75,8 +78,10 @@ class FitConfig:
     def __post_init__(self) -> None:
         check_min("fit.epochs", self.epochs, 0)
         check_min("fit.lr", self.lr, 0, excluded=True)
-        check_choice("fit.schedule", self.schedule, SCHEDULES)
+        if not (isinstance(self.schedule, Mapping) or callable(self.schedule)):
+            check_choice("fit.schedule", self.schedule, SCHEDULES)
         check_min("fit.warmup_epochs", self.warmup_epochs, 0)
+        check_min("fit.power", self.power, 0, excluded=True)
         check_min("fit.step_epochs", self.step_epochs, 1)
         check_min("fit.step_gamma", self.step_gamma, 0, excluded=True)
         check_min("fit.accumulate", self.accumulate, 1)
@@ -88,6 +93,11 @@ class FitConfig:
             raise ConfigError(
                 f"fit.warmup_epochs={self.warmup_epochs:g} with fit.epochs={self.epochs}: the "
                 "learning rate would never reach its peak; warm up for less than all epochs"
+            )
+        if self.schedule == "one_cycle" and self.warmup_epochs:
+            raise ConfigError(
+                f"fit.warmup_epochs={self.warmup_epochs:g} with fit.schedule=one_cycle: the cycle "
+                "begins with a warm-up of its own; set fit.warmup_epochs=0"
             )
 
 

@@ -27,7 +27,7 @@ from trainer.engine.objective import Objective, Supervised
 from trainer.engine.optim import load_state, set_lr
 from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
-from trainer.engine.schedules import lr_factor
+from trainer.engine.schedules import build_schedule
 from trainer.errors import Diverged
 
 Request = Callable[[], int]
@@ -100,6 +100,7 @@ def fit(
     parameters = freezing.trained
     optimizer = runtime.optimizer.build(parameters, model)
     peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
+    schedule = build_schedule(cfg, peak, total, per_epoch)
     step = updates = 0
     if start is not None:
         step, updates = start["step"], start["updates"]
@@ -141,7 +142,7 @@ def fit(
             ]
             loaded = world.heartbeat.busy_until_first(split.batches(order, run_epoch))
             for batch, share in zip(batches, shares, strict=True):
-                lr = peak * lr_factor(updates, total, per_epoch, cfg)
+                lr = schedule(updates)
                 set_lr(optimizer, lr)
                 _seed_step(runtime, epochs_before * per_epoch + step)
                 if buffers is not None:

@@ -97,7 +97,7 @@ def parse_optimizer(
     spec.build([nn.Parameter(torch.zeros(1))])
     for group in spec.groups:
         try:
-            OptimizerSpec(kind, options | group.options).build([nn.Parameter(torch.zeros(1))])
+            OptimizerSpec(kind, {**options, **group.options}).build([nn.Parameter(torch.zeros(1))])
         except ConfigError as error:
             raise ConfigError(f"optimizer.groups.{group.name}: {error}") from error
     return spec

@@ -48,6 +48,7 @@ from trainer.experiment.phases import (
     check_limits,
     check_max_drops,
     check_order,
+    check_schedules,
     stages_of,
 )
 from trainer.phases import Phase, StructuralPhase
@@ -240,6 +241,7 @@ class Experiment:
             factory = Factory("artifact.coder", self.coder, object, objects)
             self.coder = cast(Coder, factory.build())
         check_order(self.phases)
+        check_schedules(self.phases, self.optimizer.lr)
         check_distillation(self.phases, self.task, self.has_initial_weights)
         check_limits(config.limits, self.task, self.has_dense_model)
         check_max_drops(self.phases, config.limits)

@@ -7,6 +7,7 @@ from typing import Any
 from trainer.config import LimitsConfig, to_dataclass
 from trainer.config.drop import exceeds
 from trainer.config.instantiate import OBJECT, Factory, locate
+from trainer.engine.schedules import check_schedule
 from trainer.errors import ConfigError
 from trainer.phases import AutoPrune, Phase
 from trainer.phases.auto_prune import expand
@@ -106,6 +107,20 @@ def check_limits(limits: LimitsConfig, task: Task, has_dense_model: bool) -> Non
             f"limits.max_accuracy_drop={limits.drop}: the first metric of the task is {first}; "
             "set limits.max_drop, which limits any metric"
         )
+
+
+def check_schedules(phases: Mapping[str, Phase], lr: float) -> None:
+    """Refuse a schedule of the learning rate that cannot be computed.
+
+    Args:
+        phases: By name.
+        lr: Peak learning rate of phases that set none.
+    """
+    for name, phase in phases.items():
+        try:
+            check_schedule(phase.fit, phase.fit.lr or lr)
+        except ConfigError as error:
+            raise ConfigError(f"phases.{name}.{error}") from error
 
 
 def check_distillation(phases: Mapping[str, Phase], task: Task, has_initial_weights: bool) -> None:

@@ -18,6 +18,7 @@ from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
 from trainer.data.tree import describe, map_tensors
 from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
+from trainer.engine.schedules import check_schedule
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.tasks import output as outputs
 
@@ -52,6 +53,10 @@ def check_compatible(
         RunError: A sample cannot be read.
     """
     trained = any(steps_in(len(data.train), runtime.batch_size, fit)[1] for fit in fits)
+    for fit in fits:
+        per_epoch, steps = steps_in(len(data.train), runtime.batch_size, fit)
+        if steps:
+            check_schedule(fit, fit.lr or runtime.optimizer.lr, steps, per_epoch)
     _check_parameters(model, runtime, trained)
     with _evaluating(model, runtime):
         checked = {
