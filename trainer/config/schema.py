@@ -71,6 +71,10 @@ class FitConfig:
     accumulate: int = 1  # micro-batches per optimizer step
     clip: float | None = None  # maximum L2 norm of the gradient of all trainable values; null: none
     max_steps: int | None = None  # maximum number of optimizer steps; null: no maximum
+    ema: float | None = None  # decay of the moving average of the weights; null: no average
+    patience: int | None = None  # epochs without a better first metric until the phase ends early
+    min_delta: float = 0.0  # patience: improvement of the first metric that counts, in its unit
+    keep_best: bool = False  # whether the phase ends with the weights of its best evaluation
     # Pattern of parameters or modules -> first epoch of the phase that trains them; null: none.
     freeze: dict[str, int | None] = field(default_factory=dict)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -87,6 +91,15 @@ class FitConfig:
         check_min("fit.accumulate", self.accumulate, 1)
         check_min("fit.clip", self.clip, 0, excluded=True)
         check_min("fit.max_steps", self.max_steps, 1)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"fit.ema={self.ema}: it must be above 0 and below 1, such as 0.999")
+        check_min("fit.patience", self.patience, 1)
+        check_min("fit.min_delta", self.min_delta, 0)
+        if self.min_delta and self.patience is None:
+            raise ConfigError(
+                f"fit.min_delta={self.min_delta:g} without fit.patience: set the number of epochs "
+                "after which the phase ends if the metric improves by less"
+            )
         for pattern, epoch in self.freeze.items():
             check_min(f"fit.freeze.{pattern}", epoch, 0)
         if self.epochs and self.warmup_epochs > self.epochs:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainer.config import FitConfig
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
+from trainer.errors import ConfigError
 from trainer.messages import RoundRecord
 
 STRUCTURE = "structure"
@@ -51,6 +52,15 @@ class Phase:
         if lr is not None:
             self.fit = replace(self.fit, lr=lr)
         self.check_settings()
+        for key, is_set in (
+            (f"patience={self.fit.patience}", self.fit.patience is not None),
+            ("keep_best=true", self.fit.keep_best),
+        ):
+            if is_set and self.ramps:
+                raise ConfigError(
+                    f"fit.{key}: {self.kind} compresses further while it trains, so that its best "
+                    "evaluation is one of the first; set it in a retrain phase after this one"
+                )
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -61,6 +71,14 @@ class Phase:
     def destroys(self) -> frozenset[str]:
         """Properties of the weights that this phase destroys even if it trains nothing."""
         return frozenset()
+
+    @property
+    def ramps(self) -> bool:
+        """Whether the phase compresses further while it trains.
+
+        Its evaluations cannot be compared with one another then: early ones are of a larger model.
+        """
+        return False
 
     @property
     def needs_dense_model(self) -> bool:

@@ -92,6 +92,10 @@ class EntropyPenalty(Phase):
     def destroys(self) -> frozenset[str]:
         return frozenset({"sharing", "quantization"})
 
+    @property
+    def ramps(self) -> bool:
+        return True
+
     def check_settings(self) -> None:
         check_min("size_weight", self.size_weight, 0)
         check_min("bytes", self.bytes, 1)

@@ -78,6 +78,10 @@ class Prune(Phase):
     def keeps(self) -> frozenset[str]:
         return frozenset({"zeros"})
 
+    @property
+    def ramps(self) -> bool:
+        return self.schedule == "cubic"
+
     def check_settings(self) -> None:
         check_choice("scope", self.scope, ("layer", "global"))
         check_choice("schedule", self.schedule, ("oneshot", "cubic"))

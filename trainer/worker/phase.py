@@ -1,5 +1,6 @@
 """One phase of a run: enter, train, leave; some phases repeat this in several rounds."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from trainer.compress.state import load_state, model_state
 from trainer.config import CheckpointConfig
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits
+from trainer.engine.average import WeightAverage
 from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.freeze import frozen_values
@@ -43,6 +45,7 @@ from trainer.phases.structure import StructureChange, class_path, to_metadata
 from trainer.store.directory import as_json, from_json
 from trainer.store.serialization import pack, to_bytes
 from trainer.worker.clock import PhaseClock
+from trainer.worker.selection import Selection
 
 LOSS_SCALE = "loss_scale"
 """Key of the loss scale, with which the next phase starts, in the metadata of the weights."""
@@ -88,11 +91,14 @@ class PhaseRun:
     stopped: bool = False  # the run was requested to stop within this phase
     trainable: int = 0  # trainable values in the last round
     last: StepResult | None = None  # last step of the last round
+    omitted: int = 0  # steps of all rounds that early stopping left out
+    average: WeightAverage | None = None  # of the weights in the present round
 
     def __post_init__(self) -> None:
         train = self.data.train
         self.clock = PhaseClock(time.monotonic(), lambda: getattr(train, "waited_s", 0.0))
         self.rounds: list[RoundRecord] = []
+        self.selection = Selection(self.phase.fit)  # in the present round
         self._step: StepResult | None = None  # the last step whose update was applied to the model
         self._stage = STEP_COMPLETE  # of that step
 
@@ -107,6 +113,7 @@ class PhaseRun:
         if resumed is not None:
             clock.load(resumed["clock"])
             rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
+            self.omitted = resumed.get("omitted", 0)  # earlier versions always trained all steps
             if isinstance(phase, RoundPhase):
                 phase.load_state(resumed["phase"])
         with world.heartbeat.busy():
@@ -136,7 +143,7 @@ class PhaseRun:
             name=self.name,
             kind=phase.kind,
             seconds=clock.seconds(),
-            steps=self._steps_per_round() * max(1, len(rounds)),
+            steps=self._steps_per_round() * max(1, len(rounds)) - self.omitted,
             train_loss=clock.train_loss,
             metrics=metrics.values,
             loss=metrics.loss,
@@ -191,6 +198,7 @@ class PhaseRun:
             phase.enter(model, world)
             if resumed is not None:
                 load_state(model, resumed["model"])
+            self._begin_round(resumed)
         entered = counts(model)
         self.trainable = entered.learnable - frozen_values(model, fit_config)
         if resumed is not None or not rounds:
@@ -204,17 +212,23 @@ class PhaseRun:
                 sparsity=entered.sparsity,
             )
         self.last = None
+        ended = 0.0  # when the last epoch was over
         try:
             for step in self._steps(number, resumed):
                 self.last = step
                 if clock.progress_due():
                     shown = self._over_rounds(step, number)
                     yield clock.progress(self.name, fit_config.epochs * self._max_rounds, shown)
+                if step.epoch_ends:
+                    ended = time.monotonic()
                 if step.step == step.total:
                     continue
                 if step.epoch_ends:
-                    ended = time.monotonic()
-                    metrics = self._evaluate(model)  # a rank may be lost: the epoch is incomplete
+                    # A rank may be lost meanwhile: the epoch is incomplete.
+                    with self.average.applied() if self.average else contextlib.nullcontext():
+                        metrics = self._evaluate(model)
+                        if self.selection.add(step.epoch, metrics, model):
+                            break
                     clock.end_epoch(ended)
                     shown = self._over_rounds(step, number)
                     yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
@@ -235,9 +249,33 @@ class PhaseRun:
         if self.last:
             # From here on the model changes, and a rank may be lost meanwhile.
             self.earlier, self._step = self._needed_handover(), None
-            clock.end_epoch(time.monotonic())
+            clock.end_epoch(ended)
+            yield from self._choose_weights(self.last)
         with world.heartbeat.busy():
             phase.leave(model)
+
+    def _begin_round(self, resumed: Mapping[str, Any] | None) -> None:
+        """Prepare what follows the weights of a round, or take it from the checkpoint."""
+        decay = self.phase.fit.ema
+        self.average = WeightAverage(self.model, decay) if decay else None
+        self.selection = Selection(self.phase.fit)
+        if resumed is not None:
+            self.selection.load(resumed.get("selection", {}))  # earlier versions had none
+            if self.average:
+                self.average.load(resumed["average"])
+
+    def _choose_weights(self, last: StepResult) -> Iterator[Message]:
+        """Give the model the weights with which the round ends, still as they are trained."""
+        omitted = last.total - last.step
+        self.omitted += omitted
+        if self.average:
+            self.average.apply()
+        if self.phase.fit.keep_best and self.selection.evaluated < last.epoch:
+            self.selection.add(last.epoch, self._evaluate(self.model), self.model)
+        self.selection.restore(self.model)
+        metric = self.runtime.task.first_metric
+        if notice := self.selection.notice(last.epoch, omitted > 0, metric):
+            yield Notice(f"phase {self.name}: {notice}")
 
     def _steps(self, number: int, resumed: Mapping[str, Any] | None) -> Iterator[StepResult]:
         """The steps of a round, each yielded after the phase has done its work for the step.
@@ -269,6 +307,8 @@ class PhaseRun:
         if stage == STEP_UPDATED:
             self.phase.after_step(self.model, self.runtime.world, step.step, step.total)
             self.clock.count(step)
+            if self.average and step.applied:
+                self.average.update()
             self._reach(STEP_COUNTED)
         return step
 
@@ -376,6 +416,9 @@ class PhaseRun:
             "unfinished": unfinished,
             "phase": phase.state() if isinstance(phase, RoundPhase) else {},
             "rounds": [as_json(record) for record in self.rounds],
+            "omitted": self.omitted,
+            "selection": self.selection.state(),
+            "average": self.average.state() if self.average else {},
         }
         if isinstance(phase, StructuralPhase):
             state["change"] = self.changes[-1].change
