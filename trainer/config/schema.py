@@ -71,6 +71,8 @@ class FitConfig:
     accumulate: int = 1  # micro-batches per optimizer step
     clip: float | None = None  # maximum L2 norm of the gradient of all trainable values; null: none
     max_steps: int | None = None  # maximum number of optimizer steps; null: no maximum
+    mixup: float = 0.0  # parameter of the Beta distribution of the samples' shares; 0: no mixup
+    cutmix: float = 0.0  # likewise; with mixup, each batch takes one of them
     ema: float | None = None  # decay of the moving average of the weights; null: no average
     patience: int | None = None  # epochs without a better first metric until the phase ends early
     min_delta: float = 0.0  # patience: improvement of the first metric that counts, in its unit
@@ -91,6 +93,8 @@ class FitConfig:
         check_min("fit.accumulate", self.accumulate, 1)
         check_min("fit.clip", self.clip, 0, excluded=True)
         check_min("fit.max_steps", self.max_steps, 1)
+        check_min("fit.mixup", self.mixup, 0)
+        check_min("fit.cutmix", self.cutmix, 0)
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"fit.ema={self.ema}: it must be above 0 and below 1, such as 0.999")
         check_min("fit.patience", self.patience, 1)
@@ -112,6 +116,11 @@ class FitConfig:
                 f"fit.warmup_epochs={self.warmup_epochs:g} with fit.schedule=one_cycle: the cycle "
                 "begins with a warm-up of its own; set fit.warmup_epochs=0"
             )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training samples are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.data.datasets import DatasetSplit
+from trainer.data.mixed import MixedSplit
 from trainer.data.split import SampleError, Split
 from trainer.errors import RunError
 
@@ -84,6 +85,6 @@ def describe_sample(name: str, split: Split, error: SampleError) -> str:
 
 def sample_name(split: Split, index: int) -> str:
     """A sample of a split in words, for messages."""
-    while isinstance(split, CheckedSplit):
+    while isinstance(split, CheckedSplit | MixedSplit):
         split = split.split
     return split.sample_name(index) if isinstance(split, DatasetSplit) else f"sample {index}"

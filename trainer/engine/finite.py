@@ -36,7 +36,8 @@ def check_inputs(
         broken = torch.zeros(len(indices), dtype=torch.bool)
         for tensor in tensors(inputs):
             if tensor.is_floating_point() and len(tensor):
-                broken |= ~tensor.isfinite().reshape(len(tensor), -1).all(1)
+                own = tensor[: len(indices)]  # the partners of mixed samples may follow
+                broken |= ~own.isfinite().reshape(len(own), -1).all(1)
         if bool(broken.any()):
             found[world.rank] = indices[broken][0] + 1
             break

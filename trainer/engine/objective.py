@@ -1,6 +1,7 @@
 """The training objective: the loss of the task, alone or combined with distillation."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,10 +28,22 @@ class Objective(Protocol):
         ...
 
 
+class Learnable(Protocol):
+    """What an objective needs of a task: see `trainer.tasks.Task`."""
+
+    def call_with_targets(self, model: nn.Module, inputs: Any, targets: Tensor) -> Any: ...
+    def prediction(self, output: Any) -> Tensor: ...
+    def training_loss(self, output: Any, targets: Tensor, units: float) -> Tensor: ...
+    def divergence(
+        self, student: Tensor, teacher: Tensor, targets: Tensor, units: float, temperature: float
+    ) -> Tensor: ...
+    def divergence_factor(self, temperature: float) -> float: ...
+
+
 class Supervised:
     """The loss of the task. An `Objective`."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Learnable) -> None:
         self._task = task
 
     def __call__(self, model: nn.Module, inputs: Any, targets: Tensor, units: float) -> Tensor:
@@ -46,7 +59,9 @@ class Distilled:
     `Task.divergence_factor`).
     """
 
-    def __init__(self, task: Task, teacher: nn.Module, weight: float, temperature: float) -> None:
+    def __init__(
+        self, task: Learnable, teacher: nn.Module, weight: float, temperature: float
+    ) -> None:
         """Args:
         task: What is learned; it must have a divergence.
         teacher: Its weights stay as they are; it is put in evaluation mode.
@@ -85,3 +100,51 @@ class Penalized:
         loss = self._objective(model, inputs, targets, units)
         penalty = self._penalty(model)
         return loss if penalty is None else loss + penalty
+
+
+@dataclass(frozen=True)
+class _MixedOutput:
+    """A model's output for mixed samples."""
+
+    output: Any
+    targets: Tensor  # of the partners
+    share: float  # of the samples themselves
+
+
+class Mixed:
+    """A task on mixed samples, as `trainer.data.mixed.MixedSplit` yields them. A `Learnable`.
+
+    The loss is the mean of those for the targets of a sample and of its partner, weighted by their
+    shares in the input. It is computed from one forward pass.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def call_with_targets(self, model: nn.Module, inputs: Any, targets: Tensor) -> _MixedOutput:
+        """Mix the samples and call the model with them."""
+        everything, partners = inputs["inputs"], inputs["partners"]
+        own = everything[: len(partners)]
+        mixed, share = inputs["mix"].inputs(own, everything[partners])
+        output = self._task.call_with_targets(model, mixed, targets)
+        return _MixedOutput(output, inputs["targets"][partners], share)
+
+    def prediction(self, output: _MixedOutput) -> Tensor:
+        """As `Task.prediction`."""
+        return self._task.prediction(output.output)
+
+    def training_loss(self, output: _MixedOutput, targets: Tensor, units: float) -> Tensor:
+        """The mean loss of the samples, 0-dim. Partners have the units of the samples together."""
+        own = self._task.training_loss(output.output, targets, units)
+        partners = self._task.training_loss(output.output, output.targets, units)
+        return output.share * own + (1 - output.share) * partners
+
+    def divergence(
+        self, student: Tensor, teacher: Tensor, targets: Tensor, units: float, temperature: float
+    ) -> Tensor:
+        """As `Task.divergence`: that of the predictions for the mixed samples."""
+        return self._task.divergence(student, teacher, targets, units, temperature)
+
+    def divergence_factor(self, temperature: float) -> float:
+        """As `Task.divergence_factor`."""
+        return self._task.divergence_factor(temperature)

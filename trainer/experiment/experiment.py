@@ -47,6 +47,7 @@ from trainer.experiment.phases import (
     check_distillation,
     check_limits,
     check_max_drops,
+    check_mixing,
     check_order,
     check_schedules,
     stages_of,
@@ -242,6 +243,7 @@ class Experiment:
             self.coder = cast(Coder, factory.build())
         check_order(self.phases)
         check_schedules(self.phases, self.optimizer.lr)
+        check_mixing(self.phases, self.task)
         check_distillation(self.phases, self.task, self.has_initial_weights)
         check_limits(config.limits, self.task, self.has_dense_model)
         check_max_drops(self.phases, config.limits)

@@ -123,6 +123,17 @@ def check_schedules(phases: Mapping[str, Phase], lr: float) -> None:
             raise ConfigError(f"phases.{name}.{error}") from error
 
 
+def check_mixing(phases: Mapping[str, Phase], task: Task) -> None:
+    """Refuse mixup and cutmix for a task whose targets cannot be mixed."""
+    for name, phase in phases.items():
+        if phase.fit.mixes and task.kind not in ("classification", "multilabel"):
+            key = "cutmix" if phase.fit.cutmix else "mixup"
+            raise ConfigError(
+                f"phases.{name}.fit.{key}={getattr(phase.fit, key):g}: it mixes the classes of "
+                f"two samples, which {type(task).__name__} does not have; set it to 0"
+            )
+
+
 def check_distillation(phases: Mapping[str, Phase], task: Task, has_initial_weights: bool) -> None:
     """Refuse distillation in a phase before which there is no dense model to learn from."""
     dense = stages_of(phases)[0].phase

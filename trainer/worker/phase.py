@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainer.compress.counts import counts
 from trainer.compress.state import load_state, model_state
 from trainer.config import CheckpointConfig
+from trainer.data.mixed import MixedSplit
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits
 from trainer.engine.average import WeightAverage
@@ -22,7 +23,7 @@ from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.freeze import frozen_values
 from trainer.engine.loop import StepResult, fit, steps_in
-from trainer.engine.objective import Distilled, Objective, Penalized, Supervised
+from trainer.engine.objective import Distilled, Mixed, Objective, Penalized, Supervised
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
 from trainer.messages import (
@@ -290,7 +291,7 @@ class PhaseRun:
             yield self._finish_step(step, unfinished["stage"])
         for step in fit(
             self.model,
-            self.data.train,
+            self._train_split(),
             fit_config,
             self.runtime,
             self.epochs_before + number * fit_config.epochs,
@@ -363,8 +364,17 @@ class PhaseRun:
             epoch=number * self.phase.fit.epochs + step.epoch,
         )
 
+    def _train_split(self) -> Split:
+        fit_config, run = self.phase.fit, self.runtime
+        if not fit_config.mixes:
+            return self.data.train
+        return MixedSplit(
+            self.data.train, fit_config.mixup, fit_config.cutmix, run.seed, run.batch_size
+        )
+
     def _objective(self) -> Objective:
-        distill, task = self.phase.fit.distill, self.runtime.task
+        distill = self.phase.fit.distill
+        task = Mixed(self.runtime.task) if self.phase.fit.mixes else self.runtime.task
         if not distill.weight:
             return Supervised(task)
         assert self.dense is not None  # Experiment has checked that there is one

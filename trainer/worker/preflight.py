@@ -66,6 +66,7 @@ def check_compatible(
         model.train()
         _, inputs, targets = checked["train"]
         for fit in fits:
+            _check_mixing(inputs, targets, fit)
             _check_smallest_batch(inputs, targets, len(data.train), model, runtime, fit)
     splits = Splits(**{name: split for name, (split, _, _) in checked.items()})
     return splits, targets.shape[1:]
@@ -231,6 +232,28 @@ def _readable(name: str, split: Split) -> Iterator[None]:
             f"data: the {name} data cannot be read: {type(error).__name__}: {first_line(error)}"
             f"{note}"
         ) from error
+
+
+def _check_mixing(inputs: Any, targets: Tensor, fit: FitConfig) -> None:
+    """Refuse samples [1, ...] that mixup and cutmix cannot mix."""
+    key = f"fit.cutmix={fit.cutmix:g}" if fit.cutmix else f"fit.mixup={fit.mixup:g}"
+    if not fit.mixes:
+        return
+    if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
+        raise ConfigError(
+            f"{key}: it mixes inputs that are one tensor of floats; the training samples have "
+            f"{describe(inputs)}"
+        )
+    if fit.cutmix and inputs.ndim != 4:
+        raise ConfigError(
+            f"{key}: it mixes images [channels, height, width]; the training samples are "
+            f"{[*inputs.shape[1:]]}; set fit.mixup instead"
+        )
+    if not targets.is_floating_point() and targets.ndim != 1:
+        raise ConfigError(
+            f"{key}: it mixes samples that have one class each; their targets are "
+            f"{[*targets.shape[1:]]}"
+        )
 
 
 def _check_smallest_batch(
