@@ -15,6 +15,7 @@ from trainer.config.drop import check_drop
 from trainer.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+COMPILE_SETTINGS = ("backend", "mode", "dynamic", "fullgraph", "options")
 CODERS = ("auto", "context", "columns", "huffman", "ans", "groups")
 SCHEDULES = ("constant", "cosine", "polynomial", "one_cycle", "step")
 
@@ -374,6 +375,8 @@ class Config:
     precision: str = "fp32"
     channels_last: bool = False
     sync_batchnorm: bool = False
+    compile: Any = False  # whether torch.compile is used, or a mapping of its arguments
+    recompute: list[str] = field(default_factory=list)  # modules with gradient checkpointing
     allreduce: AllReduceConfig = field(default_factory=AllReduceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -398,6 +401,7 @@ class Config:
                 "global batch is split over the workers, so it must hold at least one sample each"
             )
         check_choice("precision", self.precision, PRECISIONS)
+        self._check_execution()
         if self.init_from is None and (self.init_skip or not self.init_strict):
             raise ConfigError(
                 "init_skip and init_strict: there are no weights to load; set init_from to a file"
@@ -419,6 +423,28 @@ class Config:
             raise ConfigError(
                 f"sweep.slots={self.sweep.slots} with cluster.backend=inline: this process runs "
                 "one trial at a time; set sweep.slots=1, or cluster.backend=ray for more"
+            )
+
+    def _check_execution(self) -> None:
+        """Check how the model is executed: `compile` and `recompute`."""
+        if isinstance(self.compile, Mapping):
+            for key in self.compile:
+                check_choice("compile: a setting", key, COMPILE_SETTINGS)
+        elif not isinstance(self.compile, bool):
+            raise ConfigError(
+                f"compile={self.compile}: it must be true, false, or a mapping of arguments of "
+                "torch.compile, such as {backend: inductor}"
+            )
+        for key in ("sync_batchnorm", "recompute"):
+            if self.compile and getattr(self, key):
+                raise ConfigError(
+                    f"compile={self.compile} with {key}={getattr(self, key)}: torch.compile does "
+                    f"not support it; set one of them to its default"
+                )
+        if self.recompute and self.sync_batchnorm:
+            raise ConfigError(
+                f"recompute={self.recompute} with sync_batchnorm=true: the statistics of batch "
+                "norm would be exchanged again in the backward pass; set recompute=[]"
             )
 
     @property

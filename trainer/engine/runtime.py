@@ -1,5 +1,6 @@
 """Objects that all phases of a run share; moves model and batches to the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,8 @@ class Runtime:
     channels_last: bool = False
     sync_batchnorm: bool = False
     task: Task = field(default_factory=Classification)
+    compile: Any = False  # false, true, or arguments of torch.compile
+    recompute: Sequence[str] = ()  # patterns of modules with gradient checkpointing
 
     @cached_property
     def mixed_precision(self) -> Precision:

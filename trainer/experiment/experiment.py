@@ -32,6 +32,7 @@ from trainer.data.split import Splits
 from trainer.engine.freeze import check_freeze
 from trainer.engine.groups import check_groups
 from trainer.engine.optim import OptimizerSpec, parse_optimizer
+from trainer.engine.recompute import check_recompute
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError, first_line
@@ -107,6 +108,8 @@ class Experiment:
         precision: "fp32", "bf16" or "fp16".
         channels_last: Memory format of convolutional models.
         sync_batchnorm: Whether batch norm covers the samples of all workers, or each worker's own.
+        compile: Whether training uses torch.compile, or a mapping of its arguments.
+        recompute: Patterns of modules with gradient checkpointing, such as ["layer*"].
         init_from: File with initial weights (.safetensors, .pt, .bin or .dcz), or a folder that
             save_pretrained wrote.
         init_skip: Patterns of names in the model that are not loaded, such as ["head.*"].
@@ -151,6 +154,8 @@ class Experiment:
         precision: str = "fp32",
         channels_last: bool = False,
         sync_batchnorm: bool = False,
+        compile: bool | Mapping[str, Any] = False,
+        recompute: Sequence[str] = (),
         init_from: str | Path | None = None,
         init_skip: Sequence[str] = (),
         init_strict: bool = True,
@@ -195,6 +200,8 @@ class Experiment:
             "precision": precision,
             "channels_last": channels_last,
             "sync_batchnorm": sync_batchnorm,
+            "compile": dict(compile) if isinstance(compile, Mapping) else compile,
+            "recompute": [*recompute],
             "cluster": describe_cluster(cluster, workers),
             "allreduce": describe_section(allreduce),
             "checkpoint": describe_section(checkpoint),
@@ -329,6 +336,8 @@ class Experiment:
             seed=self.config.seed,
             channels_last=self.config.channels_last,
             sync_batchnorm=self.config.sync_batchnorm,
+            compile=self.config.compile,
+            recompute=self.config.recompute,
             task=copy.deepcopy(self.task),  # its tensors move to the device of the worker
         )
 
@@ -490,6 +499,7 @@ class Experiment:
     def check_phases(self, model: nn.Module) -> None:
         """Raise ConfigError for a setting of a phase or the optimizer that does not fit `model`."""
         check_groups(model, self.optimizer.groups)
+        check_recompute(model, self.config.recompute)
         for name, phase in self.phases.items():
             try:
                 phase.check_model(model)

@@ -19,11 +19,13 @@ from trainer.data.mixed import MixedSplit
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits
 from trainer.engine.average import WeightAverage
+from trainer.engine.compiled import compiled
 from trainer.engine.cost import macs
 from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.freeze import frozen_values
 from trainer.engine.loop import StepResult, fit, steps_in
 from trainer.engine.objective import Distilled, Mixed, Objective, Penalized, Supervised
+from trainer.engine.recompute import recomputed
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
 from trainer.messages import (
@@ -289,17 +291,21 @@ class PhaseRun:
                 **unfinished["step"], requested=CONTINUE, state=lambda: dict(resumed["fit"])
             )
             yield self._finish_step(step, unfinished["stage"])
-        for step in fit(
-            self.model,
-            self._train_split(),
-            fit_config,
-            self.runtime,
-            self.epochs_before + number * fit_config.epochs,
-            resumed and resumed["fit"],
-            lambda: self._request(self.clock),
-            Penalized(self._objective(), phase.penalty),
+        with (
+            recomputed(self.model, self.runtime.recompute),
+            compiled(self.model, self.runtime.compile, self.runtime.world.heartbeat),
         ):
-            yield self._finish_step(step, STEP_UPDATED)
+            for step in fit(
+                self.model,
+                self._train_split(),
+                fit_config,
+                self.runtime,
+                self.epochs_before + number * fit_config.epochs,
+                resumed and resumed["fit"],
+                lambda: self._request(self.clock),
+                Penalized(self._objective(), phase.penalty),
+            ):
+                yield self._finish_step(step, STEP_UPDATED)
 
     def _finish_step(self, step: StepResult, stage: int) -> StepResult:
         """Do the phase's work after a step."""

@@ -16,6 +16,7 @@ from trainer.data.checked import CheckedSplit, describe_sample
 from trainer.data.datasets import DatasetSplit, preserved_generators
 from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
 from trainer.data.tree import describe, map_tensors
+from trainer.engine.compiled import check_compiler
 from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
 from trainer.engine.schedules import check_schedule
@@ -58,6 +59,8 @@ def check_compatible(
         if steps:
             check_schedule(fit, fit.lr or runtime.optimizer.lr, steps, per_epoch)
     _check_parameters(model, runtime, trained)
+    if trained and runtime.compile:
+        check_compiler(runtime.compile, runtime.world.device)
     with _evaluating(model, runtime):
         checked = {
             name: _check_split(name, split, model, runtime, scan=True)
