@@ -117,3 +117,13 @@ def test_the_examples_of_phase_layer_coder_and_sink_work_in_one_run(monkeypatch)
     assert torch.equal(loaded(images), result.model(images))
     for name in ("noise", "lowrank", "packed", "notify"):
         del sys.modules[name]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_example_of_training_settings_learns(monkeypatch):
+    few = trainer.data.mnist(train=640, validation=100, test=100)
+    monkeypatch.setattr(trainer.data, "mnist", lambda: few)
+    names = {"__name__": "__main__"}
+    for block in PYTHON.findall((DOCS / "training.md").read_text()):
+        exec(compile(block, "training.md", "exec"), names)
+    assert names["result"].metrics["accuracy"] > 0.3  # chance is 0.1

@@ -42,6 +42,7 @@ from trainer.experiment.describe import (
     describe_parts,
     describe_section,
 )
+from trainer.experiment.optimizer import check_optimizer
 from trainer.experiment.phases import (
     Stage,
     build_phases,
@@ -239,6 +240,7 @@ class Experiment:
         task: Factory[Task] = Factory("task", config.task, Task, objects)
         self.task: Task = task.build()
         self.optimizer: OptimizerSpec = parse_optimizer(config.optimizer, objects)
+        check_optimizer(self.optimizer)
         self.phases: dict[str, Phase] = build_phases(config.phases, config.limits.max_drop, objects)
         self.loggers: dict[str, Factory[Any]] = {
             name: Factory(f"logger.{name}", settings, object, objects)
