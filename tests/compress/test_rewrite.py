@@ -35,9 +35,30 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+class BatchNormAct2d(nn.BatchNorm2d):
+    """That of timm."""
+
+    __module__ = "timm.layers.norm_act"
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:  # which torch.fx cannot trace
+            raise ValueError
+        result: Tensor = self.act(self.drop(super().forward(x)))
+        return result
+
+
+def with_activation() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), BatchNormAct2d(4), nn.Flatten())
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        with_activation,
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten()),
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5), nn.ReLU()),
         lambda: ResNetCifar(8, in_channels=1),
@@ -187,6 +208,7 @@ def changed(model: nn.Module) -> nn.Module:
     ("build", "inputs"),
     [
         (lambda: ResNetCifar(8, in_channels=1), torch.randn(2, 1, 8, 8)),
+        (with_activation, torch.randn(2, 1, 8, 8)),
         (lambda: LSTMLanguageModel(11, 6, 6, layers=2, tied=True), torch.arange(10).view(2, 5)),
     ],
 )

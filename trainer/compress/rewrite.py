@@ -7,7 +7,7 @@ which changes were made, so that `apply_structure` needs nothing else.
 
 import copy
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import cast
 
@@ -76,9 +76,9 @@ def apply_structure(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     rebuild_as(model, state)
     for name, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm):
-            own = [f"{name}.{key}" in state for key in module.state_dict()]
+            own = [f"{name}.{key}" in state for key in module.state_dict() if "." not in key]
             if own and not any(own):
-                model.set_submodule(name, nn.Identity())
+                model.set_submodule(name, _rest(module))
     for name, module in model.named_modules():
         if type(module) in _FOLDABLE and module.bias is None and f"{name}.bias" in state:
             weight = cast(Tensor, module.weight)
@@ -109,7 +109,8 @@ def fold_batch_norms(model: nn.Module) -> None:
     """Fold each batch norm into the convolution or Linear that alone feeds it, in place.
 
     y = gamma * (w x + b - mean) / sqrt(var + eps) + beta, with the running statistics; the batch
-    norm becomes an Identity. A zero weight stays zero. Raises as `foldable`.
+    norm becomes an Identity, or the activation that is a part of it (timm). A zero weight stays
+    zero. Raises as `foldable`.
     """
     for norm_name, layer_name in foldable(model).items():
         norm = cast(_BatchNorm, model.get_submodule(norm_name))
@@ -125,7 +126,7 @@ def fold_batch_norms(model: nn.Module) -> None:
         weight = layer.weight
         weight.copy_(weight * broadcast_scale(factor, weight.ndim))
         layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
-        model.set_submodule(norm_name, nn.Identity())
+        model.set_submodule(norm_name, _rest(norm))
 
 
 def foldable(model: nn.Module) -> dict[str, str]:
@@ -143,7 +144,7 @@ def foldable(model: nn.Module) -> dict[str, str]:
         return {}
     try:
         with _TRACING:
-            graph = fx.Tracer().trace(model)
+            graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's code raises
         raise ConfigError(
             "fold=true: it cannot be found out which layer each batch norm follows, since torch.fx "
@@ -172,11 +173,35 @@ def foldable(model: nn.Module) -> dict[str, str]:
     return found
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into batch norm of other libraries."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _has_activation(norm: nn.Module) -> bool:
+    """Whether a module is the BatchNormAct2d of timm."""
+    kind = type(norm)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__.partition(".")[0] == "timm"
+
+
+def _rest(norm: _BatchNorm) -> nn.Module:
+    """What is left of a batch norm that was folded."""
+    if not _has_activation(norm):
+        return nn.Identity()
+    parts = {"drop": norm.drop, "act": norm.act}
+    return nn.Sequential(OrderedDict(cast(dict[str, nn.Module], parts)))
+
+
 def _matching(norm: _BatchNorm, layer: nn.Module) -> bool:
     """Whether the channels of `norm` are those of `layer`, whose weight is an ordinary one."""
     weight = layer._parameters.get("weight")
     return (
-        type(norm) is _FOLDABLE.get(type(layer))
+        (
+            type(norm) is _FOLDABLE.get(type(layer))
+            or (_has_activation(norm) and type(layer) is nn.Conv2d)
+        )
         and norm.track_running_stats
         and weight is not None  # the old weight_norm has others
         and norm.num_features == len(weight)
