@@ -59,6 +59,24 @@ def test_a_layer_keeps_its_mean_output_and_changes_less(
         torch.testing.assert_close(mean, means[2], atol=0.02, rtol=0.02)
 
 
+class Standardized(nn.Conv2d):
+    """Computes with a weight of mean 0 and variance 1 for each filter, as ResNetV2 in timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / self.weight.std((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+@torch.no_grad()
+def test_layers_that_compute_with_another_weight_keep_their_bias() -> None:
+    torch.manual_seed(0)
+    layer, x = Standardized(3, 4, 3), torch.rand(32, 3, 6, 6)
+    found = quantized(layer, x, bits=8)
+    torch.testing.assert_close(found.bias, layer.bias, atol=0, rtol=0)
+    torch.testing.assert_close(found(x), layer(x), atol=0.1, rtol=0)
+
+
 @torch.no_grad()
 def test_later_layers_make_up_for_earlier_ones() -> None:
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,42 @@ class Fixed(nn.Module):
         return output
 
 
+class Conv1D(nn.Module):
+    """That of transformers, which is a Linear with a transposed weight."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return product.view(*x.shape[:-1], self.nf)
+
+    def extra_repr(self) -> str:
+        return f"{self.nf}, {self.nx}"
+
+
+class Block(nn.Module):
+    """Attention as in GPT-2, whose sizes are stated in attributes, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.split_size = 4, 2, 8
+        self.qkv, self.proj = Conv1D(24, 8), Conv1D(8, 8)
+        self.up, self.down = Conv1D(12, 8), Conv1D(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = *x.shape[:2], -1, self.head_dim
+        parts = self.qkv(x).split(self.split_size, dim=2)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        x = x + self.proj(heads.reshape(*x.shape[:2], -1))
+        return x + self.down(self.up(x).relu())
+
+
 def half(units: list[Any]) -> list[Any]:
     """Every second unit of each layer."""
     layers: dict[Any, list[Any]] = {}
@@ -61,8 +98,9 @@ def half(units: list[Any]) -> list[Any]:
         (Mixed, (2, 3, 6, 6)),
         (lambda: ResNetCifar(8), (2, 3, 8, 8)),
         (lambda: nn.TransformerEncoderLayer(8, 4, 6, batch_first=True), (2, 3, 8)),
+        (Block, (2, 3, 8)),
     ],
-    ids=["example", "mixed", "resnet", "transformer"],
+    ids=["example", "mixed", "resnet", "transformer", "gpt"],
 )
 def test_the_smaller_model_computes_the_same_as_the_zeroed_one(build: Any, shape: Any) -> None:
     torch.manual_seed(0)
@@ -106,6 +144,56 @@ def test_a_layer_whose_size_is_fixed_in_code_is_left_out() -> None:
     (text,) = refused
     assert "a.weight, b.weight" in text
     assert "shape '[-1, 6]' is invalid" in text or "shape" in text
+
+
+class Auxiliary(nn.Module):
+    """Has a second head in training, as Inception and GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.b, self.aux, self.out = nn.Conv2d(6, 8, 1), nn.Linear(6, 4), nn.Linear(8, 4)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.norm(self.a(x)).relu()
+        logits: Tensor = self.out(self.dropout(self.b(x).mean((2, 3))))
+        return (logits, self.aux(self.dropout(x.mean((2, 3))))) if self.training else logits
+
+
+def test_heads_that_only_training_uses_follow() -> None:
+    model, x, state = Auxiliary(), torch.randn(2, 3, 4, 4), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    rebuilt, units, refused = find_units(model, x)
+    assert not refused
+    assert len(units) == 6 + 8
+    torch.testing.assert_close(rebuilt.state_dict(), before)
+    remove(model, to_change(rebuilt, half(units), units))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.aux.in_features == 3
+    assert [output.shape for output in model(x)] == [(2, 4), (2, 4)]
+
+
+class Scaled(nn.Module):
+    """What it computes depends on the number of hidden units; returns an object or a mapping."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.a(x).relu()
+        return self.kind(logits=self.b(hidden / hidden.shape[1]))
+
+
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+def test_outputs_in_objects_are_compared_and_keep_their_shape(kind: Any) -> None:
+    _, units, refused = find_units(Scaled(kind), torch.randn(2, 4))
+    assert not units
+    assert refused == [
+        "a.bias, a.weight, b.weight (without one of its units the model computes something else)"
+    ]
 
 
 @pytest.mark.parametrize(

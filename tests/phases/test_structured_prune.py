@@ -107,33 +107,26 @@ def test_latency_that_cannot_be_reached_ends_the_run() -> None:
         phase.plan_change(model, WORLD)
 
 
-def test_a_model_with_several_inputs_is_refused_before_training(tmp_path: Any) -> None:
+def test_phases_look_at_models_with_several_inputs(tmp_path: Any) -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = nn.Linear(4, 3)
+            self.fc, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
 
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            output: Tensor = self.fc(a + b)
-            return output
+        def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.out(self.fc(a + b).relu())}
 
-    class Pairs(torch.utils.data.Dataset[Any]):
-        def __len__(self) -> int:
-            return 8
-
-        def __getitem__(self, index: int) -> Any:
-            return (torch.ones(4), torch.ones(4)), index % 3
-
-    data = Pairs()
-    with pytest.raises(ConfigError, match=r"phases\.structured_prune: .* one input tensor only"):
-        trainer.run(
-            model=Sum,
-            data=(data, data, data),
-            phases=[Train(epochs=1), StructuredPrune(0.5)],
-            cluster={"backend": "inline", "workers": 1},
-            out=tmp_path / "run",
-            progress=False,
-        )
+    data = {"a": torch.randn(16, 4), "b": torch.randn(16, 4)}, torch.arange(16) % 3
+    result = trainer.run(
+        model=Sum,
+        data=(data, data, data),
+        phases=[Train(epochs=1), StructuredPrune(0.5), Quantize(samples=8, epochs=0)],
+        cluster={"backend": "inline", "workers": 1},
+        out=tmp_path / "run",
+        progress=False,
+    )
+    assert result.model.fc.out_features == 4
+    assert result.model.out.input_quantizer.ready
 
 
 def test_the_rest_of_the_chain_follows_it_and_the_file_gives_the_model(tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from trainer.compress.quantize import (
     INPUT,
@@ -23,10 +23,12 @@ from trainer.compress.quantize import (
 )
 from trainer.compress.rounding import round_second_order
 from trainer.compress.select import ParameterRef
+from trainer.data.tree import call_with
 
 RANGES = ("minmax", "mse", "percentile")
 PERCENTILE = 99.99  # of the values on each side of zero that the range "percentile" covers
 
+_MATRIX_CODE = ("torch.nn.", "trainer.compress.")  # modules whose layers compute as they say
 _VALUES = 1 << 17  # that are kept of all inputs of a layer to find its range
 _MAX_COLUMNS = 4096  # inputs of a layer whose correlations are taken into account at a time
 _CHUNK = 1 << 24  # values of unfolded images at a time
@@ -37,7 +39,7 @@ def calibrate(
     model: nn.Module,
     places: Mapping[str, Sequence[ParameterRef]],
     quantizers: Mapping[str, WeightQuantizer],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     ranges: str = "minmax",
     second_order: bool = True,
     correct_bias: bool = True,
@@ -53,7 +55,8 @@ def calibrate(
         model: With plain weights; its mode is restored afterwards.
         places: Where the model uses each weight to be quantized.
         quantizers: Of these weights, whose scales are set here.
-        inputs: Batches [n, ...] of the model's inputs, on its device.
+        inputs: Batches [n, ...] of the model's inputs, on its device; several in a tuple or
+            mapping.
         ranges: How the range of a layer's input is found, one of `RANGES`: by the smallest and
             largest value, by the smallest mean squared error of the values, or by percentile.
         second_order: Whether rounding takes the inputs into account.
@@ -147,7 +150,7 @@ class _Observed:
 def _observe(
     model: nn.Module,
     places: Mapping[str, Sequence[ParameterRef]],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     ranges: str,
 ) -> dict[str, _Observed]:
     """Set the ranges of activations from the model as it is.
@@ -180,7 +183,7 @@ def _observe(
         for batch in inputs:
             for one in found.values():
                 one.calls.append(0)
-            model(batch)
+            call_with(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -300,18 +303,25 @@ def _columns(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def _is_matrix(places: Sequence[ParameterRef]) -> bool:
-    """Whether a weight is the matrix of one layer that multiplies its input with it."""
+    """Whether a weight is the matrix of one layer that multiplies its input with it.
+
+    A subclass with a forward pass of its own may do something else first, such as padding its input
+    or standardizing its weight.
+    """
     layer = places[0].module
-    if len(places) > 1 or places[0].name != "weight" or isinstance(layer, _ConvTransposeNd):
+    if len(places) > 1 or places[0].name != "weight":
         return False
-    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    code = [getattr(type(layer), name, None) for name in ("forward", "_conv_forward")]
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and all(
+        method is None or method.__module__.startswith(_MATRIX_CODE) for method in code
+    )
 
 
 class _Reached(Exception):
     """All layers were called as often as they are; the forward pass need not be finished."""
 
 
-def _run(model: nn.Module, inputs: Sequence[Tensor], layers: Sequence[_Observed]) -> None:
+def _run(model: nn.Module, inputs: Sequence[Any], layers: Sequence[_Observed]) -> None:
     """Let the statistics of layers take in their inputs."""
     left = 0
 
@@ -334,7 +344,7 @@ def _run(model: nn.Module, inputs: Sequence[Tensor], layers: Sequence[_Observed]
         for number, batch in enumerate(inputs):
             left = sum(layer.calls[number] for layer in layers)
             with suppress(_Reached):
-                model(batch)
+                call_with(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from trainer.compress.dependencies import Unit, removable_units
-from trainer.compress.layers import rebuild_attention
+from trainer.compress.dependencies import Unit, output_tensors, removable_units
+from trainer.compress.layers import is_transposed, rebuild_attention
 from trainer.errors import ConfigError, first_line
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 """Attributes that count the heads of an attention, whose projections are layers in it."""
+
+_WIDTHS = ("attn_dim", "all_head_size", "split_size")
+"""Attributes, beside those, that count the values of all heads together."""
 
 _TOLERANCE = 1e-3  # of the largest output, between zeroed and removed units
 
@@ -87,7 +90,7 @@ def _parsed(change: Mapping[str, Any]) -> dict[tuple[str, int], bytes]:
                 name, _, dim = place.rpartition(":")
                 found[name, int(dim)] = bytes.fromhex(mask)
         for _, attribute, value in change["attributes"]:
-            if attribute not in _HEADS or not isinstance(value, int):
+            if attribute not in (*_HEADS, *_WIDTHS) or not isinstance(value, int):
                 raise ValueError(attribute)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -96,7 +99,7 @@ def _parsed(change: Mapping[str, Any]) -> dict[tuple[str, int], bytes]:
     return found
 
 
-def find_units(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, list[Unit], list[str]]:
+def find_units(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Unit], list[str]]:
     """The units of a model whose removal was tried and leaves a model that works.
 
     One unit of each layer is removed from a copy. Its outputs must be those of the model with these
@@ -104,7 +107,8 @@ def find_units(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, list[Unit],
 
     Args:
         model: With plain weights; it stays as it is.
-        inputs: A batch of at least two samples, on the model's device.
+        inputs: A batch of at least two samples, on the model's device; several inputs in a tuple
+            or mapping.
 
     Returns:
         A copy of the model in which attention is rebuilt from Linear layers; its units; and for
@@ -139,7 +143,7 @@ def find_units(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, list[Unit],
 
 @torch.no_grad()
 def _problem(
-    model: nn.Module, removed: Sequence[Unit], units: Sequence[Unit], inputs: Tensor
+    model: nn.Module, removed: Sequence[Unit], units: Sequence[Unit], inputs: Any
 ) -> str | None:
     """Why units cannot be removed; None: they can."""
     zeroed, smaller = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
@@ -151,16 +155,17 @@ def _problem(
                 tensors[part.name].index_fill_(part.dim, where, 0)
     try:
         remove(smaller, to_change(model, removed, units))
-        found = smaller(inputs)
+        found = output_tensors(smaller, inputs)
+        output_tensors(smaller.train(), inputs)  # other parts may be used
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
-    expected = zeroed(inputs)
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-        return None if type(expected) is type(found) else "the output has another type"
-    if found.shape != expected.shape:
-        return f"the output has the shape {[*found.shape]}"
-    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().amax())):
-        return "without one of its units the model computes something else"
+    expected = output_tensors(zeroed, inputs)
+    shapes = [[*output.shape] for output in found]
+    if shapes != [[*output.shape] for output in expected]:
+        return f"the output has the shape {', '.join(map(str, shapes))}"
+    for one, other in zip(found, expected, strict=True):
+        if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * float(other.abs().amax())):
+            return "without one of its units the model computes something else"
     return None
 
 
@@ -180,7 +185,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _heads(
     model: nn.Module, removed: Sequence[Unit], units: Sequence[Unit]
 ) -> list[tuple[str, str, int]]:
-    """New values of attributes that count heads: names of modules and attributes, and values.
+    """New values of attributes that state sizes of attention: modules, attributes, and values.
 
     A number of heads belongs to a projection in the same module, if that has as many units.
     """
@@ -189,16 +194,22 @@ def _heads(
     after: dict[str, int] = {}
     for unit in units:
         for part in unit.parts:
-            if part.dim == 0 and part.name.endswith(".weight"):
+            if not part.name.endswith(".weight"):
+                continue
+            layer = model.get_submodule(part.name.removesuffix(".weight"))
+            if part.dim == is_transposed(layer):  # the outputs
                 before[part.name] = before.get(part.name, 0) + 1
                 after[part.name] = after.get(part.name, 0) + (unit.parts not in lost)
     found: dict[tuple[str, str], int] = {}
     for name, count in before.items():
         owner = name.removesuffix(".weight").rpartition(".")[0]
         module = model.get_submodule(owner)
-        for attribute in _HEADS:
-            if getattr(module, attribute, None) == count and after[name] < count:
-                found[owner, attribute] = after[name]
+        if after[name] == count or all(getattr(module, key, None) != count for key in _HEADS):
+            continue
+        for key in (*_HEADS, *_WIDTHS):
+            value = getattr(module, key, None)
+            if value == count or (key in _WIDTHS and isinstance(value, int)):
+                found[owner, key] = cast(int, value) * after[name] // count
     return [(owner, attribute, value) for (owner, attribute), value in found.items()]
 
 
@@ -233,6 +244,8 @@ def _update_sizes(module: nn.Module, before: Tensor | None) -> None:
         return
     if isinstance(module, nn.Linear):
         layer.out_features, layer.in_features = weight.shape
+    elif is_transposed(module):
+        layer.nx, layer.nf = weight.shape
     elif isinstance(module, nn.Embedding):
         layer.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.PReLU):

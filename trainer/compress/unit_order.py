@@ -6,6 +6,7 @@ n units could say, log2(n!) bits, is not stored.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from trainer.compress.dependencies import Unit
 from trainer.compress.slicing import find_units
 
 
-def own_units(model: nn.Module, inputs: Tensor) -> list[Unit]:
+def own_units(model: nn.Module, inputs: Any) -> list[Unit]:
     """The units of a model, but for those inside attention, which is rebuilt to find them.
 
     Args:
         model: With plain weights.
-        inputs: A batch of at least two samples, on the model's device.
+        inputs: As for `find_units`.
 
     Raises:
         ConfigError: The model cannot be copied.

@@ -39,6 +39,27 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
+def call_with(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model with the inputs of a batch.
+
+    Args:
+        model: The model.
+        inputs: A tensor is the argument, a tuple or list the positional ones, a mapping those by
+            keyword.
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors that a model returned, also those in the attributes of an object."""
+    found = list(tensors(output))
+    return found or list(tensors(getattr(output, "__dict__", {})))
+
+
 def merge(function: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -> Any:
     """Apply a function to the corresponding leaves of values with the same structure.
 

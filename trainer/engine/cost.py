@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from trainer.compress.attention import unfused_attention
-from trainer.data.tree import tensors
+from trainer.data.tree import call_with, tensors
 
 _aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ _OPERANDS: dict[Any, tuple[int, ...]] = {
 
 
 @torch.no_grad()
-def macs(model: nn.Module, sample: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> int:
+def macs(model: nn.Module, sample: Any, call: Callable[[nn.Module, Any], Any] = call_with) -> int:
     """Count the multiply-accumulates of matrix products and convolutions for one sample.
 
     Every operator that torch runs is looked at (as `torch.utils.flop_counter` does), whatever layer
@@ -48,7 +48,7 @@ def macs(model: nn.Module, sample: Any, call: Callable[[nn.Module, Any], Any] | 
     Args:
         model: With plain weights; its mode is restored afterwards.
         sample: Inputs [1, ...], on the model's device; several in a tuple or mapping.
-        call: Calls the model with the sample; None: `model(sample)`.
+        call: Calls the model with the sample.
     """
     counter = _Counter(sample)
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
@@ -66,10 +66,7 @@ def macs(model: nn.Module, sample: Any, call: Callable[[nn.Module, Any], Any] | 
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(counter)
         model.eval()
-        if call is None:
-            model(sample)
-        else:
-            call(model, sample)
+        call(model, sample)
     return counter.total
 
 

@@ -105,7 +105,7 @@ class Phase:
                 have shapes but no values. Must not be changed.
         """
 
-    def check_inputs(self, model: nn.Module, inputs: Tensor) -> None:
+    def check_inputs(self, model: nn.Module, inputs: Any) -> None:
         """Raise ConfigError for settings that do not fit `model`, if the check needs real inputs.
 
         Called on each worker before training starts, if `samples` is not 0. Every worker must come
@@ -113,7 +113,9 @@ class Phase:
 
         Args:
             model: The model with its initial weights. Must not be changed.
-            inputs: Of two training samples [2, ...], on the model's device.
+            inputs: Of two training samples [2, ...], on the model's device: a tensor, or several
+                in a tuple or mapping, as the data returns them; `trainer.data.tree.call_with` calls
+                a model with them.
         """
 
     def notices(self, model: nn.Module) -> list[str]:
@@ -124,7 +126,7 @@ class Phase:
         """
         return []
 
-    def observe(self, model: nn.Module, world: World, inputs: Sequence[Tensor]) -> None:
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
         """Look at the model with real inputs. Called once, before everything else.
 
         A resumed phase calls it again, with the same model and inputs.
@@ -132,7 +134,8 @@ class Phase:
         Args:
             model: The model as the phase before left it. Must not be changed.
             inputs: Batches [n, ...] of `samples` training samples in all (fewer, if there are not
-                so many), without augmentation; the same on all ranks, on the model's device.
+                so many), as for `check_inputs`, without augmentation; the same on all ranks, on the
+                model's device.
         """
 
     def enter(self, model: nn.Module, world: World) -> None:

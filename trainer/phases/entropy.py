@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class EntropyPenalty(Phase):
     def check_model(self, model: nn.Module) -> None:
         self._chosen(model)
 
-    def observe(self, model: nn.Module, world: World, inputs: Sequence[Tensor]) -> None:
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
         self._units = own_units(model, inputs[0])
 
     def enter(self, model: nn.Module, world: World) -> None:

@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.compress.calibrate import RANGES, calibrate
 from trainer.compress.half import round_to_half
@@ -111,7 +111,7 @@ class Quantize(Phase):
 
     def __post_init__(self, epochs: int | None, lr: float | None) -> None:
         super().__post_init__(epochs, lr)
-        self._inputs: Sequence[Tensor] = ()
+        self._inputs: Sequence[Any] = ()
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -161,7 +161,7 @@ class Quantize(Phase):
             )
         self._rewrite(skeleton(model))
 
-    def observe(self, model: nn.Module, world: World, inputs: Sequence[Tensor]) -> None:
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
         self._inputs = inputs
 
     def enter(self, model: nn.Module, world: World) -> None:

@@ -19,6 +19,7 @@ from trainer.compress.rewrite import skeleton
 from trainer.compress.select import select_weights, weights
 from trainer.compress.slicing import find_units, remove, to_change
 from trainer.config import check_choice, check_min
+from trainer.data.tree import call_with, map_tensors, tensors
 from trainer.engine.cost import macs
 from trainer.engine.world import World
 from trainer.errors import ConfigError, Diverged, RunError
@@ -75,7 +76,7 @@ class StructuredPrune(StructuralPhase):
 
     def __post_init__(self, epochs: int | None, lr: float | None) -> None:
         super().__post_init__(epochs, lr)
-        self._inputs: Tensor | None = None
+        self._inputs: Any = None
 
     @property
     def samples(self) -> int:
@@ -102,12 +103,12 @@ class StructuredPrune(StructuralPhase):
         rebuild_attention(sample := skeleton(model))
         select_weights(sample, self.include, self.exempt)
 
-    def check_inputs(self, model: nn.Module, inputs: Tensor) -> None:
+    def check_inputs(self, model: nn.Module, inputs: Any) -> None:
         search = _Search(self, model, inputs)
         if self.cost != "latency":
             search.check_target()
 
-    def observe(self, model: nn.Module, world: World, inputs: Sequence[Tensor]) -> None:
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
         self._inputs = inputs[0]
 
     def plan_change(self, model: nn.Module, world: World) -> dict[str, Any]:
@@ -132,12 +133,12 @@ class _Search:
     Args:
         phase: The phase with its settings.
         model: The model, which stays as it is.
-        inputs: Two samples [2, ...], on the model's device.
+        inputs: Two samples [2, ...], on the model's device; several inputs in a tuple or mapping.
     """
 
-    def __init__(self, phase: StructuredPrune, model: nn.Module, inputs: Tensor) -> None:
+    def __init__(self, phase: StructuredPrune, model: nn.Module, inputs: Any) -> None:
         self._phase = phase
-        self._sample = inputs[:1]
+        self._sample = map_tensors(lambda tensor: tensor[:1], inputs)
         self._model, self._units, refused = find_units(model, inputs)
         chosen = select_weights(self._model, phase.include, phase.exempt)
         exempt = weights(self._model).keys() - chosen.keys()
@@ -146,10 +147,12 @@ class _Search:
             if not exempt & {part.name for part in unit.parts}:
                 self._layers.setdefault(unit.dimensions, []).append(unit)
         if not self._layers:
-            reasons = f"; these were tried: {'; '.join(refused)}" if refused else ""
+            tried = (
+                f"; of {len(refused)} that were tried, the first: " + refused[0] if refused else ""
+            )
             raise ConfigError(
                 f"no channel of {type(model).__name__} can be removed with "
-                f"include={[*phase.include]}, exempt={[*phase.exempt]}{reasons}"
+                f"include={[*phase.include]}, exempt={[*phase.exempt]}{tried}"
             )
         self._sizes = [len(found) for found in self._layers.values()]
         self._order = self._by_score()
@@ -250,15 +253,16 @@ def _norms(units: Sequence[Unit], values: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _latency_ratio(one: nn.Module, other: nn.Module, sample: Tensor) -> float:
+def _latency_ratio(one: nn.Module, other: nn.Module, sample: Any) -> float:
     """Median seconds of a forward pass of one model, divided by those of another."""
     seconds: tuple[list[float], list[float]] = ([], [])
+    first = next(tensors(sample))
     for _ in range(_TIMINGS):
         for model, own in zip((one, other), seconds, strict=True):  # in turns: the load may change
             model.eval()
             begin = time.perf_counter()
-            model(sample)
-            if sample.is_cuda:
-                torch.cuda.synchronize(sample.device)
+            call_with(model, sample)
+            if first.is_cuda:
+                torch.cuda.synchronize(first.device)
             own.append(time.perf_counter() - begin)
     return statistics.median(seconds[0]) / statistics.median(seconds[1])

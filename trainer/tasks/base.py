@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trainer.data.tree import call_with
 from trainer.errors import ConfigError
 from trainer.messages import EpochEnded, Evaluated, PhaseRecord, RoundRecord
 from trainer.metrics import LOSS, MINIMIZE
@@ -109,11 +110,7 @@ class Task:
         Returns:
             The model's output.
         """
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        if isinstance(inputs, tuple | list):
-            return model(*inputs)
-        return model(inputs)
+        return call_with(model, inputs)
 
     def call_with_targets(self, model: nn.Module, inputs: Any, targets: Tensor) -> Any:
         """As `call`, for models that need the targets as well, such as to compute the loss."""

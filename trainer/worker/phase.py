@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.compress.counts import counts
 from trainer.compress.state import load_state, model_state
@@ -65,7 +65,7 @@ _PLAIN_FIELDS = tuple(
 )
 
 
-def observed(split: Split, samples: int, runtime: Runtime) -> list[Tensor]:
+def observed(split: Split, samples: int, runtime: Runtime) -> list[Any]:
     """The inputs that `Phase.observe` gets: batches on the device, the same on all ranks."""
     order = permutation(len(split), runtime.seed, 0)[:samples].split(runtime.batch_size)
     return [runtime.place_batch(*batch)[0] for batch in split.batches(order, None)]

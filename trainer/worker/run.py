@@ -207,12 +207,6 @@ def _check_inputs(
             order = torch.arange(2) % len(data.train)
             ((inputs, targets),) = data.train.batches([order], None)
             inputs, _ = runtime.place_batch(inputs, targets)
-            if not isinstance(inputs, Tensor):
-                raise ConfigError(
-                    f"phases.{name}: {phase.kind} looks at the model's inputs (samples="
-                    f"{phase.samples}), which works for models with one input tensor only; the "
-                    f"samples of data have a {type(inputs).__name__}"
-                )
             try:
                 phase.check_inputs(model, inputs)
             except ConfigError as error:
