@@ -1,6 +1,8 @@
 """ONNX files: integers where they belong, the same answers as PyTorch, any batch size."""
 
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,10 +12,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from trainer.config import FitConfig
+from trainer.data.tree import call_with, map_tensors
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
 from trainer.export import check_installed
-from trainer.export.onnx import is_quantized, to_onnx
+from trainer.export.onnx import is_quantized, named_inputs, to_onnx
 from trainer.export.runtime import OnnxModel, latencies
 from trainer.models import LeNet300, LSTMLanguageModel, ResNetCifar
 from trainer.phases import Prune, Quantize
@@ -297,3 +300,27 @@ def test_latencies_are_those_of_each_model() -> None:
     found = latencies({"a": small, "b": small}, torch.ones(1, 4))
     assert set(found) == {"a", "b"}
     assert all(0 < value < 1000 for value in found.values())
+
+
+class Pair(nn.Module):
+    """Two named inputs and one that is not used; the prediction is in an object, beside a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Any:
+        return SimpleNamespace(logits=self.fc(a + b), cache=object())
+
+
+@pytest.mark.slow
+def test_several_inputs_and_a_prediction_in_an_object() -> None:
+    def predict(model: nn.Module, inputs: Any) -> Any:
+        return call_with(model, inputs).logits
+
+    model, (a, b, c) = Pair(), torch.randn(3, 4, 3).unbind()
+    inputs = {"b": b, "a": a, "c": c}
+    sample = map_tensors(lambda tensor: tensor[:2], inputs)
+    file = OnnxModel(to_onnx(model, sample, predict))
+    np.testing.assert_allclose(file(inputs), model(a, b, c).logits.detach(), atol=1e-6)
+    assert [*named_inputs((a, b))] == ["input_0", "input_1"]

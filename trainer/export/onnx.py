@@ -12,9 +12,9 @@ weights in the file are chosen so that biases are exact: see `_fitted`.
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,23 @@ from trainer.errors import RunError, first_line
 
 OPSET = 21  # the first version with quantization to all integer types used here
 INPUT, OUTPUT = "input", "logits"
+Predict = Callable[[nn.Module, Any], Tensor]
 _INTEGER_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their biases are integers
 _LARGEST = 2.0**30  # of a bias in steps; the rest of the range is for the products
 
 
-def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
+def to_onnx(model: nn.Module, sample: Any, predict: Predict | None = None) -> bytes:
     """The content of an ONNX file.
 
     Its input `input` has the shape and type of `sample`, with any number of samples; its output is
-    `logits`. It can be used without this project.
+    `logits`. Several inputs have the names in the mapping, or are called input_0, input_1, ... It
+    can be used without this project.
 
     Args:
         model: plain or quantized, as after training; not changed.
         sample: a batch of at least two inputs.
+        predict: calls the model with inputs and returns the prediction; None: the model's output
+            is the prediction.
 
     Raises:
         RunError: PyTorch cannot export the model, or a weight is no longer on its grid.
@@ -46,17 +50,22 @@ def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     for name, layer in list(exported.named_modules()):
         _put_integers(name, layer)
     batch = torch.export.Dim("batch")
-    sample = sample.cpu().contiguous()
+    inputs = named_inputs(sample)
+    tensors = tuple(tensor.cpu().contiguous() for tensor in inputs.values())
+    traced: nn.Module = exported
+    dynamic: Any = ({0: batch},)
+    if predict is not None:
+        traced, dynamic = _Predictor(exported, sample, predict), (({0: batch},) * len(inputs),)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                exported,
-                (sample,),
+                traced,
+                tensors,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT],
+                input_names=[*inputs],
                 output_names=[OUTPUT],
-                dynamic_shapes=({0: batch},),
+                dynamic_shapes=dynamic,
                 verbose=False,
             )
     except Exception as error:  # torch.export and the exporter raise many kinds
@@ -68,6 +77,32 @@ def to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     for part in (*file.graph.node, *file.graph.value_info, *file.graph.input, *file.graph.output):
         part.ClearField("metadata_props")  # they contain paths of this machine
     return cast(bytes, file.SerializeToString())
+
+
+def named_inputs(inputs: Any) -> dict[str, Tensor]:
+    """The inputs of a batch by their names in the file."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return {f"{INPUT}_{number}": tensor for number, tensor in enumerate(inputs)}
+    return {INPUT: inputs}
+
+
+class _Predictor(nn.Module):
+    """Takes the inputs of a model one by one, and returns its prediction alone."""
+
+    def __init__(self, model: nn.Module, sample: Any, predict: Predict) -> None:
+        super().__init__()
+        self.model = model
+        self._predict = predict
+        self._names = [*sample] if isinstance(sample, Mapping) else None
+        self._several = isinstance(sample, tuple | list)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        given: Any = inputs if self._several else inputs[0]
+        if self._names is not None:
+            given = dict(zip(self._names, inputs, strict=True))
+        return self._predict(self.model, given)
 
 
 def _root(error: BaseException) -> BaseException:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
-from torch import Tensor
 
-from trainer.export.onnx import INPUT, OUTPUT
+from trainer.export.onnx import OUTPUT, named_inputs
 
 Array = npt.NDArray[Any]
 
@@ -31,15 +30,23 @@ class OnnxModel:
         self._session = onnxruntime.InferenceSession(
             content, options, providers=["CPUExecutionProvider"]
         )
+        self._inputs = {place.name for place in self._session.get_inputs()}
 
-    def __call__(self, inputs: Tensor) -> Array:
-        """Logits [batch, ..., classes] of a batch of inputs."""
-        array = inputs.detach().cpu().contiguous().numpy()
-        logits: Array = self._session.run([OUTPUT], {INPUT: array})[0]
+    def __call__(self, inputs: Any) -> Array:
+        """Logits [batch, ..., classes] of a batch of inputs: a tensor, or several as for the model.
+
+        An input that the model does not use is not in the file.
+        """
+        arrays = {
+            name: tensor.detach().cpu().contiguous().numpy()
+            for name, tensor in named_inputs(inputs).items()
+            if name in self._inputs
+        }
+        logits: Array = self._session.run([OUTPUT], arrays)[0]
         return logits
 
 
-def latencies(models: Mapping[str, OnnxModel], inputs: Tensor) -> dict[str, float]:
+def latencies(models: Mapping[str, OnnxModel], inputs: Any) -> dict[str, float]:
     """Median milliseconds of each model for a batch; the models are measured in turn.
 
     Args:

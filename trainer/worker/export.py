@@ -5,12 +5,14 @@ validation data, and reports the result. The other ranks have nothing to do.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trainer.data.split import Split
+from trainer.data.tree import call_with, map_tensors
 from trainer.engine.world import World
 from trainer.errors import ConfigError, first_line
 from trainer.experiment import Experiment
@@ -59,11 +61,11 @@ def _try(experiment: Experiment) -> None:
             phase.apply_change(model, phase.plan_change(model, alone))
         if isinstance(phase, Quantize):
             phase.enter(model, alone)
-            model.train()(sample)
+            call_with(model.train(), sample)
             phase.after_step(model, alone, 1, 1)
             phase.leave(model)
     try:
-        OnnxModel(to_onnx(model, sample))(sample)
+        OnnxModel(_file(experiment.task, model, sample))(sample)
     except Exception as error:  # onnxruntime has its own exceptions
         raise ConfigError(
             f"export.onnx=true: {first_line(error)}; set export.onnx=false, or change the model"
@@ -93,10 +95,15 @@ def _exported(experiment: Experiment, final: bytes, dense: bytes | None) -> Iter
         models = {INT8: models[FP32]}
         if dense is not None:
             models = {FP32: _loaded(experiment, dense), **models}
-    sample = _inputs(split, max(2, min(max(BATCHES), len(split))))
-    files = {name: to_onnx(model, sample[:2]) for name, model in models.items()}
+    count = max(2, min(max(BATCHES), len(split)))
+    sample = _inputs(split, count)
+    files = {
+        name: _file(experiment.task, model, _first(sample, 2)) for name, model in models.items()
+    }
     loaded = {name: OnnxModel(content) for name, content in files.items()}
-    speeds = {batch: latencies(loaded, sample[:batch]) for batch in BATCHES if batch <= len(sample)}
+    speeds = {
+        batch: latencies(loaded, _first(sample, batch)) for batch in BATCHES if batch <= count
+    }
     last, batch_size = list(models)[-1], min(MAX_BATCH, experiment.config.batch_size)
     for name, model in models.items():
         metrics, in_torch, difference = _compare(
@@ -118,20 +125,23 @@ def _loaded(experiment: Experiment, content: bytes) -> nn.Module:
     return experiment.load_model(weights, from_metadata(metadata)).eval()
 
 
-def _inputs(split: Split, count: int) -> Tensor:
-    """The first `count` samples of a split; repeated if it has fewer.
-
-    Raises:
-        ConfigError: The model has several inputs.
-    """
+def _inputs(split: Split, count: int) -> Any:
+    """The inputs of the first `count` samples of a split; repeated if it has fewer."""
     indices = torch.arange(count) % len(split)
     ((inputs, _),) = split.batches([indices], None)
-    if not isinstance(inputs, Tensor):
-        raise ConfigError(
-            "export.onnx=true: only models with one input tensor can be exported; set "
-            "export.onnx=false"
-        )
     return inputs
+
+
+def _first(inputs: Any, count: int) -> Any:
+    return map_tensors(lambda tensor: tensor[:count], inputs)
+
+
+@torch.no_grad()
+def _file(task: Task, model: nn.Module, sample: Any) -> bytes:
+    """The ONNX file of a model; its output is the prediction alone."""
+    if isinstance(sample, Tensor) and isinstance(task.call(model.eval(), sample), Tensor):
+        return to_onnx(model, sample)
+    return to_onnx(model, sample, lambda model, inputs: task.prediction(task.call(model, inputs)))
 
 
 @torch.no_grad()
