@@ -1,4 +1,4 @@
-"""How many weights each layer may lose, by how much each one's loss rises when it loses some."""
+"""Divides a sparsity among layers by sensitivity: the rise of the loss when one is pruned."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def allocate(
     floors: Mapping[str, int],
     fraction: float,
 ) -> dict[str, int]:
-    """How many weights each layer keeps, so that all together keep about `fraction` of theirs.
+    """The number of weights that each layer keeps, so that all together keep about `fraction`.
 
     Every layer is pruned as far as its own curve stays below one common rise of the loss: layers
     that are sensitive keep more. Where a curve is flat or falls it is taken to rise a little.

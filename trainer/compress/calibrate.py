@@ -128,7 +128,7 @@ class _Observed:
 
     @property
     def mean(self) -> Tensor | None:
-        """The mean output [channels]; None where it is not known."""
+        """The mean output [channels]; None if it is not known."""
         return None if self.partial else self.total / max(1, self.count)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -318,7 +318,7 @@ def _is_matrix(places: Sequence[ParameterRef]) -> bool:
 
 
 class _Reached(Exception):
-    """All layers were called as often as they are; the forward pass need not be finished."""
+    """Raised when all layers were called as often as needed, to end the forward pass early."""
 
 
 def _run(model: nn.Module, inputs: Sequence[Any], layers: Sequence[_Observed]) -> None:

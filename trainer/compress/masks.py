@@ -1,4 +1,4 @@
-"""Which weights survive pruning by magnitude: pure functions, tensors in, masks out.
+"""Masks of the weights that survive pruning by magnitude: pure functions of tensors.
 
 Selection is exact and deterministic on every device: among equal magnitudes the one with the lowest
 index (in row-major order, whatever the memory format) stays. It reads the weights in pieces and
@@ -153,7 +153,7 @@ def _upper(flat: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _histogram(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many magnitudes fall into each bin: int64 [_BINS]. Raises Diverged on Inf and NaN."""
+    """The number of magnitudes in each bin: int64 [_BINS]. Raises Diverged on Inf and NaN."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
     for _, bins in _upper(flat, dtype):
         counts += torch.bincount(bins, minlength=_BINS)

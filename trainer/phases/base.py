@@ -119,7 +119,7 @@ class Phase:
         """
 
     def notices(self, model: nn.Module) -> list[str]:
-        """Lines to show the user before the run, such as what the phase will leave as it is.
+        """Lines to show the user before the run, such as names of weights that are not changed.
 
         Args:
             model: As for `check_model`. Must not be changed.

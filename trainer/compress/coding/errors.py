@@ -1,4 +1,4 @@
-"""What a decoder raises."""
+"""The errors of decoders."""
 
 
 class CorruptError(ValueError):
