@@ -9,13 +9,14 @@ from typing import Any
 
 import nbformat
 import pytest
+import ray
 
 from trainer.config.compose import conf_dir
 
 ROOT = conf_dir().parent
 EXAMPLES = ROOT / "examples"
 PARAMETERS: dict[str, dict[str, int]] = {
-    "compress_your_model": {"samples": 1500},
+    "compress_your_model": {"samples": 1500, "rounds": 1},
     "read_a_report": {"images": 1500},
     "sweep": {"images": 600, "trials": 2},
 }
@@ -59,10 +60,12 @@ def test_a_notebook_shows_what_a_run_of_it_showed(name: str) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(400)  # starts a kernel, and Ray in it
+@pytest.mark.timeout(400)  # starts a kernel
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     spec = importlib.util.spec_from_file_location("execute", EXAMPLES / "execute.py")
     assert spec is not None
     assert spec.loader is not None
