@@ -127,7 +127,6 @@ def test_commands_are_accepted(page: Path, elsewhere: None) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(300)  # several runs, one after the other
 @pytest.mark.parametrize(
     ("pages", "learnt"),
     [
@@ -148,8 +147,6 @@ def test_examples_run(
     for block in blocks(*(DOCS / page for page in pages.split())):
         code = block.replace('"max_accuracy_drop": 0.01, ', "")  # 640 samples do not reach it
         code = code.replace("trials=8", "trials=2")
-        if pages == "tutorial.md":
-            code = code.replace('    export={"onnx": True},\n', "")  # as in onnx.md
         exec(compile(code, pages, "exec"), names)
     for name, accuracy in learnt.items():
         assert names[name].metrics["accuracy"] > accuracy, name

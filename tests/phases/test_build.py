@@ -43,8 +43,6 @@ def shipped(name: str) -> dict[str, Any]:
     settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert isinstance(settings, dict)
     assert settings.pop("enabled") is True  # trainer.config sees to it
-    if "max_drop" in settings:
-        settings["max_drop"] = None  # follows limits.max_accuracy_drop in a whole configuration
     return settings
 
 
@@ -115,6 +113,10 @@ def test_auto_is_a_shorthand_for_auto_prune() -> None:
         ({"begin": 0.5, "end": 0.5}, "begin=0.5, end=0.5: they must satisfy"),
         ({"end": 1.1}, "end=1.1"),
         ({"interval": 0}, "interval=0: it must be at least 1 step"),
+        ({"saliency": "norm"}, "saliency=norm: it must be one of magnitude, wanda, sparsegpt"),
+        ({"saliency": "wanda"}, "saliency=wanda with samples=0: it needs inputs; set samples=128"),
+        ({"samples": 8}, "samples=8 with saliency=magnitude"),
+        ({"saliency": "wanda", "samples": 8, "scope": "global"}, "set schedule=oneshot, scope=la"),
         ({"schedule": "cubic", "fit": {"epochs": 0}}, "schedule=cubic with fit.epochs=0"),
         ({"speed": 1}, r"phases\.prune\.speed: .*known keys: .*sparsity, scope"),
         ({"fit": {"epochs": -1}}, r"phases\.prune\.fit\.epochs=-1: it must be at least 0"),

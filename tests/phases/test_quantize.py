@@ -64,6 +64,12 @@ def integers(model: nn.Module, name: str) -> Tensor:
         ({"keep": ["ranges"]}, "keep=ranges: it must be one of zeros, sharing"),
         ({"keep": ["sharing"]}, "per_channel=true with keep=\\[sharing\\].* set per_channel=false"),
         ({"fit": FitConfig(epochs=0)}, "activations=8 with fit.epochs=0"),
+        ({"equalize": True}, "equalize=true with samples=0"),
+        (
+            {"equalize": True, "samples": 8, "keep": ["sharing"], "per_channel": False}
+            | {"rounding": "nearest"},
+            "equalize=true with keep=\\[sharing\\]",
+        ),
         ({"activations": None, "outputs": ["0"]}, "outputs=\\['0'\\] with activations=null"),
     ],
 )

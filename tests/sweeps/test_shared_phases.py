@@ -38,3 +38,16 @@ def test_only_what_the_weights_depend_on_is_part_of_the_key(tmp_path):
     )
     for change in same:
         assert shared.key(dataclasses.replace(cfg, **change)) == key, change
+
+
+def test_a_search_within_a_share_of_the_limit_depends_on_the_limit_and_on_later_phases(tmp_path):
+    def key(name, *settings):
+        composed = trainer.compose(
+            "deep_compression_lenet300", "limits.max_accuracy_drop=0.01", *settings
+        )
+        return SharedPhases(name, tmp_path).key(composed.config)
+
+    search = ("phases.share.bits=auto", "limits.max_accuracy_drop=0.02")
+    assert key("retrain") == key("retrain", *search)
+    assert key("share", search[0]) != key("share", *search)
+    assert key("share", *search) == key("share", *search)

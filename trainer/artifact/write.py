@@ -146,7 +146,7 @@ def check(weights: Mapping[str, Any]) -> None:
 def _written(
     name: str, tensor: Tensor, scale: Tensor | None, exact: bool, coder: str | Coder, budget: Budget
 ) -> tuple[Entry, bytes | None, Tensor]:
-    """The entry of a tensor, its coded layer if it has one, and the values for the stream."""
+    """How a tensor is written, its coded layer if it has one, and the values for the stream."""
     found = None if scale is None else _on_grid(name, tensor, scale.detach().cpu())
     entry, levels, values = found or _plan(name, tensor, exact)
     if levels is None:
@@ -186,7 +186,7 @@ def _on_grid(
 
 
 def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None, Tensor]:
-    """The entry of a tensor, its levels if they are coded, and the values for the stream, in the
+    """How a tensor is written, its levels if they are coded, and the values for the stream, in the
     type in which they are stored.
     """
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)

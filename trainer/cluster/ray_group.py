@@ -419,7 +419,7 @@ class RayGroup:
 
     @property
     def _wait_s(self) -> float:
-        """Limit of the wait of a rank for the others in a collective, in seconds."""
+        """How long a rank waits for the others in a collective, in seconds."""
         return COLLECTIVE_FACTOR * self._cfg.hang_timeout_s
 
     def _ranks_without_gpu(self) -> list[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkerLoss:
-    """The loss of a worker: its error and position."""
+    """How and where a worker was lost."""
 
     reason: str
     position: tuple[int, int] | None  # phase and step of the run; None: unknown

@@ -1,7 +1,11 @@
-"""Divides a sparsity among layers by sensitivity: the rise of the loss when one is pruned."""
+"""How much each layer is compressed, by how much the loss rises when it alone is."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 Curve = Sequence[tuple[float, float]]
 """Fractions of a layer's present weights that are kept, falling from below 1, and how much the loss
@@ -12,12 +16,12 @@ _MIN_RISE = 1e-6  # rise, in nats for a factor of e: a flat or falling curve is 
 
 
 def allocate(
-    kept: Mapping[str, int],
-    curves: Mapping[str, Curve],
-    floors: Mapping[str, int],
+    kept: Mapping[Key, int],
+    curves: Mapping[Key, Curve],
+    floors: Mapping[Key, int],
     fraction: float,
-) -> dict[str, int]:
-    """The number of weights that each layer keeps, so that all together keep about `fraction`.
+) -> dict[Key, int]:
+    """How many weights each layer keeps, so that all together keep about `fraction` of theirs.
 
     Every layer is pruned as far as its own curve stays below one common rise of the loss: layers
     that are sensitive keep more. Where a curve is flat or falls it is taken to rise a little.
@@ -47,9 +51,41 @@ def allocate(
     return _at(kept, lifted, floors, low)
 
 
+def bit_allocations(
+    sizes: Mapping[str, int], rises: Mapping[str, Mapping[int, float]]
+) -> list[dict[str, int]]:
+    """Bits of each layer's weights, from the most accurate allocation to the smallest.
+
+    From one allocation to the next, one layer loses bits: the one whose loss rises least for each
+    bit that is saved. These are the allocations with the smallest sum of rises for their size
+    (Shoham & Gersho, 1988, doi:10.1109/29.90373), as far as rises add up.
+
+    Args:
+        sizes: Number of weights of each layer.
+        rises: For each layer, how much the loss rises, in nats, when it alone has so many bits. The
+            first allocation has the most bits of each.
+    """
+    steps: list[tuple[float, str, int]] = []  # loss for a bit, layer, its new bits
+    for name, measured in rises.items():
+        bits = sorted(measured, reverse=True)
+        growing = itertools.accumulate((max(0.0, measured[b]) for b in bits), max)
+        lifted = dict(zip(bits, growing, strict=True))
+        now = bits[0]
+        while now > bits[-1]:
+            costs = {b: (lifted[b] - lifted[now]) / (now - b) for b in bits if b < now}
+            cost, now = min((cost, b) for b, cost in costs.items())
+            steps.append((cost / sizes[name], name, now))
+    allocation = {name: max(measured) for name, measured in rises.items()}
+    found = [allocation]
+    for _, name, bits_now in sorted(steps, key=lambda step: step[0]):
+        allocation = {**allocation, name: bits_now}
+        found.append(allocation)
+    return found
+
+
 def _at(
-    kept: Mapping[str, int], curves: Mapping[str, Curve], floors: Mapping[str, int], rise: float
-) -> dict[str, int]:
+    kept: Mapping[Key, int], curves: Mapping[Key, Curve], floors: Mapping[Key, int], rise: float
+) -> dict[Key, int]:
     return {
         name: min(number, max(floors[name], round(number * _fraction(curves[name], rise))))
         for name, number in kept.items()

@@ -15,7 +15,7 @@ _settings = RLock()
 
 
 class LinearAttention(nn.Module):
-    """Computes the same as the nn.MultiheadAttention from which it is built, up to rounding.
+    """Computes what the nn.MultiheadAttention that it is made from computes, up to rounding.
 
     It is called like nn.MultiheadAttention. Its Linears are `in_proj`, which makes queries, keys
     and values, and `out_proj`.

@@ -4,16 +4,14 @@ The layers are rounded in the order in which the model calls them. Each is looke
 that it gets when all layers before it are rounded already.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
+from trainer.compress.layer_inputs import ObservedLayer, evaluation, observe_layers, with_inputs
 from trainer.compress.quantize import (
     INPUT,
     OUTPUT,
@@ -21,17 +19,14 @@ from trainer.compress.quantize import (
     WeightQuantizer,
     broadcast_scale,
 )
-from trainer.compress.rounding import round_second_order
+from trainer.compress.second_order import round_second_order
 from trainer.compress.select import ParameterRef
 from trainer.data.tree import call_with
 
 RANGES = ("minmax", "mse", "percentile")
 PERCENTILE = 99.99  # of the values on each side of zero that the range "percentile" covers
 
-_MATRIX_CODE = ("torch.nn.", "trainer.compress.")  # modules whose layers compute as they say
 _VALUES = 1 << 17  # that are kept of all inputs of a layer to find its range
-_MAX_COLUMNS = 4096  # inputs of a layer whose correlations are taken into account at a time
-_CHUNK = 1 << 24  # values of unfolded images at a time
 
 
 @torch.no_grad()
@@ -62,28 +57,33 @@ def calibrate(
         second_order: Whether rounding takes the inputs into account.
         correct_bias: Whether biases are corrected.
     """
-    with _evaluation(model):
-        observed = _observe(model, places, inputs, ranges)
+    with evaluation(model):
+        with _sampled(model, -(-_VALUES // len(inputs)), ranges):
+            observed = observe_layers(model, places, inputs)
         for name, quantizer in quantizers.items():
             quantizer.calibrate(places[name][0].value)
-        for group in _with_one_input(observed):
-            for name in group:
-                group[name].statistics = _Statistics(places[name][0].module, second_order)
-            _run(model, inputs, [*group.values()])
-            for name, layer in group.items():
+        for layers in with_inputs(model, observed, inputs, products=second_order):
+            for name, layer in layers.items():
                 mean = layer.mean if correct_bias else None
                 _round_layer(layer, places[name][0].value, quantizers[name], mean, second_order)
-                layer.statistics = None  # its matrices may be large
+
+
+@torch.no_grad()
+def calibrate_ranges(model: nn.Module, inputs: Sequence[Any], ranges: str) -> None:
+    """Set the ranges of activations alone, as `calibrate` does."""
+    with evaluation(model), _sampled(model, -(-_VALUES // len(inputs)), ranges):
+        for batch in inputs:
+            call_with(model, batch)
 
 
 def _round_layer(
-    observed: "_Observed",
+    observed: ObservedLayer,
     weight: Tensor,
     quantizer: WeightQuantizer,
     expected: Tensor | None,
     second_order: bool,
 ) -> None:
-    """Round the weight of a layer that `_is_matrix`, and give its outputs the expected mean."""
+    """Round the weight of a layer, and give its outputs the expected mean."""
     statistics = observed.statistics
     assert statistics is not None
     bias = observed.layer.bias
@@ -91,119 +91,45 @@ def _round_layer(
     if corrected:
         statistics.center()
     groups = len(statistics.sums)
-    rows = weight.reshape(groups, -1, weight[0].numel())
     if second_order:
         scales = broadcast_scale(quantizer.scale, 2).expand(len(weight), 1).reshape(groups, -1, 1)
-        rounded = [
-            torch.cat(
-                [
-                    round_second_order(part, gram, scales[group], quantizer.max_integer)
-                    for part, gram in zip(rows[group].split(_MAX_COLUMNS, 1), grams, strict=True)
-                ],
-                1,
-            )
-            for group, grams in enumerate(statistics.grams)
-        ]
-        weight.copy_(torch.cat(rounded).reshape(weight.shape))
+        statistics.replace(
+            weight,
+            lambda block, gram, group: round_second_order(
+                block, gram, scales[group], quantizer.max_integer
+            ),
+        )
     made = quantizer(weight)
     weight.copy_(made)
     if corrected:
         mean = statistics.sums / max(1, statistics.count)  # [groups, columns]
-        outputs = made.double().reshape(rows.shape) @ mean.unsqueeze(2)
+        outputs = made.double().reshape(groups, -1, mean.shape[1]) @ mean.unsqueeze(2)
         cast(Tensor, bias).copy_(cast(Tensor, expected) - outputs.flatten())
 
 
-@dataclass
-class _Observed:
-    """A layer that can be rounded by its inputs, and its calls by the original model."""
+@contextmanager
+def _sampled(model: nn.Module, size: int, ranges: str) -> Iterator[None]:
+    """Context in which activations are looked at, after which their ranges are set.
 
-    layer: nn.Module
-    outputs: int
-    total: Tensor  # sum of the outputs [channels], float64
-    count: int = 0
-    partial: bool = False  # a call computed some of the outputs
-    calls: list[int] = field(default_factory=list)  # by batch
-    source: Tensor | None = None  # its first input
-    statistics: "_Statistics | None" = None
-
-    @property
-    def mean(self) -> Tensor | None:
-        """The mean output [channels]; None if it is not known."""
-        return None if self.partial else self.total / max(1, self.count)
-
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook, before the one that quantizes the input."""
-        if self.source is None:
-            self.source = _first(args, kwargs)
-        self.calls[-1] += 1
-
-    def after(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Forward hook."""
-        flat = output.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
-        if len(flat) != self.outputs:
-            self.partial = True
-        else:
-            self.total = self.total + flat.double().sum(1)
-            self.count += flat.shape[1]
-
-
-def _observe(
-    model: nn.Module,
-    places: Mapping[str, Sequence[ParameterRef]],
-    inputs: Sequence[Any],
-    ranges: str,
-) -> dict[str, _Observed]:
-    """Set the ranges of activations from the model as it is.
-
-    Returns:
-        The layers that can be rounded by their inputs, by the name of the weight, in the order of
-        their first call.
+    Args:
+        size: Number of values of each call that are kept.
+        ranges: One of `RANGES`.
     """
     handles, seen = [], []
-    order: list[str] = []
-    found: dict[str, _Observed] = {}
     for module in model.modules():
         for kind in (INPUT, OUTPUT):
             quantizer = getattr(module, f"{kind}_quantizer", None)
             if isinstance(quantizer, ActivationQuantizer):
-                sample = _Sample(quantizer, -(-_VALUES // len(inputs)))
+                sample = _Sample(quantizer, size)
                 seen.append(sample)
                 handles.append(quantizer.register_forward_pre_hook(sample.add))
-    for name, refs in places.items():
-        if _is_matrix(refs):
-            layer, weight = refs[0].module, refs[0].value
-            one = _Observed(layer, len(weight), weight.new_zeros((), dtype=torch.float64))
-            found[name] = one
-            handles.append(
-                layer.register_forward_pre_hook(one.before, with_kwargs=True, prepend=True)
-            )
-            handles.append(layer.register_forward_hook(one.after))
-            handles.append(layer.register_forward_hook(lambda *_, name=name: order.append(name)))
     try:
-        for batch in inputs:
-            for one in found.values():
-                one.calls.append(0)
-            call_with(model, batch)
+        yield
     finally:
         for handle in handles:
             handle.remove()
     for sample in seen:
         sample.set_range(ranges)
-    return {name: found[name] for name in dict.fromkeys(order)}
-
-
-def _with_one_input(observed: Mapping[str, _Observed]) -> list[dict[str, _Observed]]:
-    """Layers in their order; those that follow one another and get the same input together."""
-    groups: list[dict[str, _Observed]] = []
-    for name, layer in observed.items():
-        last = next(reversed(groups[-1].values())) if groups else None
-        if last is not None and last.source is layer.source and last.calls == layer.calls:
-            groups[-1][name] = layer
-        else:
-            groups.append({name: layer})
-    for layer in observed.values():
-        layer.source = None
-    return groups
 
 
 class _Sample:
@@ -247,118 +173,3 @@ class _Sample:
             if error < found[0]:
                 found = (error, low * part, high * part)
         return found[1:]
-
-
-class _Statistics:
-    """Sums over the inputs of a layer: of each column of its matrix, and of their products."""
-
-    def __init__(self, layer: nn.Module, products: bool) -> None:
-        self._layer = layer
-        self._groups = getattr(layer, "groups", 1)
-        weight = cast(Tensor, layer.weight)
-        columns = weight[0].numel()
-        self.count = 0
-        self.sums = torch.zeros(self._groups, columns, dtype=torch.float64, device=weight.device)
-        self.grams: list[list[Tensor]] = []  # of each group, of each part of its columns
-        if products:
-            sizes = [len(part) for part in torch.arange(columns).split(_MAX_COLUMNS)]
-            self.grams = [
-                [self.sums.new_zeros(size, size) for size in sizes] for _ in range(self._groups)
-            ]
-
-    def add(self, x: Tensor) -> None:
-        """Args: x: An input of the layer."""
-        for rows in _columns(self._layer, x):  # [inputs, groups, columns]
-            self.count += len(rows)
-            self.sums += rows.double().sum(0)
-            for group, parts in enumerate(self.grams):
-                for gram, part in zip(parts, rows[:, group].split(_MAX_COLUMNS, 1), strict=True):
-                    gram += (part.t() @ part).double()
-
-    def center(self) -> None:
-        """Turn the products into those of the inputs without their mean, which a bias restores."""
-        for sums, parts in zip(self.sums, self.grams, strict=False):
-            for gram, part in zip(parts, sums.split(_MAX_COLUMNS), strict=True):
-                gram -= torch.outer(part, part) / max(1, self.count)
-
-
-def _columns(layer: nn.Module, x: Tensor) -> list[Tensor]:
-    """The vectors that the matrix of a layer is multiplied with: [inputs, groups, columns] each."""
-    x = x.float()
-    if not isinstance(layer, _ConvNd):
-        return [x.reshape(-1, 1, x.shape[-1])]
-    space = len(layer.kernel_size)
-    if x.ndim == space + 1:  # no dimension for samples
-        x = x[None]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, list(layer._reversed_padding_repeated_twice), mode)
-    for place in range(space):
-        kernel, step, gap = layer.kernel_size[place], layer.stride[place], layer.dilation[place]
-        x = x.unfold(2 + place, (kernel - 1) * gap + 1, step)[..., ::gap]
-    # [samples, channels, *positions, *kernel] -> [samples, *positions, channels, *kernel]
-    x = x.movedim(1, 1 + space)
-    each = max(1, _CHUNK // max(1, x[0].numel()))
-    columns = x.shape[1 + space :].numel() // layer.groups
-    return [part.reshape(-1, layer.groups, columns) for part in x.split(each)]
-
-
-def _is_matrix(places: Sequence[ParameterRef]) -> bool:
-    """Whether a weight is the matrix of one layer that multiplies its input with it.
-
-    A subclass with a forward pass of its own may do something else first, such as padding its input
-    or standardizing its weight.
-    """
-    layer = places[0].module
-    if len(places) > 1 or places[0].name != "weight":
-        return False
-    code = [getattr(type(layer), name, None) for name in ("forward", "_conv_forward")]
-    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and all(
-        method is None or method.__module__.startswith(_MATRIX_CODE) for method in code
-    )
-
-
-class _Reached(Exception):
-    """Raised when all layers were called as often as needed, to end the forward pass early."""
-
-
-def _run(model: nn.Module, inputs: Sequence[Any], layers: Sequence[_Observed]) -> None:
-    """Let the statistics of layers take in their inputs."""
-    left = 0
-
-    def before(layer: _Observed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal left
-        assert layer.statistics is not None
-        layer.statistics.add(_first(args, kwargs))
-        left -= 1
-        if left == 0:
-            raise _Reached
-
-    # After the hook that quantizes the input.
-    handles = [
-        layer.layer.register_forward_pre_hook(
-            lambda _, args, kwargs, layer=layer: before(layer, args, kwargs), with_kwargs=True
-        )
-        for layer in layers
-    ]
-    try:
-        for number, batch in enumerate(inputs):
-            left = sum(layer.calls[number] for layer in layers)
-            with suppress(_Reached):
-                call_with(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Any:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

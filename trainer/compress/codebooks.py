@@ -1,4 +1,4 @@
-"""One-dimensional k-means: few values that represent many. Pure functions of sorted values.
+"""One-dimensional k-means: few values that stand for many. Pure functions on sorted values.
 
 Sorted values make k-means cheap: every cluster is an interval, its sum a difference of two prefix
 sums, so that an iteration costs k binary searches however many values there are.
@@ -43,7 +43,7 @@ def linear(values: Floats, k: int) -> Floats:
 
 
 def density(values: Floats, k: int) -> Floats:
-    """Evenly spaced in rank: each value represents equally many weights."""
+    """Evenly spaced in rank: each value stands for as many weights."""
     ranks: Ints = ((np.arange(k) + 0.5) * len(values) / k).astype(np.int64)
     chosen: Floats = values[ranks]
     return chosen
@@ -82,7 +82,7 @@ INITS: dict[str, Callable[[Floats, int], Floats]] = {
 
 
 def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) -> Codebook:
-    """At most `k` values that represent the nonzero elements of `weights`, by Lloyd's algorithm.
+    """At most `k` values that stand for the non-zero elements of `weights`, by Lloyd's algorithm.
 
     Args:
         weights: of any shape and floating type, finite; what is zero stays zero and has no say.
@@ -125,7 +125,7 @@ def cluster(weights: Tensor, k: int, init: str = "linear", rate: float = 0.0) ->
 def codebook_of(
     weights: Tensor, max_values: int = MAX_CLUSTERS, any_repeat: bool = False
 ) -> Codebook | None:
-    """The codebook of a tensor that has few distinct values already; None if it has many.
+    """The codebook of a tensor that has few distinct values already; None where it has many.
 
     Args:
         max_values, any_repeat: see `distinct_values`.
@@ -143,7 +143,7 @@ def codebook_of(
 def distinct_values(
     weights: Tensor, max_values: int = MAX_CLUSTERS, any_repeat: bool = False
 ) -> Tensor | None:
-    """The distinct nonzero values of a tensor, ascending, if there are few; else None.
+    """The distinct values of a tensor but zero, ascending, where they are few; else None.
 
     Few is at most `max_values`, and at most half as many as there are elements other than zero.
     NaN is no value.
@@ -266,7 +266,7 @@ def _split(ordered: Floats, edges: Ints, number: int) -> Ints:
 
 
 def _cells(centroids: Floats, offsets: Floats) -> tuple[Ints, Floats]:
-    """The centroids that are nearest to some value, and the borders between their cells.
+    """Which centroids win somewhere, and the borders between their cells.
 
     Centroid i wins at w where (w - c_i)^2 + offset_i is least: without w^2 those are straight
     lines, and the cells are the pieces of their lower envelope.

@@ -1,4 +1,4 @@
-"""Counts of a model's parameters: all, trainable, and nonzero."""
+"""How many parameters a model has, learns, and keeps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +35,6 @@ def counts(model: nn.Module) -> Counts:
 
 
 def _values(found: Mapping[str, list[ParameterRef]]) -> tuple[int, int]:
-    """The number of values, and of those that are not zero."""
+    """How many values, and how many of them are not zero."""
     values = [places[0].value for places in found.values()]
     return sum(v.numel() for v in values), sum(int(v.count_nonzero()) for v in values)

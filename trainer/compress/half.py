@@ -1,4 +1,4 @@
-"""Rounding of numbers to fp16 in a .dcz file.
+"""Which numbers of a .dcz file are fp16, and how they are rounded.
 
 Those are the codebooks of shared weights, and tensors of at most one dimension: biases, norms,
 running statistics. The writer asks here, and so does the phase that leaves a model as its file will
@@ -26,7 +26,7 @@ def is_exact(name: str, names: Container[str]) -> bool:
 
 
 def to_half(values: Tensor) -> Tensor:
-    """`values` (float32) in fp16, or unchanged if rounding would change more than the last bits.
+    """`values` (float32) in fp16, or unchanged where that would lose more than the last bits.
 
     It would if one becomes Inf or NaN or, not being zero, zero, or is off by more than 2^-10 of the
     largest magnitude.

@@ -19,7 +19,7 @@ def _sources(folder: Path) -> str:
 
 
 def _folder(function: Callable[..., Any]) -> Path:
-    """The folder of the files that a function may use: trainer.compress, or its own folder."""
+    """Where the files are that a function may use: trainer.compress, or its own folder."""
     here, own = Path(__file__).parent, Path(function.__code__.co_filename).parent
     return here if own.is_relative_to(here) else own
 

@@ -1,4 +1,4 @@
-"""Layers that can be quantized, and layers that are rebuilt from those.
+"""Which layers can be quantized, and which are rebuilt from layers that can.
 
 A quantizable layer has its weights as parameters and reads them at each call; its inputs can be
 quantized where it is called, as the first argument. Recurrent networks and attention compute with

@@ -1,4 +1,4 @@
-"""Masks of the weights that survive pruning by magnitude: pure functions of tensors.
+"""Which weights survive pruning by magnitude: pure functions, tensors in, masks out.
 
 Selection is exact and deterministic on every device: among equal magnitudes the one with the lowest
 index (in row-major order, whatever the memory format) stays. It reads the weights in pieces and
@@ -81,13 +81,38 @@ def largest_in_groups(weight: Tensor, keep: int, size: int) -> Tensor:
     Raises:
         Diverged: A value is Inf or NaN.
     """
-    if not bool(weight.isfinite().all()):
-        raise Diverged("weights are Inf or NaN: the training before the pruning diverged")
+    _check_finite(weight)
     groups = weight.detach().abs().movedim(1, -1).unflatten(-1, (-1, size))
     order = groups.argsort(dim=-1, descending=True, stable=True)
     kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
     mask = torch.zeros_like(weight, dtype=torch.bool, requires_grad=False)
     return mask.copy_(kept.flatten(-2).movedim(-1, 1))
+
+
+def largest_in_rows(score: Tensor, keep: int) -> Tensor:
+    """The mask of the largest values of each row, `keep` in all.
+
+    Every row keeps as many, up to one: where `keep` is no multiple of the rows, those whose next
+    value is largest keep one more. Among equal values the first stays.
+
+    Args:
+        score: [rows, columns], not negative.
+
+    Returns:
+        Bool, [rows, columns].
+
+    Raises:
+        Diverged: A value is Inf or NaN.
+    """
+    _check_finite(score)
+    each, more = divmod(keep, len(score))
+    order = score.argsort(dim=1, descending=True, stable=True)
+    mask = torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :each], True)
+    if more:
+        following = order[:, each : each + 1]
+        rows = score.gather(1, following).flatten().argsort(descending=True, stable=True)[:more]
+        mask[rows, following[rows, 0]] = True
+    return mask
 
 
 def kept_counts(weights: Sequence[Tensor], keep: int, floors: Sequence[int]) -> list[int]:
@@ -134,6 +159,11 @@ def _check(keep: int, total: int) -> None:
         raise ValueError(f"cannot keep {keep} of {total} weights")
 
 
+def _check_finite(weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise Diverged("weights are Inf or NaN: the training before the pruning diverged")
+
+
 def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
     return torch.split(flat, _PIECE)
 
@@ -153,7 +183,7 @@ def _upper(flat: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _histogram(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """The number of magnitudes in each bin: int64 [_BINS]. Raises Diverged on Inf and NaN."""
+    """How many magnitudes fall into each bin: int64 [_BINS]. Raises Diverged on Inf and NaN."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
     for _, bins in _upper(flat, dtype):
         counts += torch.bincount(bins, minlength=_BINS)

@@ -198,8 +198,8 @@ class Shared(Materialized):
 
 
 class FakeQuant(Compression):
-    """The weight on the grid of a quantizer. The trainable tensor is the weight itself, or that of
-    another compression: the surviving weights, or the codebook.
+    """The weight on the grid of a quantizer; what is learnt is the weight itself, or what another
+    compression makes it from: the survivors, the codebook.
     """
 
     def __init__(self, quantizer: WeightQuantizer, inner: Compression | None) -> None:
@@ -216,7 +216,7 @@ class FakeQuant(Compression):
 
 
 def compression(module: nn.Module, name: str) -> Compression | None:
-    """The compression installed on `module.name`; None if it is a plain parameter."""
+    """What is installed on `module.name`; None where it is a plain parameter."""
     if not is_parametrized(module, name):
         return None
     first = cast(nn.ModuleDict, module.parametrizations)[name][0]  # type: ignore[index]

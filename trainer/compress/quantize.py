@@ -137,7 +137,7 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def empty(self) -> bool:
-        """Whether it has seen no values except zeros, which give no range for a grid."""
+        """Whether it saw nothing, or nothing but zero: that is no range to spread a grid over."""
         return not bool(self.range[1] > self.range[0])
 
     def grid(self) -> tuple[Tensor, Tensor]:

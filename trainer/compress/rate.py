@@ -1,4 +1,4 @@
-"""A differentiable model of the bits that the coded file takes for a weight on a uniform grid.
+"""How many bits the coded file takes for a weight on a uniform grid, as training sees it.
 
 The context coder (trainer.compress.coding.context) learns how full each row, column and kernel of a
 layer is, and how large its integers are. Here the same is counted over the whole layer: the

@@ -1,4 +1,4 @@
-"""Structural changes of a model by quantization, and their repetition on a fresh model.
+"""How quantization changes the structure of a model, and how a fresh model gets that structure.
 
 Batch norm is folded into the layer before it, recurrent networks and attention are rebuilt from
 Linear layers (trainer.compress.layers), and layers get quantizers. The names in the state_dict say

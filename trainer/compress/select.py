@@ -1,4 +1,4 @@
-"""Finds the tensors of a model that can be compressed, and matches them with patterns.
+"""Which tensors of a model are weights that can be compressed, and how patterns name them.
 
 Names are logical ("fc1.weight", "lstm.weight_hh_l0"): the same before, in and after a phase, and
 never those of the parametrizations that a phase installs.
@@ -38,7 +38,7 @@ _WEIGHT = re.compile(r"((in|q|k|v)_proj_)?weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)
 
 
 class ParameterRef(NamedTuple):
-    """A place in a model where a weight is used."""
+    """Where a model uses a weight."""
 
     module: nn.Module
     name: str  # attribute of the module
@@ -180,7 +180,7 @@ def module_of(name: str) -> str:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules except those inside parametrizations."""
+    """All modules but those inside parametrizations."""
     inside: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in inside:

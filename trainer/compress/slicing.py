@@ -24,7 +24,7 @@ _TOLERANCE = 1e-3  # of the largest output, between zeroed and removed units
 
 
 def to_change(model: nn.Module, removed: Sequence[Unit], units: Sequence[Unit]) -> dict[str, Any]:
-    """The argument of `remove` that removes units: plain values that JSON can store.
+    """What `remove` needs to remove units: plain values that JSON keeps.
 
     Args:
         model: The model, with attention rebuilt as `find_units` returned it.
@@ -145,7 +145,7 @@ def find_units(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Unit], li
 def _problem(
     model: nn.Module, removed: Sequence[Unit], units: Sequence[Unit], inputs: Any
 ) -> str | None:
-    """The reason why units cannot be removed; None: they can."""
+    """Why units cannot be removed; None: they can."""
     zeroed, smaller = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     tensors = _tensors(zeroed)
     for unit in removed:

@@ -34,6 +34,12 @@ def exceeds(drop: float | str, other: float | str) -> bool:
     return is_relative(drop) == is_relative(other) and _amount(drop) > _amount(other)
 
 
+def part_of(drop: float | str, fraction: float) -> float | str:
+    """A fraction of a drop."""
+    amount = _amount(drop) * fraction
+    return f"{amount:.6g}%" if is_relative(drop) else amount
+
+
 def worst_allowed(baseline: float, drop: float | str, direction: str) -> float:
     """The worst value of a metric that a drop allows.
 

@@ -48,7 +48,7 @@ class Members:
         return None
 
     def leave_at(self, position: Position) -> Position | None:
-        """The position at which the group that starts at `position` ends, if a run is repeated."""
+        """Where the group that starts at `position` ends, if a run is repeated."""
         later = (entry_position(entry) for entry in self._plan)
         return next((at for at in later if at > position), None)
 

@@ -241,7 +241,7 @@ class Experiment:
         self.task: Task = task.build()
         self.optimizer: OptimizerSpec = parse_optimizer(config.optimizer, objects)
         check_optimizer(self.optimizer)
-        self.phases: dict[str, Phase] = build_phases(config.phases, config.limits.max_drop, objects)
+        self.phases: dict[str, Phase] = build_phases(config.phases, config.limits.drop, objects)
         self.loggers: dict[str, Factory[Any]] = {
             name: Factory(f"logger.{name}", settings, object, objects)
             for name, settings in config.logger.items()

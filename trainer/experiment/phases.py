@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from trainer.config import LimitsConfig, to_dataclass
-from trainer.config.drop import exceeds
+from trainer.config.drop import exceeds, part_of
 from trainer.config.instantiate import OBJECT, Factory, locate
 from trainer.engine.schedules import check_schedule
 from trainer.errors import ConfigError
-from trainer.phases import AutoPrune, Phase
+from trainer.phases import Phase, StructuralPhase
 from trainer.phases.auto_prune import expand
 from trainer.phases.base import STRUCTURE
 from trainer.tasks import Task
@@ -36,16 +36,30 @@ def stages_of(phases: Mapping[str, Phase]) -> list[Stage]:
 
 
 def build_phases(
-    settings: Mapping[str, Mapping[str, Any]], max_drop: Any, objects: Mapping[str, Any]
+    settings: Mapping[str, Mapping[str, Any]], limit: Any, objects: Mapping[str, Any]
 ) -> dict[str, Phase]:
-    """The phases by name. A search for sparsity without a `max_drop` gets that of the limits."""
+    """The phases by name, with their shares of the limit.
+
+    The n-th of N phases that search without a `max_drop` of their own may end at n/N of the limit
+    below the dense model, so that each can spend 1/N, and what earlier ones have not spent.
+    """
     if not settings:
         raise ConfigError("phases: there are none; an experiment needs at least one, such as train")
-    found = {}
-    for name, chosen in settings.items():
-        if max_drop is not None and "max_drop" in chosen and chosen["max_drop"] is None:
-            chosen = {**chosen, "max_drop": max_drop}
-        found[name] = _build_phase(name, chosen, objects)
+    found = {name: _build_phase(name, chosen, objects) for name, chosen in settings.items()}
+    sharing = [
+        name
+        for name, phase in found.items()
+        if phase.searches and cast(Any, phase).max_drop is None
+    ]
+    if sharing and limit is None:
+        raise ConfigError(
+            f"phases.{sharing[0]}.max_drop=null: set how much worse the first metric may become, "
+            "such as limits.max_accuracy_drop=0.002 or limits.max_drop=5%, of which each phase "
+            "with auto gets a share"
+        )
+    for number, name in enumerate(sharing, start=1):
+        drop = part_of(limit, number / len(sharing))
+        found[name] = dataclasses.replace(found[name], max_drop=drop)  # type: ignore[call-arg]
     return found
 
 
@@ -157,7 +171,9 @@ def check_max_drops(phases: Mapping[str, Phase], limits: LimitsConfig) -> None:
     """Refuse a search that may lose more than the result is allowed to."""
     limit = limits.drop
     for name, phase in phases.items():
-        drop = phase.max_drop if isinstance(phase, AutoPrune) else None
+        # What is trained afterwards may lose more at first.
+        final = phase.searches and not isinstance(phase, StructuralPhase)
+        drop = cast(Any, phase).max_drop if final else None
         if limit is not None and drop is not None and exceeds(drop, limit):
             key = "max_accuracy_drop" if limits.max_drop is None else "max_drop"
             raise ConfigError(

@@ -167,7 +167,7 @@ def _of_experiment(experiment: Experiment, count: int) -> Subject:
     world = World.single(torch.device("cpu"))
     notes = ["weights are not trained: sizes and densities are assumptions"]
     for name, phase in experiment.phases.items():
-        if isinstance(phase, RoundPhase):
+        if isinstance(phase, RoundPhase) or phase.searches:
             notes.append(f"phase {name} is left out: its result depends on training")
         else:
             _apply(phase, model, dense, world, samples)

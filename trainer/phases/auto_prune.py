@@ -21,8 +21,9 @@ from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.messages import RoundRecord
 from trainer.metrics import MAXIMIZE, format_metric
+from trainer.phases.auto import AUTO
 from trainer.phases.base import Evaluate, Phase, RoundPhase
-from trainer.phases.prune import AUTO, Prune, check_min_density, min_kept, prune_weights
+from trainer.phases.prune import Prune, check_min_density, min_kept, prune_weights
 from trainer.phases.retrain import preserve
 
 FIRST_FRACTION = 0.5  # of the weights, kept by the first round
@@ -62,7 +63,8 @@ class AutoPrune(RoundPhase):
     Args:
         max_drop: How much worse than the dense model's the first metric of the task may be on
             validation data: a number in its unit, such as a fraction for accuracy, or a percentage
-            of the dense model's value, such as "5%".
+            of the dense model's value, such as "5%". None: the phase's share of the limit of the
+            experiment.
         rounds: Largest number of rounds; each trains for `fit.epochs`.
         min_density: Smallest fraction of its weights that any layer keeps, in [0, 1].
         include: Name patterns of the weights to prune.
@@ -88,7 +90,7 @@ class AutoPrune(RoundPhase):
         return frozenset({"zeros"})
 
     @property
-    def needs_dense_model(self) -> bool:
+    def searches(self) -> bool:
         return True
 
     @property
@@ -96,11 +98,6 @@ class AutoPrune(RoundPhase):
         return self.rounds
 
     def check_settings(self) -> None:
-        if self.max_drop is None:
-            raise ConfigError(
-                "max_drop=null: set how much worse the first metric may become, such as "
-                "limits.max_accuracy_drop=0.002 or limits.max_drop=5%, which max_drop follows"
-            )
         check_drop("max_drop", self.max_drop)
         check_min("rounds", self.rounds, 1)
         check_min_density(self.min_density)

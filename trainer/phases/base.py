@@ -87,7 +87,17 @@ class Phase:
         The dense model is what the last phase before the first compressing one left, or the
         initial weights.
         """
-        return bool(self.fit.distill.weight)
+        return bool(self.fit.distill.weight) or self.searches
+
+    @property
+    def searches(self) -> bool:
+        """Whether the phase has a setting that it chooses by measuring the model (`auto`).
+
+        Such a phase has a setting `max_drop`: how much worse than the dense model's the first
+        metric may be at its end. While that is None, the experiment sets it to the phase's share of
+        its limit.
+        """
+        return False
 
     @property
     def samples(self) -> int:
@@ -119,7 +129,7 @@ class Phase:
         """
 
     def notices(self, model: nn.Module) -> list[str]:
-        """Lines to show the user before the run, such as names of weights that are not changed.
+        """Lines to show the user before the run, such as what the phase will leave as it is.
 
         Args:
             model: As for `check_model`. Must not be changed.
@@ -137,6 +147,30 @@ class Phase:
                 so many), as for `check_inputs`, without augmentation; the same on all ranks, on the
                 model's device.
         """
+
+    def search(
+        self, model: nn.Module, world: World, evaluate: Evaluate, dense: nn.Module | None
+    ) -> list[str]:
+        """Choose settings by measuring. Called once, after `observe`; not when a phase is resumed.
+
+        What is chosen must be in `state`, or in the plan of a `StructuralPhase`.
+
+        Args:
+            model: The model as the phase before left it; it must be so afterwards.
+            evaluate: Evaluates a model on the validation split. A collective call.
+            dense: The dense model, or None if `model` still is the dense model.
+
+        Returns:
+            Lines that report the choice.
+        """
+        return []
+
+    def state(self) -> Mapping[str, Any]:
+        """State for a checkpoint, in addition to the model: plain values and tensors."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. `plan_change` or `enter` is called next."""
 
     def enter(self, model: nn.Module, world: World) -> None:
         """Prepare the model for training, in place. The optimizer is made afterwards.
@@ -208,13 +242,6 @@ class RoundPhase(Phase):
             metrics: Of `model` on the validation split.
         """
         raise NotImplementedError
-
-    def state(self) -> Mapping[str, Any]:
-        """State for a checkpoint, in addition to the model: plain values and tensors."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`, in the round in which it was taken. `enter` is called next."""
 
 
 @dataclass

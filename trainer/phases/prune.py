@@ -1,29 +1,37 @@
-"""Pruning by magnitude, at once or along a ramp during training."""
+"""Pruning by magnitude or by inputs, at once, or along a ramp during training."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from trainer.compress.install import fold, install
-from trainer.compress.masks import cubic_sparsity, kept_counts, largest, largest_in_groups
+from trainer.compress.layer_inputs import is_matrix
+from trainer.compress.masks import cubic_sparsity, kept_counts
 from trainer.compress.parametrize import Masked, compression
+from trainer.compress.saliency import (
+    MAGNITUDE,
+    SALIENCIES,
+    SPARSEGPT,
+    Target,
+    magnitude_mask,
+    prune_by_inputs,
+)
 from trainer.compress.select import ParameterRef, match_patterns, select_weights, weights
-from trainer.config import check_choice
+from trainer.config import check_choice, check_min
 from trainer.engine.world import World
 from trainer.errors import ConfigError
+from trainer.phases.auto import AUTO
 from trainer.phases.base import Phase
 from trainer.phases.retrain import preserve
-
-AUTO = "auto"
 
 
 @dataclass
 class Prune(Phase):
-    """Set the weights of smallest magnitude to zero.
+    """Set the weights of smallest magnitude, or of smallest effect on the outputs, to zero.
 
     With `schedule="oneshot"` the weights are pruned at the start, and the fit trains the survivors
     alone, as `Retrain` does. With `schedule="cubic"` the sparsity rises during training, from the
@@ -35,6 +43,11 @@ class Prune(Phase):
     over all layers. A matrix of an LSTM or GRU with all its gates is one layer. Pruning never
     lowers the sparsity, and exempt weights keep the zeros that they have. Han et al., NIPS 2015,
     arXiv:1506.02626.
+
+    Without training, `saliency="wanda"` or "sparsegpt" keeps more of the model: both take the
+    inputs of each layer into account, from training samples whose labels are not used
+    (trainer.compress.saliency). They hold for Linear and convolutions; other weights, such as
+    embeddings, are pruned by magnitude.
 
     Args:
         sparsity: Fraction of the weights that become zero, in [0, 1). "2:4": of every 4 consecutive
@@ -48,6 +61,11 @@ class Prune(Phase):
         begin: Start of the cubic ramp, as a fraction of the steps.
         end: End of the cubic ramp, as a fraction of the steps.
         interval: Number of steps between two masks of the cubic ramp.
+        saliency: Which weights become zero: those of smallest "magnitude"; "wanda": of smallest
+            magnitude times norm of their input, the same number for each output; "sparsegpt": of
+            smallest effect on the outputs after the other weights were changed to compensate for
+            it, as is done. The last two need samples, oneshot and scope layer.
+        samples: Number of training samples whose inputs the saliency takes into account.
         include: Name patterns of the weights to prune.
         exempt: Name patterns of weights that are excluded.
         max_drop: See `AutoPrune`.
@@ -65,6 +83,8 @@ class Prune(Phase):
     begin: float = 0.0
     end: float = 0.75
     interval: int = 10
+    saliency: str = MAGNITUDE
+    samples: int = 0
     include: list[str] = field(default_factory=lambda: ["*"])
     exempt: list[str] = field(default_factory=list)
     max_drop: Any = None
@@ -73,10 +93,16 @@ class Prune(Phase):
     def __post_init__(self, epochs: int | None, lr: float | None) -> None:
         super().__post_init__(epochs, lr)
         self._present: dict[str, int] = {}  # weights that were not zero at the start, by layer
+        self._inputs: Sequence[Any] = ()
 
     @property
     def keeps(self) -> frozenset[str]:
         return frozenset({"zeros"})
+
+    @property
+    def destroys(self) -> frozenset[str]:
+        changes = self.saliency == SPARSEGPT  # the weights that are not pruned
+        return frozenset({"sharing", "quantization"} if changes else ())
 
     @property
     def ramps(self) -> bool:
@@ -107,6 +133,28 @@ class Prune(Phase):
             raise ConfigError(f"interval={self.interval}: it must be at least 1 step")
         if self.schedule == "cubic" and self.fit.epochs == 0:
             raise ConfigError("schedule=cubic with fit.epochs=0: set epochs, or schedule=oneshot")
+        self._check_saliency()
+
+    def _check_saliency(self) -> None:
+        check_choice("saliency", self.saliency, SALIENCIES)
+        check_min("samples", self.samples, 0)
+        if self.saliency == MAGNITUDE:
+            if self.samples:
+                raise ConfigError(
+                    f"samples={self.samples} with saliency=magnitude, which looks at no inputs: "
+                    "set saliency=wanda or sparsegpt, or samples=0"
+                )
+            return
+        if not self.samples:
+            raise ConfigError(
+                f"saliency={self.saliency} with samples=0: it needs inputs; set samples=128"
+            )
+        if (self.schedule, self.scope) != ("oneshot", "layer") or self.sparsity == AUTO:
+            raise ConfigError(
+                f"saliency={self.saliency} with schedule={self.schedule}, scope={self.scope}, "
+                f"sparsity={self.sparsity}: it prunes once, and compares weights within a layer; "
+                "set schedule=oneshot, scope=layer and a number or a pattern as sparsity"
+            )
 
     def _check_pattern(self, sparsity: str) -> None:
         if (pattern := _parse_pattern(sparsity)) is None:
@@ -149,6 +197,16 @@ class Prune(Phase):
                 f"min_density={self.min_density} of each layer, at least one, needs: lower one"
             )
 
+    def notices(self, model: nn.Module) -> list[str]:
+        if self.saliency == MAGNITUDE:
+            return []
+        chosen = select_weights(model, self.include, self.exempt)
+        others = [name for name, places in chosen.items() if not is_matrix(places)]
+        return [f"pruned by magnitude: {', '.join(others)}"] if others else []
+
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
+        self._inputs = inputs
+
     def enter(self, model: nn.Module, world: World) -> None:
         chosen = select_weights(model, self.include, self.exempt)
         values = {name: places[0].value.detach() for name, places in chosen.items()}
@@ -159,7 +217,14 @@ class Prune(Phase):
             install(model, {name: Masked(values[name], mask) for name, mask in survivors.items()})
         else:
             self._present = {name: weight.numel() for name, weight in values.items()}
-            prune_weights(values, self._masks(values, 1.0), world)
+            if self.saliency == MAGNITUDE:
+                prune_weights(values, self._masks(values, 1.0), world)
+            else:
+                world.barrier()  # no rank that is a thread may call a model while another traces
+                targets = self._targets_at(values, 1.0)
+                prune_by_inputs(model, chosen, targets, self._inputs, self.saliency)
+                world.broadcast(values.values())
+                self._inputs = ()
         if self.fit.epochs:
             preserve(model, world)  # weights that are not masked keep the zeros they have
 
@@ -182,15 +247,20 @@ class Prune(Phase):
 
     def _masks(self, latent: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         """The masks at `progress` of the fit, in [0, 1], by magnitude."""
+        targets = self._targets_at(latent, progress)
+        return {name: magnitude_mask(weight, targets[name]) for name, weight in latent.items()}
+
+    def _targets_at(self, latent: Mapping[str, Tensor], progress: float) -> Mapping[str, Target]:
+        """What stays of each weight at `progress` of the fit, in [0, 1]."""
         if isinstance(self.sparsity, str) and (pattern := _parse_pattern(self.sparsity)):
-            return {name: largest_in_groups(weight, *pattern) for name, weight in latent.items()}
+            return dict.fromkeys(latent, pattern)
         sizes = {name: weight.numel() for name, weight in latent.items()}
         counts, pool, keep = self._targets(sizes, self._present, progress)
         if pool:
             # A layer that was sparser before cannot keep as much as min_density asks for.
             floors = [min(min_kept(sizes[n], self.min_density), self._present[n]) for n in pool]
             counts |= zip(pool, kept_counts([latent[n] for n in pool], keep, floors), strict=True)
-        return {name: largest(weight, counts[name]) for name, weight in latent.items()}
+        return counts
 
     def _targets(
         self, sizes: Mapping[str, int], present: Mapping[str, int], progress: float

@@ -1,5 +1,6 @@
 """Quantization: weights and layer inputs are rounded, before or while the model trains."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -8,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trainer.compress.calibrate import RANGES, calibrate
+from trainer.compress.calibrate import RANGES, calibrate, calibrate_ranges
+from trainer.compress.equalize import equalize
 from trainer.compress.half import round_to_half
 from trainer.compress.install import fold, install
 from trainer.compress.layers import LAYERS, SUPPORTED, is_transposed, rebuild, transpose
@@ -36,7 +38,8 @@ from trainer.config import FitConfig, check_choice, check_min
 from trainer.config.instantiate import locate
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.phases.base import Phase
+from trainer.phases.auto import AUTO, MAX_BITS, check_auto, limit_for, search_bits
+from trainer.phases.base import Evaluate, Phase
 from trainer.phases.retrain import surviving
 
 UNSUPPORTED = "unsupported"
@@ -64,7 +67,10 @@ class Quantize(Phase):
     that were always zero, are not quantized.
 
     Args:
-        bits: Bits of a weight, 2 to 8.
+        bits: Bits of a weight, 2 to 8. "auto": the fewest bits of each layer with which the first
+            metric on validation data is within `max_drop` when weights are rounded to the nearest
+            value, before training (trainer.phases.auto). Activations are rounded as well if
+            there are samples.
         overrides: Bits by name pattern.
         activations: Bits of a layer's input, 2 to 8; None: only weights are quantized.
         outputs: Name patterns of layers whose output is quantized as well.
@@ -77,9 +83,12 @@ class Quantize(Phase):
         ranges: How calibration finds the range of an input: "minmax", "mse" (least squared error)
             or "percentile" (99.99% of the values on each side of zero). The last two cut off
             outliers, which transformers need.
-        rounding: Of weights, in calibration: "nearest", or "second_order", which makes up for the
-            error of a weight by others of the same output, according to the layer's inputs (GPTQ,
-            arXiv:2210.17323). It is done for Linear and convolutions; others take the nearest.
+        rounding: Of weights, in calibration: "nearest", or "second_order", which compensates for
+            the error of a weight by others of the same output, according to the layer's inputs
+            (GPTQ, arXiv:2210.17323), for Linear and convolutions. Others take the nearest value.
+        equalize: Whether calibration first gives the channels between two layers weights of similar
+            size, where that changes no output (trainer.compress.equalize): across ReLU, but not
+            across GELU. It helps most with `per_channel=False` and depthwise convolutions.
         correct_bias: Whether calibration restores the mean of each output by a change of the bias.
         momentum: Weight of a step in the moving average of the ranges, in (0, 1].
         fold: Whether batch norm is folded into the layer before it.
@@ -87,12 +96,14 @@ class Quantize(Phase):
         include: Name patterns of the weights to quantize.
         exempt: Name patterns of weights that are excluded; "unsupported" for all
             weights that cannot be quantized.
+        max_drop: With `bits="auto"`: how much worse than the dense model's the first metric may be,
+            as for `AutoPrune`. None: the phase's share of the limit of the experiment.
     """
 
     kind: ClassVar[str] = "quantize"
     makes: ClassVar[frozenset[str]] = frozenset({"quantization"})
 
-    bits: int = 8
+    bits: int | str = 8
     overrides: dict[str, int] = field(default_factory=dict)
     activations: int | None = 8
     outputs: list[str] = field(default_factory=list)
@@ -101,17 +112,24 @@ class Quantize(Phase):
     samples: int = 0
     ranges: str = "minmax"
     rounding: str = "second_order"
+    equalize: bool = False
     correct_bias: bool = True
     momentum: float = 0.05
     fold: bool = True
     keep: list[str] = field(default_factory=lambda: ["zeros"])
     include: list[str] = field(default_factory=lambda: ["*"])
     exempt: list[str] = field(default_factory=list)
+    max_drop: Any = None
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=1), kw_only=True)
 
     def __post_init__(self, epochs: int | None, lr: float | None) -> None:
         super().__post_init__(epochs, lr)
         self._inputs: Sequence[Any] = ()
+        self._chosen: dict[str, int] = {}  # bits by name, if they are searched for
+
+    @property
+    def searches(self) -> bool:
+        return self.bits == AUTO
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -122,11 +140,13 @@ class Quantize(Phase):
         return frozenset({"sharing", "quantization"}) - self.keeps
 
     def check_settings(self) -> None:
-        widths: dict[str, int | None] = {"bits": self.bits, "activations": self.activations}
+        check_auto("bits", self.bits, self.max_drop)
+        bits = None if isinstance(self.bits, str) else self.bits
+        widths: dict[str, int | None] = {"bits": bits, "activations": self.activations}
         widths |= {f"overrides.{pattern}": bits for pattern, bits in self.overrides.items()}
-        for key, bits in widths.items():
-            if bits is not None and bits not in BITS:
-                raise ConfigError(f"{key}={bits}: it must be 2 to 8 bits")
+        for key, width in widths.items():
+            if width is not None and width not in BITS:
+                raise ConfigError(f"{key}={width}: it must be 2 to 8 bits")
         for what in self.keep:
             check_choice("keep", what, ("zeros", "sharing"))
         if not 0 < self.momentum <= 1:
@@ -139,6 +159,15 @@ class Quantize(Phase):
         check_min("samples", self.samples, 0)
         check_choice("ranges", self.ranges, RANGES)
         check_choice("rounding", self.rounding, ("nearest", "second_order"))
+        if self.equalize and not self.samples:
+            raise ConfigError(
+                "equalize=true with samples=0: it is a part of the calibration; set samples=256"
+            )
+        if self.equalize and "sharing" in self.keep:
+            raise ConfigError(
+                "equalize=true with keep=[sharing]: weights of one value would get several values; "
+                "set equalize=false"
+            )
         if self.samples and "sharing" in self.keep and self.rounding == "second_order":
             raise ConfigError(
                 "rounding=second_order with keep=[sharing]: weights of one value would get several "
@@ -164,11 +193,51 @@ class Quantize(Phase):
     def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
         self._inputs = inputs
 
+    def search(
+        self, model: nn.Module, world: World, evaluate: Evaluate, dense: nn.Module | None
+    ) -> list[str]:
+        if not self.searches:
+            return []
+        limit, _ = limit_for(model, evaluate, dense, self.max_drop)
+        rounded = copy.deepcopy(model)
+        quantizers = self._rewrite(rounded)
+        places = parameters(rounded)
+        if self.samples:
+            world.barrier()  # no rank that is a thread may call a model while another one traces
+            if self.equalize:
+                equalize(rounded, self._inputs[0], quantizers)
+            calibrate_ranges(rounded, self._inputs, self.ranges)
+        values = {name: places[name][0].value.detach() for name in quantizers}
+        exact = {name: value.clone() for name, value in values.items()}
+
+        def put(name: str, bits: int | None) -> None:
+            values[name].copy_(exact[name])
+            if bits is not None:
+                channels = len(exact[name]) if self.per_channel else None
+                quantizer = WeightQuantizer(bits, channels).to(exact[name].device)
+                quantizer.calibrate(exact[name])
+                values[name].copy_(quantizer(exact[name]))
+
+        fixed = match_patterns(self.overrides, values)
+        for name, bits in fixed.items():
+            put(name, bits)
+        sizes = {name: value.numel() for name, value in values.items() if name not in fixed}
+        self._chosen, line = search_bits(sizes, min(BITS), put, lambda: evaluate(rounded), limit)
+        return [line]
+
+    def state(self) -> Mapping[str, Any]:
+        return {"bits": self._chosen}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._chosen = dict(state.get("bits", {}))
+
     def enter(self, model: nn.Module, world: World) -> None:
         quantizers = self._rewrite(model)
         places = parameters(model)
         if self.samples:
             world.barrier()  # no rank that is a thread may call a model while another one traces
+            if self.equalize:
+                equalize(model, self._inputs[0], quantizers)
             calibrate(
                 model,
                 {name: places[name] for name in quantizers},
@@ -218,7 +287,9 @@ class Quantize(Phase):
     def _rewrite(self, model: nn.Module) -> dict[str, WeightQuantizer]:
         """Change the structure; return the quantizer of each weight. Raises ConfigError."""
         chosen, _ = self._prepare(model)
-        bits = dict.fromkeys(chosen, self.bits) | match_patterns(self.overrides, chosen)
+        default = MAX_BITS if isinstance(self.bits, str) else self.bits
+        bits = dict.fromkeys(chosen, default) | self._chosen
+        bits |= match_patterns(self.overrides, chosen)
         outputs = match_patterns(dict.fromkeys(self.outputs, True), chosen)
         made = {}
         for name, places in chosen.items():

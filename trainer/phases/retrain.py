@@ -54,7 +54,7 @@ def preserve(model: nn.Module, world: World, keep: Collection[str] = frozenset({
 
 
 def surviving(model: nn.Module, world: World, keep: Collection[str]) -> dict[str, Compression]:
-    """The compression that preserves `keep` for each parameter; dense ones are left out.
+    """How each plain parameter is trained if `keep` is preserved; dense ones are left out.
 
     Rank 0's weights decide, so that the trainable vectors have the same length on all ranks.
 

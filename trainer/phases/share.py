@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.compress.codebooks import INITS, MAX_CLUSTERS, Codebook, cluster
 from trainer.compress.install import fold, install
@@ -14,7 +14,8 @@ from trainer.compress.select import match_patterns, parameters, select_weights, 
 from trainer.config import check_choice, check_min
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.phases.base import Phase
+from trainer.phases.auto import AUTO, MAX_BITS, check_auto, limit_for, search_bits
+from trainer.phases.base import Evaluate, Phase
 from trainer.phases.retrain import preserve
 
 
@@ -28,7 +29,9 @@ class Share(Phase):
     ICLR 2016, arXiv:1510.00149.
 
     Args:
-        bits: Bits of an index: at most 2^bits values per layer, 1 to 16.
+        bits: Bits of an index: at most 2^bits values per layer, 1 to 16. "auto": the fewest bits of
+            each layer, 1 to 8, with which the first metric on validation data is within `max_drop`
+            before training (trainer.phases.auto).
         overrides: Bits by name pattern.
         clusters: Number of values by name pattern, 1 to 65535; takes precedence over bits.
         biases: Bits of an index into a bias or norm; None: they are not shared.
@@ -37,12 +40,14 @@ class Share(Phase):
             clusters frequent, and the coded file smaller.
         include: Name patterns of the weights to share.
         exempt: Name patterns of weights that are excluded.
+        max_drop: With `bits="auto"`: how much worse than the dense model's the first metric may be,
+            as for `AutoPrune`. None: the phase's share of the limit of the experiment.
     """
 
     kind: ClassVar[str] = "share"
     makes: ClassVar[frozenset[str]] = frozenset({"sharing"})
 
-    bits: int = 5
+    bits: int | str = 5
     overrides: dict[str, int] = field(default_factory=dict)
     clusters: dict[str, int] = field(default_factory=dict)
     biases: int | None = None
@@ -50,6 +55,15 @@ class Share(Phase):
     rate: float = 0.0
     include: list[str] = field(default_factory=lambda: ["*"])
     exempt: list[str] = field(default_factory=list)
+    max_drop: Any = None
+
+    def __post_init__(self, epochs: int | None, lr: float | None) -> None:
+        super().__post_init__(epochs, lr)
+        self._chosen: dict[str, int] = {}  # bits by name, if they are searched for
+
+    @property
+    def searches(self) -> bool:
+        return self.bits == AUTO
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -60,7 +74,10 @@ class Share(Phase):
         return frozenset({"quantization"})  # a mean of weights is not on their grid
 
     def check_settings(self) -> None:
-        widths = {"bits": self.bits, "biases": self.biases} | _dotted("overrides", self.overrides)
+        check_auto("bits", self.bits, self.max_drop)
+        bits = None if isinstance(self.bits, str) else self.bits
+        widths: dict[str, int | None] = {"bits": bits, "biases": self.biases}
+        widths |= _dotted("overrides", self.overrides)
         for key, bits in widths.items():
             if bits is not None and not 1 <= bits <= 16:
                 raise ConfigError(f"{key}={bits}: it must be 1 to 16 bits")
@@ -72,6 +89,43 @@ class Share(Phase):
 
     def check_model(self, model: nn.Module) -> None:
         self._cluster_counts(model)
+
+    def search(
+        self, model: nn.Module, world: World, evaluate: Evaluate, dense: nn.Module | None
+    ) -> list[str]:
+        if not self.searches:
+            return []
+        limit, _ = limit_for(model, evaluate, dense, self.max_drop)
+        numbers, places = self._cluster_counts(model), parameters(model)
+        chosen = select_weights(model, self.include, self.exempt)
+        fixed = match_patterns(self.overrides, chosen).keys() | match_patterns(
+            self.clusters, chosen
+        )
+        exact = {name: places[name][0].value.detach().clone() for name in numbers}
+
+        def put(name: str, number: int | None) -> None:
+            values = exact[name] if number is None else self._shared(exact[name], number)
+            places[name][0].value.detach().copy_(values)
+
+        for name in numbers:
+            if name in fixed or name not in chosen:
+                put(name, numbers[name])
+        self._chosen, line = search_bits(
+            {name: exact[name].numel() for name in chosen if name not in fixed},
+            1,
+            lambda name, bits: put(name, None if bits is None else 1 << bits),
+            lambda: evaluate(model),
+            limit,
+        )
+        for name in numbers:
+            put(name, None)
+        return [line]
+
+    def state(self) -> Mapping[str, Any]:
+        return {"bits": self._chosen}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._chosen = dict(state.get("bits", {}))
 
     def enter(self, model: nn.Module, world: World) -> None:
         places = parameters(model)
@@ -86,10 +140,17 @@ class Share(Phase):
     def leave(self, model: nn.Module) -> None:
         fold(model)
 
+    def _shared(self, weight: Tensor, number: int) -> Tensor:
+        """A weight with at most `number` values."""
+        book = cluster(weight, number, self.init, self.rate)
+        return torch.cat((book.values.new_zeros(1), book.values))[book.codes.long()]
+
     def _cluster_counts(self, model: nn.Module) -> dict[str, int]:
         """Clusters of each tensor. Raises ConfigError for a pattern that matches no weight."""
         names = select_weights(model, self.include, self.exempt)
-        bits = dict.fromkeys(names, self.bits) | match_patterns(self.overrides, names)
+        default = MAX_BITS if isinstance(self.bits, str) else self.bits
+        bits = dict.fromkeys(names, default) | self._chosen
+        bits |= match_patterns(self.overrides, names)
         numbers = {name: min(1 << b, MAX_CLUSTERS) for name, b in bits.items()}
         numbers |= match_patterns(self.clusters, names)
         if self.biases is not None:

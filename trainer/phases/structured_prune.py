@@ -4,6 +4,7 @@ import copy
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trainer.compress.allocation import Curve, allocate
 from trainer.compress.counts import counts
 from trainer.compress.dependencies import Unit
 from trainer.compress.install import fold
@@ -19,14 +21,19 @@ from trainer.compress.rewrite import skeleton
 from trainer.compress.select import select_weights, weights
 from trainer.compress.slicing import find_units, remove, to_change
 from trainer.config import check_choice, check_min
+from trainer.config.drop import is_worse
 from trainer.data.tree import call_with, map_tensors, tensors
 from trainer.engine.cost import macs
 from trainer.engine.world import World
 from trainer.errors import ConfigError, Diverged, RunError
-from trainer.phases.base import STRUCTURE, StructuralPhase
+from trainer.metrics import format_metric
+from trainer.phases.auto import AUTO, check_auto, limit_for
+from trainer.phases.auto_prune import PROBES
+from trainer.phases.base import STRUCTURE, Evaluate, StructuralPhase
 from trainer.phases.retrain import preserve
 
 _SAMPLES = 2  # of the forward passes in which units are found and tried
+_PRECISION = 0.01  # of the fraction of units that a search keeps
 _TIMINGS = 15  # forward passes of each model whose latency is measured
 
 Layers = dict[frozenset[tuple[str, int]], list[Unit]]
@@ -52,7 +59,9 @@ class StructuredPrune(StructuralPhase):
     patterns must use.
 
     Args:
-        remaining: Largest fraction of the cost that remains, in (0, 1).
+        remaining: Largest fraction of the cost that remains, in (0, 1). "auto": as many units are
+            removed, from each layer according to its measured sensitivity, as the first metric on
+            validation data stays within `max_drop`, before training.
         cost: "macs": multiply-accumulates by weights that are not zero. "parameters". "latency":
             measured on rank 0 with PyTorch, for one sample, so that equal runs may differ.
         scope: "global": the units of all layers compete. "layer": each layer loses the same
@@ -61,22 +70,31 @@ class StructuredPrune(StructuralPhase):
         multiple: The number of units that a layer keeps is rounded up to a multiple of this.
         include: Name patterns of weights whose channels may be removed.
         exempt: Name patterns of weights that are excluded, with their inputs and outputs.
+        max_drop: With `remaining="auto"`: how much worse than the dense model's the first metric
+            may be before training. None: the phase's share of the limit of the experiment. What
+            follows trains the smaller model, so that more may be allowed here.
     """
 
     kind: ClassVar[str] = "structured_prune"
     makes: ClassVar[frozenset[str]] = frozenset({STRUCTURE})
 
-    remaining: float = 0.5
+    remaining: float | str = 0.5
     cost: str = "macs"
     scope: str = "global"
     min_kept: float = 0.1
     multiple: int = 1
     include: list[str] = field(default_factory=lambda: ["*"])
     exempt: list[str] = field(default_factory=list)
+    max_drop: Any = None
 
     def __post_init__(self, epochs: int | None, lr: float | None) -> None:
         super().__post_init__(epochs, lr)
         self._inputs: Any = None
+        self._found: dict[str, Any] | None = None  # the change, if it is searched for
+
+    @property
+    def searches(self) -> bool:
+        return self.remaining == AUTO
 
     @property
     def samples(self) -> int:
@@ -93,7 +111,8 @@ class StructuredPrune(StructuralPhase):
     def check_settings(self) -> None:
         check_choice("cost", self.cost, ("macs", "parameters", "latency"))
         check_choice("scope", self.scope, ("global", "layer"))
-        if not 0 < self.remaining < 1:
+        check_auto("remaining", self.remaining, self.max_drop)
+        if not isinstance(self.remaining, str) and not 0 < self.remaining < 1:
             raise ConfigError(f"remaining={self.remaining}: it must be above 0 and below 1")
         if not 0 <= self.min_kept <= 1:
             raise ConfigError(f"min_kept={self.min_kept}: it must be between 0 and 1")
@@ -105,14 +124,26 @@ class StructuredPrune(StructuralPhase):
 
     def check_inputs(self, model: nn.Module, inputs: Any) -> None:
         search = _Search(self, model, inputs)
-        if self.cost != "latency":
+        if self.cost != "latency" and not self.searches:
             search.check_target()
 
     def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
         self._inputs = inputs[0]
 
+    def search(
+        self, model: nn.Module, world: World, evaluate: Evaluate, dense: nn.Module | None
+    ) -> list[str]:
+        if not self.searches:
+            return []
+        assert self._inputs is not None  # observe() was called
+        limit, _ = limit_for(model, evaluate, dense, self.max_drop)
+        self._found, line = _Search(self, model, self._inputs).by_sensitivity(evaluate, limit)
+        return [line]
+
     def plan_change(self, model: nn.Module, world: World) -> dict[str, Any]:
         assert self._inputs is not None  # observe() was called
+        if self.searches:  # what `search` found; nothing where it was not called
+            return self._found or to_change(model, [], [])
         return _Search(self, model, self._inputs).plan(world)
 
     @staticmethod
@@ -160,7 +191,7 @@ class _Search:
     def check_target(self) -> None:
         """Raise ConfigError if the target cannot be reached."""
         least = self._fraction(self._removed(len(self._order)))
-        if least > self._phase.remaining:
+        if least > float(self._phase.remaining):
             raise ConfigError(self._unreachable(least))
 
     def plan(self, world: World) -> dict[str, Any]:
@@ -173,9 +204,54 @@ class _Search:
             low, high = (low, middle) if self._reached(middle, world) else (middle, high)
         return to_change(self._model, self._removed(high), self._units)
 
+    def by_sensitivity(self, evaluate: Evaluate, limit: float) -> tuple[dict[str, Any], str]:
+        """As `plan`, with as many units removed as the first metric stays within a limit.
+
+        Each layer loses units as far as its own curve allows (`trainer.compress.allocation`).
+
+        Returns:
+            The change, and a line that reports it.
+        """
+        sizes = dict(enumerate(self._sizes))
+        exact = evaluate(self._model)
+        curves: dict[int, Curve] = {
+            layer: [
+                (
+                    fraction,
+                    evaluate(self._without({layer: round(fraction * size)})).loss - exact.loss,
+                )
+                for fraction in PROBES
+            ]
+            for layer, size in sizes.items()
+        }
+        floors = {layer: self._floor(layer) for layer in sizes}
+        removed: list[Unit] = []
+        best, low, high = exact, 0.0, 1.0  # fractions of the units: beyond the limit, within it
+        while high - low > _PRECISION:
+            middle = (low + high) / 2
+            kept = allocate(sizes, curves, floors, middle)
+            metrics = evaluate(self._without(kept))
+            if is_worse(metrics.first, limit, metrics.direction):
+                low = middle
+            else:
+                high, best, removed = middle, metrics, self._units_beyond(kept)
+        line = (
+            f"{len(removed)} of {sum(self._sizes)} units are removed, "
+            f"{self._fraction(removed):.1%} of the {self._phase.cost} remain; before "
+            f"training, {best.name} is "
+            f"{format_metric(best.name, best.first)}, the limit {format_metric(best.name, limit)}"
+        )
+        return to_change(self._model, removed, self._units), line
+
+    def _without(self, kept: Mapping[int, int]) -> nn.Module:
+        """A copy of the model whose layers keep so many units."""
+        model = copy.deepcopy(self._model)
+        remove(model, to_change(self._model, self._units_beyond(kept), self._units))
+        return model
+
     def _reached(self, count: int, world: World) -> bool:
         """Whether the target is reached without `count` units. Rank 0 decides."""
-        reached = self._fraction(self._removed(count)) <= self._phase.remaining
+        reached = self._fraction(self._removed(count)) <= float(self._phase.remaining)
         decision = torch.tensor(reached, device=world.device)
         world.broadcast([decision])
         return bool(decision)
@@ -206,17 +282,26 @@ class _Search:
 
     def _removed(self, count: int) -> list[Unit]:
         """The first `count` units, without those that their layers have to keep."""
-        phase = self._phase
-        lost: dict[int, list[Unit]] = {}
-        for layer, unit in self._order[:count]:
-            lost.setdefault(layer, []).append(unit)
+        lost = Counter(layer for layer, _ in self._order[:count])
+        return self._units_beyond({layer: self._sizes[layer] - n for layer, n in lost.items()})
+
+    def _units_beyond(self, kept: Mapping[int, int]) -> list[Unit]:
+        """The units of smallest score, so that layers keep so many, and what they have to keep."""
+        multiple = self._phase.multiple
+        left = {}
+        for layer, number in kept.items():
+            size, least = self._sizes[layer], max(self._floor(layer), number)
+            left[layer] = size - min(size, -(-least // multiple) * multiple)
         removed = []
-        for layer, units in lost.items():
-            size = self._sizes[layer]
-            kept = max(1, math.ceil(phase.min_kept * size), size - len(units))
-            kept = min(size, -(-kept // phase.multiple) * phase.multiple)
-            removed += units[: size - kept]
+        for layer, unit in self._order:
+            if left.get(layer, 0) > 0:
+                left[layer] -= 1
+                removed.append(unit)
         return removed
+
+    def _floor(self, layer: int) -> int:
+        """How many units a layer keeps at least."""
+        return max(1, math.ceil(self._phase.min_kept * self._sizes[layer]))
 
     def _fraction(self, removed: Sequence[Unit]) -> float:
         """The fraction of the cost that remains without these units."""

@@ -201,7 +201,7 @@ def _check_versions(versions: Mapping[str, Any], model: nn.Module, path: Path) -
 
 
 def _problem(found: Tensor, wanted: Tensor, trained: bool) -> str:
-    """The reason why the values of an entry of the file do not fit; empty if they do.
+    """Why the values of an entry of the file do not fit; empty if they do.
 
     Args:
         found: The entry in the file.

@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -44,6 +46,8 @@ class SharedPhases:
         origin = {key: value for key, value in vars(cfg).items() if key not in _WITHOUT}
         origin["workers"] = [cfg.cluster.workers, cfg.cluster.device]
         origin["phases"] = [(name, cfg.phases[name]) for name in shared]
+        if any(_shares_limit(cfg.phases[name]) for name in shared):
+            origin["limits"] = [cfg.limits, list(cfg.phases.items())]
         text = json.dumps(origin, sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -66,6 +70,13 @@ class SharedPhases:
         """Copy the checkpoints to the folder of a trial that has not begun."""
         if self.ready(key) and not any(checkpoints.glob("*")):
             _link(self._folder / key, checkpoints)
+
+
+def _shares_limit(phase: Mapping[str, Any]) -> bool:
+    """Whether a phase searches within its share of the limit, which depends on later phases."""
+    if "max_drop" not in phase or phase["max_drop"] is not None:
+        return False
+    return "auto" in phase.values() or str(phase["_target_"]).endswith("AutoPrune")
 
 
 def check_shared_phases(cfg: Config) -> None:

@@ -116,14 +116,18 @@ class PhaseRun:
         if resumed is not None:
             clock.load(resumed["clock"])
             rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
+            phase.load_state(resumed["phase"])
             self.omitted = resumed.get("omitted", 0)  # earlier versions always trained all steps
-            if isinstance(phase, RoundPhase):
-                phase.load_state(resumed["phase"])
         with world.heartbeat.busy():
             if phase.samples:
                 phase.observe(model, world, observed(self.data.train, phase.samples, self.runtime))
+            chosen = []
+            if resumed is None:
+                chosen = phase.search(model, world, self._evaluate, self.dense)
             if isinstance(phase, StructuralPhase):
                 self._change_structure(phase, resumed)
+        for line in chosen:
+            yield Notice(f"phase {self.name}: {line}")
         while True:
             yield from self._round(resumed)
             if self.stopped:
@@ -430,7 +434,7 @@ class PhaseRun:
             "clock": self.clock.state(),
             "fit": step.state(),
             "unfinished": unfinished,
-            "phase": phase.state() if isinstance(phase, RoundPhase) else {},
+            "phase": phase.state(),
             "rounds": [as_json(record) for record in self.rounds],
             "omitted": self.omitted,
             "selection": self.selection.state(),

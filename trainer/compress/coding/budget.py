@@ -1,4 +1,4 @@
-"""The CPU time of the search for the smallest coding, estimated without a clock."""
+"""How much CPU time the search for the smallest coding may take, estimated without a clock."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The protocol of coders of layers, and the coders of this package."""
+"""What a coder of layers is, and the coders of this package."""
 
 import math
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ class GapCoder:
 
 @dataclass(frozen=True)
 class GroupCoder:
-    """Two streams of symbols: the survivors among a few consecutive inputs, and their clusters."""
+    """Which of a few consecutive inputs survive, and their clusters, as two streams of symbols."""
 
     def encode(self, levels: Levels, clusters: int, negatives: int) -> bytes:
         return groups.encode(levels, clusters)

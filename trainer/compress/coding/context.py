@@ -63,7 +63,7 @@ def _bits(bucket: int) -> int:
 
 
 def _buckets(clusters: int, negatives: int) -> int:
-    """The number of buckets that the magnitudes of a layer need."""
+    """How many buckets the magnitudes of a layer reach."""
     largest = max(negatives, clusters - negatives) - 1
     start, bucket = 0, 0
     while start + (1 << _bits(bucket)) <= largest:

@@ -1,4 +1,4 @@
-"""The errors of decoders."""
+"""What a decoder raises."""
 
 
 class CorruptError(ValueError):

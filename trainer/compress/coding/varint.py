@@ -1,4 +1,4 @@
-"""Unsigned integers with a variable number of bytes: 7 bits per byte, lowest first (LEB128)."""
+"""Unsigned integers in as few bytes as they need: 7 bits a byte, lowest first (LEB128)."""
 
 from trainer.compress.coding.errors import CorruptError
 

@@ -1,4 +1,4 @@
-"""Operators of torch: how each one merges labels of its arguments and labels its results."""
+"""How each operator of torch merges the labels of its arguments and passes them to its results."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ _aten = torch.ops.aten
 
 
 def propagate(table: LabelTable, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Set the labels of the result of an operator.
+    """Enter the labels of what an operator has returned.
 
     All dimensions of the arguments of an operator that is unknown here must stay.
 
@@ -276,7 +276,7 @@ def _batch_norm(table: LabelTable, args: Any, kwargs: Any, result: Sequence[Tens
 
 
 def _layer_norm(table: LabelTable, args: Any, kwargs: Any, result: Sequence[Tensor]) -> None:
-    """Dimensions that are normalized together must stay: fewer values would have another mean."""
+    """What is normalized together must stay: fewer values would have another mean."""
     labels = table.of(args[0])
     for labels_of_one in labels[-len(args[1]) :]:
         table.fix(labels_of_one)

@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Unit:
-    """Something that is removed as a whole: a channel, a hidden unit, or an attention head."""
+    """What is removed as a whole: a channel, a hidden unit, an attention head."""
 
     parts: tuple[Part, ...]
 

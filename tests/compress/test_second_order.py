@@ -3,7 +3,7 @@
 import torch
 
 from trainer.compress.quantize import WeightQuantizer
-from trainer.compress.rounding import round_second_order
+from trainer.compress.second_order import round_second_order
 
 
 def correlated(columns: int, count: int = 400) -> torch.Tensor:

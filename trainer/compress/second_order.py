@@ -1,0 +1,128 @@
+"""Rounding and pruning that take into account which inputs a layer gets.
+
+One column of a matrix after the other gets its final value, and the columns that are still to come
+are changed to compensate for the error as far as the inputs are correlated (optimal brain
+surgeon). Frantar et al., GPTQ, ICLR 2023, arXiv:2210.17323; Frantar & Alistarh, SparseGPT, ICML
+2023, arXiv:2301.00774. A weight that is zero stays zero.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainer.compress.masks import largest, largest_in_groups
+
+_BLOCK = 128  # columns whose errors are passed on at once
+_DAMPING = 0.01  # of the mean of the diagonal, added to it
+
+
+@torch.no_grad()
+def round_second_order(weight: Tensor, gram: Tensor, scale: Tensor, limit: int) -> Tensor:
+    """Round a matrix so that its products with typical inputs change least.
+
+    Columns with the largest inputs come first; each is rounded to the nearest value of its grid.
+
+    Args:
+        weight: [rows, columns], float32.
+        gram: Sum of x x^T over the inputs x, [columns, columns], float64.
+        scale: Step of the grid of each row, [rows, 1], or of all, [].
+        limit: Largest integer of the grid, which is symmetric.
+
+    Returns:
+        Values on the grid, [rows, columns], float32.
+    """
+
+    def nearest(left: Tensor, column: int, spread: Tensor) -> Tensor:
+        value = left[:, column : column + 1]
+        return (value / scale).round_().clamp_(-limit, limit).mul_(scale)
+
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    return _replace_columns(weight, gram, order, _BLOCK, nearest)
+
+
+@torch.no_grad()
+def prune_second_order(
+    weight: Tensor, gram: Tensor, keep: int, pattern: tuple[int, int] | None, kernel: int = 1
+) -> Tensor:
+    """Set weights to zero and change the others so that products with typical inputs change least.
+
+    Each block of columns loses the weights whose removal costs least, w^2 / d^2, where 1 / d^2 is
+    the curvature that remains when the columns before are done (SparseGPT, section 3.2).
+
+    Args:
+        weight: [rows, columns], float32.
+        gram: As for `round_second_order`.
+        keep: Number of weights that stay.
+        pattern: (n, m): instead, n of each m consecutive inputs of an output stay.
+        kernel: Number of positions in the kernel of a convolution, the last part of a column.
+
+    Returns:
+        [rows, columns], float32.
+    """
+    columns = weight.shape[1]
+    size = _BLOCK if pattern is None else pattern[1]  # columns that are decided on at once
+    order = torch.arange(columns, device=weight.device)
+    if pattern is not None:
+        order = order.view(-1, kernel).t().flatten()  # inputs of one position side by side
+    alive = (weight != 0)[:, order]
+    mask = torch.empty(0)
+
+    def zero_or_same(left: Tensor, column: int, spread: Tensor) -> Tensor:
+        nonlocal mask
+        if column % size == 0:
+            now = slice(column, column + size)
+            costs = (left[:, now] / spread[now]).square() * alive[:, now]
+            if pattern is None:
+                end = min(column + size, columns)
+                mask = largest(costs, keep * end // columns - keep * column // columns)
+            else:
+                mask = largest_in_groups(costs, *pattern)
+        place = column % size
+        return left[:, column : column + 1] * mask[:, place : place + 1]
+
+    return _replace_columns(weight, gram, order, size * max(1, _BLOCK // size), zero_or_same)
+
+
+def _replace_columns(
+    weight: Tensor,
+    gram: Tensor,
+    order: Tensor,
+    block: int,
+    replace: Callable[[Tensor, int, Tensor], Tensor],
+) -> Tensor:
+    """Give one column after the other its final value, and change those that follow.
+
+    Args:
+        weight: [rows, columns].
+        gram: [columns, columns].
+        order: Of the columns.
+        block: Number of columns whose errors are passed on at once.
+        replace: Called with the matrix in this order, in which this column and the rest of its
+            block are up to date; the column; and d of each column (see `prune_second_order`),
+            [columns]. Returns the column's final values, [rows, 1].
+    """
+    matrix = gram[order][:, order].clone()
+    diagonal = matrix.diagonal()
+    diagonal[diagonal <= 0] = 1.0  # an input that is always the same is correlated with nothing
+    diagonal += _DAMPING * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    left = weight[:, order].clone()
+    final = torch.empty_like(left)
+    alive = left != 0
+    for start in range(0, left.shape[1], block):
+        end = min(start + block, left.shape[1])
+        errors = torch.empty_like(left[:, start:end])
+        for column in range(start, end):
+            value = left[:, column : column + 1]
+            new = replace(left, column, factor.diagonal())
+            new *= alive[:, column : column + 1]
+            final[:, column : column + 1] = new
+            error = (value - new) / factor[column, column]
+            left[:, column + 1 : end] -= error * factor[column, column + 1 : end]
+            errors[:, column - start : column - start + 1] = error
+        left[:, end:] -= errors @ factor[start:end, end:]
+    result = torch.empty_like(final)
+    result[:, order] = final
+    return result
