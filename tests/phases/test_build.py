@@ -15,6 +15,7 @@ from trainer.experiment import check_order
 from trainer.phases import (
     AutoPrune,
     EntropyPenalty,
+    EntropyRound,
     Phase,
     Prune,
     Quantize,
@@ -54,6 +55,7 @@ KINDS = {
     "share": Share,
     "quantize": Quantize,
     "entropy": EntropyPenalty,
+    "entropy_round": EntropyRound,
     "structured_prune": StructuredPrune,
 }
 

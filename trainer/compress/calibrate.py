@@ -6,7 +6,7 @@ that it gets when all layers before it are rounded already.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,8 @@ def calibrate(
             quantizer.calibrate(places[name][0].value)
         for layers in with_inputs(model, observed, inputs, products=second_order):
             for name, layer in layers.items():
-                mean = layer.mean if correct_bias else None
-                _round_layer(layer, places[name][0].value, quantizers[name], mean, second_order)
+                weight = places[name][0].value
+                _round_layer(layer, weight, quantizers[name], correct_bias, second_order)
 
 
 @torch.no_grad()
@@ -80,18 +80,17 @@ def _round_layer(
     observed: ObservedLayer,
     weight: Tensor,
     quantizer: WeightQuantizer,
-    expected: Tensor | None,
+    correct_bias: bool,
     second_order: bool,
 ) -> None:
-    """Round the weight of a layer, and give its outputs the expected mean."""
+    """Round the weight of a layer, and correct its bias if it can."""
     statistics = observed.statistics
     assert statistics is not None
-    bias = observed.layer.bias
-    corrected = expected is not None and isinstance(bias, Tensor)
+    corrected = correct_bias and observed.can_correct_bias
     if corrected:
         statistics.center()
-    groups = len(statistics.sums)
     if second_order:
+        groups = len(statistics.sums)
         scales = broadcast_scale(quantizer.scale, 2).expand(len(weight), 1).reshape(groups, -1, 1)
         statistics.replace(
             weight,
@@ -99,12 +98,9 @@ def _round_layer(
                 block, gram, scales[group], quantizer.max_integer
             ),
         )
-    made = quantizer(weight)
-    weight.copy_(made)
+    weight.copy_(quantizer(weight))
     if corrected:
-        mean = statistics.sums / max(1, statistics.count)  # [groups, columns]
-        outputs = made.double().reshape(groups, -1, mean.shape[1]) @ mean.unsqueeze(2)
-        cast(Tensor, bias).copy_(cast(Tensor, expected) - outputs.flatten())
+        observed.correct_bias()
 
 
 @contextmanager

@@ -41,6 +41,21 @@ class ObservedLayer:
         """The mean output [channels]; None where it is not known."""
         return None if self.partial else self.total / max(1, self.count)
 
+    @property
+    def can_correct_bias(self) -> bool:
+        """Whether the layer has a bias, and the mean output that it should restore is known."""
+        return not self.partial and isinstance(self.layer.bias, Tensor)
+
+    def correct_bias(self) -> None:
+        """Give the outputs the mean of the original layer by a change of the bias, in place."""
+        statistics = self.statistics
+        assert statistics is not None
+        assert self.mean is not None
+        mean = statistics.sums / max(1, statistics.count)  # [groups, columns]
+        weight = cast(Tensor, self.layer.weight).double()
+        outputs = weight.reshape(len(mean), -1, mean.shape[1]) @ mean.unsqueeze(2)
+        cast(Tensor, self.layer.bias).copy_(self.mean - outputs.flatten())
+
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook, before the one that quantizes the input."""
         if self.source is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 # Survivors of average fullness that are assumed besides those counted: in a row or column; in a
 # kernel, which is too small to tell chance from structure; and among magnitudes.
 _PRIOR, _KERNEL_PRIOR = 0.5, 2.0
+_PASSES = 3  # in which the bits of integers are counted again after rounding by them
 _MIN_BITS, _MAX_BITS = 0.25, 24.0  # of a survivor
 
 
@@ -64,3 +65,51 @@ def _fullness(there: Tensor, dim: int, density: Tensor) -> Tensor:
     """How many times fuller than the layer each row (dim=1) or column (dim=0) is; broadcastable."""
     expected = there.shape[dim] * density
     return (there.sum(dim, keepdim=True) + _PRIOR) / (expected + _PRIOR)
+
+
+def magnitude_bits(integers: Tensor) -> Tensor:
+    """The bits of each magnitude with its sign, by how often it occurs.
+
+    Args:
+        integers: Whole numbers in any floating type and shape.
+
+    Returns:
+        float32 [1 + the largest magnitude].
+    """
+    sizes = integers.abs().long().flatten()
+    counts = torch.bincount(sizes).double() + _PRIOR
+    bits = -(counts / counts.sum()).log2()
+    bits[1:] += 1
+    return bits.float()
+
+
+def round_alone(scaled: Tensor, rate: Tensor | float) -> Tensor:
+    """The integers with few bits near some weights that do not depend on one another.
+
+    Args:
+        scaled: Weights in steps of their grid, any shape.
+        rate: Squared error in steps that a bit is worth.
+    """
+    integers = scaled.round()
+    for _ in range(_PASSES):
+        integers = cheapest(scaled, magnitude_bits(integers), rate)
+    return integers
+
+
+def cheapest(scaled: Tensor, bits: Tensor, price: Tensor | float) -> Tensor:
+    """The integers with the smallest sum of squared error and price of their bits.
+
+    The nearest integer, the next one towards zero and zero are compared.
+
+    Args:
+        scaled: Weights in steps of their grid, any shape.
+        bits: Of each magnitude (`magnitude_bits`); larger ones are not used.
+        price: Squared error in steps that a bit is worth, broadcast to `scaled`.
+    """
+    best = scaled.round().clamp_(1 - len(bits), len(bits) - 1)
+    cost = (scaled - best).square_() + price * bits[best.abs().long()]
+    for other in (best - best.sign(), torch.zeros_like(best)):
+        less = (scaled - other).square_() + price * bits[other.abs().long()]
+        best = torch.where(less < cost, other, best)
+        cost = torch.minimum(less, cost)
+    return best

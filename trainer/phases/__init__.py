@@ -3,6 +3,7 @@
 from trainer.phases.auto_prune import AutoPrune
 from trainer.phases.base import Evaluate, Phase, RoundPhase, StructuralPhase
 from trainer.phases.entropy import EntropyPenalty
+from trainer.phases.entropy_round import EntropyRound
 from trainer.phases.prune import Prune
 from trainer.phases.quantize import Quantize
 from trainer.phases.retrain import Retrain
@@ -13,6 +14,7 @@ from trainer.phases.train import Train
 __all__ = [
     "AutoPrune",
     "EntropyPenalty",
+    "EntropyRound",
     "Evaluate",
     "Phase",
     "Prune",

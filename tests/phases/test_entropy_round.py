@@ -1,0 +1,104 @@
+"""Rounding after training: fewer bits at the same error, from the inputs of layers alone."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer import artifact
+from trainer.compress.rate import cheapest, magnitude_bits
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.phases import EntropyRound
+
+WORLD = World.single(torch.device("cpu"))
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Embedding(30, 32), nn.Linear(32, 80), nn.ReLU(), nn.Linear(80, 60, bias=False))
+    )
+    laplace = torch.distributions.Laplace(0.0, 1.0)
+    with torch.no_grad():
+        for weight in (model[1].weight, model[3].weight):
+            weight.copy_(laplace.sample(weight.shape))
+        model[3].weight[:, ::4] = 0
+    return model
+
+
+INPUTS = torch.arange(600).view(100, 6).remainder(30)
+
+
+@torch.no_grad()
+def rounded(step: float, rate: float) -> tuple[nn.Sequential, float, int]:
+    """The model, the error of its outputs relative to them, and the bytes of its file."""
+    model = make_model()
+    expected = model(INPUTS)
+    phase = EntropyRound(step=step, rate=rate, samples=50)
+    phase.observe(model, WORLD, [INPUTS[:50]])
+    phase.enter(model, WORLD)
+    phase.leave(model)
+    error = float((model(INPUTS) - expected).norm() / expected.norm())
+    return model, error, len(artifact.encode(model.state_dict()))
+
+
+def test_a_price_for_bits_makes_the_file_smaller_at_the_same_error() -> None:
+    _, error, size = rounded(0.86, 0.0)
+    _, cheap_error, cheap_size = rounded(0.8, 0.1)
+    assert cheap_error < error
+    assert cheap_size < 0.97 * size
+
+
+def test_weights_are_integers_times_a_step_and_zeros_stay() -> None:
+    model, error, _ = rounded(0.2, 0.1)
+    assert error < 0.1
+    for index in (0, 1, 3):
+        weight = model[index].weight
+        before = make_model()[index].weight
+        step = (0.2 * before[before != 0].square().mean().sqrt()).half().float()
+        integers = weight / step
+        assert torch.allclose(integers, integers.round(), atol=1e-3)
+    assert not model[3].weight[:, ::4].any()
+    content = artifact.encode(model.state_dict())
+    kinds = {layer["name"]: layer["kind"] for layer in artifact.describe(content).layers}
+    assert kinds["0.weight"] == kinds["1.weight"] == kinds["3.weight"] == "uniform"
+
+
+def test_biases_restore_the_mean_of_each_output() -> None:
+    model = make_model()
+    means = [make_model()[:2](INPUTS).mean((0, 1))]
+    phase = EntropyRound(step=0.5, samples=100)
+    phase.observe(model, WORLD, [INPUTS])
+    phase.enter(model, WORLD)
+    means.append(model[:2](INPUTS).mean((0, 1)))
+    assert torch.allclose(*means, atol=1e-4)
+
+
+def test_the_cheapest_integer_is_that_of_all() -> None:
+    torch.manual_seed(0)
+    scaled = 3 * torch.randn(500)
+    bits = magnitude_bits(scaled.round())
+    every = torch.arange(1 - len(bits), len(bits))
+    costs = (scaled[:, None] - every).square() + 0.3 * bits[every.abs()]
+    found = cheapest(scaled, bits, 0.3)
+    best = every[costs.argmin(1)]
+
+    def cost(integers: Tensor) -> Tensor:
+        return (scaled - integers).square() + 0.3 * bits[integers.abs().long()]
+
+    assert float((cost(found) - cost(best)).mean()) < 0.01
+    assert torch.equal(cheapest(scaled, bits, 0.0), scaled.round())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"step": 0}, "step=0: it must be above 0"),
+        ({"rate": -1}, "rate=-1: it must be at least 0"),
+        ({"samples": 0}, "samples=0: it must be at least 1"),
+        ({"epochs": 1}, "fit.epochs=1: this phase trains nothing"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EntropyRound(**settings)  # type: ignore[arg-type]

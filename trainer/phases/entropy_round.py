@@ -1,0 +1,113 @@
+"""Quantization after training, for size: integers times a step that take few bits in the file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.compress.layer_inputs import (
+    ObservedLayer,
+    evaluation,
+    observe_layers,
+    with_inputs,
+)
+from trainer.compress.rate import round_alone
+from trainer.compress.second_order import round_by_rate
+from trainer.compress.select import select_weights
+from trainer.config import check_min
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.phases.base import Phase
+
+
+@dataclass
+class EntropyRound(Phase):
+    """Round weights to integers times a step that take few bits in the file, without training.
+
+    Labels are not used, only the inputs of some training samples. The layers are rounded in the
+    order in which the model calls them, each with the inputs that it gets from the layers before
+    it, which are rounded already. A weight that would take many bits is rounded towards zero, or
+    pruned, where that costs little; the other weights of its output make up for the error
+    (trainer.compress.second_order.round_by_rate). Weights that are not the matrix of one Linear or
+    convolution, such as embeddings, are rounded one by one. Then the mean of each output is
+    restored by a change of its bias.
+
+    Args:
+        step: Of the grid of each layer, in root mean squares of its weights. It decides the size.
+        rate: What a bit costs: this times the mean error of a weight that is wrong by a step. 0:
+            the nearest integers. Larger values with smaller steps give sparser weights.
+        samples: Number of training samples whose inputs are looked at.
+        include: Name patterns of the weights that are rounded.
+        exempt: Name patterns of weights that are excluded.
+    """
+
+    kind: ClassVar[str] = "entropy_round"
+    makes: ClassVar[frozenset[str]] = frozenset({"zeros", "sharing"})
+
+    step: float = 0.2
+    rate: float = 0.1
+    samples: int = 256
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exempt: list[str] = field(default_factory=list)
+
+    def __post_init__(self, epochs: int | None, lr: float | None) -> None:
+        super().__post_init__(epochs, lr)
+        self._inputs: Sequence[Any] = ()
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        return frozenset({"zeros"})
+
+    @property
+    def destroys(self) -> frozenset[str]:
+        return frozenset({"sharing", "quantization"})
+
+    def check_settings(self) -> None:
+        check_min("step", self.step, 0, excluded=True)
+        check_min("rate", self.rate, 0)
+        check_min("samples", self.samples, 1)
+        if self.fit.epochs:
+            raise ConfigError(
+                f"fit.epochs={self.fit.epochs}: this phase trains nothing; add the phase retrain "
+                "with keep=[zeros,sharing] after it, or train for size with the phase entropy"
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        select_weights(model, self.include, self.exempt)
+
+    def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
+        self._inputs = inputs
+
+    @torch.no_grad()
+    def enter(self, model: nn.Module, world: World) -> None:
+        chosen = select_weights(model, self.include, self.exempt)
+        with evaluation(model):
+            observed = observe_layers(model, chosen, self._inputs)
+            for name in chosen.keys() - observed.keys():
+                weight = chosen[name][0].value
+                step = self._step(weight)
+                weight.copy_(round_alone(weight / step, self.rate) * step + 0.0)  # no minus zero
+            for layers in with_inputs(model, observed, self._inputs, products=True):
+                for name, layer in layers.items():
+                    self._round(layer, chosen[name][0].value)
+        world.broadcast(parameter for parameter in model.parameters())
+
+    def _round(self, layer: ObservedLayer, weight: Tensor) -> None:
+        """Round the weight of a layer, and correct its bias if it has one."""
+        assert layer.statistics is not None
+        step = self._step(weight)
+        if layer.can_correct_bias:
+            layer.statistics.center()
+        layer.statistics.replace(
+            weight, lambda block, gram, _: round_by_rate(block, gram, step, self.rate) + 0.0
+        )
+        if layer.can_correct_bias:
+            layer.correct_bias()
+
+    def _step(self, weight: Tensor) -> Tensor:
+        """Of the grid of a weight, a value that fp16 holds."""
+        there = weight[weight != 0]
+        spread = there.square().mean().sqrt() if len(there) else weight.new_ones(())
+        return (self.step * spread).half().float()
