@@ -22,6 +22,18 @@ def test_fused_is_used_where_it_exists():
     assert "fused" not in rmsprop.defaults
 
 
+def test_an_l1_penalty_draws_to_zero():
+    parameter = nn.Parameter(torch.tensor([2.0, -2.0, 0.0]))
+    settings = {"_target_": "trainer.engine.l1.L1SGD", "lr": 0.5, "l1": 0.2, "weight_decay": 0.1}
+    optimizer = parse_optimizer(settings).build([parameter])
+    parameter.grad = torch.tensor([1.0, 0.0, 0.0])
+    optimizer.step()
+    # 2 - 0.5 (1 + 0.2 + 0.1 * 2), -2 + 0.5 (0.2 + 0.1 * 2)
+    assert torch.allclose(parameter.detach(), torch.tensor([1.3, -1.8, 0.0]))
+    with pytest.raises(ConfigError, match="l1=-1"):
+        parse_optimizer(settings | {"l1": -1})
+
+
 FUSED = [
     {"_target_": "torch.optim.SGD", "lr": 0.1},
     {"_target_": "torch.optim.SGD", "lr": 1e-4, "momentum": 0.9},

@@ -45,6 +45,20 @@ def test_autocast_computes_in_the_type_it_says(name, dtype):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
+def test_fp16_on_cpus_sums_in_fp32_and_rounds_like_tensor_cores():
+    """2048 ones and 2048 times 2^-10: fp16 sums would stop growing at 2048."""
+    weight = torch.ones(1, 4096, requires_grad=True)
+    x = torch.cat((torch.ones(2048), torch.full((2048,), 2.0**-10))).requires_grad_()
+    with Precision("fp16", CPU).autocast():
+        y = nn.functional.linear(x, weight)
+        image = torch.nn.functional.conv2d(x.view(1, 1, 64, 64), weight.view(1, 1, 64, 64))
+    assert y.dtype == image.dtype == torch.float16
+    assert y.item() == image.item() == 2050
+    (y * 70_000.0).float().backward()  # beyond fp16
+    assert weight.grad is not None
+    assert bool(weight.grad[0, :2048].isinf().all())
+
+
 def test_small_gradients_survive_fp16_only_by_scaling():
     """A gradient of 1e-6 on each of 1 weight is below fp16's smallest subnormal / 2 per sample."""
     weight = nn.Parameter(torch.ones(1, 1))

@@ -21,7 +21,7 @@ def test_equal_names_are_equal_jobs() -> None:
     assert all(JOBS[job.name] == job for e in EXHIBITS.values() for job in e.jobs)
 
 
-@pytest.mark.parametrize("name", [n for n in JOBS if not n.endswith(("-1", "-2"))])
+@pytest.mark.parametrize("name", [n for n in JOBS if not n.endswith(("-1", "-2", "-l1"))])
 def test_the_settings_of_jobs_are_valid(name: str) -> None:
     arguments = JOBS[name].arguments(short=True, cifar10=Path("cifar10"))
     Experiment.from_config(compose_config(arguments).plain())
@@ -35,8 +35,12 @@ class Stored(Results):
             {"name": name, "bytes": 100, "ratio": ratio, "accuracy": 0.98, "loss": 0.1}
             for name, ratio in (("dense", 1.0), ("P+S", 31.0), ("P+S+H (Han's format)", 39.0))
         ]
+        phases = [
+            {"name": name, "accuracy": accuracy}
+            for name, accuracy in (("train", 0.98), ("prune_50", 0.98), ("prune_90", 0.979))
+        ]
         made = {"baseline_accuracy": 0.98, "accuracy": 0.97, "ratio": 99.0, "stages": stages}
-        return {"status": "done", "artifact": made}
+        return {"status": "done", "artifact": made, "phases": phases, "seconds": 60}
 
     def rows(self, job: Job | str) -> list[Row]:
         return ROWS[job if isinstance(job, str) else job.name]
@@ -52,7 +56,33 @@ def methods(prune: bool, share: bool, accuracy: float, size: float) -> Row:
     return Row(settings, {"accuracy": accuracy, "bytes": size})
 
 
+def point(sparsity: float, accuracy: float, seed: int = 0, **more: float) -> Row:
+    settings = {"seed": seed, "phases.prune.sparsity": sparsity, "phases.prune.fit.epochs": 0}
+    bits, size = more.get("bits"), more.get("bytes", 0.0)
+    epochs = {"phases.prune.fit.epochs": more.get("epochs", 0), "phases.share.bits": bits}
+    return Row(settings | epochs, {"accuracy": accuracy, "bytes": size})
+
+
+CURVE = [
+    *(point(0.5, 0.98), point(0.5, 0.96, seed=1), point(0.9, 0.3), point(0.9, 0.2, seed=1)),
+    *(point(0.5, 0.98, epochs=5), point(0.9, 0.97, epochs=5)),
+]
+
+
+def trial(precision: str, seed: int, accuracy: float) -> Row:
+    return Row({"seed": seed, "precision": precision}, {"accuracy": accuracy})
+
+
+PRECISIONS = [
+    *(trial("fp32", 0, 0.6), trial("fp32", 1, 0.62), trial("bf16", 0, 0.61)),
+    *(trial("bf16", 1, 0.63), trial("fp16", 0, 0.59), trial("fp16", 1, 0.6)),
+]
 ROWS = {
+    **{f"precision-{name}": PRECISIONS for name in ("alexnet", "inception", "resnet")},
+    **{"pruning-l1": CURVE, "pruning-l2": CURVE},
+    "size-pruned": [point(0.9, 0.98, bytes=106644)],
+    "size-shared": [point(0, 0.98, bits=4, bytes=106644), point(0, 0.96, 1, bits=4, bytes=106644)],
+    "size-both": [point(0.9, 0.97, bytes=26661)],
     "sensitivity": [
         layer("fc1", 0, 0, 0.98),
         layer("fc1", 0.9, 0, 0.5),
@@ -79,6 +109,57 @@ def test_deep_compression_beside_the_published_values(tmp_path: Path) -> None:
 
 def test_perplexity_of_the_lstm(tmp_path: Path) -> None:
     assert ">1.105</td>" in text_of("lstm", Stored(tmp_path))  # e^0.1
+
+
+def test_precisions_beside_fp32(tmp_path: Path) -> None:
+    text = text_of("precision", Stored(tmp_path))
+    for cell in ("61.00 ± 1.41", "62.00 ± 1.41", "59.50 ± 0.71"):
+        assert f">{cell}</td>" in text, cell
+    assert "AlexNet-like, bf16: +1.00 ± 0.00 points from fp32 on the same seeds, a signif" in text
+    assert "AlexNet-like, fp16: -1.50 ± 0.71 points from fp32 on the same seeds, no signif" in text
+
+
+def test_the_images_of_cifar10_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out"), "--only"]
+    assert command.main([*out, "precision"]) == 2
+    assert "give --cifar10 DIR" in capsys.readouterr().err
+    assert command.main([*out, "precision", "--cifar10", str(tmp_path)]) == 2
+    assert "there is no train.zip" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_curves_of_pruning(tmp_path: Path) -> None:
+    text = text_of("pruning", Stored(tmp_path))
+    for cell in ("none", "50% (2.0x)", "90% (10.0x)", "25.00 ± 7.07", "97.90 ± 0.00"):
+        assert f">{cell}</td>" in text, cell
+    assert text.count("<svg") == 1
+
+
+def test_curves_of_sizes(tmp_path: Path) -> None:
+    text = text_of("size", Stored(tmp_path))
+    for cell in ("4 bits", "90% sparse", "10.0x", "40.0x", "97.00 ± 1.41"):
+        assert f">{cell}</td>" in text, cell
+
+
+def test_speed_up_of_parallel_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def summary(_: Results, job: Job) -> dict[str, Any]:
+        return {"status": "done", "seconds": 100 / int(job.name.split("-")[1])}
+
+    monkeypatch.setattr(Stored, "summary", summary)
+    text = text_of("parallel", Stored(tmp_path))
+    assert ">2.00 to 2.00</td>" in text
+
+
+def test_bytes_of_the_ring(tmp_path: Path) -> None:
+    row = {"ranks": 3, "payload": 3e6, "sent": 4e6, "bound": 4e6, "n": 15}
+    times = {"ring": 2.0, "gloo": 3.0, "link": 1.6}
+    results = Results(tmp_path)
+    results.keep("ring", [row | times])
+    text = text_of("ring", results)
+    assert ">1.0000</td>" in text
+    assert ">1.25</td>" in text
 
 
 def test_sweeps_are_shown_by_their_analyses(tmp_path: Path) -> None:

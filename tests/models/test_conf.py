@@ -23,4 +23,4 @@ def test_file_lists_all_settings_with_their_defaults_and_builds(file: Path) -> N
 
 
 def test_there_are_files() -> None:
-    assert len(FILES) == 9
+    assert len(FILES) == 10

@@ -12,6 +12,7 @@ from trainer.models import (
     VGG16,
     AlexNet,
     ConvNet,
+    InceptionCifar,
     LeNet5,
     LeNet300,
     LSTMLanguageModel,
@@ -41,6 +42,17 @@ SMALL = {
         MNIST,
         (3, 10),
         (25 + 1) * 32 + (32 * 25 + 1) * 32 + (32 * 49 + 1) * 128 + 129 * 10,
+        "by hand",
+    ),
+    "inception": Case(
+        lambda: InceptionCifar(2),
+        (2, 3, 8, 8),
+        (2, 10),
+        # Convolutions of the stem and of the blocks, norms, and the linear layer.
+        27 * 4
+        + sum(w * (4 * i + 27 * w) for i, w in ((4, 2), (8, 4), (16, 6)))
+        + 2 * (4 + 7 * (2 + 4 + 6))
+        + 250,
         "by hand",
     ),
     "resnet20": Case(

@@ -8,8 +8,8 @@ scale (Micikevicius et al., Mixed Precision Training, ICLR 2018, arXiv:1710.0374
 depends on the averaged gradient alone, whose bits are the same on every rank, so all ranks agree.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from trainer.engine.half import HalfProducts
 from trainer.errors import Diverged
 
 MIN_SCALE = 2.0**-24  # fp16's smallest positive number: below it every gradient becomes zero
@@ -54,6 +55,8 @@ class Precision:
         """Context for the forward pass and the loss."""
         if self.name == "fp32":
             return nullcontext()
+        if self.name == "fp16" and self.device.type == "cpu":
+            return _half_on_cpu()
         return torch.autocast(self.device.type, dtype=DTYPES[self.name])
 
     def state(self) -> dict[str, Any]:
@@ -107,6 +110,12 @@ class Precision:
                 "may divide by zero or take a root or a norm of zero; change that, or train in bf16"
             )
         return Update(applied=applied, grad_norm=norm)
+
+
+@contextmanager
+def _half_on_cpu() -> Iterator[None]:
+    with torch.autocast("cpu", torch.float16), HalfProducts():
+        yield
 
 
 def _clip(parameters: list[nn.Parameter], clip: float | None) -> Tensor:

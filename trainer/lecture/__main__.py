@@ -31,6 +31,8 @@ from trainer.report.table import Table
 from trainer.signals import Signals
 from trainer.store.files import atomic_write
 
+_NEEDED = "it needs the images of CIFAR-10, which do not ship: give --cifar10 DIR (see --help)"
+
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line says and return the exit code."""
@@ -53,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="NAME,...", help="exhibits to run; the page has all")
     parser.add_argument("--short", action="store_true", help="shrink every run to seconds")
     parser.add_argument("--out", metavar="DIR", help="folder of the results")
-    parser.add_argument("--cifar10", metavar="DIR", help="folder with train.zip and test.zip")
+    parser.add_argument(
+        "--cifar10",
+        metavar="DIR",
+        help="folder with the images of CIFAR-10: "
+        "train.zip and test.zip, or folders train and test, with one folder for each class",
+    )
     return parser
 
 
@@ -80,6 +87,13 @@ class _Lecture:
         """Run what is missing, and write the page after each exhibit."""
         wanted = self._wanted()
         missing = [exhibit for exhibit in wanted if not exhibit.is_done(self.results)]
+        self._check_cifar10()
+        if self.cifar10 is None and (without := [e for e in missing if e.needs_cifar10]):
+            names = ", ".join(exhibit.name for exhibit in without)
+            if self.options.only is not None:
+                raise ConfigError(f"--only={names}: {_NEEDED}")
+            print(f"left out: {names}; {_NEEDED}")
+            missing = [exhibit for exhibit in missing if exhibit not in without]
         self._claim(missing)
         minutes = sum(exhibit.minutes for exhibit in missing)
         expected = "seconds each" if self.short else f"about {minutes:.0f} minutes on two cores"
@@ -95,6 +109,12 @@ class _Lecture:
         print(f"\n{path}")
         if self.failed:
             raise RunError(f"{', '.join(self.failed)}: the reason is above")
+
+    def _check_cifar10(self) -> None:
+        folder = self.cifar10
+        if folder is None or any((folder / name).exists() for name in ("train.zip", "train")):
+            return
+        raise ConfigError(f"--cifar10={folder}: there is no train.zip, nor a folder train")
 
     def _wanted(self) -> Sequence[Exhibit]:
         if self.options.only is None:

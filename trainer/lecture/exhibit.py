@@ -24,18 +24,20 @@ class Job:
     """
 
     name: str  # of the folder
-    experiment: str
+    experiment: str | None  # None: the overrides state everything
     overrides: tuple[str, ...] = ()
     short: tuple[str, ...] = ()  # more overrides of the short version
 
     def arguments(self, short: bool, cifar10: Path | None = None) -> list[str]:
         """The arguments of `python -m trainer`, without the folder."""
-        found = (f"+experiment={self.experiment}", *self.overrides, *(self.short if short else ()))
-        return [argument.replace(CIFAR10, str(cifar10)) for argument in found]
+        first = [] if self.experiment is None else [f"+experiment={self.experiment}"]
+        found = [*first, *self.overrides, *(self.short if short else ())]
+        folder = "DIR" if cifar10 is None else str(cifar10)
+        return [argument.replace(CIFAR10, folder) for argument in found]
 
     @property
     def needs_cifar10(self) -> bool:
-        """Whether the images of CIFAR-10, which do not ship with the package, are needed."""
+        """Whether the images of CIFAR-10 are needed."""
         return any(CIFAR10 in override for override in self.overrides)
 
 
@@ -117,6 +119,11 @@ class Exhibit:
     show: Callable[[Results], Answer]
     jobs: tuple[Job, ...] = ()
     measure: Callable[[Results, bool], Any] | None = None
+
+    @property
+    def needs_cifar10(self) -> bool:
+        """Whether the images of CIFAR-10, which do not ship with the package, are needed."""
+        return any(job.needs_cifar10 for job in self.jobs)
 
     def is_done(self, results: Results) -> bool:
         """Whether all results are there."""

@@ -34,6 +34,7 @@ def page(
     sections: list[dict[str, Any]] = []
     for exhibit, answer in shown(exhibits, results):
         command_line = f"python -m trainer.lecture{' --short' * short} --only {exhibit.name}"
+        command_line += " --cifar10 DIR" * exhibit.needs_cifar10
         reason = None if answer else f"Not run yet: {command_line}"
         answer = answer or Answer()
         sections.append(

@@ -6,6 +6,7 @@ any other class or function that returns a module; the other keys of `model` are
 
 from trainer.models.alexnet import AlexNet
 from trainer.models.convnet import ConvNet
+from trainer.models.inception_cifar import InceptionCifar
 from trainer.models.lenet5 import LeNet5
 from trainer.models.lenet300 import LeNet300
 from trainer.models.lstm import LSTMLanguageModel
@@ -17,6 +18,7 @@ __all__ = [
     "VGG16",
     "AlexNet",
     "ConvNet",
+    "InceptionCifar",
     "LSTMLanguageModel",
     "LeNet5",
     "LeNet300",
