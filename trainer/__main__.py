@@ -45,7 +45,7 @@ from trainer.version import __version__
 
 DONE, FAILED, WRONG_CONFIG, LIMITS = 0, 1, 2, 3
 # Sections that may change when a run is resumed.
-RESUMABLE = ("cluster.", "checkpoint.", "limits.")
+RESUMABLE = ("cluster.", "checkpoint.", "limits.", "cost.")
 
 
 def main(arguments: Sequence[str]) -> int:

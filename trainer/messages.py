@@ -79,6 +79,7 @@ class EpochEnded(_Measured):
     sparsity: float
     images_per_second: float
     skipped: int  # steps that loss scaling skipped
+    usage: Mapping[str, Any] = field(default_factory=dict)  # of the phase so far: see PhaseRecord
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ class PhaseRecord(_Measured):
     data_wait: float | None = None  # fraction of the training time that a worker waited for data
     macs: int = 0  # multiply-accumulates per sample of weights that are not zero
     rounds: list[RoundRecord] = field(default_factory=list)  # of a phase with rounds
+    # Of all workers: cpu_seconds (with data loaders), gpu_seconds, joules (measured; None: not),
+    # reason (why they were not).
+    usage: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

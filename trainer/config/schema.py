@@ -216,6 +216,21 @@ class LimitsConfig:
 
 
 @dataclass
+class CostConfig:
+    """What energy costs, and the power that is assumed where a machine shows no energy counter."""
+
+    price: float = 0.25  # of a kilowatt-hour, in `currency`
+    currency: str = "EUR"
+    grid: float = 450.0  # grams of CO2 equivalent for a kilowatt-hour
+    cpu_watts: float = 10.0  # of a busy core with its share of caches and memory
+    gpu_watts: float = 400.0  # of a GPU that trains
+
+    def __post_init__(self) -> None:
+        for key in ("price", "grid", "cpu_watts", "gpu_watts"):
+            check_min(f"cost.{key}", getattr(self, key), 0)
+
+
+@dataclass
 class ClusterConfig:
     """The worker processes and their resources."""
 
@@ -383,6 +398,7 @@ class Config:
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ from trainer.messages import (
     WorkersLost,
     WorkersStarted,
 )
+from trainer.report.cost import with_costs
 from trainer.report.sinks import LogSink, MembersSink, MetricsSink, Sink
 from trainer.report.summary import SummarySink
 from trainer.report.tables import tables
@@ -131,7 +132,7 @@ def resume(
         return directory
     experiment = build()
     with _disk_errors(directory), console or Console() as shown, directory.locked(shown.say):
-        now = apply_limits(summary, config.limits)
+        now = with_costs(apply_limits(summary, config.limits), config.cost)
         if now != summary:
             directory.write_summary(now)
         if now != summary or not directory.has_report():

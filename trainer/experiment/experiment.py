@@ -19,6 +19,7 @@ from trainer.config import (
     CheckpointConfig,
     ClusterConfig,
     Config,
+    CostConfig,
     ExportConfig,
     LimitsConfig,
     to_dataclass,
@@ -123,6 +124,7 @@ class Experiment:
         checkpoint: When the state is stored.
         export: Whether to write model.onnx.
         limits: What the result must reach.
+        cost: What energy costs, and the power of what no counter measures.
         artifact: Whether to write model.dcz, or the settings of that section, in which `coder` may
             be an object of a class of your own (docs/own-coder.md).
         logger: Sinks by name: mappings with a `_target_`, or objects that follow
@@ -167,6 +169,7 @@ class Experiment:
         artifact: bool | ArtifactConfig | Mapping[str, Any] = False,
         export: ExportConfig | Mapping[str, Any] | None = None,
         limits: LimitsConfig | Mapping[str, Any] | None = None,
+        cost: CostConfig | Mapping[str, Any] | None = None,
         logger: Mapping[str, Any] | None = None,
     ) -> None:
         objects: dict[str, Any] = {}
@@ -208,6 +211,7 @@ class Experiment:
             "checkpoint": describe_section(checkpoint),
             "export": describe_section(export),
             "limits": describe_section(limits),
+            "cost": describe_section(cost),
         }
         self._build(to_dataclass(Config, settings), objects)
 

@@ -7,6 +7,7 @@ import yaml
 
 from trainer.metrics import first_metric, format_metric, metric_names
 from trainer.report import hardware, plots
+from trainer.report.cost import cost_line
 from trainer.report.distributions import Distribution
 from trainer.report.html import figures, render
 from trainer.report.tables import (
@@ -129,6 +130,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("restarts", summary["restarts"]),
         ("seconds", f"{summary['seconds']:,.1f}"),
         ("training samples/s", f"{speed:,.0f}" if speed else None),
+        ("cost of training", summary.get("cost") and cost_line(summary["cost"])),
         ("precision", summary["precision"]),
         ("seed", summary["seed"]),
         *versions.items(),

@@ -21,6 +21,7 @@ from trainer.messages import (
     WorkersStarted,
 )
 from trainer.metrics import metric_names
+from trainer.report.cost import with_costs
 from trainer.store.directory import as_json, from_json
 from trainer.version import __version__
 
@@ -40,6 +41,7 @@ class SummarySink:
             before: The summary that an earlier command of the same run left, if any.
         """
         self._started = time.monotonic()
+        self._prices = config.cost
         self._before = before or {}
         self._earlier: Mapping[str, Any] | None = None  # time and restarts of earlier commands
         self._facts: dict[str, Any] = {
@@ -120,7 +122,7 @@ class SummarySink:
             error: One line, if the run did not succeed.
         """
         metrics = metric_names(self._facts)
-        return {
+        found = {
             **self._facts,
             "status": status,
             "error": error,
@@ -140,6 +142,7 @@ class SummarySink:
             **({"members": self._members} if self._members else {}),
             **({"onnx": [*self._exported.values()]} if self._exported else {}),
         }
+        return with_costs(found, self._prices)
 
     def _speed(self) -> float | None:
         """Samples per second of training over all phases, whose batches have the same size."""

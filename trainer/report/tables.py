@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.metrics import format_metric, metric_names
+from trainer.report.cost import cost_line
 from trainer.report.table import Table
 from trainer.report.text import megabytes, number, perplexity, plural
 
@@ -48,11 +49,14 @@ def phases(summary: Mapping[str, Any]) -> Table:
             f"{phase['nonzero'] / phase['parameters']:.1%}",
             megabytes(phase["sent_bytes_per_step"]) if phase["sent_bytes_per_step"] else "",
             f"{phase['images_per_second']:,.0f}" if phase["images_per_second"] else "",
+            f"{1000 * phase['cost']['kwh']:.3g}" if phase.get("cost") else "",
             f"{phase['seconds']:.1f}",
         )
         for phase in summary["phases"]
     ]
     caption = [where(summary)]
+    if summary.get("cost"):
+        caption.append(f"training cost: {cost_line(summary['cost'])}")
     if summary["loss"] is not None:
         values = [f"{name} {format_metric(name, summary[name])}" for name in metrics]
         if "accuracy" in metrics:
@@ -69,11 +73,12 @@ def phases(summary: Mapping[str, Any]) -> Table:
             "kept",
             "sent/step",
             "samples/s",
+            "Wh",
             "seconds",
         ),
         rows,
         "\n".join(caption),
-        optional=("nonzero", "sent/step", "samples/s", "steps"),
+        optional=("nonzero", "sent/step", "Wh", "samples/s", "steps"),
     )
 
 

@@ -55,6 +55,9 @@ def highlights(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     found += [(f"{counts[key]:,}", f"trials {key}") for key in ("pruned", "failed", "unfinished")
               if counts[key]]  # fmt: skip
     found.append((f"{summary['epochs']:,}", "epochs in all"))
+    if cost := summary.get("cost"):
+        price = f"{significant(cost['price'], 3)} {cost['currency']}"
+        found.append((price, f"for {1000 * cost['kwh']:.3g} Wh of energy, {cost['evidence']}"))
     return [*found, (f"{summary['seconds']:,.0f} s", "from start to end")]
 
 

@@ -135,7 +135,7 @@ class Plan:
         """All settings that must not change when the sweep continues, with the order of phases."""
         settings = self.unresolved()
         sweep = {k: v for k, v in settings["sweep"].items() if k not in (*FREE, "storage")}
-        others = ("sweep", "cluster", "checkpoint", "limits")
+        others = ("sweep", "cluster", "checkpoint", "limits", "cost")
         same = {k: v for k, v in settings.items() if k not in others}
         same["phases"] = [[name, phase] for name, phase in settings["phases"].items()]
         same["cluster.workers"] = settings["cluster"]["workers"]

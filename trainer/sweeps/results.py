@@ -5,10 +5,12 @@ import io
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from trainer.report.cost import cost_line, training_cost
 from trainer.report.table import Table, as_dict, rich_table
 from trainer.store.directory import RunDirectory
 from trainer.sweeps.analysis import ANALYSES, Answer, Row
@@ -17,7 +19,7 @@ from trainer.sweeps.measures import MEASURES, parse_constraints
 from trainer.sweeps.plan import Plan
 from trainer.sweeps.report import write_report
 from trainer.sweeps.show import LiveTable, tally
-from trainer.sweeps.study import RESULT, SweepStudy, reported_values
+from trainer.sweeps.study import RESULT, USAGE, SweepStudy, reported_values
 
 # Overrides that do not affect a trial that is run alone.
 _OF_THE_SWEEP = re.compile(r"(~|\+{0,2}(?=[^=]*=))(sweep[.=]|hydra\.)")
@@ -60,6 +62,8 @@ class Results:
             live.terminal.print(rich_table(table, live.terminal.width))
         for sentence in self._answer.sentences:
             live.say(sentence, wrapped=True)
+        cost = self._cost(self._study.trials())
+        live.say(f"cost of all trials: {cost_line(cost)}", wrapped=True)
         if missed := self._none_feasible():
             live.say(missed, wrapped=True)
 
@@ -120,6 +124,7 @@ class Results:
                 "failed": counts.get(TrialState.FAIL, 0),
                 "unfinished": counts.get(TrialState.RUNNING, 0),
             },
+            "cost": self._cost(trials),
             "best": [self._entry(trial) for trial in self._study.best()[:SHOWN]],
         }
 
@@ -147,10 +152,16 @@ class Results:
             "number": trial.number,
             "values": dict(zip(self._objectives, trial.values, strict=True)),
             "measures": trial.user_attrs[RESULT],
+            "cost": self._cost([trial]),
             "params": self._plan.space.values(trial.params),
             "overrides": overrides,
             "command": self._command(overrides),
         }
+
+    def _cost(self, trials: Iterable[FrozenTrial]) -> dict[str, Any]:
+        """What trials cost, in whatever state they are; phases that they share count once."""
+        usages = [of for trial in trials for of in trial.user_attrs.get(USAGE, {}).values()]
+        return training_cost(usages, self._plan.cfg.cost)
 
     def _command(self, overrides: list[str] | None) -> str | None:
         """The command that runs a trial again.
@@ -169,7 +180,8 @@ class Results:
         measures = list(dict.fromkeys([*MEASURES, *self._plan.directions]))
         out = io.StringIO()
         rows = csv.writer(out, lineterminator="\n")
-        rows.writerow(["number", "state", "epochs", *measures, *names, "failures", "reason"])
+        ends = ["kwh", "failures", "reason"]
+        rows.writerow(["number", "state", "epochs", *measures, *names, *ends])
         for trial in self._study.trials():
             measured = trial.user_attrs.get(RESULT, {})
             drawn = self._plan.space.values(trial.params)
@@ -180,6 +192,7 @@ class Results:
                     len(reported_values(trial)),
                     *(measured.get(name, "") for name in measures),
                     *(drawn.get(name, "") for name in names),
+                    f"{self._cost([trial])['kwh']:.6g}",
                     len(trial.user_attrs.get("failures", [])),
                     trial.user_attrs.get("reason", ""),
                 ]

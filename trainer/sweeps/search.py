@@ -123,6 +123,7 @@ class Search:
     def _end(self, trial: Trial, error: Exception | None) -> None:
         """Record the result of a trial, or let it wait for another attempt."""
         error = trial.error or error
+        self._study.record_usage(trial.number, trial.usage)
         if trial.pruned:
             self._study.prune(trial.number)
         elif error is not None:
@@ -273,6 +274,7 @@ class Search:
             number, drawn, experiment, self._cfg, path, self._shared_phases
         )
         self._reported[number] = set(reported)
+        self._trials[number].usage |= self._study.usage(number)
         return True
 
     def _may_begin(self) -> bool:

@@ -25,6 +25,7 @@ _WITHOUT = (
     "artifact",
     "export",
     "limits",
+    "cost",
     "sweep",
 )
 

@@ -31,7 +31,7 @@ from trainer.sweeps.algorithms import PrunerStudy, SamplerStudy, direction
 from trainer.sweeps.space import GRID_LIMIT, Space
 
 OWNER, RESULT, VALUES = "owner", "result", "values"  # attributes of a trial
-FAILURES, REASON = "failures", "reason"
+FAILURES, REASON, USAGE = "failures", "reason", "usage"
 SECONDS, SETTINGS = "seconds", "settings"  # attributes of the study
 FIXED = "fixed_params"  # Optuna's own attribute of a trial: parameters that are not drawn
 
@@ -254,6 +254,14 @@ class SweepStudy:
         reasons = [*self._trials[number].user_attrs.get(FAILURES, []), reason]
         self._set(number, FAILURES, reasons)
         return len(reasons)
+
+    def record_usage(self, number: int, usage: Mapping[str, Any]) -> None:
+        """Store what a trial that has not ended has used so far, by phase."""
+        self._set(number, USAGE, {phase: dict(of) for phase, of in usage.items()})
+
+    def usage(self, number: int) -> dict[str, Any]:
+        """What a trial has used so far, by phase."""
+        return dict(self._trials[number].user_attrs.get(USAGE, {}))
 
     def record_seconds(self, seconds: float) -> None:
         """Store the duration of all sessions together."""

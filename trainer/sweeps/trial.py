@@ -57,6 +57,7 @@ class Trial:
         self._parameters = 0
         self._file_bytes: int | None = None
         self._latency: float | None = None
+        self.usage: dict[str, Any] = {}  # of each phase that it trained itself (PhaseRecord.usage)
 
     def start(self, say: Callable[[str], None]) -> Any:
         """Prepare an attempt.
@@ -118,6 +119,7 @@ class Trial:
                 self._latency = message.microseconds
             case PhaseEnded():
                 record = as_json(message.record)
+                self.usage[record["name"]] = record["usage"]
                 last = message.index == len(self._names) - 1
                 self.records.append(record)
                 shared = self.shared and record["name"] == self._shared_phases.last
@@ -127,6 +129,7 @@ class Trial:
                     self._checkpoints.wait()
                     self._shared_phases.save(self.shared, self._checkpoints.folder)
             case EpochEnded():
+                self.usage[message.phase] = message.usage
                 before = self._names[: self._names.index(message.phase)]
                 done = sum(self.experiment.phases[name].fit.epochs for name in before)
                 self.epoch = done + message.epoch

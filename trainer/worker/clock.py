@@ -127,7 +127,12 @@ class PhaseClock:
         self._start_epoch()
 
     def epoch(
-        self, phase: str, step: StepResult, validation: Metrics, sparsity: float
+        self,
+        phase: str,
+        step: StepResult,
+        validation: Metrics,
+        sparsity: float,
+        usage: Mapping[str, Any],
     ) -> EpochEnded:
         """The last epoch, as a message. The time of the next epoch starts now."""
         self._epoch_started = time.monotonic()
@@ -143,6 +148,7 @@ class PhaseClock:
             sparsity=sparsity,
             images_per_second=self._speed,
             skipped=self._skipped,
+            usage=usage,
         )
 
     def overall(self) -> float | None:

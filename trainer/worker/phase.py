@@ -48,6 +48,7 @@ from trainer.phases.structure import StructureChange, class_path, to_metadata
 from trainer.store.directory import as_json, from_json
 from trainer.store.serialization import pack, to_bytes
 from trainer.worker.clock import PhaseClock
+from trainer.worker.energy import READ_EVERY_S, EnergyMeter
 from trainer.worker.selection import Selection
 
 LOSS_SCALE = "loss_scale"
@@ -100,6 +101,7 @@ class PhaseRun:
     def __post_init__(self) -> None:
         train = self.data.train
         self.clock = PhaseClock(time.monotonic(), lambda: getattr(train, "waited_s", 0.0))
+        self.meter = EnergyMeter(self.runtime.world.device)
         self.rounds: list[RoundRecord] = []
         self.selection = Selection(self.phase.fit)  # in the present round
         self._step: StepResult | None = None  # the last step whose update was applied to the model
@@ -115,6 +117,7 @@ class PhaseRun:
         clock, rounds = self.clock, self.rounds
         if resumed is not None:
             clock.load(resumed["clock"])
+            self.meter.load(resumed.get("energy", {}))  # earlier versions did not measure it
             rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
             phase.load_state(resumed["phase"])
             self.omitted = resumed.get("omitted", 0)  # earlier versions always trained all steps
@@ -136,7 +139,8 @@ class PhaseRun:
             metrics = self._evaluate(model)  # of the plain weights
             if self.last:
                 shown = self._over_rounds(self.last, len(rounds))
-                yield clock.epoch(self.name, shown, metrics, after.sparsity)
+                usage = self.meter.total(world)
+                yield clock.epoch(self.name, shown, metrics, after.sparsity, usage)
             if not isinstance(phase, RoundPhase):
                 break
             rounds.append(phase.end_round(model, world, metrics))
@@ -163,6 +167,7 @@ class PhaseRun:
             data_wait=clock.data_wait(),
             macs=self._macs(),
             rounds=rounds,
+            usage=self.meter.total(world),
         )
         if notice := clock.data_notice():
             yield Notice(f"phase {self.name}: {notice}")
@@ -223,6 +228,7 @@ class PhaseRun:
         try:
             for step in self._steps(number, resumed):
                 self.last = step
+                self.meter.read(READ_EVERY_S)
                 if clock.progress_due():
                     shown = self._over_rounds(step, number)
                     yield clock.progress(self.name, fit_config.epochs * self._max_rounds, shown)
@@ -238,7 +244,8 @@ class PhaseRun:
                             break
                     clock.end_epoch(ended)
                     shown = self._over_rounds(step, number)
-                    yield clock.epoch(self.name, shown, metrics, counts(model).sparsity)
+                    usage, sparsity = self.meter.total(world), counts(model).sparsity
+                    yield clock.epoch(self.name, shown, metrics, sparsity, usage)
                 self._reach(STEP_COMPLETE)
                 every = self.checkpoint.every_steps
                 if step.requested != CONTINUE or (every and step.step % every == 0):
@@ -432,6 +439,7 @@ class PhaseRun:
         state = {
             "model": model_state(self.model),
             "clock": self.clock.state(),
+            "energy": self.meter.state(),
             "fit": step.state(),
             "unfinished": unfinished,
             "phase": phase.state(),

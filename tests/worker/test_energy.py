@@ -1,0 +1,91 @@
+"""The energy of a phase: measured by counters and divided by CPU time, or estimated."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config import CostConfig
+from trainer.engine.world import World
+from trainer.errors import ConfigError
+from trainer.report.cost import cost_line, training_cost, with_costs
+from trainer.worker import energy
+from trainer.worker.energy import Counters, EnergyMeter, find_counters
+
+CPU = torch.device("cpu")
+ALONE = World.single(CPU)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float]]:
+    """Seconds of the clock, of this process, of all processes; the last entry is now."""
+    times = [(0.0, 10.0, 100.0)]
+    monkeypatch.setattr(energy, "_now", lambda: times[-1])
+    monkeypatch.setattr(energy.time, "monotonic", lambda: times[-1][0])
+    return times
+
+
+def test_a_processor_is_divided_by_cpu_time(clock: list[tuple[float, float, float]]) -> None:
+    meter = EnergyMeter(CPU, Counters(cpu=lambda seconds: 10 * seconds))
+    clock.append((20.0, 16.0, 124.0))  # 6 of 24 busy seconds are ours
+    meter.read(every=30)  # too soon
+    assert meter.total(ALONE) == {
+        "cpu_seconds": 6,
+        "gpu_seconds": 0,
+        "joules": pytest.approx(10 * 20 * 6 / 24),
+        "reason": "",
+    }
+    resumed = EnergyMeter(CPU, Counters(cpu=lambda seconds: 0.0))
+    resumed.load(meter.state())
+    clock.append((21.0, 17.0, 130.0))
+    assert resumed.total(ALONE)["cpu_seconds"] == 7
+    assert resumed.total(ALONE)["joules"] == pytest.approx(50)
+
+
+def test_a_counter_that_fails_is_no_measurement(clock: list[tuple[float, float, float]]) -> None:
+    meter = EnergyMeter(CPU, Counters(cpu=lambda seconds: None))
+    clock.append((1.0, 11.0, 101.0))
+    found = meter.total(ALONE)
+    assert found["joules"] is None
+    assert found["reason"] == "an energy counter could not be read"
+    assert found["cpu_seconds"] == 1
+
+
+def test_a_machine_without_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "powercap")
+    assert "no energy counter" in find_counters(CPU).reason
+    (tmp_path / "powercap").mkdir()
+    monkeypatch.setitem(energy.__dict__, "_find_counters", _not_installed)
+    assert "pip install" in find_counters(CPU).reason
+
+
+def _not_installed(_: torch.device) -> Counters:
+    raise ModuleNotFoundError("codecarbon")
+
+
+MEASURED = {"cpu_seconds": 9.0, "gpu_seconds": 0.0, "joules": 3.6e6, "reason": ""}
+ESTIMATED = {"cpu_seconds": 3600.0, "gpu_seconds": 7200.0, "joules": None, "reason": "no counter"}
+
+
+def test_costs() -> None:
+    prices = CostConfig(price=0.5, currency="USD", grid=100, cpu_watts=10, gpu_watts=300)
+    assert training_cost([MEASURED, {}], prices) == {
+        "kwh": 1.0,
+        "price": 0.5,
+        "currency": "USD",
+        "co2_grams": 100.0,
+        "evidence": "measured",
+        "reason": None,
+    }
+    both = training_cost([MEASURED, ESTIMATED], prices)
+    assert both["kwh"] == pytest.approx(1 + 0.010 + 0.600)
+    assert cost_line(both) == "1.61 kWh, 0.805 USD, 161 g CO2 (estimated: no counter)"
+    summary = {"phases": [{"name": "train", "usage": MEASURED}, {"name": "old"}]}
+    found = with_costs(summary, prices)
+    assert [phase["cost"]["kwh"] for phase in found["phases"]] == [1, 0]
+    assert found["cost"]["kwh"] == 1
+
+
+def test_negative_prices_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cost\.price=-1"):
+        CostConfig(price=-1)
