@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import trainer
@@ -153,6 +154,7 @@ def test_examples_run(
 
 
 def test_examples_of_a_task_run(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)  # the examples draw their data and weights at random
     run, task, check = blocks(DOCS / "own-task.md")
     Path("quantile.py").write_text(task)
     monkeypatch.syspath_prepend(Path.cwd())
