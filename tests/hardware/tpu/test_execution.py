@@ -190,7 +190,7 @@ def chain(*layers: nn.Module) -> nn.Sequential:
         (chain(nn.AdaptiveAvgPool2d(2)), "to more than one pixel"),
         (chain(nn.Linear(8, 2)), "of images that are not flattened"),
         (chain(nn.MaxPool2d(2), nn.Tanh()), r"2 \(Tanh\) of what is not the result of a matrix"),
-        (nn.Sequential(nn.Conv2d(1, 4, 3, padding="same")), "whose padding is no number"),
+        (nn.Sequential(nn.Conv2d(1, 4, 3, padding="same")), "whose padding is not a number"),
         (chain(Branching()), "torch.fx cannot follow it"),
     ],
 )
