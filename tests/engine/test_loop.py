@@ -19,7 +19,7 @@ from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit, steps_in
 from trainer.engine.objective import Distilled, Supervised
-from trainer.engine.optim import lr_factor
+from trainer.engine.schedules import lr_factor
 from trainer.engine.world import World
 from trainer.errors import Diverged, RunError
 from trainer.tasks import Classification

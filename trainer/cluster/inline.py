@@ -75,11 +75,12 @@ class InlineGroup:
 
     @contextlib.contextmanager
     def _torch_settings(self, device: torch.device) -> Iterator[None]:
-        """The number of threads and, on CUDA, deterministic algorithms; restored at the end."""
+        """The number of threads and, on CUDA, algorithms and TF32; restored at the end."""
         threads = torch.get_num_threads()
         deterministic = torch.get_deterministic_debug_mode()
         fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        benchmark = torch.backends.cudnn.benchmark
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        benchmark, tf32 = cudnn.benchmark, (cudnn.allow_tf32, matmul.allow_tf32)
         torch.set_num_threads(self._cfg.threads or available_cpus())
         if device.type == "cuda":
             same_bits_on_cuda()
@@ -89,4 +90,5 @@ class InlineGroup:
             torch.set_num_threads(threads)
             torch.set_deterministic_debug_mode(deterministic)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-            torch.backends.cudnn.benchmark = benchmark
+            cudnn.benchmark = benchmark
+            cudnn.allow_tf32, matmul.allow_tf32 = tf32

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs
 from trainer.engine.freeze import Freezing
+from trainer.engine.late import LateValue, reads_late
 from trainer.engine.objective import Objective, Supervised
 from trainer.engine.optim import load_state, set_lr
 from trainer.engine.reducer import Reducer
@@ -44,12 +46,30 @@ class StepResult:
     epoch_ends: bool  # the last step of its epoch, or of the phase
     samples: int  # size of the global batch
     targets: float  # units of loss of the global batch, such as targets that are not ignored
-    loss: float  # mean over the units of loss of the global batch; 0 if there are none
     lr: float
     applied: bool  # False: skipped by loss scaling, or there is no unit of loss
     sent_bytes: int  # gradient bytes that this worker sent
     requested: int  # sum of the ranks' requests; the same on all ranks
     state: Callable[[], dict[str, Any]]  # returns what `fit` needs to continue from here
+    read_loss: Callable[[], float]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the units of loss of the global batch; 0 if there are none.
+
+        On a single GPU, reading the loss of the last step waits for the device.
+        """
+        return self.read_loss()
+
+
+@dataclass(slots=True, frozen=True)
+class _Loss:
+    """The loss of a step, and what belongs to it."""
+
+    read: Callable[[], float]
+    step: int  # 1 is the first
+    lr: float
+    samples: list[Tensor]  # this rank's indices
 
 
 def steps_in(samples: int, batch_size: int, cfg: FitConfig) -> tuple[int, int]:
@@ -85,7 +105,8 @@ def fit(
         objective: What is minimized; None: the loss of the task.
 
     Raises:
-        Diverged: The loss is NaN or infinite. All ranks raise it in the same step.
+        Diverged: The loss is NaN or infinite. All ranks raise it in the same step: before its
+            update, or, on a single GPU, a step later, or from `StepResult.state`.
         RunError: Likewise, because of an input; the message names the sample.
         ConnectionError: A rank is lost. The model and `StepResult.state` are those after the last
             step that was yielded, or as at the start.
@@ -102,12 +123,28 @@ def fit(
     peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
     schedule = build_schedule(cfg, peak, total, per_epoch)
     step = updates = 0
+    late = reads_late(world.device, world.size)
+    unchecked: _Loss | None = None  # of the last step, if losses are read late
     if start is not None:
         step, updates = start["step"], start["updates"]
         load_state(optimizer, start["optimizer"])
         precision.load(start["scaler"])
 
+    def check(loss: _Loss) -> None:
+        """Raise an error if a loss is not finite."""
+        if math.isfinite(value := loss.read()):
+            return
+        loaded.close()
+        epoch = (loss.step - 1) // per_epoch
+        check_inputs(world, split, "train", loss.samples, epochs_before + epoch)
+        raise Diverged(
+            f"the loss is {value} in step {loss.step} (epoch {epoch + 1}) at a learning rate of "
+            f"{loss.lr:g}: lower optimizer.lr, warm up, or clip"
+        )
+
     def state() -> dict[str, Any]:
+        if unchecked is not None:
+            check(unchecked)
         return {
             "step": step,
             "updates": updates,
@@ -148,7 +185,8 @@ def fit(
                 if buffers is not None:
                     buffers.begin_step()
                 reducer.zero_grad()
-                request_slot.fill_(request())
+                requested = float(request())
+                request_slot.fill_(requested)
                 loss = torch.zeros((), device=world.device)
                 full = len(batch) * per_sample  # units of loss, if no target is ignored
                 ignored = 0.0  # of them, on this rank
@@ -174,7 +212,12 @@ def fit(
                     loss_slot.zero_()
                     ignored_slot.zero_()
                 reducer.finish()
-                mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
+                if late:
+                    mean_request, mean_ignored = requested, float(ignored)
+                    read_loss: Callable[[], float] = LateValue(loss_slot)
+                else:
+                    mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
+                    read_loss = partial(float, mean_loss)
                 # So far the weights were those of a batch in which no target is ignored.
                 counted = full - mean_ignored * world.size
                 if not task.fractional_units:
@@ -182,15 +225,15 @@ def fit(
                 if counted == 0:
                     reducer.zero_grad()
                 elif counted != full:
-                    mean_loss *= full / counted
+                    read_loss = _scaled(read_loss, full / counted)
                     _multiply_gradients(parameters, full / counted)
-                if not math.isfinite(mean_loss):
-                    loaded.close()
-                    check_inputs(world, split, "train", [m for m in share if len(m)], run_epoch)
-                    raise Diverged(
-                        f"the loss is {mean_loss} in step {step + 1} (epoch {epoch + 1}) at "
-                        f"a learning rate of {lr:g}: lower optimizer.lr, warm up, or clip"
-                    )
+                if unchecked is not None:
+                    check(unchecked)
+                unchecked = _Loss(read_loss, step + 1, lr, [m for m in share if len(m)])
+                epoch_ends = (step + 1) % per_epoch == 0 or step + 1 == total
+                if not late or epoch_ends:
+                    check(unchecked)
+                    unchecked = None
                 if buffers is not None:
                     buffers.end_step()
                 update = precision.step(optimizer, parameters, cfg.clip)
@@ -202,15 +245,15 @@ def fit(
                     step=step,
                     total=total,
                     epoch=epoch,
-                    epoch_ends=step % per_epoch == 0 or step == total,
+                    epoch_ends=epoch_ends,
                     samples=len(batch),
                     targets=counted,
-                    loss=mean_loss,
                     lr=lr,
                     applied=update.applied,
                     sent_bytes=reducer.sent_bytes,
                     requested=round(mean_request * world.size),
                     state=state,
+                    read_loss=read_loss,
                 )
                 if step == total:
                     return
@@ -252,6 +295,10 @@ def _units_per_sample(split: Split, runtime: Runtime) -> int:
     with runtime.world.heartbeat.busy():
         ((_, targets),) = split.batches([torch.tensor([0])], None)
     return max(1, runtime.task.full_units(targets))
+
+
+def _scaled(read: Callable[[], float], factor: float) -> Callable[[], float]:
+    return lambda: read() * factor
 
 
 def _multiply_gradients(parameters: list[nn.Parameter], factor: float) -> None:

@@ -44,6 +44,8 @@ class Precision:
     def __init__(self, name: str, device: torch.device, initial_scale: float = 2.0**16) -> None:
         self.name = name
         self.device = device
+        if device.type == "cuda":
+            set_tf32(name != "fp32")
         self._scaler = torch.amp.GradScaler(
             device.type, init_scale=initial_scale, enabled=name == "fp16"
         )
@@ -116,6 +118,17 @@ class Precision:
 def _half_on_cpu() -> Iterator[None]:
     with torch.autocast("cpu", torch.float16), HalfProducts():
         yield
+
+
+def set_tf32(enabled: bool) -> None:
+    """Set whether CUDA rounds the factors of fp32 products to TF32, which has 10 bits of mantissa.
+
+    PyTorch's default is to do so in convolutions and not in matrix products. Here fp32 is 32-bit
+    arithmetic throughout, and what bf16 and fp16 leave in fp32 may be rounded.
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html)
+    """
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def _clip(parameters: list[nn.Parameter], clip: float | None) -> Tensor:

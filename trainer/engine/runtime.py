@@ -1,5 +1,6 @@
 """Objects that all phases of a run share; moves model and batches to the device."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +39,15 @@ class Runtime:
     def mixed_precision(self) -> Precision:
         """Autocast and loss scaling; the loss scale that a phase ends with starts the next one."""
         return Precision(self.precision, self.world.device)
+
+    def release_memory(self) -> None:
+        """On CUDA, free what an earlier phase allocated and nothing uses any more.
+
+        Optimizers and hooks form reference cycles, which Python's collector finds whenever it runs.
+        """
+        if self.world.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model, in place, to the device and the memory format of this run."""

@@ -36,6 +36,7 @@ class PhaseClock:
         self._all_samples = 0
         self._all_seconds = 0.0
         self._reported = time.monotonic()
+        self._last: StepResult | None = None  # the last step, while its loss is not in the sum
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -48,6 +49,7 @@ class PhaseClock:
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint."""
+        self._add_loss()
         return {
             "loss": self._loss,
             "samples": self._samples,
@@ -80,11 +82,18 @@ class PhaseClock:
 
     def count(self, step: StepResult) -> None:
         """Add one step."""
-        self._loss += step.loss * step.targets
+        self._add_loss()
+        self._last = step  # its loss is read with the next step, since a GPU may still compute it
         self._samples += step.samples
         self._targets += step.targets
         self._steps += 1
         self._applied += step.applied
+
+    def _add_loss(self) -> None:
+        """Add the loss of the last step."""
+        if self._last is not None:
+            self._loss += self._last.loss * self._last.targets
+            self._last = None
 
     def progress_due(self) -> bool:
         """Whether the progress was last reported at least `PROGRESS_EVERY_S` seconds ago."""
@@ -116,6 +125,7 @@ class PhaseClock:
         Raises:
             RunError: No target of the epoch counts.
         """
+        self._add_loss()
         seconds = max(ended - self._epoch_started, 1e-9)
         if not self._targets:
             raise RunError("data: every target of the train data is -100, which means ignored")

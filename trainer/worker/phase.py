@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ Position = tuple[int, int, int]
 _PLAIN_FIELDS = tuple(
     field.name
     for field in dataclasses.fields(StepResult)
-    if field.name not in ("requested", "state")
+    if field.name not in ("requested", "state", "read_loss")
 )
 
 
@@ -299,7 +300,10 @@ class PhaseRun:
         phase, fit_config = self.phase, self.phase.fit
         if resumed is not None and (unfinished := resumed["unfinished"]) is not None:
             step = StepResult(
-                **unfinished["step"], requested=CONTINUE, state=lambda: dict(resumed["fit"])
+                **unfinished["step"],
+                requested=CONTINUE,
+                state=lambda: dict(resumed["fit"]),
+                read_loss=partial(float, unfinished["loss"]),
             )
             yield self._finish_step(step, unfinished["stage"])
         with (
@@ -435,7 +439,7 @@ class PhaseRun:
         unfinished = None
         if stage != STEP_COMPLETE:
             plain = {name: getattr(step, name) for name in _PLAIN_FIELDS}
-            unfinished = {"step": plain, "stage": stage}
+            unfinished = {"step": plain, "loss": step.loss, "stage": stage}
         state = {
             "model": model_state(self.model),
             "clock": self.clock.state(),

@@ -183,6 +183,7 @@ def run_phases(
                     earlier=handover,
                     leave_at=leave_at,
                 )
+                runtime.release_memory()
                 content = None if current is None else unpack(bytes(current.checkpoint.content))
                 yield from run.messages(content)
                 if run.stopped:
