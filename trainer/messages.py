@@ -126,6 +126,9 @@ class PhaseRecord(_Measured):
     # Of all workers: cpu_seconds (with data loaders), gpu_seconds, joules (measured; None: not),
     # reason (why they were not).
     usage: Mapping[str, Any] = field(default_factory=dict)
+    # With `profile`: the steps that were measured, and for each rank the mean time of a step in
+    # milliseconds, by section (trainer.engine.profile).
+    profile: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,15 @@ class PhaseEnded:
     index: int
     record: PhaseRecord
     weights: bytes  # the model's state_dict as a safetensors file
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The traces of some steps of a phase."""
+
+    index: int  # of the phase; 0 is the first
+    name: str
+    traces: list[bytes]  # of each rank, in Chrome's format, compressed with gzip
 
 
 @dataclass(frozen=True)
@@ -339,6 +351,7 @@ Message = (
     | EpochEnded
     | Checkpoint
     | PhaseEnded
+    | Traced
     | FileEncoded
     | LatencyMeasured
     | Handover

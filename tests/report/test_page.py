@@ -14,7 +14,7 @@ from trainer.report.html import environment
 from trainer.report.page import page
 from trainer.report.svg import text_width
 from trainer.report.table import Table
-from trainer.report.tables import layers, phases, stages
+from trainer.report.tables import layers, phases, stages, step_times
 from trainer.report.theme import CHART
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -387,3 +387,20 @@ def test_dotted_names_break_after_dots_and_underscores_on_a_phone():
     )
     assert 'data-column="model.\u200bkernel_\u200bsize.\u200b0"' in rendered
     assert ">model.kernel_size.0<" in rendered
+
+
+def test_the_time_of_a_step_is_shown_for_each_phase_and_rank():
+    assert step_times(SUMMARY) is None
+    times = {"step": 5.0, "forward": 3.0, "exposed_communication": 2.0, "hidden_communication": 1.0}
+    waits = {**times, "exposed_communication": 3.5}
+    profile = {"steps": 7, "ranks": [waits, times]}
+    summary = {**SUMMARY, "phases": [{**SUMMARY["phases"][0], "profile": profile}]}
+    table = step_times(summary)
+    assert table.columns[-2:] == ("exposed communication", "hidden communication")
+    assert [row[-2] for row in table.rows] == ["3.50", "2.00"]
+    assert table.caption == f"{SUMMARY['phases'][0]['name']} waits for rank 1"
+    text = page(summary, [], {})
+    assert "Time of a step" in text
+    assert "waits for rank 1" in text
+    profile["steps"] = 0  # a phase of a single step
+    assert step_times(summary) is None

@@ -388,6 +388,7 @@ class Config:
     init_strict: bool = True  # whether all other names and shapes must be those of the model
     seed: int = 0
     precision: str = "fp32"
+    profile: bool = False  # measure the parts of each step, and write a trace of some steps
     channels_last: bool = False
     sync_batchnorm: bool = False
     compile: Any = False  # whether torch.compile is used, or a mapping of its arguments

@@ -44,6 +44,7 @@ from trainer.messages import (
     RunStarted,
     RunStopped,
     Status,
+    Traced,
     WorkersLost,
     WorkersStarted,
 )
@@ -464,6 +465,10 @@ class _Run:
                 self.directory.delete_summary()
             case Exported() if message.content:
                 self.directory.write_onnx(message.content)
+            case Traced():
+                for rank, trace in enumerate(message.traces):
+                    name = f"{message.index + 1:02}-{message.name}-rank{rank}.json.gz"
+                    self.directory.write_trace(name, trace)
             case PhaseEnded():
                 record = as_json(message.record)
                 self.checkpoints.save_phase_end(

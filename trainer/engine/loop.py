@@ -27,7 +27,6 @@ from trainer.engine.freeze import Freezing
 from trainer.engine.late import LateValue, reads_late
 from trainer.engine.objective import Objective, Supervised
 from trainer.engine.optim import load_state, set_lr
-from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
 from trainer.engine.schedules import build_schedule
 from trainer.errors import Diverged
@@ -154,7 +153,7 @@ def fit(
 
     per_sample = _units_per_sample(split, runtime)
     synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
-    reducer = Reducer(parameters, world, runtime.allreduce, extras=3)
+    reducer = runtime.reducer(parameters, extras=3)
     buffers = ForwardBuffers(model) if world.size > 1 else None
     loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
     model.train()
@@ -162,7 +161,7 @@ def fit(
         for epoch in range(step // per_epoch, cfg.epochs):
             if freezing.begin_epoch(epoch):
                 reducer.close()
-                reducer = Reducer(parameters, world, runtime.allreduce, extras=3)
+                reducer = runtime.reducer(parameters, extras=3)
                 loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
             run_epoch = epochs_before + epoch
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)

@@ -1,7 +1,7 @@
 """Objects that all phases of a run share; moves model and batches to the device."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from trainer.config import AllReduceConfig
 from trainer.data.tree import map_tensors
 from trainer.engine.optim import OptimizerSpec
 from trainer.engine.precision import Precision
+from trainer.engine.reducer import Reducer
 from trainer.engine.world import World
 from trainer.tasks import Classification, Task
 
@@ -48,6 +49,10 @@ class Runtime:
         if self.world.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+    def reducer(self, parameters: Iterable[nn.Parameter], extras: int) -> Reducer:
+        """What averages the gradients of `parameters` and so many other values over the workers."""
+        return Reducer(parameters, self.world, self.allreduce, extras)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model, in place, to the device and the memory format of this run."""

@@ -112,6 +112,7 @@ class Experiment:
         sync_batchnorm: Whether batch norm covers the samples of all workers, or each worker's own.
         compile: Whether training uses torch.compile, or a mapping of its arguments.
         recompute: Patterns of modules with gradient checkpointing, such as ["layer*"].
+        profile: Whether to measure the parts of each step, and to write traces of some steps.
         init_from: File with initial weights (.safetensors, .pt, .bin or .dcz), or a folder that
             save_pretrained wrote.
         init_skip: Patterns of names in the model that are not loaded, such as ["head.*"].
@@ -159,6 +160,7 @@ class Experiment:
         sync_batchnorm: bool = False,
         compile: bool | Mapping[str, Any] = False,
         recompute: Sequence[str] = (),
+        profile: bool = False,
         init_from: str | Path | None = None,
         init_skip: Sequence[str] = (),
         init_strict: bool = True,
@@ -206,6 +208,7 @@ class Experiment:
             "sync_batchnorm": sync_batchnorm,
             "compile": dict(compile) if isinstance(compile, Mapping) else compile,
             "recompute": [*recompute],
+            "profile": profile,
             "cluster": describe_cluster(cluster, workers),
             "allreduce": describe_section(allreduce),
             "checkpoint": describe_section(checkpoint),

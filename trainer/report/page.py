@@ -17,6 +17,7 @@ from trainer.report.tables import (
     onnx,
     phases,
     stages,
+    step_times,
     workers,
 )
 from trainer.report.text import megabytes
@@ -71,6 +72,7 @@ def page(
         hardware=costs and hardware.table(costs),
         hardware_charts=figures(hardware.charts(costs)) if costs else [],
         phases=phases(summary),
+        step_times=step_times(summary),
         facts=_facts(summary),
         config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
     )

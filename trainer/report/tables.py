@@ -31,6 +31,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             stages(artifact, has_perplexity(summary), metric_names(summary)),
             layers(artifact),
         ]
+    if table := step_times(summary):
+        found.append(table)
     if summary.get("onnx"):
         found.append(onnx(summary["onnx"], metric_names(summary)))
     return found
@@ -79,6 +81,32 @@ def phases(summary: Mapping[str, Any]) -> Table:
         rows,
         "\n".join(caption),
         optional=("nonzero", "sent/step", "Wh", "samples/s", "steps"),
+    )
+
+
+def step_times(summary: Mapping[str, Any]) -> Table | None:
+    """The time of a step by section, for each phase and rank; None if nothing was measured."""
+    measured = [p for p in summary["phases"] if (p.get("profile") or {}).get("steps")]
+    if not measured:
+        return None
+    names = list(measured[0]["profile"]["ranks"][0])
+    rows = [
+        (f"{phase['name']}, rank {rank}", *(f"{times[name]:.2f}" for name in names))
+        for phase in measured
+        for rank, times in enumerate(phase["profile"]["ranks"])
+    ]
+    slowest = []
+    for phase in measured:
+        # All ranks take equally long for a step: the slowest one waits least for the others.
+        waits = [times["exposed_communication"] for times in phase["profile"]["ranks"]]
+        if len(waits) > 1:
+            slowest.append(f"{phase['name']} waits for rank {waits.index(min(waits))}")
+    return Table(
+        "Time of a step, ms",
+        ("phase", *(name.replace("_", " ") for name in names)),
+        rows,
+        "; ".join(slowest),
+        optional=("rest", "hidden communication"),
     )
 
 

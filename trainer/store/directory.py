@@ -188,6 +188,11 @@ class RunDirectory:
         """The content of model.dcz on disk."""
         return (self.path / "model.dcz").read_bytes()
 
+    def write_trace(self, name: str, content: bytes) -> None:
+        """Write a file into profile/."""
+        (self.path / "profile").mkdir(exist_ok=True)
+        self._replace(f"profile/{name}", content)
+
     def write_onnx(self, content: bytes) -> None:
         """Write model.onnx: the final model."""
         self._replace("model.onnx", content)

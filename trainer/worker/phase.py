@@ -26,6 +26,13 @@ from trainer.engine.evaluate import Metrics, evaluate
 from trainer.engine.freeze import frozen_values
 from trainer.engine.loop import StepResult, fit, steps_in
 from trainer.engine.objective import Distilled, Mixed, Objective, Penalized, Supervised
+from trainer.engine.profile import (
+    Profile,
+    ProfiledObjective,
+    ProfiledRuntime,
+    ProfiledSplit,
+    all_profiles,
+)
 from trainer.engine.recompute import recomputed
 from trainer.engine.runtime import Runtime
 from trainer.errors import Diverged
@@ -43,6 +50,7 @@ from trainer.messages import (
     RoundEnded,
     RoundRecord,
     RunStopped,
+    Traced,
 )
 from trainer.phases import Phase, RoundPhase, StructuralPhase
 from trainer.phases.structure import StructureChange, class_path, to_metadata
@@ -92,6 +100,7 @@ class PhaseRun:
     checkpoint: CheckpointConfig
     changes: list[StructureChange]  # structural changes so far; a structural phase adds its own
     earlier: Handover | None = None  # the state with which the phase begins, if it is known
+    profile: bool = False  # whether to measure the steps
     leave_at: Position | None = None  # where the group ends, to continue with other members
     stopped: bool = False  # the run was requested to stop within this phase
     trainable: int = 0  # trainable values in the last round
@@ -105,6 +114,7 @@ class PhaseRun:
         self.meter = EnergyMeter(self.runtime.world.device)
         self.rounds: list[RoundRecord] = []
         self.selection = Selection(self.phase.fit)  # in the present round
+        self._profile = Profile(self.runtime.world.device) if self.profile else None
         self._step: StepResult | None = None  # the last step whose update was applied to the model
         self._stage = STEP_COMPLETE  # of that step
 
@@ -151,6 +161,10 @@ class PhaseRun:
                 break
             resumed = None
         self._check_finite(metrics)
+        profile = None
+        if self._profile is not None:
+            profile, traces = all_profiles(self._profile, world)
+            yield Traced(self.index, self.name, traces)
         record = PhaseRecord(
             name=self.name,
             kind=phase.kind,
@@ -169,6 +183,7 @@ class PhaseRun:
             macs=self._macs(),
             rounds=rounds,
             usage=self.meter.total(world),
+            profile=profile,
         )
         if notice := clock.data_notice():
             yield Notice(f"phase {self.name}: {notice}")
@@ -306,19 +321,26 @@ class PhaseRun:
                 read_loss=partial(float, unfinished["loss"]),
             )
             yield self._finish_step(step, unfinished["stage"])
+        train, runtime = self._train_split(), self.runtime
+        objective: Objective = Penalized(self._objective(), phase.penalty)
+        if self._profile is not None:
+            train = ProfiledSplit(train, self._profile)
+            runtime = ProfiledRuntime.of(runtime, self._profile)
+            objective = ProfiledObjective(objective, self._profile)
         with (
-            recomputed(self.model, self.runtime.recompute),
-            compiled(self.model, self.runtime.compile, self.runtime.world.heartbeat),
+            recomputed(self.model, runtime.recompute),
+            compiled(self.model, runtime.compile, runtime.world.heartbeat),
+            contextlib.closing(self._profile) if self._profile else contextlib.nullcontext(),
         ):
             for step in fit(
                 self.model,
-                self._train_split(),
+                train,
                 fit_config,
-                self.runtime,
+                runtime,
                 self.epochs_before + number * fit_config.epochs,
                 resumed and resumed["fit"],
                 lambda: self._request(self.clock),
-                Penalized(self._objective(), phase.penalty),
+                objective,
             ):
                 yield self._finish_step(step, STEP_UPDATED)
 

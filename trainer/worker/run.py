@@ -181,6 +181,7 @@ def run_phases(
                     checkpoint=experiment.config.checkpoint,
                     changes=changes,
                     earlier=handover,
+                    profile=experiment.config.profile,
                     leave_at=leave_at,
                 )
                 runtime.release_memory()
