@@ -39,7 +39,10 @@ BOTH = ["zeros", "sharing"]
         (Prune(0.5, saliency="sparsegpt", samples=16, epochs=1), [{"samples": 0}]),
         (AutoPrune(0.3, 3), [{"max_drop": -1}, {"rounds": 0}]),
         (Share("auto", max_drop=0.3, epochs=1), [{"bits": "few"}, {"max_drop": "x"}]),
-        (Quantize("auto", max_drop=0.3, samples=16, epochs=1), [{"bits": "few"}]),
+        (
+            Quantize("auto", max_drop=0.3, samples=16, rounding="nearest", epochs=1),
+            [{"bits": "few"}, {"rounding": "second_order"}],
+        ),
         (Retrain(epochs=2), [{"keep": ["shape"]}]),
         (Retrain(BOTH, epochs=2), []),
         (Share(3, biases=2, epochs=2), [{"bits": 17}, {"clusters": {"*": 0}}]),

@@ -168,6 +168,11 @@ class Quantize(Phase):
                 "equalize=true with keep=[sharing]: weights of one value would get several values; "
                 "set equalize=false"
             )
+        if self.samples and self.searches and self.rounding == "second_order":
+            raise ConfigError(
+                "rounding=second_order with bits=auto: the search measures weights rounded to the "
+                "nearest value; set rounding=nearest"
+            )
         if self.samples and "sharing" in self.keep and self.rounding == "second_order":
             raise ConfigError(
                 "rounding=second_order with keep=[sharing]: weights of one value would get several "
