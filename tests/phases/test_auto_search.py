@@ -16,6 +16,7 @@ from trainer.experiment import Experiment
 from trainer.phases import Phase, Prune, Quantize, Share, StructuredPrune, Train
 from trainer.phases.auto import search_bits
 
+PLAIN: Any = {"rounding": "nearest", "correct_bias": False}
 WORLD = World.single(torch.device("cpu"))
 
 
@@ -81,7 +82,7 @@ class Distance:
     "phase",
     [
         Share("auto", {"4": 7}, max_drop=0.05),
-        Quantize("auto", {"4": 7}, max_drop=0.05, samples=64, epochs=0, rounding="nearest"),
+        Quantize("auto", {"4": 7}, max_drop=0.05, samples=64, epochs=0, **PLAIN),
     ],
 )
 def test_bits_are_within_the_limit_and_the_model_stays(phase: Any) -> None:

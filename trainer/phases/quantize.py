@@ -168,10 +168,12 @@ class Quantize(Phase):
                 "equalize=true with keep=[sharing]: weights of one value would get several values; "
                 "set equalize=false"
             )
-        if self.samples and self.searches and self.rounding == "second_order":
+        changes = self.rounding == "second_order" or self.correct_bias
+        if self.samples and self.searches and changes:
             raise ConfigError(
-                "rounding=second_order with bits=auto: the search measures weights rounded to the "
-                "nearest value; set rounding=nearest"
+                f"rounding={self.rounding}, correct_bias={self.correct_bias} with bits=auto: the "
+                "search measures weights rounded to the nearest value, and biases as they are; set "
+                "rounding=nearest and correct_bias=false"
             )
         if self.samples and "sharing" in self.keep and self.rounding == "second_order":
             raise ConfigError(
