@@ -4,6 +4,7 @@ import importlib.util
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import nbformat
 import pytest
 import ray
 
+import trainer
 from trainer.config.compose import conf_dir
+from trainer.data.idx import mnist
 
 ROOT = conf_dir().parent
 EXAMPLES = ROOT / "examples"
 PARAMETERS: dict[str, dict[str, int]] = {
-    "compress_your_model": {"samples": 1500, "rounds": 1},
+    "compress_your_model": {"samples": 2000, "rounds": 2},
     "read_a_report": {"images": 1500},
     "sweep": {"images": 600, "trials": 2},
 }
@@ -83,6 +86,8 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", sorted(set(ACCURACY) - set(PARAMETERS)))
 def test_a_script_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--images", "1200", "--out", "out"])
+    few = partial(mnist, validation=500, test=500)  # of which there are 15,000 otherwise
+    monkeypatch.setattr(trainer.data, "mnist", few)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out
     check_learned(name, Path("out"))

@@ -179,7 +179,7 @@ def test_three_ranks_stopped_anywhere_end_in_the_same_bits(changes):
     begin = Start(0, to_bytes(cfg.build_model().state_dict()))
     undisturbed, test, _ = on_three(begin, None)
     chance = random.Random(1)
-    for phase in range(len(PHASES)):
+    for phase in range(0, len(PHASES), 2):  # the tests above stop in every phase
         place = (phase, chance.randrange(1, STEPS - 1))
         _, nothing, start = on_three(begin, place)
         assert nothing is None

@@ -17,7 +17,7 @@ from tests.test_resume import ARGUMENTS, same_end
 
 RAY_ARGUMENTS = [
     *(argument for argument in ARGUMENTS if not argument.startswith("cluster")),
-    "data.train=3000",
+    "checkpoint.every_steps=8",
     "cluster.hang_timeout_s=8",
 ]
 

@@ -49,6 +49,9 @@ def test_pairs_are_found_and_outputs_stay(
     model: nn.Module, shape: tuple[int, ...], pairs: int
 ) -> None:
     torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.reset_parameters()
     x = torch.randn(1, *shape)
     found = weights(model)
     for places in found.values():

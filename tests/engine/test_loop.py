@@ -237,6 +237,14 @@ def test_a_held_out_sample_is_named_by_its_number_in_the_data_set():
         evaluate(model, held_out, bodies.runtime(ALONE))
 
 
+def test_a_dataset_can_be_read_again_while_results_of_steps_are_kept():
+    split, model = bodies.problem()
+    pairs = DatasetSplit(list(zip(split.inputs, split.targets, strict=True)), seed=0)
+    run, settings = bodies.runtime(ALONE), FitConfig(epochs=2, max_steps=3)
+    kept = list(fit(model, pairs, settings, run))
+    assert len(list(fit(model, pairs, settings, run))) == len(kept) == 3
+
+
 def test_the_model_is_to_blame_where_all_inputs_are_finite():
     split, model = bodies.problem()
     model[0].weight.data.fill_(float("nan"))

@@ -95,7 +95,7 @@ def begin(cfg):
 
 @pytest.mark.parametrize(
     ("changes", "attempts"),
-    [({}, 5), ({"precision": "fp16"}, 2), ({"phases": ROUNDS}, 2)],
+    [({}, 3), ({"precision": "fp16"}, 2), ({"phases": ROUNDS}, 2)],
     ids=["sgd", "fp16", "rounds"],
 )
 @pytest.mark.slow

@@ -146,13 +146,22 @@ def _pairs(
 
 
 def _harmless(model: nn.Module, pair: _Pair, inputs: Any, expected: Sequence[Tensor]) -> bool:
-    """Whether the outputs do not change if the channels of a pair are scaled."""
+    """Whether the outputs do not change if any channel of a pair is made larger or smaller."""
     factors = torch.full((pair.count,), _PROBE, device=pair.weight.parameter.device)
     factors[::2] = 1 / _PROBE  # powers of two, which can be undone exactly
+    return bool(expected) and all(
+        _unchanged(model, pair, trial, inputs, expected) for trial in (factors, 1 / factors)
+    )
+
+
+def _unchanged(
+    model: nn.Module, pair: _Pair, factors: Tensor, inputs: Any, expected: Sequence[Tensor]
+) -> bool:
+    """Whether the outputs are as expected while a pair is scaled."""
     pair.scale(factors)
     found = output_tensors(model, inputs)
     pair.scale(1 / factors)
-    return bool(expected) and all(
+    return all(
         torch.allclose(one, other, rtol=0, atol=_TOLERANCE * float(other.abs().amax()))
         for one, other in zip(found, expected, strict=True)
     )

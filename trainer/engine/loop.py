@@ -7,7 +7,7 @@ is: the mean over workers of the gradients is the gradient of the mean over the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +124,7 @@ def fit(
     step = updates = 0
     late = reads_late(world.device, world.size)
     unchecked: _Loss | None = None  # of the last step, if losses are read late
+    loaded: Generator[Any] | None = None  # the pass over the split, which has one at a time
     if start is not None:
         step, updates = start["step"], start["updates"]
         load_state(optimizer, start["optimizer"])
@@ -133,7 +134,8 @@ def fit(
         """Raise an error if a loss is not finite."""
         if math.isfinite(value := loss.read()):
             return
-        loaded.close()
+        if loaded is not None:
+            loaded.close()
         epoch = (loss.step - 1) // per_epoch
         check_inputs(world, split, "train", loss.samples, epochs_before + epoch)
         raise Diverged(
@@ -261,6 +263,8 @@ def fit(
             buffers.restore()
         raise
     finally:
+        if loaded is not None:  # results of steps, which the caller may keep, refer to it
+            loaded.close()
         reducer.close()
         freezing.release()
 
