@@ -19,7 +19,7 @@ from trainer.data.idx import mnist
 ROOT = conf_dir().parent
 EXAMPLES = ROOT / "examples"
 PARAMETERS: dict[str, dict[str, int]] = {
-    "compress_your_model": {"samples": 2000, "rounds": 2},
+    "compress_your_model": {"samples": 1500, "rounds": 1},
     "read_a_report": {"images": 1500},
     "sweep": {"images": 600, "trials": 2},
 }
