@@ -80,6 +80,7 @@ def test_costs() -> None:
     both = training_cost([MEASURED, ESTIMATED], prices)
     assert both["kwh"] == pytest.approx(1 + 0.010 + 0.600)
     assert cost_line(both) == "1.61 kWh, 0.805 USD, 161 g CO2 (estimated: no counter)"
+    assert ", less than 0.01 USD, " in cost_line({**both, "price": 0.0000111})
     summary = {"phases": [{"name": "train", "usage": MEASURED}, {"name": "old"}]}
     found = with_costs(summary, prices)
     assert [phase["cost"]["kwh"] for phase in found["phases"]] == [1, 0]

@@ -53,8 +53,8 @@ def cost_line(cost: Mapping[str, Any]) -> str:
     """A cost in one line."""
     kwh, price, grams = (cost[key] for key in ("kwh", "price", "co2_grams"))
     energy = f"{significant(kwh, 3)} kWh" if kwh >= 1 else f"{significant(1000 * kwh, 3)} Wh"
+    paid = f"{significant(price, 3)} {cost['currency']}"
+    if 0 < price < 0.01:
+        paid = f"less than 0.01 {cost['currency']}"
     how = cost["evidence"] + (f": {cost['reason']}" if cost["reason"] else "")
-    return (
-        f"{energy}, {significant(price, 3)} {cost['currency']}, {significant(grams, 3)} g CO2 "
-        f"({how})"
-    )
+    return f"{energy}, {paid}, {significant(grams, 3)} g CO2 ({how})"

@@ -101,7 +101,7 @@ class EnergyMeter:
 def find_counters(device: torch.device) -> Counters:
     """The counters of this machine, or the reason why there are none."""
     if not POWERCAP.is_dir():
-        return Counters(reason="this machine shows no energy counter of its processor (RAPL)")
+        return Counters(reason="no RAPL counter")
     try:
         return _find_counters(device)
     except ImportError:
@@ -133,7 +133,7 @@ def _find_counters(device: torch.device) -> Counters:
     devices = {str(gpu.get_static_details()["uuid"]): gpu for gpu in AllGPUDevices().devices}
     gpu = devices.get(uuid) or devices.get(f"GPU-{uuid}")
     if gpu is None:
-        return Counters(reason="the GPU shows no energy counter (NVML)")
+        return Counters(reason="no NVML counter")
     gpu.start()
     used = "delta_energy_consumption"
     return Counters(cpu, lambda seconds: _JOULES * float(gpu.delta(Time(seconds))[used].kWh))
