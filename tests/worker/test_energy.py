@@ -53,7 +53,7 @@ def test_a_counter_that_fails_is_no_measurement(clock: list[tuple[float, float, 
 
 def test_a_machine_without_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "powercap")
-    assert "no energy counter" in find_counters(CPU).reason
+    assert "no RAPL counter" in find_counters(CPU).reason
     (tmp_path / "powercap").mkdir()
     monkeypatch.setitem(energy.__dict__, "_find_counters", _not_installed)
     assert "pip install" in find_counters(CPU).reason
