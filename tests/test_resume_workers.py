@@ -143,7 +143,9 @@ class TestWorkers:
                 end(run.pid, number)
                 said = run.communicate(timeout=60)[0]
                 assert run.returncode == code, said
-                if number != signal.SIGKILL:
+                if number == signal.SIGINT:
+                    assert "press Ctrl-C again to quit at once" in said
+                    assert "resume with: python -m trainer resume=run" in said
                     summary = json.loads(Path("run/summary.json").read_text())
                     assert (summary["status"], summary["restarts"]) == ("interrupted", 0), said
                 deadline = time.monotonic() + 30

@@ -96,39 +96,24 @@ HUFFMAN = Exhibit(
 )
 
 
+def _published(network: str) -> tuple[str, ...]:
+    """The published row of a network, with the columns of `_deep_compression`."""
+    before, after, _, shared, coded = _PUBLISHED[network]
+    ratios = (f"{shared:g}x", f"{coded:g}x")
+    return (network, "published", f"{before:.2f}", *ratios, f"{after:.2f}", "")
+
+
 def _deep_compression(results: Results) -> Answer:
     rows: list[tuple[str, ...]] = []
     for network, jobs, published_job in (
         ("LeNet-300-100", LENET300, HAN300),
         ("LeNet-5", LENET5, HAN5),
     ):
-        before, after, _, shared, coded = _PUBLISHED[network]
-        rows.append(
-            (
-                network,
-                "published",
-                f"{before:.2f}",
-                f"{shared:g}x",
-                f"{coded:g}x",
-                f"{after:.2f}",
-                "",
-            )
-        )
+        rows.append(_published(network))
         rows.append(("", "published densities and bits", *_cells([results.summary(published_job)])))
         rows.append(("", "settings of the experiment", *_cells([results.summary(j) for j in jobs])))
     for network in ("AlexNet", "VGG-16"):
-        before, after, _, shared, coded = _PUBLISHED[network]
-        rows.append(
-            (
-                network,
-                "published",
-                f"{before:.2f}",
-                f"{shared:g}x",
-                f"{coded:g}x",
-                f"{after:.2f}",
-                "",
-            )
-        )
+        rows.append(_published(network))
     return Answer(
         [
             Table(
