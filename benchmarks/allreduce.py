@@ -12,13 +12,13 @@ import platform
 import socket
 import statistics
 import sys
-import time
 
 import torch
 from torch import multiprocessing
 
-from trainer.engine.ring import WIRE_TYPES, AllReduce, NativeAllReduce, RingAllReduce
+from trainer.engine.ring import WIRE_TYPES, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
+from trainer.lecture.ring import timed
 
 SIZES = {"4 KB": 4 << 10, "1 MB": 1 << 20, "25 MB": 25 << 20, "100 MB": 100 << 20}  # of FP32 values
 SEGMENT_BYTES = 1 << 20
@@ -47,18 +47,6 @@ def worker(rank: int, size: int, port: int, quick: bool) -> None:
                     flush=True,
                 )
     world.close()
-
-
-def timed(world: World, algorithm: AllReduce, tensor: torch.Tensor) -> float:
-    """Seconds from a common start until the slowest rank has its mean."""
-    work = tensor.clone()
-    world.barrier()
-    start = time.perf_counter()
-    algorithm.mean_(work)
-    seconds = torch.zeros(world.size, dtype=torch.float64)
-    seconds[world.rank] = time.perf_counter() - start
-    world.all_reduce(seconds)
-    return float(seconds.max())
 
 
 def main() -> None:

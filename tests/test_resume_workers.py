@@ -23,13 +23,13 @@ RAY_ARGUMENTS = [
 ]
 
 
-def shared_memory(processes):
-    """The segments of shared memory that processes use."""
-    found = set()
-    for process in processes:
+def abandoned_segments(before):
+    """New segments of shared memory that no process uses; other tests may have made some."""
+    new = set(Path("/dev/shm").iterdir()) - before
+    for process in psutil.process_iter() if new else ():
         with contextlib.suppress(psutil.Error):  # it may end meanwhile
-            found |= {Path(one.path) for one in process.memory_maps()}
-    return {path for path in found if path.is_relative_to("/dev/shm")}
+            new -= {Path(one.path) for one in process.memory_maps()}
+    return new
 
 
 @pytest.mark.integration
@@ -138,6 +138,7 @@ class TestWorkers:
         tests/cluster/test_existing_cluster.py stops a run by SIGTERM.
         """
         monkeypatch.chdir(tmp_path)
+        before = set(Path("/dev/shm").iterdir())
         with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:  # short: Ray's sockets
             monkeypatch.setenv("TMPDIR", folder)
             run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
@@ -149,7 +150,6 @@ class TestWorkers:
                 self.wait_for(run, "run/checkpoints/*.safetensors", but=kept)
                 family = psutil.Process(run.pid).children(recursive=True)
                 assert len(family) > 2
-                segments = shared_memory(family)
                 end(run.pid, number)
                 said = run.communicate(timeout=60)[0]
                 assert run.returncode == code, said
@@ -162,7 +162,7 @@ class TestWorkers:
                 while (
                     any(p.is_running() for p in family)
                     or list(Path(folder).glob("trainer-*"))
-                    or any(segment.exists() for segment in segments)
+                    or abandoned_segments(before)
                 ):
                     assert time.monotonic() < deadline
                     time.sleep(0.1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError
 
-from trainer.cluster import InsufficientResources, open_group
+from trainer.cluster import InsufficientResources, nodes, open_group
 from trainer.cluster.group import Failure
 from trainer.cluster.placement import Placement, to_avoid
 from trainer.cluster.ray_group import kill_process
@@ -28,6 +28,20 @@ from trainer.errors import RunError
 )
 def test_hosts_are_avoided_until_all_others_can_reach_each_other(links, capacity, keep, expected):
     assert to_avoid(links, capacity, keep) == expected
+
+
+def test_hosts_are_lost_if_they_are_gone_leave_or_do_not_answer(monkeypatch):
+    def probe(address, timeout_s):
+        if address == "b:1":
+            raise OSError
+
+    alive = {host: {"NodeManagerAddress": host, "NodeManagerPort": 1} for host in "abc"}
+    monkeypatch.setattr(nodes, "alive_nodes", lambda: alive)
+    monkeypatch.setattr(nodes, "draining_nodes", lambda: {"c"})
+    monkeypatch.setattr(nodes, "probe", probe)
+    assert nodes.lost_nodes("abcd") == {"b", "c", "d"}
+    assert nodes.lost_nodes("cd") == {"c", "d"}
+    assert nodes.lost_nodes("a") == set()
 
 
 class Cluster:

@@ -96,3 +96,13 @@ def test_zeros_stay_and_layers_without_inputs_of_their_own_are_pruned_by_magnitu
     assert not found["1.weight"][0].value[:, :2].any()
     for name, module in (("0.weight", net[0]), ("unused.weight", net.unused)):
         assert torch.equal(found[name][0].value != 0, largest(module.weight, 20))
+
+
+def test_weights_of_inputs_that_are_always_zero_go_first() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(20, 8), 0.03 * torch.randn(64, 20)
+    x[:, 10:] = 0
+    with torch.no_grad():
+        found = pruned(layer, x, 80, "sparsegpt")
+        error = (found(x) - layer(x)).norm() / (layer(x) - layer.bias).norm()
+    assert error < 0.1

@@ -211,3 +211,19 @@ def test_outputs_in_objects_are_compared_and_keep_their_shape(kind: Any) -> None
 def test_a_damaged_change_is_one_clear_error(change: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         remove(ExampleNet(), change)
+
+
+def test_a_model_that_needs_targets_in_training_has_units() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.output = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+            if self.training and targets is None:
+                raise ValueError("targets are needed")
+            logits: Tensor = self.output(self.hidden(x).relu())
+            return logits
+
+    _, units, refused = find_units(Net().eval(), torch.randn(2, 4))
+    assert (len(units), refused) == (6, [])

@@ -9,6 +9,7 @@ from torch.utils.data import Subset
 from trainer.data.checked import CheckedSplit, TargetCheck, sample_name
 from trainer.data.datasets import DatasetSplit
 from trainer.data.split import TensorSplit
+from trainer.engine.profile import Profile, ProfiledSplit
 from trainer.errors import RunError
 from trainer.tasks import Classification
 
@@ -55,6 +56,8 @@ def test_an_unusable_sample_ends_the_run_with_its_name() -> None:
     with pytest.raises(RunError, match=r"test sample 1 \(number 1 of .* its target must be an int"):
         list(split.batches([torch.tensor([0, 1])], None))
     assert sample_name(split, 0) == sample_name(part, 0)
+    profiled = ProfiledSplit(split, Profile(torch.device("cpu")))
+    assert sample_name(profiled, 0) == sample_name(part, 0)
     assert len(list(split.batches([torch.tensor([0])], None))) == 1  # the pass before has ended
 
 

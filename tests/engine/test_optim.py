@@ -32,6 +32,12 @@ def test_an_l1_penalty_draws_to_zero():
     assert torch.allclose(parameter.detach(), torch.tensor([1.3, -1.8, 0.0]))
     with pytest.raises(ConfigError, match="l1=-1"):
         parse_optimizer(settings | {"l1": -1})
+    model = nn.Linear(2, 2)
+    groups = {"plain": {"kind": "vectors", "l1": 0}}
+    optimizer = parse_optimizer(settings | {"groups": groups}).build(model.parameters(), model)
+    found = {group["l1"]: group["params"][0] for group in optimizer.param_groups}
+    assert found[0.2] is model.weight
+    assert found[0] is model.bias
 
 
 FUSED = [

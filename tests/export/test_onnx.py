@@ -324,3 +324,10 @@ def test_several_inputs_and_a_prediction_in_an_object() -> None:
     file = OnnxModel(to_onnx(model, sample, predict))
     np.testing.assert_allclose(file(inputs), model(a, b, c).logits.detach(), atol=1e-6)
     assert [*named_inputs((a, b))] == ["input_0", "input_1"]
+
+
+@pytest.mark.slow
+def test_several_inputs_by_position_and_their_output_as_the_prediction() -> None:
+    model, (a, b) = nn.Bilinear(3, 3, 2), torch.randn(2, 4, 3).unbind()
+    file = OnnxModel(to_onnx(model, (a[:2], b[:2])))
+    np.testing.assert_allclose(file((a, b)), model(a, b).detach(), atol=1e-6)

@@ -1,5 +1,6 @@
 """The lecture: its command runs what is missing and nothing twice; its exhibits show results."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,31 @@ def test_an_interrupted_run_continues_and_a_finished_one_is_not_repeated(
     assert command.main([*arguments[:-1], "seed=4"]) == 2
     assert "lstm has other settings there" in capsys.readouterr().err
     assert command.main([*arguments[1:-1], "seed=3"]) == 2  # not the short version
+
+
+def test_the_settings_of_trials_are_those_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "tried").mkdir(parents=True)
+    (tmp_path / "runs" / "tried" / "trials.csv").write_text(
+        "number,state,epochs,accuracy,seed,precision,phases.prune.sparsity,kwh,failures,reason\n"
+        "0,COMPLETE,2,0.9,3,bf16,0.5,0.001,0,\n1,FAILED,,,4,fp32,0.5,,3,lost\n"
+    )
+    (row,) = Results(tmp_path).rows("tried")
+    assert row.settings == {"seed": 3, "precision": "bf16", "phases.prune.sparsity": 0.5}
+    assert row.measured == {"accuracy": 0.9}
+
+
+def test_a_failed_measurement_is_shown_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("of another process")
+
+    monkeypatch.setitem(EXHIBITS, "tpu", dataclasses.replace(EXHIBITS["tpu"], measure=fails))
+    arguments = ["--short", "--out", str(tmp_path), "--only", "tpu,huffman"]
+    assert command.main(arguments) == 1
+    text = (tmp_path / "lecture.html").read_text()
+    assert "the measurement failed: of another process" in text
+    assert "72 bits" in text
 
 
 def test_a_failed_run_is_shown_and_the_others_run(

@@ -183,8 +183,12 @@ def test_interrupted_and_resumed_it_ends_in_the_same_bits() -> None:
         undisturbed.model.state_dict().values(), result.model.state_dict().values(), strict=True
     ):
         assert torch.equal(first, second)
-    again = trainer.resume("b", limits={"max_accuracy_drop": 1.0}, progress=False)
+    again = trainer.resume(
+        "b", limits={"max_accuracy_drop": 1.0}, cost={"price": 7.0}, progress=False
+    )
     assert again.metrics == result.metrics
+    cost = again.summary["cost"]
+    assert cost["price"] == pytest.approx(7 * cost["kwh"])
 
 
 class Collect:

@@ -59,7 +59,8 @@ def test_weights_of_timm_with_a_new_head(tmp_path: Path) -> None:
     skip_without("timm")
     import timm
 
-    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+    saved = timm.create_model("test_resnet").state_dict()
+    save_file(saved, tmp_path / "weights.safetensors")
     result = run(
         tmp_path / "run",
         model={"_target_": "timm.create_model", "model_name": "test_resnet", "num_classes": 3},
@@ -68,6 +69,9 @@ def test_weights_of_timm_with_a_new_head(tmp_path: Path) -> None:
         init_skip=["fc.*"],
     )
     assert result.model.fc.out_features == 3
+    for name, kept in result.model.state_dict().items():
+        if not name.startswith("fc."):  # the rest is pruned
+            assert bool(((kept == 0) | (kept == saved[name])).all()), name
 
 
 def test_a_folder_of_save_pretrained(tmp_path: Path) -> None:

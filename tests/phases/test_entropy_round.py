@@ -90,6 +90,18 @@ def test_the_cheapest_integer_is_that_of_all() -> None:
     assert torch.equal(cheapest(scaled, bits, 0.0), scaled.round())
 
 
+def test_tiny_weights_are_rounded_and_other_types_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 8))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-6)
+    phase = EntropyRound(samples=16)
+    phase.observe(model, WORLD, [torch.randn(16, 6)])
+    phase.enter(model, WORLD)
+    assert bool(model[0].weight.isfinite().all())
+    with pytest.raises(ConfigError, match=r"0\.weight: only weights stored as float32"):
+        phase.check_model(model.bfloat16())
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

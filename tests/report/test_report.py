@@ -13,7 +13,6 @@ from trainer.messages import (
     EpochEnded,
     Evaluated,
     PhaseEnded,
-    PhaseRecord,
     PhaseStarted,
     Progress,
     RunStarted,
@@ -22,22 +21,9 @@ from trainer.report.summary import SummarySink
 from trainer.report.table import rich_table
 from trainer.report.tables import phases
 from trainer.store.directory import METRICS, RunDirectory
+from trainer.testing.sinks import phase_record
 
-RECORD = PhaseRecord(
-    name="train",
-    kind="train",
-    seconds=2.5,
-    steps=20,
-    train_loss=0.25,
-    metrics={"accuracy": 0.975},
-    loss=0.1,
-    parameters=1000,
-    learnable=1000,
-    nonzero=80,
-    sparsity=0.92,
-    sent_bytes_per_step=4000,
-    images_per_second=512.0,
-)
+RECORD = phase_record("train")
 CONFIG = experiment(name="mine", seed=3, precision="bf16").config
 MESSAGES = [
     RunStarted(workers=2, device="cpu", parameters=1000, train=640, validation=64, test=64),

@@ -89,6 +89,7 @@ def feed(sink: Any) -> None:
 
 def test_tensorboard_counts_steps_over_all_phases(tmp_path) -> None:
     feed(TensorBoardSink(tmp_path))
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     losses = events.Scalars("epoch/validation_loss")

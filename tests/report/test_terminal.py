@@ -14,7 +14,6 @@ from trainer.messages import (
     EpochEnded,
     Notice,
     PhaseEnded,
-    PhaseRecord,
     PhaseStarted,
     Progress,
     RoundEnded,
@@ -27,22 +26,9 @@ from trainer.report.pace import Pace
 from trainer.report.table import Table, rich_table
 from trainer.report.terminal import Console
 from trainer.report.text import duration, megabytes, significant
+from trainer.testing.sinks import phase_record
 
-RECORD = PhaseRecord(
-    name="prune",
-    kind="prune",
-    seconds=2.5,
-    steps=20,
-    train_loss=0.25,
-    metrics={"accuracy": 0.975},
-    loss=0.1,
-    parameters=1000,
-    learnable=1000,
-    nonzero=80,
-    sparsity=0.92,
-    sent_bytes_per_step=4000,
-    images_per_second=512.0,
-)
+RECORD = phase_record("prune")
 STARTED = RunStarted(
     workers=2,
     device="cpu",

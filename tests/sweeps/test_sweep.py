@@ -98,6 +98,9 @@ def test_ctrl_c_saves_and_the_same_command_or_resume_finishes_the_trial(resumed)
     assert main([f"resume={FOLDER}", "checkpoint.keep=1"] if resumed else long) == 0
     assert [row["state"] for row in rows()] == ["COMPLETE"] * 2
     assert [row["epochs"] for row in rows()] == ["20", "20"]
+    costs = [float(row["kwh"]) for row in rows()]
+    assert min(costs) > 0
+    assert summary()["cost"]["kwh"] == pytest.approx(sum(costs), rel=1e-4)
 
 
 @pytest.mark.integration

@@ -40,10 +40,8 @@ BOTH = ["zeros", "sharing"]
         (AutoPrune(0.3, 3), [{"max_drop": -1}, {"rounds": 0}]),
         (Share("auto", max_drop=0.3, epochs=1), [{"bits": "few"}, {"max_drop": "x"}]),
         (
-            Quantize(
-                "auto", max_drop=0.3, samples=16, rounding="nearest", correct_bias=False, epochs=1
-            ),
-            [{"bits": "few"}, {"rounding": "second_order"}, {"correct_bias": True}],
+            Quantize("auto", max_drop=0.3, samples=16, epochs=1),
+            [{"bits": "few"}, {"rounding": "cubic"}],
         ),
         (Retrain(epochs=2), [{"keep": ["shape"]}]),
         (Retrain(BOTH, epochs=2), []),

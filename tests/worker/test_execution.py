@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.engine import bodies
 from tests.worker.test_selection import ALONE, of
@@ -12,6 +13,7 @@ from trainer.compress.install import install
 from trainer.compress.parametrize import Packed
 from trainer.config import FitConfig
 from trainer.data.split import Splits, TensorSplit
+from trainer.engine import recompute
 from trainer.engine.compiled import check_compiler, compiled
 from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.recompute import recomputed
@@ -66,9 +68,18 @@ CHAIN = [
 ]
 
 
-def test_recomputed_activations_change_no_bit():
+def test_recomputed_activations_change_no_bit(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(recompute, "checkpoint", counted)
     plain = weights_after(CHAIN)
+    assert calls == []
     again = weights_after(CHAIN, recompute=["conv", "rnn", "head.*"])
+    assert calls
     for one, other in zip(plain, again, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -95,12 +106,22 @@ def layers():
     return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), head)
 
 
-def test_compression_works_compiled():
+def test_compression_works_compiled(monkeypatch):
+    made = []
+
+    def counted(function, **options):
+        made.append(function.__name__)
+        return real(function, **options)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", counted)
     keep = ["zeros", "sharing"]
     quantize = Quantize(keep=keep, per_channel=False, fold=False, fit=fit(lr=0.01))
     phases = [*CHAIN, quantize]
     plain = weights_after(phases, layers)
+    assert made == []
     found = weights_after(phases, layers, compile={"backend": "eager"})
+    assert made.count("plain") == len(phases)
     for one, other in zip(plain, found, strict=True):
         for name, value in one.items():
             torch.testing.assert_close(other[name], value)

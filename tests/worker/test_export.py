@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import Experiment
 from trainer.phases import Quantize
 from trainer.store.serialization import to_bytes
+from trainer.tasks import Classification
 from trainer.worker.export import export_models, try_export
 
 WORLD = World.single(torch.device("cpu"))
@@ -35,10 +36,35 @@ class Odd(nn.Module):
         return logits if logits.sum() > 0 else -logits
 
 
+class ByKeyword(nn.Linear):
+    """It accepts its input by name only."""
+
+    def __init__(self) -> None:
+        super().__init__(784, 10)
+
+    def forward(self, *, images: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(images.flatten(1))
+
+
+class Named(Classification):
+    def call(self, model: nn.Module, inputs: Any) -> Any:
+        return model(images=inputs)
+
+
 def chosen(**model: Any) -> Experiment:
     settings = model or {"_target_": "trainer.models.LeNet300"}
     quantize = {"_target_": "trainer.phases.Quantize", "fit": {"epochs": 1}}
     return config(model=settings, phases={"quantize": quantize})
+
+
+@pytest.mark.slow
+def test_the_trial_calls_the_model_as_the_task_does() -> None:
+    experiment = config(
+        model={"_target_": f"{__name__}.ByKeyword"},
+        task={"_target_": f"{__name__}.Named"},
+        phases={"quantize": {"_target_": "trainer.phases.Quantize", "fit": {"epochs": 1}}},
+    )
+    assert list(try_export(WORLD, experiment)) == []
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from trainer.messages import (
 )
 from trainer.store.serialization import to_bytes
 from trainer.testing.ranks import run_ranks
+from trainer.worker.energy import EnergyMeter
 from trainer.worker.run import Start, run_phases
 
 CHECKPOINTS = {"every_steps": 1, "every_seconds": None}
@@ -156,3 +157,23 @@ def test_a_rank_that_is_lost_in_an_evaluation_leaves_it_to_the_others():
     assert [epoch.epoch for epoch in driver.epochs] == [1, 2]
     assert driver.epochs[0].train_loss == undisturbed.epochs[0].train_loss
     assert driver.epochs[0].loss == pytest.approx(undisturbed.epochs[0].loss)
+
+
+def test_a_rank_that_is_lost_when_an_epoch_is_reported_leaves_it_to_the_others(monkeypatch):
+    """The use of energy is added up over the ranks, so one may be missing then, too."""
+    total = EnergyMeter.total
+
+    def fails(meter, world):
+        if world.size == 2 and world.rank == 1:
+            raise Lost
+        return total(meter, world)
+
+    monkeypatch.setattr(EnergyMeter, "total", fails)
+    cfg = config(phases={"train": PHASES["train"]}, checkpoint=CHECKPOINTS)
+    driver = Driver(cfg, begin(cfg))
+    driver.run(2)
+    handover = driver.latest()
+    assert handover.position == (0, STEPS // 2, STEP_COUNTED)
+    assert driver.epochs == []
+    driver.run(1, handover)
+    assert [epoch.epoch for epoch in driver.epochs] == [1, 2]

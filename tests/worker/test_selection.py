@@ -173,6 +173,15 @@ def test_what_counts_as_better(direction, values, over, best):
     assert selection.epoch == best
 
 
+def test_a_metric_that_is_always_nan_ends_a_training_too():
+    selection = Selection(FitConfig(epochs=9, patience=2))
+    nothing = Metrics(1.0, {"accuracy": math.nan}, "maximize")
+    assert not selection.add(0, nothing, torch.nn.Linear(1, 1))
+    assert selection.add(1, nothing, torch.nn.Linear(1, 1))
+    said = "stopped after epoch 2 of 9: accuracy was NaN in every epoch"
+    assert selection.notice(1, True, "accuracy") == said
+
+
 def test_wrong_settings_are_refused():
     for settings, said in [
         ({"ema": 1.0}, r"fit\.ema=1\.0: it must be above 0 and below 1"),

@@ -35,7 +35,7 @@ class ElasticGroup(RayGroup):
         super().__init__(cfg)
         assert cfg.min_workers is not None
         self._minimum = cfg.min_workers
-        self.busy_wait_s = cfg.hang_timeout_s  # its state is worth waiting for
+        self.busy_wait_s = cfg.hang_timeout_s  # it may still be storing its state
         # The device, and the message about missing resources, are those of the smallest group.
         self._placement = Placement(dataclasses.replace(cfg, workers=self._minimum))
         self._recruits = Recruits(lambda: self._new_actor(None))

@@ -102,7 +102,7 @@ class WorkerGroup(Protocol):
 
     @property
     def notices(self) -> list[str]:
-        """Once started: lines for the user about devices and CPUs of the workers."""
+        """Once started: lines for the user about the workers; later ones are appended."""
 
     def start(self) -> None:
         """Start the workers and connect them, once. Every later `run` reuses the processes.

@@ -44,7 +44,7 @@ START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 class RayGroup:
     """See `WorkerGroup`. The number of workers is fixed; trainer.cluster.elastic varies it."""
 
-    busy_wait_s = IDLE_WAIT_S  # the same for one that is not lost, as its heartbeat shows
+    busy_wait_s = IDLE_WAIT_S  # how long a worker may take to return if its heartbeat answers
     root_cause_wait_s = 1.0  # how long to wait for the root cause after a rank lost a peer
 
     def __init__(self, cfg: ClusterConfig) -> None:
@@ -73,11 +73,10 @@ class RayGroup:
     def notices(self) -> list[str]:
         """See `WorkerGroup`."""
         lines = [self._placement.notice] if self._placement.notice else []
-        lines += self._moves
         if self._connection.private and self._placement.device == "cpu":
             crowded = too_few_cpus(self._cfg, available_cpus())
             lines += [crowded] if crowded else []
-        return lines
+        return lines + self._moves
 
     def start(self) -> None:
         """Connect to Ray, reserve resources for all workers, start them, connect them."""
@@ -317,7 +316,8 @@ class RayGroup:
     def _connect(self, keep: bool = False) -> None:
         """Connect the workers with one another in a new group.
 
-        If two of their hosts cannot reach each other, all start again without one of the two.
+        If two of their hosts cannot reach each other, all start again without one of the two,
+        unless the first worker keeps a state, which would be lost: then it raises RunError.
 
         Args:
             keep: whether the group may continue from a state that the first worker keeps.
@@ -328,7 +328,8 @@ class RayGroup:
                 return
             links = self._broken_links(failures)
             if not links or keep:
-                for failure in failures.values():
+                if failures:
+                    failure = next(iter(failures.values()))
                     raise RunError(f"the workers did not start: {failure.reason}", failure.detail)
                 rank = lost[0]
                 raise RunError(f"worker {rank} on {self.nodes[rank]} was lost while it connected")

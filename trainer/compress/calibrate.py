@@ -21,7 +21,6 @@ from trainer.compress.quantize import (
 )
 from trainer.compress.second_order import round_second_order
 from trainer.compress.select import ParameterRef
-from trainer.data.tree import call_with
 
 RANGES = ("minmax", "mse", "percentile")
 PERCENTILE = 99.99  # of the values on each side of zero that the range "percentile" covers
@@ -66,14 +65,6 @@ def calibrate(
             for name, layer in layers.items():
                 weight = places[name][0].value
                 _round_layer(layer, weight, quantizers[name], correct_bias, second_order)
-
-
-@torch.no_grad()
-def calibrate_ranges(model: nn.Module, inputs: Sequence[Any], ranges: str) -> None:
-    """Set the ranges of activations alone, as `calibrate` does."""
-    with evaluation(model), _sampled(model, -(-_VALUES // len(inputs)), ranges):
-        for batch in inputs:
-            call_with(model, batch)
 
 
 def _round_layer(

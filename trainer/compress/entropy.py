@@ -131,8 +131,8 @@ class _Bits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         latent, log_step, magnitude, extra = ctx.saved_tensors
         scaled = latent / log_step.exp()
-        # A tenth of the time of torch.where.
-        slope = torch.ops.aten.hardtanh_backward(extra, scaled, -1, 1)  # `extra` between them
+        # `extra` where -1 < scaled < 1, and 0 elsewhere, in a tenth of the time of torch.where.
+        slope = torch.ops.aten.hardtanh_backward(extra, scaled, -1, 1)
         slope.add_(magnitude).mul_(scaled.sign())
         by_step = -grad * torch.sum(scaled.mul_(slope))
         return slope.mul_(grad / log_step.exp()), by_step, None, None, None

@@ -42,7 +42,7 @@ def rate_of(integers: Tensor) -> Rate:
     there = (integers != 0).float()
     rows = there.reshape(len(there), -1) if there.ndim > 1 else there.reshape(-1, 1)
     density = (rows.mean() + _PRIOR / rows.numel()).clamp_max(0.999)
-    # In logarithms, which are sums of few numbers: log2 of a whole layer would take longer.
+    # One logarithm for each row and each column, and not for each weight.
     odds = _fullness(rows, 1, density).log2() + _fullness(rows, 0, density).log2()
     odds += (density / (1 - density)).log2()
     if there.ndim > 2:

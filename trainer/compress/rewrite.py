@@ -76,9 +76,10 @@ def apply_structure(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     rebuild_as(model, state)
     for name, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm):
+            # A key with a dot belongs to the activation inside, which stays.
             own = [f"{name}.{key}" in state for key in module.state_dict() if "." not in key]
             if own and not any(own):
-                model.set_submodule(name, _rest(module))
+                model.set_submodule(name, _replacement(module))
     for name, module in model.named_modules():
         if type(module) in _FOLDABLE and module.bias is None and f"{name}.bias" in state:
             weight = cast(Tensor, module.weight)
@@ -126,7 +127,7 @@ def fold_batch_norms(model: nn.Module) -> None:
         weight = layer.weight
         weight.copy_(weight * broadcast_scale(factor, weight.ndim))
         layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
-        model.set_submodule(norm_name, _rest(norm))
+        model.set_submodule(norm_name, _replacement(norm))
 
 
 def foldable(model: nn.Module) -> dict[str, str]:
@@ -174,7 +175,7 @@ def foldable(model: nn.Module) -> dict[str, str]:
 
 
 class _Tracer(fx.Tracer):
-    """Does not look into batch norm of other libraries."""
+    """Traces a batch norm as one call, also one of another library, such as timm's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
@@ -186,8 +187,8 @@ def _has_activation(norm: nn.Module) -> bool:
     return kind.__name__ == "BatchNormAct2d" and kind.__module__.partition(".")[0] == "timm"
 
 
-def _rest(norm: _BatchNorm) -> nn.Module:
-    """What is left of a batch norm that was folded."""
+def _replacement(norm: _BatchNorm) -> nn.Module:
+    """The module in place of a folded batch norm: an Identity; dropout and activation of timm's."""
     if not _has_activation(norm):
         return nn.Identity()
     parts = {"drop": norm.drop, "act": norm.act}

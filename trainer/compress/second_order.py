@@ -133,8 +133,8 @@ def _replace_columns(
     """
     matrix = gram[order][:, order].clone()
     diagonal = matrix.diagonal()
-    diagonal[diagonal <= 0] = 1.0  # an input that is always the same is correlated with nothing
-    diagonal += _DAMPING * diagonal.mean()
+    diagonal.clamp_min_(0)  # an input that is always the same is correlated with nothing
+    diagonal += _DAMPING * diagonal.mean() if diagonal.any() else 1.0
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     left = weight[:, order].clone()

@@ -129,23 +129,36 @@ def find_units(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Unit], li
         layers.setdefault(unit.dimensions, []).append(unit)
     several = {key: found for key, found in layers.items() if len(found) > 1}
     units = [unit for found in several.values() for unit in found]
-    if (
-        not units
-        or _problem(rebuilt, [found[-1] for found in several.values()], units, inputs) is None
-    ):
+    trains = _trains(rebuilt, inputs)
+    last = [found[-1] for found in several.values()]
+    if not units or _problem(rebuilt, last, units, inputs, trains) is None:
         return rebuilt, units, []
     refused = {}
     for key, found in several.items():
-        if (problem := _problem(rebuilt, found[-1:], units, inputs)) is not None:
+        if (problem := _problem(rebuilt, found[-1:], units, inputs, trains)) is not None:
             refused[key] = f"{', '.join(sorted({name for name, _ in key}))} ({problem})"
     return rebuilt, [unit for unit in units if unit.dimensions not in refused], [*refused.values()]
 
 
 @torch.no_grad()
+def _trains(model: nn.Module, inputs: Any) -> bool:
+    """Whether a model can be called with its inputs alone in training mode."""
+    try:
+        output_tensors(copy.deepcopy(model).train(), inputs)
+    except Exception:  # of the user's own code, which may need the targets
+        return False
+    return True
+
+
+@torch.no_grad()
 def _problem(
-    model: nn.Module, removed: Sequence[Unit], units: Sequence[Unit], inputs: Any
+    model: nn.Module, removed: Sequence[Unit], units: Sequence[Unit], inputs: Any, trains: bool
 ) -> str | None:
-    """Why units cannot be removed; None: they can."""
+    """Why units cannot be removed; None: they can.
+
+    Args:
+        trains: Whether the model is also called in training mode.
+    """
     zeroed, smaller = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     tensors = _tensors(zeroed)
     for unit in removed:
@@ -156,7 +169,8 @@ def _problem(
     try:
         remove(smaller, to_change(model, removed, units))
         found = output_tensors(smaller, inputs)
-        output_tensors(smaller.train(), inputs)  # other parts may be used
+        if trains:
+            output_tensors(smaller.train(), inputs)  # other parts may be used
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     expected = output_tensors(zeroed, inputs)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from trainer.data.datasets import DatasetSplit
-from trainer.data.mixed import MixedSplit
 from trainer.data.split import SampleError, Split
 from trainer.errors import RunError
 
@@ -85,6 +84,6 @@ def describe_sample(name: str, split: Split, error: SampleError) -> str:
 
 def sample_name(split: Split, index: int) -> str:
     """A sample of a split in words, for messages."""
-    while isinstance(split, CheckedSplit | MixedSplit):
+    while hasattr(split, "split") and not isinstance(split, DatasetSplit):  # a wrapper
         split = split.split
     return split.sample_name(index) if isinstance(split, DatasetSplit) else f"sample {index}"

@@ -122,7 +122,8 @@ def resume(
 ) -> RunDirectory:
     """Resume the run in `folder` where it stopped. A finished run shows its summary again.
 
-    The limits of `config`, which may have changed, are applied to the result of a finished run.
+    The limits and prices of `config`, which may have changed, are applied to the result of a
+    finished run.
 
     Raises as `drive`; the folder is never deleted.
     """

@@ -19,7 +19,8 @@ class WeightAverage:
     After n updates the next one has the weight 1 - min(decay, (1 + n) / (10 + n)), so that the
     first, untrained weights are forgotten soon, as in TensorFlow's ExponentialMovingAverage. Values
     of fewer than 32 bits are averaged in float32. Parameters are equal on all ranks, and so are
-    their averages.
+    their averages; running statistics differ, and so do theirs, until `evaluate` replaces them by
+    those of rank 0.
 
     Args:
         model: As it is trained; its parameters may be those of compressed weights.

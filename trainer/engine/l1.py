@@ -35,7 +35,7 @@ class L1SGD(torch.optim.SGD):
             fused=fused,
         )
         for group in self.param_groups:
-            group["l1"] = l1
+            group.setdefault("l1", l1)  # a group may have its own
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]

@@ -68,7 +68,7 @@ class _Loss:
     read: Callable[[], float]
     step: int  # 1 is the first
     lr: float
-    samples: list[Tensor]  # this rank's indices
+    samples: list[Tensor]  # this rank's indices, by micro-batch; empty ones among them
 
 
 def steps_in(samples: int, batch_size: int, cfg: FitConfig) -> tuple[int, int]:
@@ -137,7 +137,8 @@ def fit(
         if loaded is not None:
             loaded.close()
         epoch = (loss.step - 1) // per_epoch
-        check_inputs(world, split, "train", loss.samples, epochs_before + epoch)
+        samples = [indices for indices in loss.samples if len(indices)]
+        check_inputs(world, split, "train", samples, epochs_before + epoch)
         raise Diverged(
             f"the loss is {value} in step {loss.step} (epoch {epoch + 1}) at a learning rate of "
             f"{loss.lr:g}: lower optimizer.lr, warm up, or clip"
@@ -230,7 +231,7 @@ def fit(
                     _multiply_gradients(parameters, full / counted)
                 if unchecked is not None:
                     check(unchecked)
-                unchecked = _Loss(read_loss, step + 1, lr, [m for m in share if len(m)])
+                unchecked = _Loss(read_loss, step + 1, lr, share)
                 epoch_ends = (step + 1) % per_epoch == 0 or step + 1 == total
                 if not late or epoch_ends:
                     check(unchecked)

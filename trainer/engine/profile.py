@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _ExperimentalConfig
@@ -142,14 +143,17 @@ class Profile:
 
 def all_profiles(profile: Profile, world: World) -> tuple[dict[str, Any], list[bytes]]:
     """The profiles of all ranks, for a `PhaseRecord`, and their traces. A collective call."""
-    own = torch.tensor([*profile.milliseconds().values()], device=world.device)
-    trace = torch.tensor([*profile.trace], dtype=torch.uint8, device=world.device)
+    mean = profile.milliseconds()
+    own = torch.tensor([*mean.values()], device=world.device)
+    trace = torch.from_numpy(np.frombuffer(profile.trace, np.uint8).copy()).to(world.device)
     traces = all_gather(world, trace)
     ranks = [
-        {name: round(value, 4) for name, value in zip(profile.milliseconds(), row, strict=True)}
+        {name: round(value, 4) for name, value in zip(mean, row, strict=True)}
         for row in (values.tolist() for values in all_gather(world, own))
     ]
-    return {"steps": profile.steps, "ranks": ranks}, [bytes(t.tolist()) for t in traces if len(t)]
+    return {"steps": profile.steps, "ranks": ranks}, [
+        t.cpu().numpy().tobytes() for t in traces if len(t)
+    ]
 
 
 @dataclass(frozen=True)
@@ -254,15 +258,15 @@ class ProfiledSplit:
     """A `Split` whose batches are measured."""
 
     def __init__(self, split: Split, profile: Profile) -> None:
-        self._split = split
+        self.split = split
         self._profile = profile
 
     def __len__(self) -> int:
-        return len(self._split)
+        return len(self.split)
 
     def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
         """See `Split`."""
-        batches = self._split.batches(order, epoch)
+        batches = self.split.batches(order, epoch)
         while True:
             with self._profile.section("data"):
                 batch = next(batches, None)

@@ -120,7 +120,7 @@ class Experiment:
             fits is loaded.
         workers: Number of data-parallel workers; shorthand for `cluster`.
         cluster: Settings of the section `cluster`, as a dataclass of `trainer.config` or a mapping;
-            likewise the next four.
+            likewise the next five.
         allreduce: How gradients are averaged.
         checkpoint: When the state is stored.
         export: Whether to write model.onnx.

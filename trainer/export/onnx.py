@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, broadcast_scale
+from trainer.data.tree import call_with
 from trainer.errors import RunError, first_line
 
 OPSET = 21  # the first version with quantization to all integer types used here
@@ -54,8 +55,9 @@ def to_onnx(model: nn.Module, sample: Any, predict: Predict | None = None) -> by
     tensors = tuple(tensor.cpu().contiguous() for tensor in inputs.values())
     traced: nn.Module = exported
     dynamic: Any = ({0: batch},)
-    if predict is not None:
-        traced, dynamic = _Predictor(exported, sample, predict), (({0: batch},) * len(inputs),)
+    if predict is not None or not isinstance(sample, Tensor):
+        traced = _Predictor(exported, sample, predict or call_with)
+        dynamic = (({0: batch},) * len(inputs),)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

@@ -5,10 +5,10 @@
     python -m trainer.lecture --only huffman,eie     some of them
     python -m trainer.lecture --short                every exhibit, shrunk: does it work?
 
-The results are kept in a folder (`--out`, by default outputs/lecture): the same command continues
-after an interruption, and runs nothing twice. After each exhibit it writes lecture.html there,
-which shows all results so far. Settings (`key=value`) apply to every run, such as
-cluster.address=HOST:PORT.
+The results are kept in a folder (`--out`, by default outputs/lecture, or outputs/lecture-short):
+the same command continues after an interruption, and runs nothing twice. After each exhibit it
+writes lecture.html there, which shows all results so far. Settings (`key=value`) apply to every
+run, such as cluster.address=HOST:PORT.
 
 Exit codes: 0 done, 1 an exhibit failed, 2 wrong arguments, 130 and 143 interrupted.
 """
@@ -22,11 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.__main__ import DONE, LIMITS
 from trainer.__main__ import main as run_command
 from trainer.errors import ConfigError, Interrupted, RunError, first_line
 from trainer.lecture import EXHIBITS, Exhibit, Job, Results
 from trainer.lecture.page import page
-from trainer.library.subject_command import DONE, exit_code, show
+from trainer.library.subject_command import exit_code, show
 from trainer.report.table import Table
 from trainer.signals import Signals
 from trainer.store.files import atomic_write
@@ -151,7 +152,11 @@ class _Lecture:
         if exhibit.measure is not None and self.results.measured(exhibit.name) is None:
             signals = Signals()
             with signals.installed():
-                self.results.keep(exhibit.name, exhibit.measure(self.results, self.short))
+                try:
+                    measured = exhibit.measure(self.results, self.short)
+                except Exception as error:  # of other processes, too; the exhibits after it follow
+                    raise RunError(f"the measurement failed: {first_line(error)}") from error
+                self.results.keep(exhibit.name, measured)
 
     def _run(self, job: Job) -> None:
         """Start or continue a run or a sweep. Raises RunError, Interrupted."""
@@ -165,7 +170,7 @@ class _Lecture:
         code = run_command(arguments)
         if code > 128:
             raise Interrupted("SIGINT" if code == 130 else "SIGTERM", code - 128)
-        if code not in (DONE, 3):
+        if code not in (DONE, LIMITS):
             raise RunError(f"the run {job.name} ended with exit code {code}")
 
     def _write_page(self) -> Path:

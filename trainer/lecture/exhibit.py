@@ -3,15 +3,18 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trainer.config import Config
 from trainer.store.files import atomic_write
 from trainer.sweeps.analysis import Answer, Row
 from trainer.sweeps.measures import MEASURES
+
+_SETTINGS = {field.name for field in fields(Config)}
 
 CIFAR10 = "CIFAR10"  # in the overrides of a job: replaced by the folder of the images
 
@@ -69,7 +72,7 @@ class Results:
                 {
                     key: yaml.safe_load(text)
                     for key, text in row.items()
-                    if "." in key or key == "seed"
+                    if key.partition(".")[0] in _SETTINGS
                 },
                 {key: float(row[key]) for key in MEASURES if row.get(key)},
             )

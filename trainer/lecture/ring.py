@@ -48,10 +48,10 @@ def _rank(
         tensor = torch.randn(payload // 4)
         bound = 2 * (size - 1) / size * payload
         for algorithm in (ring, native):
-            _timed(world, algorithm, tensor)
+            timed(world, algorithm, tensor)
         before = ring.sent_bytes
         times = [
-            [_timed(world, ring, tensor), _timed(world, native, tensor), _link(world, tensor)]
+            [timed(world, ring, tensor), timed(world, native, tensor), _link(world, tensor)]
             for _ in range(repeats)
         ]
         milliseconds = [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
@@ -66,7 +66,8 @@ def _rank(
     world.close()
 
 
-def _timed(world: World, algorithm: AllReduce, tensor: torch.Tensor) -> float:
+def timed(world: World, algorithm: AllReduce, tensor: torch.Tensor) -> float:
+    """Seconds from a common start until the slowest rank has the mean."""
     work = tensor.clone()
     return _slowest(world, lambda: algorithm.mean_(work))
 

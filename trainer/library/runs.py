@@ -132,6 +132,7 @@ def resume(
     cluster: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
+    cost: Mapping[str, Any] | None = None,
     progress: bool = True,
     **objects: Any,
 ) -> Result:
@@ -150,6 +151,7 @@ def resume(
         cluster: Other settings of the section `cluster`.
         checkpoint: Other settings of the section `checkpoint`.
         limits: Other settings of the section `limits`.
+        cost: Other settings of the section `cost`.
         progress: Whether to print the progress.
         objects: `model`, `data`, `task`, `phases`, `logger` or `artifact` as passed to `run`, if
             they could not be stored in the run directory.
@@ -168,6 +170,7 @@ def resume(
         "cluster": {**(cluster or {}), **({} if workers is None else {"workers": workers})},
         "checkpoint": dict(checkpoint or {}),
         "limits": dict(limits or {}),
+        "cost": dict(cost or {}),
     }
     for section, values in changes.items():
         plain[section] = {**plain.get(section, {}), **values}

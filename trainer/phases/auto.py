@@ -26,21 +26,20 @@ def check_auto(key: str, value: Any, max_drop: Any) -> None:
 
 def limit_for(
     model: nn.Module, evaluate: Evaluate, dense: nn.Module | None, max_drop: Any
-) -> tuple[float, Metrics]:
-    """The worst first metric that `max_drop` allows, and the metrics of the dense model.
+) -> float:
+    """The worst first metric that `max_drop` allows.
 
     Args:
         dense: None: `model` is the dense model.
     """
     baseline = evaluate(model if dense is None else dense)
-    return worst_allowed(baseline.first, max_drop, baseline.direction), baseline
+    return worst_allowed(baseline.first, max_drop, baseline.direction)
 
 
 def search_bits(
     sizes: Mapping[str, int],
     least: int,
-    put: Callable[[str, int | None], None],
-    evaluate: Callable[[], Metrics],
+    measure: Callable[[Mapping[str, int]], Metrics],
     limit: float,
 ) -> tuple[dict[str, int], str]:
     """Choose the bits of each layer, so that all together are within a limit.
@@ -53,39 +52,30 @@ def search_bits(
     Args:
         sizes: Number of weights of each layer.
         least: Smallest number of bits.
-        put: Called with a layer and bits; it sets the weights of the model. None: exact ones.
-        evaluate: Evaluates the model.
+        measure: The metrics of the model if these layers have so many bits, and the others of
+            `sizes` are exact.
         limit: Worst value of the first metric.
 
     Returns:
-        The bits, and a line that reports them. The weights are exact again.
+        The bits, and a line that reports them.
     """
-
-    def measured(bits: Mapping[str, int]) -> Metrics:
-        for name in bits:
-            put(name, bits[name])
-        metrics = evaluate()
-        for name in bits:
-            put(name, None)
-        return metrics
-
-    exact = evaluate()
+    exact = measure({})
     rises: dict[str, dict[int, float]] = {}
     for name in sizes:
         rises[name] = {MAX_BITS: 0.0}  # taken as exact; the bisection measures it
         for bits in range(MAX_BITS - 1, least - 1, -1):
-            alone = measured({name: bits})
+            alone = measure({name: bits})
             if is_worse(alone.first, limit, alone.direction):
                 break
             rises[name][bits] = alone.loss - exact.loss
     allocations = bit_allocations(sizes, rises)
     low, high = 0, len(allocations)  # within the limit, or the first; beyond it
-    best = measured(allocations[0])
+    best = measure(allocations[0])
     if is_worse(best.first, limit, best.direction):
         high = 1
     while high - low > 1:
         middle = (low + high) // 2
-        metrics = measured(allocations[middle])
+        metrics = measure(allocations[middle])
         if is_worse(metrics.first, limit, metrics.direction):
             high = middle
         else:

@@ -21,6 +21,8 @@ from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
 
+_SMALLEST = 2.0**-24  # number above zero that fp16 holds
+
 
 @dataclass
 class EntropyRound(Phase):
@@ -75,7 +77,13 @@ class EntropyRound(Phase):
             )
 
     def check_model(self, model: nn.Module) -> None:
-        select_weights(model, self.include, self.exempt)
+        chosen = select_weights(model, self.include, self.exempt)
+        wrong = [name for name, refs in chosen.items() if refs[0].value.dtype is not torch.float32]
+        if wrong:
+            raise ConfigError(
+                f"{', '.join(wrong)}: only weights stored as float32 are rounded; convert the "
+                "model with .float(), or name them in exempt"
+            )
 
     def observe(self, model: nn.Module, world: World, inputs: Sequence[Any]) -> None:
         self._inputs = inputs
@@ -92,7 +100,8 @@ class EntropyRound(Phase):
             for layers in with_inputs(model, observed, self._inputs, products=True):
                 for name, layer in layers.items():
                     self._round(layer, chosen[name][0].value)
-        world.broadcast(parameter for parameter in model.parameters())
+        self._inputs = ()
+        world.broadcast(model.parameters())
 
     def _round(self, layer: ObservedLayer, weight: Tensor) -> None:
         """Round the weight of a layer, and correct its bias if it has one."""
@@ -110,4 +119,4 @@ class EntropyRound(Phase):
         """Of the grid of a weight, a value that fp16 holds."""
         there = weight[weight != 0]
         spread = there.square().mean().sqrt() if len(there) else weight.new_ones(())
-        return (self.step * spread).half().float()
+        return (self.step * spread).half().clamp_min(_SMALLEST).float()

@@ -220,7 +220,6 @@ class Prune(Phase):
             if self.saliency == MAGNITUDE:
                 prune_weights(values, self._masks(values, 1.0), world)
             else:
-                world.barrier()  # no rank that is a thread may call a model while another traces
                 targets = self._targets_at(values, 1.0)
                 prune_by_inputs(model, chosen, targets, self._inputs, self.saliency)
                 world.broadcast(values.values())

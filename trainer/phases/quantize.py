@@ -7,9 +7,9 @@ from functools import reduce
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trainer.compress.calibrate import RANGES, calibrate, calibrate_ranges
+from trainer.compress.calibrate import RANGES, calibrate
 from trainer.compress.equalize import equalize
 from trainer.compress.half import round_to_half
 from trainer.compress.install import fold, install
@@ -36,6 +36,7 @@ from trainer.compress.select import (
 )
 from trainer.config import FitConfig, check_choice, check_min
 from trainer.config.instantiate import locate
+from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.auto import AUTO, MAX_BITS, check_auto, limit_for, search_bits
@@ -68,9 +69,8 @@ class Quantize(Phase):
 
     Args:
         bits: Bits of a weight, 2 to 8. "auto": the fewest bits of each layer with which the first
-            metric on validation data is within `max_drop` when weights are rounded to the nearest
-            value, before training (trainer.phases.auto). Activations are rounded as well if
-            there are samples.
+            metric on validation data is within `max_drop` before training, calibrated if there
+            are samples (trainer.phases.auto).
         overrides: Bits by name pattern.
         activations: Bits of a layer's input, 2 to 8; None: only weights are quantized.
         outputs: Name patterns of layers whose output is quantized as well.
@@ -168,13 +168,6 @@ class Quantize(Phase):
                 "equalize=true with keep=[sharing]: weights of one value would get several values; "
                 "set equalize=false"
             )
-        changes = self.rounding == "second_order" or self.correct_bias
-        if self.samples and self.searches and changes:
-            raise ConfigError(
-                f"rounding={self.rounding}, correct_bias={self.correct_bias} with bits=auto: the "
-                "search measures weights rounded to the nearest value, and biases as they are; set "
-                "rounding=nearest and correct_bias=false"
-            )
         if self.samples and "sharing" in self.keep and self.rounding == "second_order":
             raise ConfigError(
                 "rounding=second_order with keep=[sharing]: weights of one value would get several "
@@ -205,31 +198,30 @@ class Quantize(Phase):
     ) -> list[str]:
         if not self.searches:
             return []
-        limit, _ = limit_for(model, evaluate, dense, self.max_drop)
-        rounded = copy.deepcopy(model)
-        quantizers = self._rewrite(rounded)
-        places = parameters(rounded)
-        if self.samples:
-            world.barrier()  # no rank that is a thread may call a model while another one traces
-            if self.equalize:
-                equalize(rounded, self._inputs[0], quantizers)
-            calibrate_ranges(rounded, self._inputs, self.ranges)
-        values = {name: places[name][0].value.detach() for name in quantizers}
-        exact = {name: value.clone() for name, value in values.items()}
+        limit = limit_for(model, evaluate, dense, self.max_drop)
+        exact = copy.deepcopy(model)
+        quantizers = self._rewrite(exact)
+        world.barrier()  # no rank that is a thread may call a model while another one traces
+        if self.equalize:
+            equalize(exact, self._inputs[0], quantizers)
+        sizes = {name: parameters(exact)[name][0].value.numel() for name in quantizers}
+        fixed = match_patterns(self.overrides, sizes)
 
-        def put(name: str, bits: int | None) -> None:
-            values[name].copy_(exact[name])
-            if bits is not None:
-                channels = len(exact[name]) if self.per_channel else None
-                quantizer = WeightQuantizer(bits, channels).to(exact[name].device)
-                quantizer.calibrate(exact[name])
-                values[name].copy_(quantizer(exact[name]))
+        def measure(bits: Mapping[str, int]) -> Metrics:
+            rounded = copy.deepcopy(exact)
+            places = parameters(rounded)
+            made = {
+                name: self._quantizer(places[name][0].value, number)
+                for name, number in {**fixed, **bits}.items()
+            }
+            self._calibrate(rounded, made)
+            for name, quantizer in made.items():  # calibration leaves some, such as embeddings
+                weight = places[name][0].value.detach()
+                weight.copy_(quantizer(weight))
+            return evaluate(rounded)
 
-        fixed = match_patterns(self.overrides, values)
-        for name, bits in fixed.items():
-            put(name, bits)
-        sizes = {name: value.numel() for name, value in values.items() if name not in fixed}
-        self._chosen, line = search_bits(sizes, min(BITS), put, lambda: evaluate(rounded), limit)
+        free = {name: size for name, size in sizes.items() if name not in fixed}
+        self._chosen, line = search_bits(free, min(BITS), measure, limit)
         return [line]
 
     def state(self) -> Mapping[str, Any]:
@@ -245,27 +237,36 @@ class Quantize(Phase):
             world.barrier()  # no rank that is a thread may call a model while another one traces
             if self.equalize:
                 equalize(model, self._inputs[0], quantizers)
-            calibrate(
-                model,
-                {name: places[name] for name in quantizers},
-                quantizers,
-                self._inputs,
-                self.ranges,
-                self.rounding == "second_order",
-                self.correct_bias,
-            )
+        self._calibrate(model, quantizers)
+        if self.samples:
             self._inputs = ()
             world.broadcast(places[name][0].value for name in places)
             _broadcast_ranges(model, world)
-        else:
-            for name, quantizer in quantizers.items():
-                quantizer.calibrate(places[name][0].value)
         world.broadcast(quantizer.scale for quantizer in quantizers.values())
         inner = surviving(model, world, self.keeps)
         made = {
             name: FakeQuant(quantizer, inner.get(name)) for name, quantizer in quantizers.items()
         }
         install(model, inner | made)
+
+    @torch.no_grad()
+    def _calibrate(self, model: nn.Module, quantizers: Mapping[str, WeightQuantizer]) -> None:
+        """Set scales, and, if there are samples, weights, biases and ranges of inputs."""
+        found = parameters(model)
+        places = {name: found[name] for name in quantizers}
+        if self.samples:
+            calibrate(
+                model,
+                places,
+                quantizers,
+                self._inputs,
+                self.ranges,
+                self.rounding == "second_order",
+                self.correct_bias,
+            )
+            return
+        for name, quantizer in quantizers.items():
+            quantizer.calibrate(places[name][0].value)
 
     def after_step(self, model: nn.Module, world: World, step: int, total: int) -> None:
         found = activation_quantizers(model)
@@ -300,8 +301,7 @@ class Quantize(Phase):
         outputs = match_patterns(dict.fromkeys(self.outputs, True), chosen)
         made = {}
         for name, places in chosen.items():
-            channels = len(places[0].value) if self.per_channel else None
-            made[name] = WeightQuantizer(bits[name], channels)
+            made[name] = self._quantizer(places[0].value, bits[name])
             for layer, attribute in places:
                 attach(layer, attribute, made[name])
                 if self.activations is None:
@@ -311,6 +311,9 @@ class Quantize(Phase):
                 if name in outputs and not hasattr(layer, "output_quantizer"):
                     attach(layer, OUTPUT, ActivationQuantizer(self.activations))
         return made
+
+    def _quantizer(self, weight: Tensor, bits: int) -> WeightQuantizer:
+        return WeightQuantizer(bits, len(weight) if self.per_channel else None).to(weight.device)
 
     def _prepare(self, model: nn.Module) -> tuple[dict[str, list[ParameterRef]], dict[str, str]]:
         """Fold batch norm and rebuild layers, in place.

@@ -12,6 +12,7 @@ from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Shared
 from trainer.compress.select import match_patterns, parameters, select_weights, vectors
 from trainer.config import check_choice, check_min
+from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.auto import AUTO, MAX_BITS, check_auto, limit_for, search_bits
@@ -95,7 +96,7 @@ class Share(Phase):
     ) -> list[str]:
         if not self.searches:
             return []
-        limit, _ = limit_for(model, evaluate, dense, self.max_drop)
+        limit = limit_for(model, evaluate, dense, self.max_drop)
         numbers, places = self._cluster_counts(model), parameters(model)
         chosen = select_weights(model, self.include, self.exempt)
         fixed = match_patterns(self.overrides, chosen).keys() | match_patterns(
@@ -107,16 +108,19 @@ class Share(Phase):
             values = exact[name] if number is None else self._shared(exact[name], number)
             places[name][0].value.detach().copy_(values)
 
+        def measure(bits: Mapping[str, int]) -> Metrics:
+            for name, number in bits.items():
+                put(name, 1 << number)
+            metrics = evaluate(model)
+            for name in bits:
+                put(name, None)
+            return metrics
+
         for name in numbers:
             if name in fixed or name not in chosen:
                 put(name, numbers[name])
-        self._chosen, line = search_bits(
-            {name: exact[name].numel() for name in chosen if name not in fixed},
-            1,
-            lambda name, bits: put(name, None if bits is None else 1 << bits),
-            lambda: evaluate(model),
-            limit,
-        )
+        sizes = {name: exact[name].numel() for name in chosen if name not in fixed}
+        self._chosen, line = search_bits(sizes, 1, measure, limit)
         for name in numbers:
             put(name, None)
         return [line]

@@ -136,7 +136,7 @@ class StructuredPrune(StructuralPhase):
         if not self.searches:
             return []
         assert self._inputs is not None  # observe() was called
-        limit, _ = limit_for(model, evaluate, dense, self.max_drop)
+        limit = limit_for(model, evaluate, dense, self.max_drop)
         self._found, line = _Search(self, model, self._inputs).by_sensitivity(evaluate, limit)
         return [line]
 
@@ -250,8 +250,9 @@ class _Search:
         return model
 
     def _reached(self, count: int, world: World) -> bool:
-        """Whether the target is reached without `count` units. Rank 0 decides."""
-        reached = self._fraction(self._removed(count)) <= float(self._phase.remaining)
+        """Whether the target is reached without `count` units. Rank 0 alone measures it."""
+        remaining = float(self._phase.remaining)
+        reached = world.rank == 0 and self._fraction(self._removed(count)) <= remaining
         decision = torch.tensor(reached, device=world.device)
         world.broadcast([decision])
         return bool(decision)

@@ -9,20 +9,24 @@ from trainer.report.text import significant
 _JOULES = 3.6e6  # of a kilowatt-hour
 
 
-def training_cost(usages: Iterable[Mapping[str, Any]], prices: CostConfig) -> dict[str, Any]:
+def training_cost(usages: Iterable[Mapping[str, Any]], prices: CostConfig) -> dict[str, Any] | None:
     """The cost of phases.
 
     Args:
-        usages: Of each phase, as in `PhaseRecord.usage`; empty ones, of earlier versions, are left
-            out.
+        usages: Of each phase, as in `PhaseRecord.usage`; empty: unknown, as for phases of earlier
+            versions.
         prices: Of energy, and the power of what is not measured.
 
     Returns:
         `kwh`, `price` in `currency`, `co2_grams`, `evidence` (measured | estimated: from CPU and
-        GPU time at the stated power), and `reason`, why it is estimated, or null.
+        GPU time at the stated power), and `reason`, why it is estimated, or null. None: the use of
+        a phase is unknown, or there is no phase.
     """
+    usages = list(usages)
+    if not all(usages) or not usages:
+        return None
     kwh, reason = 0.0, None
-    for usage in filter(None, usages):
+    for usage in usages:
         joules = usage["joules"]
         if joules is None:
             reason = reason or usage["reason"]

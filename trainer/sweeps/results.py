@@ -62,8 +62,8 @@ class Results:
             live.terminal.print(rich_table(table, live.terminal.width))
         for sentence in self._answer.sentences:
             live.say(sentence, wrapped=True)
-        cost = self._cost(self._study.trials())
-        live.say(f"cost of all trials: {cost_line(cost)}", wrapped=True)
+        if cost := self._cost(self._study.trials()):
+            live.say(f"cost of all trials: {cost_line(cost)}", wrapped=True)
         if missed := self._none_feasible():
             live.say(missed, wrapped=True)
 
@@ -158,8 +158,8 @@ class Results:
             "command": self._command(overrides),
         }
 
-    def _cost(self, trials: Iterable[FrozenTrial]) -> dict[str, Any]:
-        """What trials cost, in whatever state they are; phases that they share count once."""
+    def _cost(self, trials: Iterable[FrozenTrial]) -> dict[str, Any] | None:
+        """The cost of trials in any state, as far as known; phases that they share count once."""
         usages = [of for trial in trials for of in trial.user_attrs.get(USAGE, {}).values()]
         return training_cost(usages, self._plan.cfg.cost)
 
@@ -192,7 +192,7 @@ class Results:
                     len(reported_values(trial)),
                     *(measured.get(name, "") for name in measures),
                     *(drawn.get(name, "") for name in names),
-                    f"{self._cost([trial])['kwh']:.6g}",
+                    f"{cost['kwh']:.6g}" if (cost := self._cost([trial])) else "",
                     len(trial.user_attrs.get("failures", [])),
                     trial.user_attrs.get("reason", ""),
                 ]

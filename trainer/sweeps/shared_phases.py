@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,13 @@ class SharedPhases:
         self.last = last
         self._folder = folder / "shared_phases"
 
-    def key(self, cfg: Config) -> str | None:
-        """The digest for a trial; None: it shares nothing."""
+    def key(self, experiment: Any) -> str | None:
+        """The digest for a trial; None: it shares nothing.
+
+        Args:
+            experiment: An Experiment, whose import would slow down the start.
+        """
+        cfg = experiment.config
         if self.last not in cfg.phases:
             return None
         names = list(cfg.phases)
@@ -47,8 +51,9 @@ class SharedPhases:
         origin = {key: value for key, value in vars(cfg).items() if key not in _WITHOUT}
         origin["workers"] = [cfg.cluster.workers, cfg.cluster.device]
         origin["phases"] = [(name, cfg.phases[name]) for name in shared]
-        if any(_shares_limit(cfg.phases[name]) for name in shared):
-            origin["limits"] = [cfg.limits, list(cfg.phases.items())]
+        # Of a search, the share of the limit that it may use: it depends on later phases, too.
+        phases = [experiment.phases[name] for name in shared]
+        origin["max_drops"] = [phase.max_drop for phase in phases if phase.searches]
         text = json.dumps(origin, sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -71,13 +76,6 @@ class SharedPhases:
         """Copy the checkpoints to the folder of a trial that has not begun."""
         if self.ready(key) and not any(checkpoints.glob("*")):
             _link(self._folder / key, checkpoints)
-
-
-def _shares_limit(phase: Mapping[str, Any]) -> bool:
-    """Whether a phase searches within its share of the limit, which depends on later phases."""
-    if "max_drop" not in phase or phase["max_drop"] is not None:
-        return False
-    return "auto" in phase.values() or str(phase["_target_"]).endswith("AutoPrune")
 
 
 def check_shared_phases(cfg: Config) -> None:

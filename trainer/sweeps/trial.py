@@ -47,7 +47,7 @@ class Trial:
         self.stopped = False
         self.error: Exception | None = None  # of handling a message; the attempt has failed
         self.records: list[dict[str, Any]] = []
-        self.shared = shared_phases.key(experiment.config)  # of phases shared with others
+        self.shared = shared_phases.key(experiment)  # of phases shared with others
         self._shared_phases = shared_phases
         self._sweep = sweep
         self._names = list(experiment.phases)

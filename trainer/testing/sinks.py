@@ -95,9 +95,9 @@ def _start(resumed: Resumed | None = None) -> list[Message]:
     ]
 
 
-def _phase(index: int) -> list[Message]:
-    name = _NAMES[index]
-    record = PhaseRecord(
+def phase_record(name: str) -> PhaseRecord:
+    """The record of a finished phase."""
+    return PhaseRecord(
         name=name,
         kind=name,
         seconds=2.5,
@@ -112,6 +112,10 @@ def _phase(index: int) -> list[Message]:
         sent_bytes_per_step=4000,
         images_per_second=512.0,
     )
+
+
+def _phase(index: int) -> list[Message]:
+    name = _NAMES[index]
     return [
         PhaseStarted(index, name, name, 2, _STEPS, 1000, 0.0),
         Progress(name, 1, 2, 5, _STEPS, 0.5, 0.1, 9.0),
@@ -119,7 +123,7 @@ def _phase(index: int) -> list[Message]:
         Checkpoint(index, 10, b"state"),
         RoundEnded(name, RoundRecord(1, 0.5, {"accuracy": 0.97}, 0.1, True, "")),
         EpochEnded(name, 2, _STEPS, 0.25, 0.1, {"accuracy": 0.975}, 0.0, 0.92, 512.0, 3),
-        PhaseEnded(index, record, b"weights"),
+        PhaseEnded(index, phase_record(name), b"weights"),
     ]
 
 

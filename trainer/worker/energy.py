@@ -38,7 +38,7 @@ class Counters:
 
 
 class EnergyMeter:
-    """Adds up what this process has used since it was made, or since a checkpoint.
+    """Adds up what this process uses, after what it has loaded from a checkpoint.
 
     Args:
         device: What it trains on.
@@ -75,11 +75,16 @@ class EnergyMeter:
         self.read()
         return {"cpu": self._cpu, "gpu": self._gpu, "joules": self._joules}
 
-    def load(self, state: Mapping[str, float]) -> None:
-        """Continue from what `state` returned."""
-        self._cpu += state.get("cpu", 0.0)
-        self._gpu += state.get("gpu", 0.0)
-        self._joules += state.get("joules", 0.0)
+    def load(self, state: Mapping[str, float], share: float = 1.0) -> None:
+        """Continue from what `state` returned.
+
+        Args:
+            state: Empty: nothing was used before.
+            share: Part of it that this process takes over: 1/2 if there are twice as many workers.
+        """
+        self._cpu += share * state.get("cpu", 0.0)
+        self._gpu += share * state.get("gpu", 0.0)
+        self._joules += share * state.get("joules", 0.0)
 
     def total(self, world: World) -> dict[str, Any]:
         """The use of all ranks, as in `PhaseRecord.usage`. A collective call."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.split import Split
-from trainer.data.tree import call_with, map_tensors
+from trainer.data.tree import map_tensors
 from trainer.engine.world import World
 from trainer.errors import ConfigError, first_line
 from trainer.experiment import Experiment
@@ -61,7 +61,7 @@ def _try(experiment: Experiment) -> None:
             phase.apply_change(model, phase.plan_change(model, alone))
         if isinstance(phase, Quantize):
             phase.enter(model, alone)
-            call_with(model.train(), sample)
+            experiment.task.call(model.train(), sample)
             phase.after_step(model, alone, 1, 1)
             phase.leave(model)
     try:
@@ -139,7 +139,8 @@ def _first(inputs: Any, count: int) -> Any:
 @torch.no_grad()
 def _file(task: Task, model: nn.Module, sample: Any) -> bytes:
     """The ONNX file of a model; its output is the prediction alone."""
-    if isinstance(sample, Tensor) and isinstance(task.call(model.eval(), sample), Tensor):
+    plain = isinstance(sample, Tensor) and type(task).call is Task.call
+    if plain and isinstance(model.eval()(sample), Tensor):
         return to_onnx(model, sample)
     return to_onnx(model, sample, lambda model, inputs: task.prediction(task.call(model, inputs)))
 

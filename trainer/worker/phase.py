@@ -128,12 +128,15 @@ class PhaseRun:
         clock, rounds = self.clock, self.rounds
         if resumed is not None:
             clock.load(resumed["clock"])
-            self.meter.load(resumed.get("energy", {}))  # earlier versions did not measure it
+            # One rank stands for all. Earlier versions did not measure energy.
+            share = resumed.get("workers", world.size) / world.size
+            self.meter.load(resumed.get("energy", {}), share)
             rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
             phase.load_state(resumed["phase"])
             self.omitted = resumed.get("omitted", 0)  # earlier versions always trained all steps
         with world.heartbeat.busy():
             if phase.samples:
+                world.barrier()  # no rank that is a thread may call a model while another traces
                 phase.observe(model, world, observed(self.data.train, phase.samples, self.runtime))
             chosen = []
             if resumed is None:
@@ -258,10 +261,10 @@ class PhaseRun:
                         metrics = self._evaluate(model)
                         if self.selection.add(step.epoch, metrics, model):
                             break
+                    usage = self.meter.total(world)  # likewise
                     clock.end_epoch(ended)
                     shown = self._over_rounds(step, number)
-                    usage, sparsity = self.meter.total(world), counts(model).sparsity
-                    yield clock.epoch(self.name, shown, metrics, sparsity, usage)
+                    yield clock.epoch(self.name, shown, metrics, counts(model).sparsity, usage)
                 self._reach(STEP_COMPLETE)
                 every = self.checkpoint.every_steps
                 if step.requested != CONTINUE or (every and step.step % every == 0):
@@ -285,7 +288,7 @@ class PhaseRun:
             phase.leave(model)
 
     def _begin_round(self, resumed: Mapping[str, Any] | None) -> None:
-        """Prepare what follows the weights of a round, or take it from the checkpoint."""
+        """Begin the average and the selection of weights, or continue those of the checkpoint."""
         decay = self.phase.fit.ema
         self.average = WeightAverage(self.model, decay) if decay else None
         self.selection = Selection(self.phase.fit)
@@ -466,6 +469,7 @@ class PhaseRun:
             "model": model_state(self.model),
             "clock": self.clock.state(),
             "energy": self.meter.state(),
+            "workers": self.runtime.world.size,
             "fit": step.state(),
             "unfinished": unfinished,
             "phase": phase.state(),

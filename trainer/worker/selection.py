@@ -67,9 +67,11 @@ class Selection:
         """
         parts = []
         if early:
+            since = f"has not improved since epoch {self.last_gain_epoch + 1}"
+            if self.last_gain_epoch < 0:
+                since = "was NaN in every epoch"
             parts.append(
-                f"stopped after epoch {last_epoch + 1} of {self.fit.epochs}: {metric} has not "
-                f"improved since epoch {self.last_gain_epoch + 1}"
+                f"stopped after epoch {last_epoch + 1} of {self.fit.epochs}: {metric} {since}"
             )
         if self.weights and self.epoch < last_epoch:
             best = format_metric(metric, self.best)

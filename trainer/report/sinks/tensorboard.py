@@ -4,6 +4,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.report.sinks.base import ScalarSink
@@ -28,10 +29,12 @@ class TensorBoardSink(ScalarSink):
             self._writer.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
-        if self._writer:
-            self._writer.close()
-        # With it, TensorBoard hides values of later steps that earlier writers recorded.
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        # TensorBoard hides values of this and later steps that were recorded before.
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        else:  # names of two files of one second may be in the wrong order
+            begins = SessionLog(status=SessionLog.START)
+            self._writer._get_file_writer().add_event(Event(step=step + 1, session_log=begins))
 
     def close(self) -> None:
         try:
