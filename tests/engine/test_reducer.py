@@ -13,6 +13,7 @@ from torch import Tensor, multiprocessing, nn
 
 from trainer.config import AllReduceConfig
 from trainer.engine.reducer import Reducer
+from trainer.engine.ring import RingAllReduce
 from trainer.engine.world import World
 
 CPU = torch.device("cpu")
@@ -266,6 +267,42 @@ def test_buckets_leave_in_order_while_backward_runs(ranks: Ranks) -> None:
         return seen[0]
 
     assert ranks(2, body) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+def test_a_large_parameter_is_sent_in_pieces(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, wire: str
+) -> None:
+    """At most 262 values at a time; nothing else waits for them, and the extras come last."""
+    lengths: dict[str, list[int]] = {}
+    original = RingAllReduce.mean_
+
+    def recorded(ring: RingAllReduce, flat: Tensor) -> None:
+        lengths.setdefault(threading.current_thread().name, []).append(len(flat))
+        original(ring, flat)
+
+    monkeypatch.setattr(RingAllReduce, "mean_", recorded)
+
+    def body(world: World) -> list[Tensor]:
+        large, small = nn.Parameter(torch.ones(10, 100)), nn.Parameter(torch.ones(4))
+        reducer = Reducer(
+            [large, small], world, AllReduceConfig(bucket_mb=0.001, wire=wire), extras=1
+        )
+        reducer._sender._thread.name = f"rank {world.rank}"
+        reducer.extra.fill_(world.rank)
+        reducer.arm()
+        ((large * torch.arange(1000.0).view(10, 100)).sum() * world.rank + small.sum()).backward()
+        reducer.finish()
+        reducer.close()
+        return [large.grad, small.grad, reducer.extra]
+
+    for large, small, extra in ranks(2, body):
+        mean = torch.arange(1000.0) / 2
+        torch.testing.assert_close(large.view(-1), mean, rtol=2.0**-8, atol=0)
+        assert small.unique().tolist() == [1.0]
+        assert extra.tolist() == [0.5]
+    pieces = [4, 251, 251, 250, 250] if wire == "fp32" else [4, 250, 250, 250, 250, 2]
+    assert lengths == {"rank 0": pieces, "rank 1": pieces}
 
 
 def test_a_second_backward_after_arming_is_refused(ranks: Ranks) -> None:

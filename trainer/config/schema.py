@@ -132,7 +132,7 @@ class AllReduceConfig:
         "ring"  # ring (this project's, over point-to-point sends) | native (gloo, NCCL)
     )
     wire: str = "fp32"  # number format of gradients on the network: fp32 | bf16 | fp16
-    bucket_mb: float = 25.0  # MiB of gradients that are reduced together
+    bucket_mb: float = 25.0  # MiB of gradients reduced together; a larger parameter: in pieces
     segment_kb: int = 1024  # KiB of a ring message that are in flight at a time
 
     def __post_init__(self) -> None:

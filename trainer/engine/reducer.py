@@ -72,7 +72,7 @@ class Reducer:
         self._hooks: list[RemovableHandle] = []
         if world.size == 1:
             return
-        bucket_bytes = int(config.bucket_mb * 2**20)
+        bucket_bytes = max(1, int(config.bucket_mb * 2**20))
         _check(self._parameters, bucket_bytes, world)
         wire = WIRE_TYPES[config.wire]
         # One more extra: how many parameters have no gradient on some rank.
@@ -167,12 +167,17 @@ class Reducer:
     def _launch_complete(self) -> None:
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
             bucket = self._buckets[self._launched]
-            self._sender.send(self._all_reduces[bucket.wire], bucket.flat)
+            for piece in bucket.pieces:
+                self._sender.send(self._all_reduces[bucket.wire], piece)
             self._launched += 1
 
 
 class _Bucket:
-    """Gradients one after another in a flat tensor, followed by `extras` other values."""
+    """Gradients one after another in a flat tensor, followed by `extras` other values.
+
+    It is averaged in `pieces`, one after another: several if it holds a parameter of more than
+    `max_bytes`. The work memory of a piece is enough then.
+    """
 
     def __init__(
         self,
@@ -180,6 +185,7 @@ class _Bucket:
         wire: torch.dtype,
         extras: int,
         device: torch.device,
+        max_bytes: int,
     ) -> None:
         length = sum(p.numel() for p in parameters) + extras
         dtype = parameters[0].dtype if parameters else torch.float32
@@ -192,6 +198,8 @@ class _Bucket:
             strides = torch.empty_like(parameter, device="meta").stride()
             self.views.append(self.flat.as_strided(parameter.shape, strides, offset))
             offset += parameter.numel()
+        large = any(p.nbytes > max_bytes for p in parameters)
+        self.pieces = self.flat.tensor_split(-(-self.flat.nbytes // max_bytes) if large else 1)
         self.reset()
 
     def reset(self) -> None:
@@ -300,7 +308,8 @@ def _assign(
 ) -> list[_Bucket]:
     """Buckets from the last parameter to the first; each ends once it holds `bucket_bytes`.
 
-    The parameters of a bucket have one type. The extras follow the gradient of the first parameter
+    A parameter larger than that has a bucket of its own, so that nothing waits for it. The
+    parameters of a bucket have one type. The extras follow the gradient of the first parameter
     where they travel in float32, and else have a bucket of their own: counts and losses must not be
     rounded, and a loss may exceed the range of float16.
     """
@@ -308,7 +317,9 @@ def _assign(
     for parameter in reversed(parameters):
         group = groups[-1]
         if group and (
-            group[0].dtype != parameter.dtype or sum(p.nbytes for p in group) >= bucket_bytes
+            group[0].dtype != parameter.dtype
+            or sum(p.nbytes for p in group) >= bucket_bytes
+            or parameter.nbytes > bucket_bytes
         ):
             group = []
             groups.append(group)
@@ -316,8 +327,8 @@ def _assign(
     exact = wire == torch.float32 and all(p.dtype == torch.float32 for p in groups[-1])
     if groups[-1] and not exact:
         groups.append([])
-    buckets = [_Bucket(group, wire, 0, device) for group in groups[:-1]]
-    return [*buckets, _Bucket(groups[-1], torch.float32, extras, device)]
+    buckets = [_Bucket(group, wire, 0, device, bucket_bytes) for group in groups[:-1]]
+    return [*buckets, _Bucket(groups[-1], torch.float32, extras, device, bucket_bytes)]
 
 
 def _check(parameters: list[nn.Parameter], bucket_bytes: int, world: World) -> None:
