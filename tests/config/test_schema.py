@@ -50,7 +50,12 @@ def test_plain_settings_become_nested_dataclasses():
         ({"cluster": {"nice": 20}}, ["cluster.nice=20", "between 0 and 19"]),
         ({"cluster": {"hang_timeout_s": float("nan")}}, ["cluster.hang_timeout_s=nan"]),
         ({"precision": "fp8"}, ["precision=fp8", "fp32, bf16, fp16"]),
-        ({"allreduce": {"wire": "int8"}}, ["allreduce.wire=int8", "fp32"]),
+        ({"allreduce": {"wire": "int4"}}, ["allreduce.wire=int4", "fp32", "int8"]),
+        ({"allreduce": {"error_feedback": True}}, ["error_feedback=true", "wire=fp32"]),
+        (
+            {"allreduce": {"wire": "int8", "algorithm": "native"}},
+            ["allreduce.wire=int8", "allreduce.algorithm=ring"],
+        ),
         ({"name": "../up"}, ["name='../up'"]),
         ({"phases": [1]}, ["list"]),
         ({"model": 3}, ["model"]),

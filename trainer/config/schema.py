@@ -131,15 +131,38 @@ class AllReduceConfig:
     algorithm: str = (
         "ring"  # ring (this project's, over point-to-point sends) | native (gloo, NCCL)
     )
-    wire: str = "fp32"  # number format of gradients on the network: fp32 | bf16 | fp16
+    wire: str = "fp32"  # number format of gradients on the network: fp32 | bf16 | fp16 | int8
+    # Whether a step also sends what rounding lost in earlier ones; null: with int8.
+    error_feedback: bool | None = None
     bucket_mb: float = 25.0  # MiB of gradients reduced together; a larger parameter: in pieces
     segment_kb: int = 1024  # KiB of a ring message that are in flight at a time
 
     def __post_init__(self) -> None:
         check_choice("allreduce.algorithm", self.algorithm, ("ring", "native"))
-        check_choice("allreduce.wire", self.wire, PRECISIONS)
+        check_choice("allreduce.wire", self.wire, (*PRECISIONS, "int8"))
+        if self.error_feedback and self.wire == "fp32":
+            raise ConfigError(
+                "allreduce.error_feedback=true with allreduce.wire=fp32: nothing is rounded, so "
+                "there is no error to send later; set allreduce.wire to bf16 or int8"
+            )
+        if self.is_lossy and self.algorithm == "native":
+            key = "wire=int8" if self.wire == "int8" else "error_feedback=true"
+            raise ConfigError(
+                f"allreduce.{key} with allreduce.algorithm=native: gloo and NCCL cannot average "
+                "like that; set allreduce.algorithm=ring"
+            )
         check_min("allreduce.bucket_mb", self.bucket_mb, 0, excluded=True)
         check_min("allreduce.segment_kb", self.segment_kb, 1)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether what was not sent in one step is sent in the next one."""
+        return self.wire == "int8" if self.error_feedback is None else self.error_feedback
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether gradients are averaged by trainer.engine.lossy."""
+        return self.wire == "int8" or self.feeds_back
 
 
 @dataclass
@@ -304,6 +327,11 @@ class ClusterConfig:
                         f"cluster.{key}={value} with cluster.backend=inline: only Ray workers use "
                         f"it; remove cluster.{key}, or set cluster.backend=ray"
                     )
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change during a run."""
+        return self.min_workers is not None or self.replay is not None
 
 
 @dataclass

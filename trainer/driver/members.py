@@ -22,7 +22,7 @@ class Members:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         """Raises ConfigError if `cluster.replay` is not the members.jsonl of a run."""
-        self.is_recorded = cfg.min_workers is not None or cfg.replay is not None
+        self.is_recorded = cfg.is_elastic
         self._plan = [] if cfg.replay is None else read_plan(Path(cfg.replay), cfg.workers)
         self._kept: Position | None = None  # of the state that rank 0 of the group keeps
         self._source = 0

@@ -51,6 +51,8 @@ class StepResult:
     requested: int  # sum of the ranks' requests; the same on all ranks
     state: Callable[[], dict[str, Any]]  # returns what `fit` needs to continue from here
     read_loss: Callable[[], float]
+    # Returns entries of the state that are not the same on all ranks: see `fit`.
+    rank_state: Callable[[], dict[str, Any]] = dict
 
     @property
     def loss(self) -> float:
@@ -99,7 +101,9 @@ def fit(
         runtime: What all phases share.
         epochs_before: Epochs of earlier phases. Order, augmentation and dropout depend on the epoch
             of the run, so that no phase repeats those of another.
-        start: Continue from this `StepResult.state`, with the model as it was then.
+        start: Continue from this `StepResult.state`, with the model as it was then. The entries of
+            this rank's own `StepResult.rank_state` are added to it, unless they are lost; they are
+            empty where all ranks have the same state.
         request: Called on each rank in each step; all ranks get the sum in `requested`.
         objective: What is minimized; None: the loss of the task.
 
@@ -152,7 +156,12 @@ def fit(
             "updates": updates,
             "optimizer": optimizer.state_dict(),
             "scaler": precision.state(),
+            **({"reducer": reducer.state()} if reducer.is_lossy else {}),
         }
+
+    def rank_state() -> dict[str, Any]:
+        own = reducer.rank_state()
+        return {"rank_reducer": own} if own else {}
 
     per_sample = _units_per_sample(split, runtime)
     synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
@@ -166,6 +175,9 @@ def fit(
                 reducer.close()
                 reducer = runtime.reducer(parameters, extras=3)
                 loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
+            if start is not None:
+                reducer.load(start.get("reducer", {}), start.get("rank_reducer", {}))
+                start = None
             run_epoch = epochs_before + epoch
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
             batches = batches[step % per_epoch :][: total - step]
@@ -238,7 +250,10 @@ def fit(
                     unchecked = None
                 if buffers is not None:
                     buffers.end_step()
+                scale = precision.scale if reducer.is_lossy else 1.0
                 update = precision.step(optimizer, parameters, cfg.clip)
+                if reducer.is_lossy:
+                    reducer.rescale(precision.scale / scale)
                 step += 1
                 updates += update.applied
                 world.heartbeat.step = step
@@ -256,6 +271,7 @@ def fit(
                     requested=round(mean_request * world.size),
                     state=state,
                     read_loss=read_loss,
+                    rank_state=rank_state,
                 )
                 if step == total:
                     return

@@ -211,8 +211,10 @@ class _Reducer(Reducer):
         super().__init__(parameters, runtime.world, runtime.allreduce, extras)
         self._profile = profile
         if runtime.world.size > 1:
-            self._timed = [_AllReduce(one, profile) for one in self._all_reduces.values()]
-            self._all_reduces = dict(zip(self._all_reduces, self._timed, strict=True))
+            timed = {id(one): _AllReduce(one, profile) for one in self._distinct()}
+            self._timed = list(timed.values())
+            for bucket in self._buckets:
+                bucket.all_reduces = [timed[id(one)] for one in bucket.all_reduces]
 
     def zero_grad(self) -> None:
         self._profile.begin_step()

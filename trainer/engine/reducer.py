@@ -10,14 +10,16 @@ import functools
 import queue
 import threading
 import zlib
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.config import AllReduceConfig
+from trainer.engine.lossy.base import LossyAllReduce
+from trainer.engine.lossy.make import make_lossy
 from trainer.engine.ring import WIRE_TYPES, AllReduce, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
 
@@ -65,8 +67,11 @@ class Reducer:
         self.sent_bytes = 0
         self.extra = torch.zeros(extras, device=world.device)
         self._world = world
-        self._parameters = [p for p in parameters if p.requires_grad]
+        every = list(parameters)
+        self._positions = [number for number, p in enumerate(every) if p.requires_grad]
+        self._parameters = [every[number] for number in self._positions]
         self._buckets: list[_Bucket] = []
+        self._lossy: list[LossyAllReduce] = []  # in the order of the pieces that they average
         self._launched = 0  # buckets that have been sent in this step
         self._armed = False
         self._hooks: list[RemovableHandle] = []
@@ -74,12 +79,21 @@ class Reducer:
             return
         bucket_bytes = max(1, int(config.bucket_mb * 2**20))
         _check(self._parameters, bucket_bytes, world)
-        wire = WIRE_TYPES[config.wire]
         # One more extra: how many parameters have no gradient on some rank.
-        self._buckets = _assign(self._parameters, bucket_bytes, wire, extras + 1, world.device)
+        self._buckets = _assign(self._parameters, bucket_bytes, config, extras + 1, world.device)
         self.extra, self._absent = self._buckets[-1].flat[-extras - 1 :].split((extras, 1))
-        wires = {bucket.wire for bucket in self._buckets}
-        self._all_reduces = {wire: _all_reduce(world, config, wire) for wire in wires}
+        exact = {
+            bucket.wire: _all_reduce(world, config, bucket.wire)
+            for bucket in self._buckets
+            if bucket.wire is not None
+        }
+        for bucket in self._buckets:
+            if bucket.wire is not None:
+                bucket.all_reduces = [exact[bucket.wire]] * len(bucket.pieces)
+            else:
+                lossy = [make_lossy(world.transport, config) for _ in bucket.pieces]
+                self._lossy += lossy
+                bucket.all_reduces = list(lossy)
         self._sent_before = 0  # by this reducer, up to the last finished step
         self._sender: _Sender = _Stream() if world.device.type == "cuda" else _Thread()
         for bucket in self._buckets:
@@ -124,8 +138,41 @@ class Reducer:
             bucket.reset()
         self._launched = 0
         self._armed = False
-        sent = sum(all_reduce.sent_bytes for all_reduce in self._all_reduces.values())
+        sent = sum(all_reduce.sent_bytes for all_reduce in self._distinct())
         self.sent_bytes, self._sent_before = sent - self._sent_before, sent
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether the mean of one step depends on the steps before it."""
+        return bool(self._lossy)
+
+    def rescale(self, factor: float) -> None:
+        """The gradients of the next steps are `factor` times as large, and so is their error."""
+        if factor != 1:
+            for one in self._lossy:
+                one.rescale(factor)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs that is the same on all ranks. Empty unless `is_lossy`."""
+        if not self._lossy:
+            return {}
+        return {"layout": self._layout(), "pieces": [one.state() for one in self._lossy]}
+
+    def rank_state(self) -> dict[str, Any]:
+        """What a checkpoint needs of this rank; likewise."""
+        pieces = [one.rank_state() for one in self._lossy]
+        return {"pieces": pieces} if any(pieces) else {}
+
+    def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
+        """Continue from what `state` and `rank_state` returned after a step.
+
+        A state of other parameters, as when some were frozen then, is ignored: a reducer that is
+        built when parameters are unfrozen has none either.
+        """
+        if state and state["layout"] == self._layout():
+            errors = rank_state.get("pieces", [{}] * len(self._lossy))
+            for one, piece, error in zip(self._lossy, state["pieces"], errors, strict=True):
+                one.load(piece, error)
 
     def close(self) -> None:
         """Remove the hooks and end the thread; calling it again has no effect.
@@ -139,6 +186,15 @@ class Reducer:
             if self._armed or self._launched:
                 self._world.close()
             self._sender.close()
+
+    def _distinct(self) -> list[AllReduce]:
+        """All that average buckets, each once."""
+        return list({id(a): a for bucket in self._buckets for a in bucket.all_reduces}.values())
+
+    def _layout(self) -> list[list[int]]:
+        """Which parameters are averaged, by position among all, and the sizes of the pieces."""
+        sizes = [len(piece) for bucket in self._buckets for piece in bucket.pieces]
+        return [self._positions, sizes]
 
     def _drop_absent(self, present: list[bool]) -> None:
         """Set gradients that no rank has to None. A collective call.
@@ -167,8 +223,8 @@ class Reducer:
     def _launch_complete(self) -> None:
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
             bucket = self._buckets[self._launched]
-            for piece in bucket.pieces:
-                self._sender.send(self._all_reduces[bucket.wire], piece)
+            for all_reduce, piece in zip(bucket.all_reduces, bucket.pieces, strict=True):
+                self._sender.send(all_reduce, piece)
             self._launched += 1
 
 
@@ -182,7 +238,7 @@ class _Bucket:
     def __init__(
         self,
         parameters: list[nn.Parameter],
-        wire: torch.dtype,
+        wire: torch.dtype | None,  # None: the average is lossy
         extras: int,
         device: torch.device,
         max_bytes: int,
@@ -199,6 +255,7 @@ class _Bucket:
             self.views.append(self.flat.as_strided(parameter.shape, strides, offset))
             offset += parameter.numel()
         large = any(p.nbytes > max_bytes for p in parameters)
+        self.all_reduces: list[AllReduce] = []  # one for each piece
         self.pieces = self.flat.tensor_split(-(-self.flat.nbytes // max_bytes) if large else 1)
         self.reset()
 
@@ -302,7 +359,7 @@ def _all_reduce(world: World, config: AllReduceConfig, wire: torch.dtype) -> All
 def _assign(
     parameters: list[nn.Parameter],
     bucket_bytes: int,
-    wire: torch.dtype,
+    config: AllReduceConfig,
     extras: int,
     device: torch.device,
 ) -> list[_Bucket]:
@@ -324,6 +381,7 @@ def _assign(
             group = []
             groups.append(group)
         group.append(parameter)
+    wire = None if config.is_lossy else WIRE_TYPES[config.wire]
     exact = wire == torch.float32 and all(p.dtype == torch.float32 for p in groups[-1])
     if groups[-1] and not exact:
         groups.append([])

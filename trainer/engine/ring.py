@@ -25,7 +25,9 @@ ONE_ROUND_BYTES = 128 * 1024  # up to so many bytes sent per rank, latency count
 class AllReduce(Protocol):
     """Averages tensors over ranks; used by one thread at a time."""
 
-    sent_bytes: int  # payload that this rank has sent so far
+    @property
+    def sent_bytes(self) -> int:
+        """Payload that this rank has sent so far."""
 
     def mean_(self, flat: Tensor) -> None:
         """Replace `flat`, a contiguous floating 1-D tensor, by its mean over all ranks.
@@ -69,7 +71,7 @@ class RingAllReduce:
         self._transport = transport
         self._wire = wire
         self._segment_bytes = segment_bytes
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
 
     def mean_(self, flat: Tensor) -> None:
         _check(flat)
@@ -205,7 +207,7 @@ class NativeAllReduce:
         self._reduce = reduce
         self._size = size
         self._wire = wire
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
 
     def mean_(self, flat: Tensor) -> None:
         _check(flat)
@@ -227,7 +229,7 @@ class NativeAllReduce:
             flat.copy_(total)
 
 
-class _Buffers:
+class Buffers:
     """Work memory that is kept from call to call and only ever grows."""
 
     def __init__(self) -> None:
@@ -248,7 +250,7 @@ def _check(flat: Tensor) -> None:
         )
 
 
-def _widened(flat: Tensor, buffers: _Buffers) -> Tensor:
+def _widened(flat: Tensor, buffers: Buffers) -> Tensor:
     """`flat` itself if sums may be kept in its type, else an FP32 copy."""
     if flat.dtype in (torch.float32, torch.float64):
         return flat

@@ -211,6 +211,32 @@ class World:
         for target, value in zip(targets, values, strict=True):
             target.copy_(value.clone().view(target.dtype).view(target.shape))
 
+    def gather(self, content: bytes) -> list[bytes]:
+        """The bytes of all ranks, in their order, on rank 0; on the others an empty list.
+
+        Args:
+            content: At least one byte.
+        """
+        if self.size == 1:
+            return [content]
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(content)
+        with self.heartbeat.busy():
+            RingAllReduce(self._tcp, lengths.dtype).sum_(lengths)
+            own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            nothing = own[:0]
+            if self.rank > 0:
+                self._tcp.exchange(own, 0, nothing, 0).wait()
+                return []
+            others = [torch.empty(n, dtype=torch.uint8) for n in lengths.tolist()[1:]]
+            handles = [
+                self._tcp.exchange(nothing, source, other, source)
+                for source, other in enumerate(others, start=1)
+            ]
+            for handle in handles:
+                handle.wait()
+        return [part.numpy().tobytes() for part in (own, *others)]
+
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum a contiguous tensor over all ranks, in its own type, in place."""
         if self.size == 1:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ from trainer.messages import (
 from trainer.phases import Phase, RoundPhase, StructuralPhase
 from trainer.phases.structure import StructureChange, class_path, to_metadata
 from trainer.store.directory import as_json, from_json
-from trainer.store.serialization import pack, to_bytes
+from trainer.store.serialization import pack, to_bytes, unpack
 from trainer.worker.clock import PhaseClock
 from trainer.worker.energy import READ_EVERY_S, EnergyMeter
 from trainer.worker.selection import Selection
@@ -71,7 +71,7 @@ Position = tuple[int, int, int]
 _PLAIN_FIELDS = tuple(
     field.name
     for field in dataclasses.fields(StepResult)
-    if field.name not in ("requested", "state", "read_loss")
+    if field.name not in ("requested", "state", "read_loss", "rank_state")
 )
 
 
@@ -101,6 +101,7 @@ class PhaseRun:
     changes: list[StructureChange]  # structural changes so far; a structural phase adds its own
     earlier: Handover | None = None  # the state with which the phase begins, if it is known
     profile: bool = False  # whether to measure the steps
+    elastic: bool = False  # the members of the group may change at any step
     leave_at: Position | None = None  # where the group ends, to continue with other members
     stopped: bool = False  # the run was requested to stop within this phase
     trainable: int = 0  # trainable values in the last round
@@ -341,7 +342,7 @@ class PhaseRun:
                 fit_config,
                 runtime,
                 self.epochs_before + number * fit_config.epochs,
-                resumed and resumed["fit"],
+                resumed and self._start(resumed),
                 lambda: self._request(self.clock),
                 objective,
             ):
@@ -443,9 +444,25 @@ class PhaseRun:
         return macs(self.model, inputs, self.runtime.task.call)
 
     def _checkpoint(self, step: StepResult) -> Checkpoint:
-        """The state after a complete step; on ranks other than 0 without its content."""
-        content = self._content(step, STEP_COMPLETE) if self.runtime.world.rank == 0 else b""
+        """The state after a complete step; on ranks other than 0 without its content.
+
+        A collective call if ranks have a state of their own.
+        """
+        world, content = self.runtime.world, b""
+        ranks = []
+        if self.runtime.allreduce.is_lossy and not self.elastic:
+            ranks = world.gather(pack(step.rank_state()))
+        if world.rank == 0:
+            content = self._content(step, STEP_COMPLETE, [unpack(state) for state in ranks])
         return self._as_checkpoint(step, content)
+
+    def _start(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
+        """The state from which `fit` continues on this rank.
+
+        With another number of ranks than before, no rank has a state of its own.
+        """
+        world, ranks = self.runtime.world, resumed.get("ranks", [])
+        return {**resumed["fit"], **(ranks[world.rank] if len(ranks) == world.size else {})}
 
     def _as_checkpoint(self, step: StepResult, content: bytes) -> Checkpoint:
         shown = self._over_rounds(step, len(self.rounds)).step
@@ -458,8 +475,14 @@ class PhaseRun:
         with self.runtime.world.heartbeat.busy():
             return self.handover()
 
-    def _content(self, step: StepResult, stage: int) -> bytes:
-        """The state of this rank after a step, of which `stage` is done."""
+    def _content(
+        self, step: StepResult, stage: int, ranks: Sequence[Mapping[str, Any]] = ()
+    ) -> bytes:
+        """The state of this rank after a step, of which `stage` is done.
+
+        Args:
+            ranks: What the ranks do not have in common, in their order; () if it is unknown.
+        """
         phase = self.phase
         unfinished = None
         if stage != STEP_COMPLETE:
@@ -478,6 +501,8 @@ class PhaseRun:
             "selection": self.selection.state(),
             "average": self.average.state() if self.average else {},
         }
+        if ranks:
+            state["ranks"] = list(ranks)
         if isinstance(phase, StructuralPhase):
             state["change"] = self.changes[-1].change
         return pack(state)

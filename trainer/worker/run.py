@@ -182,6 +182,7 @@ def run_phases(
                     changes=changes,
                     earlier=handover,
                     profile=experiment.config.profile,
+                    elastic=experiment.config.cluster.is_elastic,
                     leave_at=leave_at,
                 )
                 runtime.release_memory()
