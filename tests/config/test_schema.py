@@ -56,6 +56,20 @@ def test_plain_settings_become_nested_dataclasses():
             {"allreduce": {"wire": "int8", "algorithm": "native"}},
             ["allreduce.wire=int8", "allreduce.algorithm=ring"],
         ),
+        ({"allreduce": {"local_steps": 0}}, ["allreduce.local_steps=0", "at least 1"]),
+        ({"allreduce": {"outer_momentum": 1.0}}, ["allreduce.outer_momentum=1.0", "below 1"]),
+        (
+            {"allreduce": {"local_steps": 2}, "precision": "fp16"},
+            ["allreduce.local_steps=2", "precision=fp16", "bf16"],
+        ),
+        (
+            {"allreduce": {"local_steps": 2}, "sync_batchnorm": True},
+            ["allreduce.local_steps=2", "sync_batchnorm=true"],
+        ),
+        (
+            {"allreduce": {"local_steps": 2}, "cluster": {"min_workers": 1}},
+            ["allreduce.local_steps=2", "cluster.min_workers"],
+        ),
         ({"name": "../up"}, ["name='../up'"]),
         ({"phases": [1]}, ["list"]),
         ({"model": 3}, ["model"]),

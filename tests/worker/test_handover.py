@@ -13,6 +13,7 @@ from trainer.messages import (
     Checkpoint,
     EpochEnded,
     Handover,
+    Notice,
     PhaseEnded,
 )
 from trainer.store.serialization import to_bytes
@@ -43,6 +44,7 @@ class Driver:
     ended: list[bytes] = field(default_factory=list)  # weights
     epochs: list[EpochEnded] = field(default_factory=list)
     handovers: dict[int, Handover] = field(default_factory=dict)  # by rank
+    notices: list[str] = field(default_factory=list)
     lost_at: tuple[int, int] | None = None
 
     def run(self, size, handover=None, victim=None, beats=None, leave_at=None):
@@ -78,6 +80,8 @@ class Driver:
                 self.checkpoints[message.phase, message.step] = message
             case EpochEnded():
                 self.epochs.append(message)
+            case Notice():
+                self.notices.append(message.text)
             case PhaseEnded():
                 self.ended.append(message.weights)
                 dense = self.start.dense or message.weights

@@ -13,20 +13,41 @@ ONESHOT = {"_target_": "trainer.phases.Prune", "sparsity": 0.8, "schedule": "one
 SHORT = {"train": PHASES["train"], "prune": ONESHOT} | {k: PHASES[k] for k in ("retrain", "share")}
 
 
-@pytest.mark.parametrize("settings", [{"wire": "int8"}], ids=str)
-def test_an_interrupted_run_ends_with_the_same_bits(settings):
-    """In a dense phase, in one with packed weights, and in one with codebooks."""
-    cfg = config(phases=SHORT, checkpoint=CHECKPOINTS, allreduce=settings)
+@pytest.mark.parametrize(
+    ("settings", "phases", "points"),
+    [
+        ({"wire": "int8"}, SHORT, {(0, 3), (3, 6)}),
+        ({"local_steps": 2}, {"train": PHASES["train"]}, {(0, 4), (0, 6)}),
+    ],
+    ids=["int8", "local"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(settings, phases, points):
+    """In a dense phase, one with packed weights, one with codebooks, and between two averages."""
+    cfg = config(phases=phases, checkpoint=CHECKPOINTS, allreduce=settings)
     undisturbed = Driver(cfg, begin(cfg))
     undisturbed.run(2)
-    assert len(undisturbed.ended) == len(SHORT)
-    for (phase, step), checkpoint in undisturbed.checkpoints.items():
-        if (phase, step) in ((0, 3), (2, 6), (3, 6)):
-            before = undisturbed.ended[phase - 1] if phase else begin(cfg).weights
-            start = Start(phase, before, checkpoint.content, undisturbed.ended[0], step)
-            resumed = Driver(cfg, start)
-            resumed.run(2)
-            assert resumed.ended == undisturbed.ended[phase:]
+    assert len(undisturbed.ended) == len(phases)
+    assert points <= set(undisturbed.checkpoints)
+    if (
+        "local_steps" in settings
+    ):  # a checkpoint that is due at step 3 is written at the next average
+        assert points == set(undisturbed.checkpoints)
+    for phase, step in points:
+        before = undisturbed.ended[phase - 1] if phase else begin(cfg).weights
+        content = undisturbed.checkpoints[phase, step].content
+        resumed = Driver(cfg, Start(phase, before, content, undisturbed.ended[0], step))
+        resumed.run(2)
+        assert resumed.ended == undisturbed.ended[phase:]
+
+
+def test_a_phase_that_works_after_each_step_averages_gradients():
+    cfg = config(
+        phases={"train": PHASES["train"], "prune": PHASES["prune"]}, allreduce={"local_steps": 4}
+    )
+    driver = Driver(cfg, begin(cfg))
+    driver.run(2)
+    (notice,) = driver.notices
+    assert notice.startswith("phase prune: gradients were averaged in each step")
 
 
 def test_an_elastic_run_starts_from_zero_errors_when_its_members_change():

@@ -136,6 +136,9 @@ class AllReduceConfig:
     error_feedback: bool | None = None
     bucket_mb: float = 25.0  # MiB of gradients reduced together; a larger parameter: in pieces
     segment_kb: int = 1024  # KiB of a ring message that are in flight at a time
+    local_steps: int = 1  # optimizer steps between two averages of weights; 1: gradients instead
+    outer_lr: float = 0.7  # local_steps: learning rate of the outer optimizer; 1: the plain average
+    outer_momentum: float = 0.9  # local_steps: Nesterov momentum of the outer optimizer
 
     def __post_init__(self) -> None:
         check_choice("allreduce.algorithm", self.algorithm, ("ring", "native"))
@@ -153,6 +156,12 @@ class AllReduceConfig:
             )
         check_min("allreduce.bucket_mb", self.bucket_mb, 0, excluded=True)
         check_min("allreduce.segment_kb", self.segment_kb, 1)
+        check_min("allreduce.local_steps", self.local_steps, 1)
+        check_min("allreduce.outer_lr", self.outer_lr, 0, excluded=True)
+        if not 0 <= self.outer_momentum < 1:
+            raise ConfigError(
+                f"allreduce.outer_momentum={self.outer_momentum}: it must be at least 0 and below 1"
+            )
 
     @property
     def feeds_back(self) -> bool:
@@ -447,6 +456,8 @@ class Config:
             )
         check_choice("precision", self.precision, PRECISIONS)
         self._check_execution()
+        if self.allreduce.local_steps > 1:
+            self._check_local_steps()
         if self.init_from is None and (self.init_skip or not self.init_strict):
             raise ConfigError(
                 "init_skip and init_strict: there are no weights to load; set init_from to a file"
@@ -491,6 +502,22 @@ class Config:
                 f"recompute={self.recompute} with sync_batchnorm=true: the statistics of batch "
                 "norm would be exchanged again in the backward pass; set recompute=[]"
             )
+
+    def _check_local_steps(self) -> None:
+        """Check what cannot be combined with weights that differ between two averages."""
+        for key, is_used, reason, advice in (
+            ("precision=fp16", self.precision == "fp16", "the workers would scale their losses "
+             "differently", "precision=bf16"),
+            ("sync_batchnorm=true", self.sync_batchnorm, "it exchanges statistics in each step",
+             "sync_batchnorm=false"),
+            ("cluster.min_workers or cluster.replay", self.cluster.is_elastic, "the weights of a "
+             "worker that continues are its own, not those of all", "a fixed number of workers"),
+        ):  # fmt: skip
+            if is_used:
+                raise ConfigError(
+                    f"allreduce.local_steps={self.allreduce.local_steps} with {key}: {reason}; "
+                    f"set allreduce.local_steps=1, or use {advice}"
+                )
 
     @property
     def batch_size(self) -> int:

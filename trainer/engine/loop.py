@@ -25,8 +25,10 @@ from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs
 from trainer.engine.freeze import Freezing
 from trainer.engine.late import LateValue, reads_late
+from trainer.engine.local import LocalSteps
 from trainer.engine.objective import Objective, Supervised
 from trainer.engine.optim import load_state, set_lr
+from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
 from trainer.engine.schedules import build_schedule
 from trainer.errors import Diverged
@@ -37,7 +39,10 @@ Request = Callable[[], int]
 
 @dataclass(slots=True)
 class StepResult:
-    """One optimizer step; the same on all ranks, but for `sent_bytes`."""
+    """One optimizer step; the same on all ranks, but for `sent_bytes`.
+
+    Where it is not `synchronized`, the loss, `targets` and `applied` are also those of this rank.
+    """
 
     step: int  # steps done in this phase, this one included
     total: int  # steps that the phase will do
@@ -53,6 +58,7 @@ class StepResult:
     read_loss: Callable[[], float]
     # Returns entries of the state that are not the same on all ranks: see `fit`.
     rank_state: Callable[[], dict[str, Any]] = dict
+    synchronized: bool = True  # whether all ranks have the same weights; False within local steps
 
     @property
     def loss(self) -> float:
@@ -89,6 +95,7 @@ def fit(
     start: Mapping[str, Any] | None = None,
     request: Request = lambda: 0,
     objective: Objective | None = None,
+    local_steps: int = 1,
 ) -> Iterator[StepResult]:
     """Train `model` in place on `split`, yielding after every optimizer step.
 
@@ -106,6 +113,8 @@ def fit(
             empty where all ranks have the same state.
         request: Called on each rank in each step; all ranks get the sum in `requested`.
         objective: What is minimized; None: the loss of the task.
+        local_steps: Optimizer steps that a rank takes alone between two averages of the weights
+            (see `LocalSteps`); an average also ends each epoch. 1: gradients are averaged.
 
     Raises:
         Diverged: The loss is NaN or infinite. All ranks raise it in the same step: before its
@@ -156,28 +165,39 @@ def fit(
             "updates": updates,
             "optimizer": optimizer.state_dict(),
             "scaler": precision.state(),
-            **({"reducer": reducer.state()} if reducer.is_lossy else {}),
+            **({"reducer": reducer.state()} if reducer.keeps_state else {}),
         }
 
     def rank_state() -> dict[str, Any]:
-        own = reducer.rank_state()
-        return {"rank_reducer": own} if own else {}
+        own: dict[str, Any] = {}
+        if errors := reducer.rank_state():
+            own["rank_reducer"] = errors
+        if local_steps > 1:
+            own.update(updates=updates, optimizer=optimizer.state_dict())
+        return own
+
+    def build_reducer() -> Reducer | LocalSteps:
+        reducer = runtime.reducer(parameters, extras=3)
+        if local_steps == 1 or world.size == 1:
+            return reducer
+        return LocalSteps(reducer, parameters, world, runtime.allreduce)
 
     per_sample = _units_per_sample(split, runtime)
     synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
-    reducer = runtime.reducer(parameters, extras=3)
+    reducer = build_reducer()
     buffers = ForwardBuffers(model) if world.size > 1 else None
     loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
     model.train()
+    samples: list[Tensor] = []  # of this rank since the last loss that all ranks have
     try:
         for epoch in range(step // per_epoch, cfg.epochs):
             if freezing.begin_epoch(epoch):
                 reducer.close()
-                reducer = runtime.reducer(parameters, extras=3)
+                reducer = build_reducer()
                 loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
-            if start is not None:
-                reducer.load(start.get("reducer", {}), start.get("rank_reducer", {}))
-                start = None
+            if start is not None and "reducer" in start and reducer.keeps_state:
+                reducer.load(start["reducer"], start.get("rank_reducer", {}))
+            start = None
             run_epoch = epochs_before + epoch
             batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
             batches = batches[step % per_epoch :][: total - step]
@@ -199,6 +219,8 @@ def fit(
                 if buffers is not None:
                     buffers.begin_step()
                 reducer.zero_grad()
+                epoch_ends = (step + 1) % per_epoch == 0 or step + 1 == total
+                reducer.synchronizes = epoch_ends or (step % per_epoch + 1) % local_steps == 0
                 requested = float(request())
                 request_slot.fill_(requested)
                 loss = torch.zeros((), device=world.device)
@@ -233,7 +255,8 @@ def fit(
                     mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
                     read_loss = partial(float, mean_loss)
                 # So far the weights were those of a batch in which no target is ignored.
-                counted = full - mean_ignored * world.size
+                # (With local steps, as if the shares of all ranks were like this one's.)
+                counted = max(0, full - mean_ignored * world.size)
                 if not task.fractional_units:
                     counted = round(counted)
                 if counted == 0:
@@ -241,19 +264,22 @@ def fit(
                 elif counted != full:
                     read_loss = _scaled(read_loss, full / counted)
                     _multiply_gradients(parameters, full / counted)
-                if unchecked is not None:
-                    check(unchecked)
-                unchecked = _Loss(read_loss, step + 1, lr, share)
-                epoch_ends = (step + 1) % per_epoch == 0 or step + 1 == total
-                if not late or epoch_ends:
-                    check(unchecked)
-                    unchecked = None
+                samples += share
+                if reducer.synchronizes:
+                    if unchecked is not None:
+                        check(unchecked)
+                    unchecked = _Loss(read_loss, step + 1, lr, samples)
+                    samples = []
+                    if not late or epoch_ends:
+                        check(unchecked)
+                        unchecked = None
                 if buffers is not None:
                     buffers.end_step()
-                scale = precision.scale if reducer.is_lossy else 1.0
+                scale = precision.scale if reducer.keeps_state else 1.0
                 update = precision.step(optimizer, parameters, cfg.clip)
-                if reducer.is_lossy:
+                if reducer.keeps_state:
                     reducer.rescale(precision.scale / scale)
+                reducer.end_step()
                 step += 1
                 updates += update.applied
                 world.heartbeat.step = step
@@ -272,6 +298,7 @@ def fit(
                     state=state,
                     read_loss=read_loss,
                     rank_state=rank_state,
+                    synchronized=reducer.synchronizes,
                 )
                 if step == total:
                     return

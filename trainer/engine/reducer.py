@@ -46,6 +46,7 @@ class Reducer:
         extra: float32 [extras], averaged along with the gradients, without rounding to the wire
             type. Set it before `arm`.
         sent_bytes: What this rank sent in the last finished step.
+        keeps_state: Whether the mean of a step depends on earlier steps.
 
     Args:
         parameters: Those that require no gradient are ignored.
@@ -65,6 +66,8 @@ class Reducer:
         extras: int = 0,
     ) -> None:
         self.sent_bytes = 0
+        self.keeps_state = world.size > 1 and config.is_lossy
+        self.synchronizes = True  # see `LocalSteps`
         self.extra = torch.zeros(extras, device=world.device)
         self._world = world
         every = list(parameters)
@@ -141,10 +144,8 @@ class Reducer:
         sent = sum(all_reduce.sent_bytes for all_reduce in self._distinct())
         self.sent_bytes, self._sent_before = sent - self._sent_before, sent
 
-    @property
-    def is_lossy(self) -> bool:
-        """Whether the mean of one step depends on the steps before it."""
-        return bool(self._lossy)
+    def end_step(self) -> None:
+        """The optimizer has updated the weights, which are the same on all ranks."""
 
     def rescale(self, factor: float) -> None:
         """The gradients of the next steps are `factor` times as large, and so is their error."""
@@ -153,26 +154,29 @@ class Reducer:
                 one.rescale(factor)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs that is the same on all ranks. Empty unless `is_lossy`."""
-        if not self._lossy:
-            return {}
+        """What a checkpoint needs that is the same on all ranks."""
         return {"layout": self._layout(), "pieces": [one.state() for one in self._lossy]}
 
     def rank_state(self) -> dict[str, Any]:
-        """What a checkpoint needs of this rank; likewise."""
+        """What a checkpoint needs of this rank; empty if that is nothing."""
         pieces = [one.rank_state() for one in self._lossy]
         return {"pieces": pieces} if any(pieces) else {}
 
-    def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> bool:
         """Continue from what `state` and `rank_state` returned after a step.
 
         A state of other parameters, as when some were frozen then, is ignored: a reducer that is
         built when parameters are unfrozen has none either.
+
+        Returns:
+            Whether the state is one of these parameters.
         """
-        if state and state["layout"] == self._layout():
-            errors = rank_state.get("pieces", [{}] * len(self._lossy))
-            for one, piece, error in zip(self._lossy, state["pieces"], errors, strict=True):
-                one.load(piece, error)
+        if state["layout"] != self._layout():
+            return False
+        errors = rank_state.get("pieces", [{}] * len(self._lossy))
+        for one, piece, error in zip(self._lossy, state["pieces"], errors, strict=True):
+            one.load(piece, error)
+        return True
 
     def close(self) -> None:
         """Remove the hooks and end the thread; calling it again has no effect.

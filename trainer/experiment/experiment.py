@@ -47,6 +47,7 @@ from trainer.experiment.optimizer import check_optimizer
 from trainer.experiment.phases import (
     Stage,
     build_phases,
+    check_averages,
     check_distillation,
     check_limits,
     check_max_drops,
@@ -260,6 +261,7 @@ class Experiment:
         check_order(self.phases)
         check_schedules(self.phases, self.optimizer.lr)
         check_mixing(self.phases, self.task)
+        check_averages(self.phases, config.allreduce.local_steps)
         check_distillation(self.phases, self.task, self.has_initial_weights)
         check_limits(config.limits, self.task, self.has_dense_model)
         check_max_drops(self.phases, config.limits)

@@ -148,6 +148,17 @@ def check_mixing(phases: Mapping[str, Phase], task: Task) -> None:
             )
 
 
+def check_averages(phases: Mapping[str, Phase], local_steps: int) -> None:
+    """Refuse averages over steps of weights that differ between the workers."""
+    for name, phase in phases.items():
+        if phase.fit.ema and local_steps > 1:
+            raise ConfigError(
+                f"phases.{name}.fit.ema={phase.fit.ema} with allreduce.local_steps={local_steps}: "
+                "the workers have different weights in most steps; set fit.ema=null, or "
+                "allreduce.local_steps=1"
+            )
+
+
 def check_distillation(phases: Mapping[str, Phase], task: Task, has_initial_weights: bool) -> None:
     """Refuse distillation in a phase before which there is no dense model to learn from."""
     dense = stages_of(phases)[0].phase

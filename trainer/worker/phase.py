@@ -189,6 +189,11 @@ class PhaseRun:
             usage=self.meter.total(world),
             profile=profile,
         )
+        if self._local_steps < self.runtime.allreduce.local_steps and self.last:
+            yield Notice(
+                f"phase {self.name}: gradients were averaged in each step, since {phase.kind} "
+                "changes the model after each step; allreduce.local_steps is for other phases"
+            )
         if notice := clock.data_notice():
             yield Notice(f"phase {self.name}: {notice}")
         with world.heartbeat.busy():
@@ -244,6 +249,7 @@ class PhaseRun:
                 sparsity=entered.sparsity,
             )
         self.last = None
+        due = False  # a checkpoint, once all ranks have the same weights
         ended = 0.0  # when the last epoch was over
         try:
             for step in self._steps(number, resumed):
@@ -268,7 +274,9 @@ class PhaseRun:
                     yield clock.epoch(self.name, shown, metrics, counts(model).sparsity, usage)
                 self._reach(STEP_COMPLETE)
                 every = self.checkpoint.every_steps
-                if step.requested != CONTINUE or (every and step.step % every == 0):
+                due = due or step.requested != CONTINUE or bool(every and step.step % every == 0)
+                if due and step.synchronized:
+                    due = False
                     with world.heartbeat.busy():
                         yield self._checkpoint(step)
                     clock.checkpointed = time.monotonic()
@@ -345,6 +353,7 @@ class PhaseRun:
                 resumed and self._start(resumed),
                 lambda: self._request(self.clock),
                 objective,
+                self._local_steps,
             ):
                 yield self._finish_step(step, STEP_UPDATED)
 
@@ -376,6 +385,12 @@ class PhaseRun:
         if handover is not None and (changes_members or self.runtime.world.size > 1):
             yield handover
         yield RunStopped(changes_members)
+
+    @property
+    def _local_steps(self) -> int:
+        """Steps between two averages of weights; 1 if the phase needs equal ones in each step."""
+        works_after_steps = type(self.phase).after_step is not Phase.after_step
+        return 1 if works_after_steps else self.runtime.allreduce.local_steps
 
     @property
     def _max_rounds(self) -> int:
@@ -450,7 +465,8 @@ class PhaseRun:
         """
         world, content = self.runtime.world, b""
         ranks = []
-        if self.runtime.allreduce.is_lossy and not self.elastic:
+        settings = self.runtime.allreduce
+        if (settings.is_lossy or self._local_steps > 1) and world.size > 1 and not self.elastic:
             ranks = world.gather(pack(step.rank_state()))
         if world.rank == 0:
             content = self._content(step, STEP_COMPLETE, [unpack(state) for state in ranks])
