@@ -32,6 +32,7 @@ from trainer.errors import ConfigError
             "model=lenet",
             "model/lenet: there is no such file; did you mean lenet5? there are alexnet",
         ),
+        ("logger=[csv,wand]", "logger/wand: there is no such file; did you mean wandb? there are"),
     ],
 )
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 import trainer
 from trainer import ConfigError, LimitsMissed
+from trainer.config.compose import compose_config
 from trainer.messages import Message, PhaseEnded
 from trainer.models import ConvNet, LeNet300
 from trainer.phases import Prune, Quantize, Retrain, Share, StructuralPhase, Train
@@ -105,8 +106,13 @@ class Points(Dataset[Any]):
         ([part.numpy() for part in samples(40)], [32, 4, 4]),
         (torch.utils.data.TensorDataset(*samples(40)), [32, 4, 4]),
         (trainer.data.as_splits(samples(50)), [40, 5, 5]),
+        ([*Points(40)], [32, 4, 4]),
+        ([[*Points(40)], [*Points(10)], [*Points(12)]], [40, 10, 12]),
     ],
-    ids=["datasets", "mapping", "dataset", "tensors", "arrays", "tensor dataset", "splits"],
+    ids=[
+        *("datasets", "mapping", "dataset", "tensors", "arrays", "tensor dataset", "splits"),
+        *("pairs", "lists of pairs"),
+    ],
 )
 def test_data_in_many_forms(data: Any, sizes: list[int]) -> None:
     made = trainer.Experiment(model=net, data=data, phases=[Train()]).build_data()
@@ -116,7 +122,15 @@ def test_data_in_many_forms(data: Any, sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": 3}, "data is a int: pass Splits, a Dataset, a pair"),
+        ({"data": 3}, "data is a int: pass Splits, a Dataset or a list of "),
+        ({"data": torch.utils.data.DataLoader(Points(9))}, "pass its dataset and batch_size"),
+        ({"cluster": "inlin"}, "cluster/inlin: there is no such file; did you mean inline"),
+        ({"cluster": 3}, "cluster=3: pass a mapping"),
+        ({"limits": "tight"}, "limits='tight': pass a mapping"),
+        ({"logger": ["csv", "disk"]}, "logger/disk: there is no such file; there are csv, mlflow"),
+        ({"optimizer": "adamax"}, "optimizer/adamax: there is no such file; .*there are adam, "),
+        ({"task": "custom"}, "task='custom' has no task.loss: pass an object or a mapping"),
+        ({"task": nn.MSELoss()}, r"a loss is passed as trainer\.tasks\.Custom\(loss=\.\.\.\)"),
         ({"data": {"train": Points(9), "valid": Points(9)}}, "data: unknown keys valid"),
         ({"data": samples(3)}, "2 times 0 of 3 training samples cannot be held out"),
         ({"phases": [Train]}, "pass objects of subclasses of Phase, such as Train"),
@@ -341,3 +355,22 @@ def test_import_is_quick_and_complete() -> None:
         assert getattr(trainer, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         trainer.nonsense  # noqa: B018
+
+
+def test_names_select_what_they_select_on_the_command_line() -> None:
+    experiment = trainer.Experiment(
+        model=net,
+        data=samples(40),
+        phases=[Train()],
+        task="regression",
+        optimizer="adamw",
+        cluster="inline",
+        logger=["csv", "tensorboard"],
+    )
+    wanted = ["+experiment=smoke", "task=regression", "optimizer=adamw", "cluster=inline"]
+    composed = compose_config([*wanted, "logger=[csv,tensorboard]"]).plain()
+    found = experiment.settings()
+    for section in ("task", "optimizer", "cluster", "logger"):
+        assert found[section] == composed[section]
+    assert trainer.Session(cluster="inline").cluster.workers == 1
+    assert trainer.Session().cluster.workers == 2

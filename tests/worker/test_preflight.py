@@ -67,6 +67,21 @@ def test_language_models_fit_by_their_vocabulary():
         (nn.Flatten(0), IMAGES, r"for targets \[1\] of train Flatten returns \[64\]"),
         (
             net(),
+            splits(IMAGES.train.inputs.double(), IMAGES.train.targets),
+            r"sample \(float64 \[1, 8, 8\]\); convert inputs to float32: RuntimeError",
+        ),
+        (
+            net(),
+            splits(IMAGES.train.inputs, nn.functional.one_hot(IMAGES.train.targets, 3)),
+            r"one-hot targets become classes by targets\.argmax\(-1\)",
+        ),
+        (
+            net(),
+            splits(IMAGES.train.inputs, IMAGES.train.targets[:, None]),
+            r"become \[n\] by targets\.squeeze\(1\)",
+        ),
+        (
+            net(),
             splits(
                 IMAGES.train.inputs,
                 IMAGES.train.targets,
@@ -84,7 +99,10 @@ def test_language_models_fit_by_their_vocabulary():
             r"validation sample \(float32 \[3, 8, 8\]",
         ),
     ],
-    ids=["shape", "label", "logits", "test-label", "validation-shape"],
+    ids=[
+        *("shape", "label", "logits", "float64", "one-hot", "column"),
+        *("test-label", "validation-shape"),
+    ],
 )  # fmt: skip
 def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
     with pytest.raises(ConfigError, match=said):

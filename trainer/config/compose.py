@@ -83,7 +83,8 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
             del composed["hydra"]
             drop_nested(overrides, composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, partial(_known_keys, overrides, folders))) from error
+        known_keys = partial(_known_keys, overrides, folders)
+        raise ConfigError(explain(error, known_keys, folders)) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"a configuration file cannot be read: {with_cause(error)}") from error
     tree = OmegaConf.create(rename_keys(_container(composed)))
@@ -91,6 +92,22 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
     _check_sweep(overrides, tree)
     assert isinstance(choices, dict)
     return Composed(tree, run_dir, {str(key): value for key, value in choices.items()})
+
+
+def choose(group: str, choice: str | Sequence[str]) -> dict[str, Any]:
+    """The settings that `group=choice` selects on the command line, such as cluster=inline.
+
+    Raises:
+        ConfigError: There is no such file in conf/, or it leaves settings open.
+    """
+    written = choice if isinstance(choice, str) else f"[{','.join(choice)}]"
+    tree = compose_config([f"{group}={written}", "name=any"]).tree
+    if missing := OmegaConf.missing_keys(tree[group]):
+        raise ConfigError(
+            f"{group}={choice!r} has no {', '.join(sorted(missing))}: pass an object or a mapping"
+        )
+    settings: dict[str, Any] = Composed(OmegaConf.masked_copy(tree, group), Path()).plain()[group]
+    return settings
 
 
 @contextmanager

@@ -2,25 +2,27 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from hydra.errors import OverrideParseException
 
 from trainer.errors import first_line
 
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
-_UNKNOWN_CHOICE = re.compile(r"Could not find '([^']+)/([^'/]+)'")
+_UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '([^']+)/([^'/]*)'")
 _SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '([^=']+)=(.*)'\n")
 _MISSING = re.compile(r"Missing mandatory value: (\S+)")
 _NO_EQUALS = re.compile(r"Error parsing override '([^=']*)'\nmissing EQUAL")
 
 
-def explain(error: Exception, keys: Callable[[], list[str]]) -> str:
+def explain(error: Exception, keys: Callable[[], list[str]], folders: Sequence[Path] = ()) -> str:
     """The message of an error of Hydra or OmegaConf in one line.
 
     Args:
         error: The error.
         keys: Returns the dotted keys of the configuration without the override that failed.
+        folders: Those with configuration files.
     """
     text = str(error)
     if match := _UNKNOWN_KEY.match(text):
@@ -28,10 +30,9 @@ def explain(error: Exception, keys: Callable[[], list[str]]) -> str:
         if "No match in the defaults list" in text:
             return f"{key}=...: an experiment does not set this group yet: write +{key}=..."
         return f"{key}: there is no such setting{_advice(key, keys())}"
-    if (match := _UNKNOWN_CHOICE.search(text)) and "Available options" in text:
+    if match := _UNKNOWN_CHOICE.search(text):
         group, name = match.groups()
-        options = text.partition("Available options")[2].partition(":")[2].split("Config search")[0]
-        known = options.split()
+        known = sorted({path.stem for folder in folders for path in folder.glob(f"{group}/*.yaml")})
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{group}/{name}: there is no such file; {hint}there are {', '.join(known)}"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainer.data.datasets import SPLIT_SEED, DatasetSplit, dataset, held_out_size
 from trainer.data.order import permutation
@@ -16,8 +16,8 @@ from trainer.data.tree import map_tensors
 
 _PARTS = ("train", "validation", "test")
 _ACCEPTED = (
-    "pass Splits, a Dataset, a pair (inputs, targets) of tensors, or three of these as "
-    "(train, validation, test) or as a mapping with these keys"
+    "pass Splits, a Dataset or a list of (input, target) pairs, a pair (inputs, targets) of "
+    "tensors, or three of these as (train, validation, test) or as a mapping with these keys"
 )
 
 
@@ -28,9 +28,9 @@ def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
         data: One of
 
             - `Splits`, which are returned as they are;
-            - a map-style Dataset of (input, target) pairs, or a pair (inputs, targets) of tensors
-              or NumPy arrays: a fixed permutation holds out parts for validation and test. The
-              inputs of a model with several are a tuple (positional) or a mapping (by keyword);
+            - a map-style Dataset or a list of (input, target) pairs, or a pair (inputs, targets) of
+              tensors or NumPy arrays: a fixed permutation holds out parts for validation and test.
+              The inputs of a model with several are a tuple (positional) or a mapping (by keyword);
             - three of these, as a sequence (train, validation, test) or a mapping with these keys,
               of which validation and test may be missing or None: they are held out from train.
         seed: Seeds the random numbers of augmentation in Datasets.
@@ -71,6 +71,13 @@ def _parts(data: Any) -> dict[str, Any]:
         return {"train": data}
     if isinstance(data, Sequence) and len(data) == 3:
         return dict(zip(_PARTS, data, strict=True))
+    if isinstance(data, list):
+        return {"train": data}
+    if isinstance(data, DataLoader):
+        raise ValueError(
+            "data is a DataLoader, but batches are made here: pass its dataset and batch_size, "
+            "such as data=loader.dataset, batch_size=64"
+        )
     raise ValueError(f"data is a {type(data).__name__}: {_ACCEPTED}")
 
 
@@ -82,7 +89,7 @@ def _split(name: str, part: Any, seed: int) -> Split:
     if hasattr(part, "batches"):
         split: Split = part
         return split
-    if _is_dataset(part):
+    if _is_dataset(part) or isinstance(part, list):
         return DatasetSplit(part, seed)
     raise ValueError(f"data: {name} is a {type(part).__name__}; {_ACCEPTED}")
 

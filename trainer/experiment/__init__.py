@@ -4,8 +4,21 @@ The driver, the workers, sweeps and reports all receive an `Experiment`. Only th
 settings into objects; nothing above it reads plain settings.
 """
 
-from trainer.experiment.describe import describe_object, describe_parts
+from trainer.experiment.describe import (
+    describe_cluster,
+    describe_object,
+    describe_parts,
+    describe_section,
+)
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.phases import Stage, check_order
 
-__all__ = ["Experiment", "Stage", "check_order", "describe_object", "describe_parts"]
+__all__ = [
+    "Experiment",
+    "Stage",
+    "check_order",
+    "describe_cluster",
+    "describe_object",
+    "describe_parts",
+    "describe_section",
+]

@@ -9,6 +9,7 @@ from hydra.utils import get_method
 from torch import nn
 
 from trainer.config import ArtifactConfig
+from trainer.config.compose import choose, conf_dir
 from trainer.config.instantiate import OBJECT
 from trainer.errors import ConfigError
 from trainer.phases import Phase
@@ -21,9 +22,9 @@ def describe_parts(
     *,
     model: Any = None,
     data: Any = None,
-    task: Task | Callable[..., Task] | Mapping[str, Any] | None = None,
+    task: str | Task | Callable[..., Task] | Mapping[str, Any] | None = None,
     phases: Sequence[Phase] | Mapping[str, Phase] = (),
-    logger: Mapping[str, Any] | None = None,
+    logger: str | Sequence[str] | Mapping[str, Any] | None = None,
     artifact: bool | ArtifactConfig | Mapping[str, Any] = False,
 ) -> dict[str, Any]:
     """Settings of those arguments of `Experiment` that may be Python objects.
@@ -42,24 +43,42 @@ def describe_parts(
         },
         "logger": {
             name: describe_object(f"logger.{name}", sink, objects)
-            for name, sink in (logger or {}).items()
+            for name, sink in describe_section("logger", logger).items()
         },
         "artifact": _describe_artifact(artifact, objects),
     }
 
 
-def describe_section(section: Any) -> dict[str, Any]:
-    """Settings of a section that was passed as a dataclass, a mapping, or not at all."""
+def describe_section(key: str, section: Any) -> dict[str, Any]:
+    """Settings of a section of the configuration.
+
+    Args:
+        key: Its name.
+        section: A dataclass, a mapping, the name (or names) that `key=NAME` selects on the command
+            line, or None.
+
+    Raises:
+        ConfigError: It is none of these, or nothing has that name.
+    """
     if section is None:
         return {}
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
         return dataclasses.asdict(section)
-    return dict(section)
+    if isinstance(section, Mapping):
+        return dict(section)
+    names = [section] if isinstance(section, str) else section
+    if not (
+        (conf_dir() / key).is_dir()
+        and isinstance(names, Sequence)
+        and all(isinstance(name, str) for name in names)
+    ):
+        raise ConfigError(f"{key}={section!r}: pass a mapping of the settings of this section")
+    return choose(key, section)
 
 
 def describe_cluster(cluster: Any, workers: int | None) -> dict[str, Any]:
     """Settings of the section `cluster`, in which `workers` overrides the number of workers."""
-    settings = describe_section(cluster)
+    settings = describe_section("cluster", cluster)
     if workers is None and settings.get("backend") == "inline":
         workers = settings.get("workers", 1)
     return settings if workers is None else {**settings, "workers": workers}
@@ -113,11 +132,14 @@ def _describe_phase(name: str, phase: Phase, objects: dict[str, Any]) -> dict[st
 
 def _describe_task(task: Any, objects: dict[str, Any]) -> dict[str, Any]:
     """Settings of a task that was passed as an object, a class, or a mapping."""
+    if isinstance(task, str):
+        return choose("task", task)
     if not isinstance(task, Task):
-        if not (callable(task) or isinstance(task, Mapping)):
+        if isinstance(task, nn.Module) or not (callable(task) or isinstance(task, Mapping)):
             raise ConfigError(
-                f"task is a {type(task).__name__}: pass an object of a class of trainer.tasks, "
-                "such as trainer.tasks.Regression(), or a mapping with a _target_"
+                f"task is a {type(task).__name__}: pass a name, such as 'regression', an object "
+                "of a class of trainer.tasks, or a mapping with a _target_; a loss is passed as "
+                "trainer.tasks.Custom(loss=...)"
             )
         return describe_object("task", task, objects)
     if not dataclasses.is_dataclass(task):

@@ -24,6 +24,7 @@ from trainer.config import (
     LimitsConfig,
     to_dataclass,
 )
+from trainer.config.compose import choose
 from trainer.config.instantiate import OBJECT, Factory
 from trainer.config.renamed import rename_keys
 from trainer.data.datasets import preserved_generators, seed_generators
@@ -97,13 +98,13 @@ class Experiment:
         data: Splits, Datasets or tensors (see `trainer.data.as_splits`); a callable that returns
             `Splits`; or a mapping with a `_target_`.
         phases: Phases in order, as a sequence or as a mapping by name.
-        task: What is minimized and measured: an object of a class of `trainer.tasks`, such as
-            `trainer.tasks.Regression(loss="huber")`, or of your own (docs/own-task.md), or a
-            mapping with a `_target_`. By default `Classification()`.
-        optimizer: A class or `functools.partial` of one, such as
-            `partial(torch.optim.AdamW, lr=1e-3)`, or a mapping with a `_target_`, which may have
-            `groups` (docs/training.md). By default SGD with a learning rate of 0.02, momentum 0.9,
-            Nesterov, and weight decay 0.0005.
+        task: What is minimized and measured: a name, such as "regression"; an object of a class of
+            `trainer.tasks`, such as `trainer.tasks.Regression(loss="huber")`, or of your own
+            (docs/own-task.md); or a mapping with a `_target_`. By default "classification".
+        optimizer: A name, such as "adamw"; a class or `functools.partial` of one, such as
+            `partial(torch.optim.AdamW, lr=1e-3)`; or a mapping with a `_target_`, which may have
+            `groups` (docs/training.md). By default "sgd", with a learning rate of 0.02, momentum
+            0.9, Nesterov, and weight decay 0.0005.
         lr: Peak learning rate of phases that set none; overrides that of `optimizer`.
         name: Title, and default folder under outputs/.
         seed: Seeds initial weights, order of the samples, augmentation and dropout.
@@ -120,8 +121,9 @@ class Experiment:
         init_strict: Whether all other names and shapes must be those of the model; False: what
             fits is loaded.
         workers: Number of data-parallel workers; shorthand for `cluster`.
-        cluster: Settings of the section `cluster`, as a dataclass of `trainer.config` or a mapping;
-            likewise the next five.
+        cluster: "inline" (this process is the only worker) or "local" (Ray workers); or settings
+            of the section `cluster`, as a dataclass of `trainer.config` or a mapping; likewise the
+            next five, without the names.
         allreduce: How gradients are averaged.
         checkpoint: When the state is stored.
         export: Whether to write model.onnx.
@@ -129,8 +131,11 @@ class Experiment:
         cost: What energy costs, and the power of what no counter measures.
         artifact: Whether to write model.dcz, or the settings of that section, in which `coder` may
             be an object of a class of your own (docs/own-coder.md).
-        logger: Sinks by name: mappings with a `_target_`, or objects that follow
-            `trainer.report.Sink`.
+        logger: Names, such as ["tensorboard", "csv"]; or sinks by name: mappings with a
+            `_target_`, or objects that follow `trainer.report.Sink`.
+
+    Names are those that `task=NAME`, `optimizer=NAME`, `cluster=NAME` and `logger=[NAME]` select on
+    the command line.
 
     Raises:
         ConfigError: A setting is unknown or not allowed, or the phases do not fit together.
@@ -150,8 +155,8 @@ class Experiment:
         model: nn.Module | Callable[..., nn.Module] | Mapping[str, Any],
         data: Any,
         phases: Sequence[Phase] | Mapping[str, Phase],
-        task: Task | Callable[..., Task] | Mapping[str, Any] | None = None,
-        optimizer: Callable[..., torch.optim.Optimizer] | Mapping[str, Any] | None = None,
+        task: str | Task | Callable[..., Task] | Mapping[str, Any] | None = None,
+        optimizer: str | Callable[..., torch.optim.Optimizer] | Mapping[str, Any] | None = None,
         lr: float | None = None,
         name: str = "experiment",
         seed: int = 0,
@@ -166,14 +171,14 @@ class Experiment:
         init_skip: Sequence[str] = (),
         init_strict: bool = True,
         workers: int | None = None,
-        cluster: ClusterConfig | Mapping[str, Any] | None = None,
+        cluster: str | ClusterConfig | Mapping[str, Any] | None = None,
         allreduce: AllReduceConfig | Mapping[str, Any] | None = None,
         checkpoint: CheckpointConfig | Mapping[str, Any] | None = None,
         artifact: bool | ArtifactConfig | Mapping[str, Any] = False,
         export: ExportConfig | Mapping[str, Any] | None = None,
         limits: LimitsConfig | Mapping[str, Any] | None = None,
         cost: CostConfig | Mapping[str, Any] | None = None,
-        logger: Mapping[str, Any] | None = None,
+        logger: str | Sequence[str] | Mapping[str, Any] | None = None,
     ) -> None:
         objects: dict[str, Any] = {}
         if not (isinstance(model, nn.Module | Mapping) or callable(model)):
@@ -192,7 +197,10 @@ class Experiment:
             logger=logger,
             artifact=artifact,
         )
-        chosen = describe_object("optimizer", optimizer or DEFAULT_OPTIMIZER, objects)
+        if isinstance(optimizer, str):
+            chosen = choose("optimizer", optimizer)
+        else:
+            chosen = describe_object("optimizer", optimizer or DEFAULT_OPTIMIZER, objects)
         if OBJECT in chosen:
             raise ConfigError("optimizer: pass its class, not an object: it is made for each phase")
         settings = {
@@ -211,11 +219,11 @@ class Experiment:
             "recompute": [*recompute],
             "profile": profile,
             "cluster": describe_cluster(cluster, workers),
-            "allreduce": describe_section(allreduce),
-            "checkpoint": describe_section(checkpoint),
-            "export": describe_section(export),
-            "limits": describe_section(limits),
-            "cost": describe_section(cost),
+            "allreduce": describe_section("allreduce", allreduce),
+            "checkpoint": describe_section("checkpoint", checkpoint),
+            "export": describe_section("export", export),
+            "limits": describe_section("limits", limits),
+            "cost": describe_section("cost", cost),
         }
         self._build(to_dataclass(Config, settings), objects)
 

@@ -20,7 +20,13 @@ from trainer.config.resumed import check_code
 from trainer.driver import drive
 from trainer.driver import resume as resume_run
 from trainer.errors import ConfigError, LimitsMissed, RunError
-from trainer.experiment import Experiment, describe_object, describe_parts
+from trainer.experiment import (
+    Experiment,
+    describe_cluster,
+    describe_object,
+    describe_parts,
+    describe_section,
+)
 from trainer.library.objects import dump_objects, load_objects
 from trainer.library.result import Result, SweepResult
 from trainer.phases import StructuralPhase, StructuredPrune
@@ -129,7 +135,7 @@ def resume(
     folder: str | Path,
     *,
     workers: int | None = None,
-    cluster: Mapping[str, Any] | None = None,
+    cluster: str | Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
     cost: Mapping[str, Any] | None = None,
@@ -148,7 +154,7 @@ def resume(
     Args:
         folder: The run directory.
         workers: Another number of workers.
-        cluster: Other settings of the section `cluster`.
+        cluster: Other settings of the section `cluster`; or "inline" or "local", with its settings.
         checkpoint: Other settings of the section `checkpoint`.
         limits: Other settings of the section `limits`.
         cost: Other settings of the section `cost`.
@@ -165,13 +171,13 @@ def resume(
     """
     directory = RunDirectory(Path(folder).absolute())
     plain = rename_keys(directory.read_config())
-    check_code(plain, directory.path, cluster or {})
     changes = {
-        "cluster": {**(cluster or {}), **({} if workers is None else {"workers": workers})},
-        "checkpoint": dict(checkpoint or {}),
-        "limits": dict(limits or {}),
-        "cost": dict(cost or {}),
+        "cluster": describe_cluster(cluster, workers),
+        "checkpoint": describe_section("checkpoint", checkpoint),
+        "limits": describe_section("limits", limits),
+        "cost": describe_section("cost", cost),
     }
+    check_code(plain, directory.path, changes["cluster"])
     for section, values in changes.items():
         plain[section] = {**plain.get(section, {}), **values}
     found = load_objects(directory.read_objects())

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.cluster import WorkerGroup, open_group
 from trainer.config import ClusterConfig, to_dataclass
 from trainer.errors import ConfigError
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, describe_cluster
 from trainer.library.result import Result
 from trainer.library.runs import execute
 from trainer.signals import Signals
@@ -25,9 +25,10 @@ class Session:
     torch, or connecting again. A worker that was lost is replaced before the next run.
 
     Args:
-        workers: Number of data-parallel workers.
+        workers: Number of data-parallel workers. By default 2, and 1 for "inline".
         cluster: Further settings of the section `cluster`, such as
-            `{"address": "10.0.0.5:6379", "device": "cuda"}`.
+            `{"address": "10.0.0.5:6379", "device": "cuda"}`; or "inline": this process is the only
+            worker.
         progress: Whether to print the progress of runs.
 
     Raises:
@@ -36,15 +37,13 @@ class Session:
 
     def __init__(
         self,
-        workers: int = 2,
+        workers: int | None = None,
         *,
-        cluster: ClusterConfig | Mapping[str, Any] | None = None,
+        cluster: str | ClusterConfig | Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
-        if not isinstance(cluster, ClusterConfig):
-            settings = {"workers": workers, **(cluster or {})}
-            cluster = to_dataclass(ClusterConfig, settings, "cluster")
-        self.cluster = cluster
+        settings = describe_cluster(cluster, workers)
+        self.cluster = to_dataclass(ClusterConfig, settings, "cluster")
         self._progress = progress
         self._group: WorkerGroup | None = None
         self._reconnect = False  # the last run failed, so that the workers must connect again

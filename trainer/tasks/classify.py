@@ -135,7 +135,10 @@ class Classification(Task):
     def check_type(self, targets: Tensor) -> str | None:
         if targets.dtype == torch.int64:
             return None
-        return "they must be classes, int64: targets.long(), or choose another task"
+        return (
+            "they must be classes, int64: targets.long(), or targets.argmax(1) if they are "
+            "one-hot; or choose another task"
+        )
 
     def check(self, prediction: Tensor, targets: Tensor) -> str | None:
         expected = list(prediction.shape)
@@ -143,7 +146,12 @@ class Classification(Task):
             del expected[self.class_dim]
         if prediction.ndim and expected == [*targets.shape]:
             return self._check_weights(prediction.shape[self.class_dim])
-        return "it must be a tensor of logits, with one more dimension for the classes"
+        advice = ""
+        if targets.shape == prediction.shape:
+            advice = f"; one-hot targets become classes by targets.argmax({self.class_dim})"
+        elif prediction.ndim == targets.ndim and targets.shape[-1] == 1:
+            advice = "; targets of shape [n, 1] become [n] by targets.squeeze(1)"
+        return f"it must be a tensor of logits, with one more dimension for the classes{advice}"
 
     def check_values(self, targets: Tensor, shape: Sequence[int]) -> tuple[int, str] | None:
         if targets.is_floating_point() or targets.dtype == torch.bool:

@@ -15,7 +15,7 @@ from trainer.config import FitConfig
 from trainer.data.checked import CheckedSplit, describe_sample
 from trainer.data.datasets import DatasetSplit, preserved_generators
 from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
-from trainer.data.tree import describe, map_tensors
+from trainer.data.tree import describe, map_tensors, tensors
 from trainer.engine.compiled import check_compiler
 from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
@@ -136,6 +136,10 @@ def _check_split(
             f"data: the targets of {name} are {str(targets.dtype).removeprefix('torch.')}; {wrong}"
         )
     problem = f"data and model: {kind} cannot take a {name} sample ({describe(inputs)})"
+    if any(x.dtype == torch.float64 for x in tensors(inputs)) and not any(
+        p.dtype == torch.float64 for p in model.parameters()
+    ):
+        problem += "; convert inputs to float32"
     output = _forward(model, inputs, targets, runtime, problem)
     try:
         prediction = task.prediction(output)
