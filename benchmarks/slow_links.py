@@ -44,10 +44,14 @@ METHODS: list[dict[str, Any]] = [
     {"wire": "bf16", "error_feedback": True},
     {"wire": "int8"},
     {"wire": "int8", "error_feedback": False},
+    {"compression": "powersgd", "rank": 2},
+    {"compression": "powersgd", "rank": 8},
+    {"compression": "topk", "fraction": 0.01},
     {"local_steps": 10},
     {"local_steps": 10, "wire": "int8"},
 ]
 ROUNDS = 3  # turns of each method
+WHOLE_STEPS = 20  # where accuracies are compared
 SKIPPED = 10  # steps at the beginning of a turn that are not counted
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 PORT = 29555
@@ -56,7 +60,12 @@ building = threading.Lock()  # ranks that are threads share torch's random state
 
 
 def train(
-    world: World, data: Splits, method: dict[str, Any], steps: int, seed: int = 0
+    world: World,
+    data: Splits,
+    method: dict[str, Any],
+    steps: int,
+    seed: int = 0,
+    whole_steps: int = 0,
 ) -> tuple[list[float], list[int], float]:
     """Train for some steps.
 
@@ -67,7 +76,7 @@ def train(
     runtime = Runtime(
         world=world,
         precision="fp32",
-        allreduce=AllReduceConfig(**method),
+        allreduce=AllReduceConfig(**method, whole_steps=whole_steps),
         optimizer=parse_optimizer(settings),
         batch_size=128,
         seed=seed,
@@ -151,7 +160,8 @@ def compare_accuracy(data: Splits, steps: int, seeds: int) -> None:
     for method in METHODS:
         found = []
         for seed in range(seeds):
-            body = functools.partial(train, data=data, method=method, steps=steps, seed=seed)
+            settings = {"method": method, "steps": steps, "seed": seed}
+            body = functools.partial(train, data=data, whole_steps=WHOLE_STEPS, **settings)
             found.append(run_ranks(2, body)[0][2])
         base = base or found
         change = [a - b for a, b in zip(found, base, strict=True)]

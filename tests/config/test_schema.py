@@ -56,6 +56,17 @@ def test_plain_settings_become_nested_dataclasses():
             {"allreduce": {"wire": "int8", "algorithm": "native"}},
             ["allreduce.wire=int8", "allreduce.algorithm=ring"],
         ),
+        ({"allreduce": {"compression": "zip"}}, ["compression=zip", "powersgd, topk"]),
+        ({"allreduce": {"rank": 0}}, ["allreduce.rank=0", "at least 1"]),
+        ({"allreduce": {"fraction": 0.0}}, ["allreduce.fraction=0.0", "above 0"]),
+        (
+            {"allreduce": {"compression": "topk", "wire": "int8"}},
+            ["allreduce.wire=int8", "allreduce.compression=topk"],
+        ),
+        (
+            {"allreduce": {"compression": "topk", "algorithm": "native"}},
+            ["allreduce.compression=topk", "allreduce.algorithm=ring"],
+        ),
         ({"allreduce": {"local_steps": 0}}, ["allreduce.local_steps=0", "at least 1"]),
         ({"allreduce": {"outer_momentum": 1.0}}, ["allreduce.outer_momentum=1.0", "below 1"]),
         (

@@ -1,20 +1,26 @@
 """Averages that send less than their values: the mean, the error, and training with them."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.engine import bodies
 from trainer.config import AllReduceConfig, FitConfig
 from trainer.engine.loop import fit
-from trainer.engine.lossy.base import LossyAllReduce
-from trainer.engine.lossy.make import make_lossy
+from trainer.engine.lossy.base import Lossy, LossyAllReduce, Part
+from trainer.engine.lossy.make import check_compression
+from trainer.engine.lossy.powersgd import PowerSGD
 from trainer.engine.lossy.quantized import BLOCK, Codec, Int8Blocks, Quantized, Rounded
+from trainer.engine.lossy.topk import TopK
+from trainer.engine.reducer import Reducer
+from trainer.engine.ring import RingAllReduce
 from trainer.engine.world import World
+from trainer.errors import ConfigError
 from trainer.testing.lossy import check_lossy
 
 Ranks = Callable[..., list[Any]]
@@ -23,11 +29,42 @@ CODECS: dict[str, Codec] = {
     "bf16": Rounded(torch.bfloat16),
     "fp16": Rounded(torch.float16),
 }
+
+
+def quantized(codec: Codec, part: Part) -> Lossy:
+    return Quantized(part.transport, codec)
+
+
 SETTINGS = [
     {"wire": "int8"},
     {"wire": "int8", "error_feedback": False},
     {"wire": "bf16", "error_feedback": True},
+    {"compression": "powersgd", "rank": 1, "whole_steps": 4},
+    {"compression": "topk", "fraction": 0.2, "whole_steps": 4},
+    {"compression": {"_target_": "tests.engine.test_lossy.Whole"}, "whole_steps": 0},
 ]
+
+
+class Whole:
+    """A method of a user's own that leaves nothing out."""
+
+    def __init__(self, part: Part) -> None:
+        self._all_reduce = part.all_reduce
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._all_reduce.sent_bytes
+
+    def mean_(self, values: Tensor, error: Tensor | None) -> None:
+        self._all_reduce.mean_(values)
+        if error is not None:
+            error.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def values_of(rank: int, length: int, step: int = 0) -> Tensor:
@@ -35,9 +72,21 @@ def values_of(rank: int, length: int, step: int = 0) -> Tensor:
     return torch.randn(length, generator=generator) * torch.logspace(-3, 1, length)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_contract(codec: str) -> None:
-    check_lossy(lambda world: Quantized(world.transport, CODECS[codec]), length=700)
+METHODS: dict[str, Callable[[Part], Lossy]] = {
+    **{name: partial(quantized, codec) for name, codec in CODECS.items()},
+    "powersgd": lambda part: PowerSGD(part, rank=2),
+    "topk": lambda part: TopK(part, fraction=0.1),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: str) -> None:
+    check_lossy(METHODS[method])
+
+
+def test_contract_of_a_part_without_matrices() -> None:
+    """As after pruning, when the surviving weights are a vector."""
+    check_lossy(METHODS["powersgd"], shapes=[(300,), (3, 3)], ranks=2)
 
 
 @pytest.mark.parametrize(("codec", "relative"), [("int8", 1 / 127), ("bf16", 2**-7)])
@@ -161,7 +210,7 @@ def test_training_reaches_the_same_loss(ranks: Ranks) -> None:
 
 def test_fp16_scales_what_is_late(ranks: Ranks) -> None:
     def body(world: World) -> Tensor:
-        average = make_lossy(world.transport, AllReduceConfig(wire="int8"))
+        average = LossyAllReduce(Quantized(world.transport, Int8Blocks()), True)
         flat = values_of(world.rank, 300)
         average.mean_(flat)
         late = average.rank_state()["error"].clone()
@@ -170,3 +219,81 @@ def test_fp16_scales_what_is_late(ranks: Ranks) -> None:
 
     for difference in ranks(2, body):
         assert not difference.any()
+
+
+def test_powersgd_is_exact_for_a_gradient_of_its_rank(ranks: Ranks) -> None:
+    """The sum of the ranks' gradients is what has to have the rank, once Q has converged."""
+
+    def body(world: World) -> tuple[Tensor, int]:
+        all_reduce = RingAllReduce(world.transport, torch.float32)
+        shapes = [torch.Size((20, 30)), torch.Size((5,))]
+        lossy = PowerSGD(Part(shapes, world.transport, all_reduce), rank=2)
+        for _ in range(2):
+            before = lossy.sent_bytes
+            values = gradient(world.rank)
+            lossy.mean_(values, None)
+        return values, lossy.sent_bytes - before
+
+    def gradient(rank: int) -> Tensor:
+        generator = torch.Generator().manual_seed(rank)
+        left = torch.randn(20, 1, generator=generator)
+        right = torch.randn(1, 30, generator=generator)
+        return torch.cat([(left @ right).flatten(), torch.full((5,), float(rank))])
+
+    for result, sent in ranks(2, body):
+        torch.testing.assert_close(result, (gradient(0) + gradient(1)) / 2, rtol=1e-4, atol=1e-5)
+        assert sent == 4 * ((20 + 30) * 2 + 5)
+
+
+def test_topk_sends_the_largest_values_of_every_rank(ranks: Ranks) -> None:
+    def body(world: World) -> tuple[list[float], list[float], int]:
+        part = Part(
+            [torch.Size((8,))], world.transport, RingAllReduce(world.transport, torch.float32)
+        )
+        lossy = TopK(part, fraction=0.25)
+        values = torch.tensor([[1, -9, 2, 8, 0, 0, 3, 0], [4, 7, 0, 0, -6, 1, 1, 1]][world.rank])
+        values, error = values.float(), torch.empty(8)
+        lossy.mean_(values, error)
+        return values.tolist(), error.tolist(), lossy.sent_bytes
+
+    mean = [0, (7 - 9) / 2, 0, 4, -3, 0, 0, 0]
+    errors = [[1, 0, 2, 0, 0, 0, 3, 0], [4, 0, 0, 0, 0, 1, 1, 1]]
+    assert ranks(2, body) == [(mean, error, 16) for error in errors]
+
+
+def test_the_state_is_that_of_the_last_step_that_all_ranks_finished(ranks: Ranks) -> None:
+    """Survivors of an elastic run continue from it, and a replay must find the same."""
+
+    def body(world: World) -> None:
+        model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+        config = AllReduceConfig(bucket_mb=0.0001, compression="powersgd", rank=1, whole_steps=1)
+        reducer = Reducer(model.parameters(), world, config)
+        for step in range(3):
+            if step == 2:
+                kept = copy.deepcopy(reducer.state())
+                if world.rank == 1:
+                    world.close()
+            reducer.zero_grad()
+            model(torch.ones(1, 9)).sum().backward()
+            if step < 2:
+                reducer.finish()
+            else:
+                with pytest.raises(ConnectionError):
+                    reducer.finish()
+        assert str(reducer.state()) == str(kept)
+        reducer.close()
+
+    ranks(2, body)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"_target_": "no.such"}, "allreduce.compression._target_=no.such"),
+        ({"_target_": f"{TopK.__module__}.TopK", "share": 1}, "allreduce.compression.share"),
+        ({"_target_": f"{TopK.__module__}.TopK"}, "fraction"),
+    ],
+)
+def test_a_class_that_cannot_be_built_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_compression(AllReduceConfig(compression=settings))

@@ -17,9 +17,14 @@ SHORT = {"train": PHASES["train"], "prune": ONESHOT} | {k: PHASES[k] for k in ("
     ("settings", "phases", "points"),
     [
         ({"wire": "int8"}, SHORT, {(0, 3), (3, 6)}),
+        (
+            {"compression": "powersgd", "rank": 1, "whole_steps": 4},
+            {"train": PHASES["train"]},
+            {(0, 3), (0, 6)},
+        ),
         ({"local_steps": 2}, {"train": PHASES["train"]}, {(0, 4), (0, 6)}),
     ],
-    ids=["int8", "local"],
+    ids=["int8", "powersgd", "local"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(settings, phases, points):
     """In a dense phase, one with packed weights, one with codebooks, and between two averages."""

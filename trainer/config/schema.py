@@ -132,10 +132,16 @@ class AllReduceConfig:
         "ring"  # ring (this project's, over point-to-point sends) | native (gloo, NCCL)
     )
     wire: str = "fp32"  # number format of gradients on the network: fp32 | bf16 | fp16 | int8
-    # Whether a step also sends what rounding lost in earlier ones; null: with int8.
+    # Whether a step also sends what was lost in earlier ones; null: with int8 and `compression`.
     error_feedback: bool | None = None
     bucket_mb: float = 25.0  # MiB of gradients reduced together; a larger parameter: in pieces
     segment_kb: int = 1024  # KiB of a ring message that are in flight at a time
+    # What is sent of a gradient: none (all values) | powersgd (two narrow matrices) | topk (the
+    # largest values), or a mapping with a `_target_`, a class of your own.
+    compression: Any = "none"
+    rank: int = 2  # compression=powersgd: columns of the two matrices
+    fraction: float = 0.01  # compression=topk: of the values that each worker sends
+    whole_steps: int = 100  # compression: first steps of a phase, in which all values are sent
     local_steps: int = 1  # optimizer steps between two averages of weights; 1: gradients instead
     outer_lr: float = 0.7  # local_steps: learning rate of the outer optimizer; 1: the plain average
     outer_momentum: float = 0.9  # local_steps: Nesterov momentum of the outer optimizer
@@ -143,13 +149,27 @@ class AllReduceConfig:
     def __post_init__(self) -> None:
         check_choice("allreduce.algorithm", self.algorithm, ("ring", "native"))
         check_choice("allreduce.wire", self.wire, (*PRECISIONS, "int8"))
-        if self.error_feedback and self.wire == "fp32":
+        if not isinstance(self.compression, Mapping):
+            check_choice("allreduce.compression", self.compression, ("none", "powersgd", "topk"))
+        check_min("allreduce.rank", self.rank, 1)
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(
+                f"allreduce.fraction={self.fraction}: it must be above 0 and at most 1"
+            )
+        check_min("allreduce.whole_steps", self.whole_steps, 0)
+        if self.compression != "none" and self.wire == "int8":
+            raise ConfigError(
+                f"allreduce.wire=int8 with allreduce.compression={self.compression}: both compress "
+                "gradients; set allreduce.wire to bf16 or fp32, or allreduce.compression=none"
+            )
+        if self.error_feedback and self.wire == "fp32" and self.compression == "none":
             raise ConfigError(
                 "allreduce.error_feedback=true with allreduce.wire=fp32: nothing is rounded, so "
                 "there is no error to send later; set allreduce.wire to bf16 or int8"
             )
-        if self.is_lossy and self.algorithm == "native":
+        if self.is_lossy and self.algorithm == "native" and self.compression != "powersgd":
             key = "wire=int8" if self.wire == "int8" else "error_feedback=true"
+            key = key if self.compression == "none" else f"compression={self.compression}"
             raise ConfigError(
                 f"allreduce.{key} with allreduce.algorithm=native: gloo and NCCL cannot average "
                 "like that; set allreduce.algorithm=ring"
@@ -166,12 +186,14 @@ class AllReduceConfig:
     @property
     def feeds_back(self) -> bool:
         """Whether what was not sent in one step is sent in the next one."""
-        return self.wire == "int8" if self.error_feedback is None else self.error_feedback
+        if self.error_feedback is None:
+            return self.wire == "int8" or self.compression != "none"
+        return self.error_feedback
 
     @property
     def is_lossy(self) -> bool:
         """Whether gradients are averaged by trainer.engine.lossy."""
-        return self.wire == "int8" or self.feeds_back
+        return self.wire == "int8" or self.compression != "none" or self.feeds_back
 
 
 @dataclass

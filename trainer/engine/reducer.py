@@ -8,6 +8,7 @@ How a bucket is averaged is the business of ring.py.
 
 import functools
 import queue
+import sys
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.config import AllReduceConfig
-from trainer.engine.lossy.base import LossyAllReduce
+from trainer.engine.lossy.base import LossyAllReduce, Part
 from trainer.engine.lossy.make import make_lossy
 from trainer.engine.ring import WIRE_TYPES, AllReduce, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
@@ -94,9 +95,10 @@ class Reducer:
             if bucket.wire is not None:
                 bucket.all_reduces = [exact[bucket.wire]] * len(bucket.pieces)
             else:
-                lossy = [make_lossy(world.transport, config) for _ in bucket.pieces]
+                lossy = [_lossy(world, config, bucket) for _ in bucket.pieces]
                 self._lossy += lossy
                 bucket.all_reduces = list(lossy)
+        self._finished = [one.state() for one in self._lossy]  # their states after the last step
         self._sent_before = 0  # by this reducer, up to the last finished step
         self._sender: _Sender = _Stream() if world.device.type == "cuda" else _Thread()
         for bucket in self._buckets:
@@ -141,6 +143,7 @@ class Reducer:
             bucket.reset()
         self._launched = 0
         self._armed = False
+        self._finished = [one.state() for one in self._lossy]
         sent = sum(all_reduce.sent_bytes for all_reduce in self._distinct())
         self.sent_bytes, self._sent_before = sent - self._sent_before, sent
 
@@ -154,8 +157,8 @@ class Reducer:
                 one.rescale(factor)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs that is the same on all ranks."""
-        return {"layout": self._layout(), "pieces": [one.state() for one in self._lossy]}
+        """What a checkpoint after the last finished step needs that is the same on all ranks."""
+        return {"layout": self._layout(), "pieces": self._finished}
 
     def rank_state(self) -> dict[str, Any]:
         """What a checkpoint needs of this rank; empty if that is nothing."""
@@ -176,6 +179,7 @@ class Reducer:
         errors = rank_state.get("pieces", [{}] * len(self._lossy))
         for one, piece, error in zip(self._lossy, state["pieces"], errors, strict=True):
             one.load(piece, error)
+        self._finished = state["pieces"]
         return True
 
     def close(self) -> None:
@@ -360,6 +364,13 @@ def _all_reduce(world: World, config: AllReduceConfig, wire: torch.dtype) -> All
     return RingAllReduce(world.transport, wire, config.segment_kb * 1024)
 
 
+def _lossy(world: World, config: AllReduceConfig, bucket: _Bucket) -> LossyAllReduce:
+    wire = WIRE_TYPES.get(config.wire, torch.float32)
+    shapes = [parameter.shape for parameter in bucket.parameters]
+    part = Part(shapes, world.transport, _all_reduce(world, config, wire))
+    return make_lossy(part, _all_reduce(world, config, wire), config)
+
+
 def _assign(
     parameters: list[nn.Parameter],
     bucket_bytes: int,
@@ -369,7 +380,8 @@ def _assign(
 ) -> list[_Bucket]:
     """Buckets from the last parameter to the first; each ends once it holds `bucket_bytes`.
 
-    A parameter larger than that has a bucket of its own, so that nothing waits for it. The
+    A parameter larger than that has a bucket of its own, so that nothing waits for it; only what is
+    sent value by value is averaged in pieces. The
     parameters of a bucket have one type. The extras follow the gradient of the first parameter
     where they travel in float32, and else have a bucket of their own: counts and losses must not be
     rounded, and a loss may exceed the range of float16.
@@ -389,7 +401,8 @@ def _assign(
     exact = wire == torch.float32 and all(p.dtype == torch.float32 for p in groups[-1])
     if groups[-1] and not exact:
         groups.append([])
-    buckets = [_Bucket(group, wire, 0, device, bucket_bytes) for group in groups[:-1]]
+    max_bytes = bucket_bytes if config.compression == "none" else sys.maxsize
+    buckets = [_Bucket(group, wire, 0, device, max_bytes) for group in groups[:-1]]
     return [*buckets, _Bucket(groups[-1], torch.float32, extras, device, bucket_bytes)]
 
 

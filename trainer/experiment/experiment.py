@@ -33,6 +33,7 @@ from trainer.data.sources import as_splits
 from trainer.data.split import Splits
 from trainer.engine.freeze import check_freeze
 from trainer.engine.groups import check_groups
+from trainer.engine.lossy.make import check_compression
 from trainer.engine.optim import OptimizerSpec, parse_optimizer
 from trainer.engine.recompute import check_recompute
 from trainer.engine.runtime import Runtime
@@ -266,6 +267,7 @@ class Experiment:
         if not isinstance(self.coder, str):
             factory = Factory("artifact.coder", self.coder, object, objects)
             self.coder = cast(Coder, factory.build())
+        check_compression(config.allreduce)
         check_order(self.phases)
         check_schedules(self.phases, self.optimizer.lr)
         check_mixing(self.phases, self.task)

@@ -1,30 +1,42 @@
 """The contract of averages that send less than their values: `trainer.engine.lossy.base.Lossy`."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from trainer.engine.lossy.base import Lossy
+from trainer.engine.lossy.base import Lossy, Part
+from trainer.engine.ring import RingAllReduce
 from trainer.engine.world import World
 from trainer.testing.ranks import run_ranks
 
 
-def check_lossy(build: Callable[[World], Lossy], length: int, ranks: int = 3) -> None:
+def check_lossy(
+    build: Callable[[Part], Lossy],
+    shapes: Sequence[Sequence[int]] = ((40, 30), (40,), (8, 4, 3, 3)),
+    ranks: int = 3,
+) -> None:
     """Check an implementation in `ranks` threads.
 
     Args:
-        build: Returns an object of the class. It is called on every rank at the same time.
-        length: Number of values that it averages.
+        build: Returns an object of the class, such as the class itself.
+        shapes: Of the gradients that it averages.
         ranks: Size of the group.
 
     Raises:
         AssertionError: A rule of `Lossy` is broken.
     """
 
+    sizes = [torch.Size(shape) for shape in shapes]
+    length = sum(size.numel() for size in sizes)
+
+    def new(world: World) -> Lossy:
+        all_reduce = RingAllReduce(world.transport, torch.float32)
+        return build(Part(sizes, world.transport, all_reduce))
+
     def body(world: World) -> list[tuple[Tensor, Tensor, Tensor]]:
-        lossy, other = build(world), build(world)
+        lossy, other = new(world), new(world)
         steps = []
         for step in range(4):
             generator = torch.Generator().manual_seed(100 * step + world.rank)

@@ -5,11 +5,24 @@ instead of lost: Seide et al., 1-Bit Stochastic Gradient Descent, Interspeech 20
 et al., Error Feedback Fixes SignSGD, ICML 2019 (arXiv:1901.09847).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from trainer.engine.ring import AllReduce
+from trainer.engine.transport import Transport
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some gradients in a flat tensor, for one `Lossy`, and the ways to the other ranks."""
+
+    shapes: Sequence[torch.Size]  # of the gradients, in the order in which they follow each other
+    transport: Transport  # sends tensors to any rank
+    all_reduce: AllReduce  # of this `Lossy` alone; what travels is rounded to `allreduce.wire`
 
 
 class Lossy(Protocol):
@@ -35,7 +48,10 @@ class Lossy(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, the same on all ranks: tensors and plain values."""
+        """What the next step depends on, the same on all ranks: tensors and plain values.
+
+        Later steps must not change these tensors in place.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
@@ -48,24 +64,39 @@ class LossyAllReduce:
         lossy: Averages the values.
         error_feedback: Whether what was not sent is added to the values of the next step. This
             needs 4 bytes for each value.
+        whole: Averages the values of the first steps.
+        whole_steps: Number of these steps.
     """
 
-    def __init__(self, lossy: Lossy, error_feedback: bool) -> None:
+    def __init__(
+        self,
+        lossy: Lossy,
+        error_feedback: bool,
+        whole: AllReduce | None = None,
+        whole_steps: int = 0,
+    ) -> None:
         self._lossy = lossy
         self._feeds_back = error_feedback
+        self._whole = whole
+        self._whole_steps = whole_steps  # that remain
         self._error: Tensor | None = None  # of this rank, not sent so far; None: nothing
 
     @property
     def sent_bytes(self) -> int:
         """See `AllReduce`."""
-        return self._lossy.sent_bytes
+        return self._lossy.sent_bytes + (self._whole.sent_bytes if self._whole else 0)
 
     def mean_(self, flat: Tensor) -> None:
         """See `AllReduce`."""
+        if self._whole is not None and self._whole_steps > 0:
+            self._whole_steps -= 1
+            self._whole.mean_(flat)
+            return
         values = flat.to(torch.float32)  # itself, if that is its type
         if self._feeds_back:
             if self._error is None:
                 self._error = torch.zeros_like(values)
+            self._error = self._error.to(values.device)  # a checkpoint's is on the CPU
             values.add_(self._error)
         self._lossy.mean_(values, self._error)
         if self._error is not None:  # NaN would come back in every later step
@@ -80,7 +111,7 @@ class LossyAllReduce:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs that is the same on all ranks."""
-        return self._lossy.state_dict()
+        return {"whole_steps": self._whole_steps, "lossy": self._lossy.state_dict()}
 
     def rank_state(self) -> dict[str, Any]:
         """What a checkpoint needs of this rank."""
@@ -88,6 +119,7 @@ class LossyAllReduce:
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Continue from what `state` and `rank_state` returned; without the latter, from zero."""
-        self._lossy.load_state_dict(state)
+        self._whole_steps = state["whole_steps"]
+        self._lossy.load_state_dict(state["lossy"])
         if (error := rank_state.get("error")) is not None:
-            self._error = error
+            self._error = error.clone()
