@@ -17,6 +17,7 @@ _GROUPS = {
     "data: images": ("Data: images", "data/images.yaml", "data."),
     "data: table": ("Data: tables", "data/table.yaml", "data."),
     "data: huggingface": ("Data: Hugging Face", "data/huggingface.yaml", "data."),
+    "data: stream": ("Data: streams", "data/stream.yaml", "data."),
     "data: text": ("Data: text", "data/text.yaml", "data."),
     **{
         f"task: {path.stem}": (f"Task: {path.stem}", f"task/{path.name}", "task.")

@@ -30,6 +30,7 @@ def test_there_are_files() -> None:
         "huggingface",
         "images",
         "mnist",
+        "stream",
         "table",
         "text",
     ]

@@ -1,8 +1,8 @@
 """Datasets, and the order in which the workers read their samples.
 
 `data._target_` names a callable that takes the other settings of the `data` section, and `seed` if
-it accepts one, and returns `Splits`, such as `mnist`, `text`, `images`, `table`, `huggingface` and
-`dataset`.
+it accepts one, and returns `Splits`, such as `mnist`, `text`, `images`, `table`, `huggingface`,
+`dataset` and `stream`.
 """
 
 from trainer.data.characters import text
@@ -14,6 +14,7 @@ from trainer.data.images import images
 from trainer.data.order import global_batches, permutation, shard
 from trainer.data.sources import as_splits
 from trainer.data.split import Split, Splits, TensorSplit
+from trainer.data.streaming import stream
 from trainer.data.table import table
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "mnist",
     "permutation",
     "shard",
+    "stream",
     "table",
     "text",
 ]

@@ -89,6 +89,7 @@ class SeededBatches(Dataset[Batch | SampleError]):
         self._collate = collate
         self._check = _as_it_is if getattr(dataset, "trusted", False) else _check_item
         self._draws = getattr(dataset, "draws", True)  # whether samples draw random numbers
+        self._begin_batch = getattr(dataset, "begin_batch", None)  # of a stream
 
     def __getitem__(self, request: Request) -> Batch | SampleError:
         epoch, wanted = request
@@ -97,6 +98,8 @@ class SeededBatches(Dataset[Batch | SampleError]):
         pairs = []
         try:
             with preserved_generators():
+                if self._begin_batch is not None:
+                    self._begin_batch(epoch, indices)
                 for index in indices:
                     if self._draws:
                         seed_generators(mix(self.seed, epoch, index))
@@ -203,6 +206,7 @@ class DatasetSplit:
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             multiprocessing_context=fork_server() if workers else None,
+            worker_init_fn=_hide_worker if hasattr(self.dataset, "begin_batch") else None,
             # By default a loader draws a number from the global generator in each pass.
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -242,6 +246,8 @@ class DatasetSplit:
 
     def sample_name(self, index: int) -> str:
         """A sample in words; one that was held out also by its number in the whole Dataset."""
+        if hasattr(self.dataset, "sample_name"):  # of a stream
+            return str(self.dataset.sample_name(index))
         if isinstance(self.dataset, Subset):
             number = self.dataset.indices[index]
             return f"sample {index} (number {number} of the data set that it was held out of)"
@@ -254,6 +260,11 @@ class DatasetSplit:
         for instance because of a transform.
         """
         return _listed_targets(self.dataset)
+
+
+def _hide_worker(number: int) -> None:
+    """Hide from streams that this is a loader process: they would read only a part of the data."""
+    torch.utils.data._utils.worker._worker_info = None
 
 
 def _choose_workers(batches: SeededBatches, samples: int) -> int:
@@ -444,7 +455,7 @@ def dataset(
         if not absent and (not by_index or isinstance(value, IterableDataset)):
             raise ValueError(
                 f"data.{key}: {type(value).__name__} is not a map-style data set: it needs "
-                "__len__ and __getitem__"
+                "__len__ and __getitem__; for streams, use data=stream (trainer.data.stream)"
             )
     if loader_workers < 0:
         raise ValueError(f"data.loader_workers={loader_workers}: it must be at least 0")

@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer.data.hashing import mix
 from trainer.data.order import permutation
 from trainer.data.split import Split
+from trainer.data.stream import stream_of
 
 _DRAWS = 0x6D6978  # separates the seeds of the draws from those of the order
 
@@ -107,7 +108,7 @@ class MixedSplit:
         if epoch is None:
             yield from self.split.batches(order, epoch)
             return
-        samples = permutation(len(self), self._seed, epoch)
+        samples = permutation(len(self), self._seed, epoch, stream_of(self.split) is None)
         positions = torch.empty_like(samples)
         positions[samples] = torch.arange(len(samples))
         requested: deque[tuple[list[int], int]] = deque()  # a loader may request batches ahead

@@ -10,22 +10,30 @@ from torch import Tensor
 from trainer.data.hashing import mix
 
 
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of range(n), int64 [n], drawn from a generator seeded with mix(seed, epoch)."""
+def permutation(n: int, seed: int, epoch: int, shuffled: bool = True) -> Tensor:
+    """A permutation of range(n), int64 [n], drawn from a generator seeded with mix(seed, epoch).
+
+    With `shuffled=False`, as for streams, 0 to n - 1.
+    """
+    if not shuffled:
+        return torch.arange(n)
     generator = torch.Generator().manual_seed(mix(seed, epoch))
     return torch.randperm(n, generator=generator)
 
 
-def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+def global_batches(
+    n: int, batch_size: int, seed: int, epoch: int, shuffled: bool = True
+) -> list[Tensor]:
     """The epoch's permutation in slices of `batch_size`; the last one may be shorter.
 
-    Raises ValueError if there are no samples or the batch size is not positive.
+    Takes the arguments of `permutation`. Raises ValueError if there are no samples or the batch
+    size is not positive.
     """
     if n < 1:
         raise ValueError("there are no training samples: the data set is empty")
     if batch_size < 1:
         raise ValueError(f"data.batch_size={batch_size}: it must be at least 1")
-    return list(torch.split(permutation(n, seed, epoch), batch_size))
+    return list(torch.split(permutation(n, seed, epoch, shuffled), batch_size))
 
 
 def shard(batch: Tensor, rank: int, world_size: int) -> Tensor:

@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from trainer.data.datasets import SPLIT_SEED, DatasetSplit, dataset, held_out_size
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits, TensorSplit
+from trainer.data.stream import Stream, is_stream
 from trainer.data.tree import map_tensors
 
 _PARTS = ("train", "validation", "test")
 _ACCEPTED = (
     "pass Splits, a Dataset or a list of (input, target) pairs, a pair (inputs, targets) of "
-    "tensors, or three of these as (train, validation, test) or as a mapping with these keys"
+    "tensors, or three of these as (train, validation, test) or as a mapping with these keys; an "
+    "IterableDataset must be one of three"
 )
 
 
@@ -32,7 +34,8 @@ def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
               tensors or NumPy arrays: a fixed permutation holds out parts for validation and test.
               The inputs of a model with several are a tuple (positional) or a mapping (by keyword);
             - three of these, as a sequence (train, validation, test) or a mapping with these keys,
-              of which validation and test may be missing or None: they are held out from train.
+              of which validation and test may be missing or None: they are held out from train;
+              each of three may also be a stream, as in `trainer.data.stream`.
         seed: Seeds the random numbers of augmentation in Datasets.
         hold_out: Fraction of train that is held out for each part that is not given.
 
@@ -56,7 +59,7 @@ def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
     elif missing:
         made = dataset(train, parts.get("validation"), parts.get("test"), hold_out, seed=seed)
         return made
-    return Splits(**{name: _split(name, parts[name], seed) for name in _PARTS})
+    return Splits(**{name: as_split(name, parts[name], seed) for name in _PARTS})
 
 
 def _parts(data: Any) -> dict[str, Any]:
@@ -81,7 +84,8 @@ def _parts(data: Any) -> dict[str, Any]:
     raise ValueError(f"data is a {type(data).__name__}: {_ACCEPTED}")
 
 
-def _split(name: str, part: Any, seed: int) -> Split:
+def as_split(name: str, part: Any, seed: int) -> Split:
+    """One of three parts as a split. Raises ValueError if it has no form that `as_splits` lists."""
     if _is_pair(part):
         return TensorSplit(*map(_tensors, part))
     if isinstance(part, TensorDataset) and len(part.tensors) == 2:
@@ -89,6 +93,8 @@ def _split(name: str, part: Any, seed: int) -> Split:
     if hasattr(part, "batches"):
         split: Split = part
         return split
+    if is_stream(part):
+        return DatasetSplit(Stream(part, seed), seed)
     if _is_dataset(part) or isinstance(part, list):
         return DatasetSplit(part, seed)
     raise ValueError(f"data: {name} is a {type(part).__name__}; {_ACCEPTED}")

@@ -65,7 +65,8 @@ def evaluate(model: nn.Module, split: Split, runtime: Runtime, name: str = "vali
     """
     world, precision, task = runtime.world, runtime.mixed_precision, runtime.task
     world.broadcast(_saved_buffers(model))
-    share = shard(torch.arange(len(split)), world.rank, world.size)
+    with world.heartbeat.busy():  # a stream may have to be counted
+        share = shard(torch.arange(len(split)), world.rank, world.size)
     # A worker's share of a training batch fits its memory, and a few hundred without gradients do.
     share_of_batch = -(-runtime.batch_size // world.size)
     shares = share.split(min(runtime.batch_size, max(share_of_batch, MIN_BATCH)))

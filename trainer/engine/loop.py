@@ -20,6 +20,7 @@ from trainer.config import FitConfig
 from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import Split
+from trainer.data.stream import stream_of
 from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs
@@ -199,7 +200,9 @@ def fit(
                 reducer.load(start["reducer"], start.get("rank_reducer", {}))
             start = None
             run_epoch = epochs_before + epoch
-            batches = global_batches(len(split), runtime.batch_size, runtime.seed, run_epoch)
+            batches = global_batches(
+                len(split), runtime.batch_size, runtime.seed, run_epoch, stream_of(split) is None
+            )
             batches = batches[step % per_epoch :][: total - step]
             shares = [
                 micro_batches(b, world.rank, world.size, cfg.accumulate, runtime.sync_batchnorm)
@@ -207,9 +210,9 @@ def fit(
             ]
             # An empty micro-batch is computed with a substitute, which does not count.
             order = [
-                m if len(m) else b[:1]
+                m if len(m) else _substitute(b, share[:number])
                 for b, share in zip(batches, shares, strict=True)
-                for m in share
+                for number, m in enumerate(share)
             ]
             loaded = world.heartbeat.busy_until_first(split.batches(order, run_epoch))
             for batch, share in zip(batches, shares, strict=True):
@@ -335,6 +338,11 @@ def micro_batches(
         return [shard(piece, rank, size) for piece in whole]
     pieces = shard(batch, rank, size).tensor_split(accumulate)
     return [piece for piece in pieces if len(piece)]
+
+
+def _substitute(batch: Tensor, before: list[Tensor]) -> Tensor:
+    """A sample that was read last, or else one before all others, so that streams run forwards."""
+    return next((m[-1:] for m in reversed(before) if len(m)), batch[:1])
 
 
 def _units_per_sample(split: Split, runtime: Runtime) -> int:

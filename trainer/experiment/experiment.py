@@ -31,6 +31,7 @@ from trainer.data.datasets import preserved_generators, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
+from trainer.data.stream import stream_of
 from trainer.engine.freeze import check_freeze
 from trainer.engine.groups import check_groups
 from trainer.engine.lossy.make import check_compression
@@ -341,8 +342,14 @@ class Experiment:
                     raise ConfigError(str(error)) from error
             else:
                 splits = self.data.build(seed=seed)
-        for name in ("train", "validation", "test"):
-            if len(getattr(splits, name)) == 0:
+        if (stream := stream_of(splits.train)) is not None:
+            try:
+                stream.set_batch_size(self.config.batch_size)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        for name, split in vars(splits).items():
+            # Counting a stream may take long; if it is empty, its first sample cannot be read.
+            if stream_of(split) is None and len(split) == 0:
                 raise ConfigError(f"data: the {name} split is empty; give it at least one sample")
         return splits
 

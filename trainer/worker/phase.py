@@ -19,6 +19,7 @@ from trainer.config import CheckpointConfig
 from trainer.data.mixed import MixedSplit
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits
+from trainer.data.stream import stream_of
 from trainer.engine.average import WeightAverage
 from trainer.engine.compiled import compiled
 from trainer.engine.cost import macs
@@ -77,7 +78,8 @@ _PLAIN_FIELDS = tuple(
 
 def observed(split: Split, samples: int, runtime: Runtime) -> list[Any]:
     """The inputs that `Phase.observe` gets: batches on the device, the same on all ranks."""
-    order = permutation(len(split), runtime.seed, 0)[:samples].split(runtime.batch_size)
+    shuffled = stream_of(split) is None
+    order = permutation(len(split), runtime.seed, 0, shuffled)[:samples].split(runtime.batch_size)
     return [runtime.place_batch(*batch)[0] for batch in split.batches(order, None)]
 
 
@@ -111,6 +113,7 @@ class PhaseRun:
 
     def __post_init__(self) -> None:
         train = self.data.train
+        self._stream = stream_of(train)
         self.clock = PhaseClock(time.monotonic(), lambda: getattr(train, "waited_s", 0.0))
         self.meter = EnergyMeter(self.runtime.world.device)
         self.rounds: list[RoundRecord] = []
@@ -135,6 +138,8 @@ class PhaseRun:
             rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
             phase.load_state(resumed["phase"])
             self.omitted = resumed.get("omitted", 0)  # earlier versions always trained all steps
+            if self._stream is not None and (state := resumed.get("stream")):
+                self._stream.load_state(state)
         with world.heartbeat.busy():
             if phase.samples:
                 world.barrier()  # no rank that is a thread may call a model while another traces
@@ -519,6 +524,8 @@ class PhaseRun:
         }
         if ranks:
             state["ranks"] = list(ranks)
+        if self._stream is not None:
+            state["stream"] = self._stream.state()
         if isinstance(phase, StructuralPhase):
             state["change"] = self.changes[-1].change
         return pack(state)

@@ -1,6 +1,7 @@
 """Checks with a few samples that data and model fit together, before the first step."""
 
 import contextlib
+import hashlib
 import math
 import time
 import traceback
@@ -15,16 +16,19 @@ from trainer.config import FitConfig
 from trainer.data.checked import CheckedSplit, describe_sample
 from trainer.data.datasets import DatasetSplit, preserved_generators
 from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
+from trainer.data.stream import stream_of
 from trainer.data.tree import describe, map_tensors, tensors
 from trainer.engine.compiled import check_compiler
 from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
 from trainer.engine.schedules import check_schedule
+from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.tasks import output as outputs
 
 SCAN_SECONDS = 0.2  # time for finding unusable samples in a split that is not in memory
 _SCAN_BATCH = 16  # samples
+_COMPARED = 4  # samples of a stream that are read twice
 _LIBRARY = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[1]
 
@@ -164,6 +168,7 @@ def _check_split(
                     "which is ignored"
                 )
         elif scan:
+            _check_repeatable(name, split, runtime.world)
             _scan(checked, runtime)
     _check_measures(name, output, targets, runtime)
     return checked, inputs, targets
@@ -193,6 +198,35 @@ def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime
             f"{outputs.describe(output)}, target {describe(targets) or 'a number'}): "
             f"{type(error).__name__}: {first_line(error)}{_source_line(error)}"
         ) from error
+
+
+def _check_repeatable(name: str, split: Split, world: World) -> None:
+    """Refuse a stream whose first samples differ between two readings or ranks. A collective call.
+
+    It is a cheap check: streams may still differ later.
+    """
+    if (stream := stream_of(split)) is None:
+        return
+    found = torch.zeros(2, world.size, dtype=torch.int64)
+    for reading in found:
+        stream.forget()
+        ((inputs, targets),) = _read(split, [torch.arange(min(len(stream), _COMPARED))])
+        digest = hashlib.sha256()
+        for tensor in tensors((inputs, targets)):
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        reading[world.rank] = int.from_bytes(digest.digest()[:6], "little")
+    world.all_reduce(found)
+    if not torch.equal(*found):
+        raise ConfigError(
+            f"data: the {name} stream yields other samples when it is read again; draw its random "
+            "numbers from the global generators of torch, NumPy or Python, which are seeded for "
+            "each sample, or from one that is seeded when it is opened"
+        )
+    if (found != found[0, 0]).any():
+        raise ConfigError(
+            f"data: the workers get different samples of the {name} stream; do not divide it "
+            "by rank or node: each worker reads all of it and uses its share of each batch"
+        )
 
 
 def _scan(checked: CheckedSplit, runtime: Runtime) -> None:

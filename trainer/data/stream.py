@@ -1,0 +1,298 @@
+"""Streams: samples that can only be read in order, such as those of torch's IterableDataset.
+
+Every worker reads the whole stream and uses its share of each global batch, so that the batches are
+the same for any number of workers. Reading is a function of (seed, pass, number of the sample):
+torch's, NumPy's and Python's generators are seeded with them before a sample is read. A resumed run
+therefore reads the same samples as an undisturbed one, after skipping those before.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+from trainer.data.datasets import preserved_generators, seed_generators
+from trainer.data.hashing import mix
+from trainer.data.order import permutation
+from trainer.data.split import SampleError
+
+Source = Iterable[Any] | Callable[[], Iterable[Any]]
+"""Yields the samples of one pass each time it is iterated; or a function that returns them."""
+
+Place = tuple[int, int]  # first pass of the sequence of samples, position in the sequence
+
+_READ, _SHUFFLE = 0x72656164, 0x73687566  # separate the seeds of different draws
+
+
+def is_stream(value: Any) -> bool:
+    """Whether samples of `value` can only be read in order."""
+    if isinstance(value, IterableDataset):
+        return True
+    by_index = hasattr(value, "__getitem__") or hasattr(value, "batches")
+    return not by_index and (callable(value) or hasattr(value, "__iter__"))
+
+
+class Stream(Dataset[tuple[Any, Any]]):
+    """A stream as the Dataset of a `DatasetSplit`, with samples by their number in an epoch.
+
+    Without `steps_per_epoch`, epoch e is pass e over the source. With it, epochs are consecutive
+    parts of the sequence of all passes. Reading backwards begins the pass, or the sequence, again.
+
+    Args:
+        source: What to read. `set_epoch(pass)` is called before each pass, if it exists.
+        seed: Seeds the order and the random numbers of the samples.
+        transform: Converts what the source yields to (input, target); called only for samples that
+            this worker uses. None: the source yields such pairs.
+        steps_per_epoch: Optimizer steps in an epoch; None: an epoch is a pass.
+        shuffle_buffer: Samples are shuffled in groups of this size; 0: not shuffled.
+        limit: Maximum number of samples in a pass; None: no maximum.
+
+    Raises:
+        ValueError: The source can be iterated only once.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        transform: Callable[[Any], tuple[Any, Any]] | None = None,
+        steps_per_epoch: int | None = None,
+        shuffle_buffer: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        if isinstance(source, Iterator):
+            raise ValueError(
+                f"a {type(source).__name__} can be read only once: give an IterableDataset, or the "
+                "function that makes the iterator (in YAML: {_target_: ..., _partial_: true})"
+            )
+        self.source = source
+        self._seed = seed
+        self._transform = transform
+        self._steps = steps_per_epoch
+        self._group = max(1, shuffle_buffer)
+        self._limit = limit
+        self._samples: int | None = None  # of an epoch
+        self._start: dict[str, Any] | None = None  # a state from which to continue
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was read, so that the source is opened anew."""
+        self._cursor: _Cursor | None = None
+        self._loaded: tuple[Place, list[tuple[str, Any]]] | None = None  # a group, shuffled
+        self._before: dict[str, Any] | None = None  # state before that group
+        self._first: dict[Place, tuple[str, Any]] = {}  # the first sample of all, read often
+        self._held: dict[Place, tuple[str, Any]] = {}  # what the last batch needed
+        self._places: dict[int, Place] = {}  # of that batch, by number in the epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        other = object.__new__(Stream)
+        other.__dict__.update(self.__dict__)
+        other.forget()  # iterators cannot be pickled
+        return other.__dict__
+
+    def __len__(self) -> int:
+        """Samples in an epoch; if the source does not know them, it is read once to count them."""
+        if self._samples is None:
+            known = source_length(self.source)
+            if known is None:
+                with preserved_generators():
+                    passes = _Cursor(self.source, self._seed, 0, endless=False)
+                    known = sum(1 for _ in islice(passes, self._limit))
+            self._samples = known if self._limit is None else min(known, self._limit)
+        return self._samples
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Fix the length of a training epoch.
+
+        Raises:
+            ValueError: It is unknown.
+        """
+        if self._steps is not None:
+            self._samples = self._steps * batch_size
+        elif source_length(self.source) is None:
+            raise ValueError(
+                "data.train: the length of this stream is unknown, so the learning-rate schedule "
+                "is too; set data.steps_per_epoch, or give its class a __len__ that returns the "
+                "number of samples"
+            )
+
+    def begin_batch(self, epoch: int, indices: Sequence[int]) -> None:
+        """Read the samples of a batch, which `__getitem__` then returns.
+
+        Args:
+            epoch: -1: for evaluation, the first pass.
+            indices: Numbers in the epoch.
+        """
+        epoch = max(0, epoch)
+        if self._steps is None:
+            self._places = {index: (epoch, index) for index in indices}
+        else:
+            self._places = {index: (0, epoch * len(self) + index) for index in indices}
+        known = self._first | self._held
+        self._held = {}
+        for index, place in sorted(self._places.items()):
+            self._held[place] = known[place] if place in known else self._read(index, place)
+        if (0, 0) in self._held:
+            self._first = {(0, 0): self._held[0, 0]}
+
+    def __getitem__(self, index: int) -> Any:
+        _, sample = self._held[self._places[index]]
+        if self._transform is None:
+            return sample
+        seed_generators(mix(self._seed, *self._places[index]))
+        return self._transform(sample)
+
+    def sample_name(self, index: int) -> str:
+        """A sample in words: its number in the epoch, and in the stream if that was just read."""
+        held = self._held.get(self._places.get(index, (-1, -1)))
+        return f"sample {index}" if held is None else f"sample {index} ({held[0]})"
+
+    def state(self) -> str | None:
+        """The state of the source, as JSON; None if it has none, or none that JSON can hold.
+
+        It is one from which the samples after those of the last batch can be read.
+        """
+        state = self._before
+        if self._group == 1 and self._cursor is not None:
+            state = self._cursor.state()
+        try:
+            text = json.dumps(state)
+        except (TypeError, ValueError):
+            return None
+        return text if state is not None and json.loads(text) == state else None
+
+    def load_state(self, state: str) -> None:
+        """Continue from a state instead of the beginning, whenever later samples are read."""
+        self._start = json.loads(state)
+
+    def _read(self, index: int, place: Place) -> tuple[str, Any]:
+        first, position = place
+        number, offset = divmod(position, self._group)
+        if self._loaded is None or self._loaded[0] != (first, number):
+            self._loaded = (first, number), self._load(first, number)
+        group = self._loaded[1]
+        if offset >= len(group):
+            assert self._cursor is not None
+            length = self._cursor.position
+            reason = "the stream is empty"
+            if length:
+                reason = f"the stream ended after {length} samples, although its length is "
+                reason += f"{len(self)}; correct its length, or set data.steps_per_epoch"
+            raise SampleError(index, reason)
+        return group[offset]
+
+    def _load(self, first: int, number: int) -> list[tuple[str, Any]]:
+        """Group `number` of a sequence, shuffled; shorter at the end, and empty after it."""
+        begin, size, endless = number * self._group, self._group, self._steps is not None
+        if self._cursor is None or self._cursor.first != first or self._cursor.position > begin:
+            state = self._start
+            if state is not None and not (state["first"] == first and state["position"] <= begin):
+                state = None
+            self._cursor = _Cursor(self.source, self._seed, first, endless, state)
+        for _ in islice(self._cursor, begin - self._cursor.position):
+            pass
+        if size == 1:
+            return list(islice(self._cursor, 1))
+        self._before = self._cursor.state()
+        group = list(islice(self._cursor, size))
+        order = permutation(len(group), mix(self._seed, _SHUFFLE, first), number)
+        return [group[i] for i in order.tolist()]
+
+
+class _Cursor(Iterator[tuple[str, Any]]):
+    """Reads a source from the beginning of pass `first`, or from a state.
+
+    Yields the place of each sample in words, and the sample.
+
+    Attributes:
+        first: The pass with which the sequence began.
+        position: Samples read, or skipped by means of a state, since then.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        first: int,
+        endless: bool,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.first = self._pass = first
+        self.position = self._number = 0
+        self._source = self._open = source
+        self._seed = seed
+        self._endless = endless
+        self._items: Iterator[Any] | None = None
+        if state is not None:
+            self.position, self._pass, self._number = (
+                state[key] for key in ("position", "pass", "number")
+            )
+            self._open = copy.deepcopy(source)  # the source itself still begins at the beginning
+            _set_epoch(self._open, self._pass)
+            self._open.load_state_dict(state["source"])  # type: ignore[union-attr]
+            self._items = iter(self._open)  # type: ignore[arg-type]
+
+    def __next__(self) -> tuple[str, Any]:
+        try:
+            if self._items is None:
+                seed_generators(mix(self._seed, _READ, self._pass))
+                self._open = self._source
+                _set_epoch(self._open, self._pass)
+                made = self._open if hasattr(self._open, "__iter__") else self._open()
+                self._items = iter(made)
+            seed_generators(mix(self._seed, _READ, self._pass, self._number))
+            sample = next(self._items)
+        except StopIteration:
+            if not self._endless or self._number == 0:
+                raise
+            self._items, self._number, self._pass = None, 0, self._pass + 1
+            return next(self)
+        except Exception as error:
+            error.add_note(f"while {self._name()} was read")
+            raise
+        name = self._name()
+        self.position += 1
+        self._number += 1
+        return name, sample
+
+    def _name(self) -> str:
+        return f"number {self._number} in pass {self._pass} of the stream"
+
+    def state(self) -> dict[str, Any] | None:
+        """A state from which a cursor can continue; None if the source has none."""
+        source: Any = self._open
+        if not (hasattr(source, "state_dict") and hasattr(source, "load_state_dict")):
+            return None
+        if self._items is None:
+            return None
+        return {
+            "first": self.first,
+            "position": self.position,
+            "pass": self._pass,
+            "number": self._number,
+            "source": copy.deepcopy(source.state_dict()),
+        }
+
+
+def source_length(source: Any) -> int | None:
+    """The number of samples in a pass; None if the source does not know it."""
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _set_epoch(source: Any, number: int) -> None:
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(number)
+
+
+def stream_of(split: Any) -> Stream | None:
+    """The stream that a split, perhaps in wrappers, reads; None if it is another split."""
+    while hasattr(split, "split"):
+        split = split.split
+    dataset = getattr(split, "dataset", None)
+    return dataset if isinstance(dataset, Stream) else None
