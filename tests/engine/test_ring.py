@@ -1,9 +1,9 @@
 """All-reduce algorithms compared with exact means, over socket pairs between threads."""
 
 import math
+import mmap
 import socket
 from collections.abc import Callable
-from itertools import combinations
 from typing import Any
 from unittest import mock
 
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.engine import ring
-from trainer.engine.ring import WIRE_TYPES, NativeAllReduce, RingAllReduce
-from trainer.engine.transport import TcpTransport
+from trainer.engine.links import SHARED_BYTES, Link, SharedLink, TcpLink
+from trainer.engine.ring import WIRE_TYPES, NativeAllReduce, RingAllReduce, neighbours
+from trainer.engine.transport import SocketTransport
 from trainer.engine.world import World
 
 Ranks = Callable[..., list[Any]]
@@ -27,15 +28,33 @@ ROUNDOFF = {
 }
 
 
+def linked(size: int, shared: bool = False) -> list[SocketTransport]:
+    """Transports of ranks that are linked as in a group, by sockets or through shared memory."""
+    links: list[list[Link]] = [[] for _ in range(size)]
+    for a in range(size):
+        for b in (peer for peer in neighbours(a, size) if peer > a):
+            left, right = socket.socketpair()
+            if shared:
+                back, forth = socket.socketpair()
+                memory = mmap.mmap(-1, SHARED_BYTES)
+                links[a].append(SharedLink(b, left, back, memory, first=True))
+                links[b].append(SharedLink(a, forth, right, memory, first=False))
+            else:
+                links[a].append(TcpLink(b, left))
+                links[b].append(TcpLink(a, right))
+    return [SocketTransport(rank, size, own, 10.0) for rank, own in enumerate(links)]
+
+
 def reduce_all(
-    threads: Ranks, values: list[Tensor], wire: torch.dtype, segment_bytes: int = 1 << 20
+    threads: Ranks,
+    values: list[Tensor],
+    wire: torch.dtype,
+    segment_bytes: int = 1 << 20,
+    shared: bool = False,
 ) -> tuple[list[Tensor], list[int]]:
     """The ring's result and the bytes sent, of each rank."""
     size = len(values)
-    sockets: list[dict[int, socket.socket]] = [{} for _ in range(size)]
-    for a, b in combinations(range(size), 2):
-        sockets[a][b], sockets[b][a] = socket.socketpair()
-    transports = [TcpTransport(rank, peers, 10.0) for rank, peers in enumerate(sockets)]
+    transports = linked(size, shared)
 
     def body(rank: int) -> tuple[Tensor, int]:
         all_reduce = RingAllReduce(transports[rank], wire, segment_bytes)
@@ -66,12 +85,13 @@ def exact_mean(values: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @given(
-    size=st.integers(1, 5),
+    size=st.one_of(st.integers(1, 5), st.integers(8, 11)),
     length=st.one_of(st.integers(0, 12), st.integers(13, 700)),
     dtype=st.sampled_from(list(ROUNDOFF)),
     wire=st.sampled_from(list(WIRE_TYPES.values())),
     segment_bytes=st.sampled_from([4, 100, 1 << 20]),
-    one_round_bytes=st.sampled_from([0, ring.ONE_ROUND_BYTES]),
+    shared=st.booleans(),
+    small_bytes=st.sampled_from([0, ring.SMALL_BYTES]),
     scale=st.sampled_from([1e-6, 1.0, 100.0]),
     seed=st.integers(0, 2**32),
 )
@@ -82,7 +102,8 @@ def test_result_is_the_mean_within_the_stated_error(
     dtype: torch.dtype,
     wire: torch.dtype,
     segment_bytes: int,
-    one_round_bytes: int,
+    shared: bool,
+    small_bytes: int,
     scale: float,
     seed: int,
 ) -> None:
@@ -91,8 +112,8 @@ def test_result_is_the_mean_within_the_stated_error(
         (torch.randn(length, generator=random, dtype=torch.float64) * scale).to(dtype)
         for _ in range(size)
     ]
-    with mock.patch.object(ring, "ONE_ROUND_BYTES", one_round_bytes):
-        results, _ = reduce_all(threads, values, wire, segment_bytes)
+    with mock.patch.object(ring, "SMALL_BYTES", small_bytes):
+        results, _ = reduce_all(threads, values, wire, segment_bytes, shared)
 
     assert same_bits(results)
     mean, magnitude = exact_mean(values)
@@ -153,8 +174,7 @@ def test_sent_bytes(threads: Ranks, size: int, wire: torch.dtype) -> None:
 
 
 def test_work_buffers_are_kept(threads: Ranks) -> None:
-    left, right = socket.socketpair()
-    transports = [TcpTransport(0, {1: left}, 10.0), TcpTransport(1, {0: right}, 10.0)]
+    transports = linked(2)
 
     def body(rank: int) -> bool:
         all_reduce = RingAllReduce(transports[rank], torch.bfloat16, 1 << 12)
@@ -196,7 +216,7 @@ def test_native_is_the_mean(ranks: Ranks, wire: torch.dtype, dtype: torch.dtype)
 )
 def test_other_tensors_are_refused(tensor: Tensor) -> None:
     for all_reduce in (
-        RingAllReduce(TcpTransport(0, {}, 1.0), torch.float32, 1024),
+        RingAllReduce(SocketTransport(0, 1, [], 1.0), torch.float32, 1024),
         NativeAllReduce(lambda _: None, 1, torch.float32),
     ):
         with pytest.raises(ValueError, match="contiguous, 1-D and of a floating type"):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import select
 import socket
 import struct
 import threading
@@ -14,13 +15,31 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.engine.connect import connect_links
+from trainer.engine.links import LOW_WATER_BYTES, SharedLink, TcpLink, Transfer
 from trainer.engine.rendezvous import RendezvousStore
-from trainer.engine.transport import _Peer, connect_tcp
 from trainer.engine.world import World, _interface
 from trainer.errors import RunError
 
 CPU = torch.device("cpu")
 Ranks = Callable[..., list[Any]]
+
+
+@pytest.fixture(params=["shared memory", "TCP"])
+def ranks(request: pytest.FixtureRequest, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    """All ranks run on this host; without memfd_create, they connect as on several hosts."""
+    if request.param == "TCP":
+        monkeypatch.delattr(os, "memfd_create")
+    return ranks
+
+
+def test_ranks_of_one_host_share_memory(ranks: Ranks, request: pytest.FixtureRequest) -> None:
+    kind = SharedLink if request.node.callspec.params["ranks"] == "shared memory" else TcpLink
+
+    def body(world: World) -> set[type]:
+        return {type(link) for link in world.transport._links.values()}  # type: ignore[attr-defined]
+
+    assert ranks(3, body) == [{kind}] * 3
 
 
 def test_broadcast_gives_rank_0_s_values_whatever_type_and_strides(ranks: Ranks) -> None:
@@ -137,6 +156,7 @@ def _exchange(world: World) -> None:
 
 
 @pytest.mark.parametrize("wait", [_all_reduce, _exchange])
+@pytest.mark.parametrize("ranks", ["shared memory"], indirect=True)  # a second each
 @pytest.mark.slow
 def test_a_silent_rank_ends_in_a_time_out(ranks: Ranks, wait: Callable[[World], None]) -> None:
     enough = threading.Event()
@@ -221,8 +241,27 @@ def test_a_host_is_lost_only_if_its_kernel_does_not_answer(
         def getsockopt(self, level: int, option: int, length: int) -> bytes:
             return struct.pack("2xB53xI44x", retransmits, milliseconds)
 
-    peer: Any = _Peer(1, Socket())  # type: ignore[arg-type]
-    assert peer.is_silent() == silent
+    link = TcpLink(1, Socket())  # type: ignore[arg-type]
+    assert link.is_silent() == silent
+
+
+def test_a_receiver_is_not_woken_for_every_packet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = socket.create_connection(listener.getsockname())
+        link = TcpLink(1, listener.accept()[0])
+    incoming = torch.zeros(1_000_003, dtype=torch.uint8)
+    link.incoming.append(Transfer(incoming))
+    waits = []
+    while link.incoming:
+        ((sock, _),) = link.polls()
+        waits.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
+        sender.sendall(bytes([1]) * waits[-1])  # no more: would it wait for that?
+        assert select.select([sock], [], [], 10)[0]
+        assert link.pull()
+    assert waits == [LOW_WATER_BYTES] * 7 + [1_000_003 - 7 * LOW_WATER_BYTES]
+    assert bool((incoming == 1).all())
+    link.close()
+    sender.close()
 
 
 def test_exchanges_hold_more_than_the_sockets_and_keep_their_order(ranks: Ranks) -> None:
@@ -246,15 +285,21 @@ def test_strangers_are_turned_away(threads: Ranks) -> None:
     def body(rank: int) -> None:
         mine = RendezvousStore("127.0.0.1", server.port, 5.0, server.token)
         if rank == 2:
-            host, port = mine.get("address0").decode().split()
-            with socket.create_connection((host, int(port))) as stranger:
+            host, port, name = mine.get("address0").decode().split()
+            by_tcp, local = (
+                socket.create_connection((host, int(port))),
+                socket.socket(socket.AF_UNIX),
+            )
+            local.connect(f"\0{name}")
+            for stranger in (by_tcp, local):
                 stranger.sendall(bytes(20))
                 assert stranger.recv(1) == b""
+                stranger.close()
             mine.set("turned away", "")
             return
         if rank == 1:
             mine.wait(["turned away"])
-        transport = connect_tcp(rank, 2, mine, "127.0.0.1", 5.0)
+        transport = connect_links(rank, 2, [1 - rank], mine, "127.0.0.1", 5.0)
         incoming = torch.zeros(2)
         transport.exchange(torch.ones(2), 1 - rank, incoming, 1 - rank).wait()
         assert incoming.tolist() == [1, 1]
@@ -287,6 +332,20 @@ def test_a_group_of_one_has_no_connections() -> None:
     assert tensor.tolist() == [1, 1, 1]
     assert world.side_transport() is world.transport
     world.close()
+
+
+def test_a_large_group_connects_to_everybody_only_where_needed(ranks: Ranks) -> None:
+    def body(world: World) -> tuple[int, int, list[bytes]]:
+        mesh = world.mesh_transport()
+        assert world.mesh_transport() is mesh
+        counts = [len(one._links) for one in (world.transport, mesh)]  # type: ignore[attr-defined]
+        return *counts, world.gather(bytes([world.rank]) * (world.rank + 1))
+
+    gathered = [bytes([rank]) * (rank + 1) for rank in range(9)]
+    assert ranks(3, body) == [(2, 2, gathered[:3]), (2, 2, []), (2, 2, [])]
+    results = ranks(9, body)
+    assert [result[1:] for result in results] == [(8, gathered)] + [(8, [])] * 8
+    assert [result[0] for result in results] == [4] * 8 + [2]
 
 
 def test_the_two_transports_are_used_at_the_same_time(ranks: Ranks) -> None:

@@ -367,7 +367,7 @@ def _all_reduce(world: World, config: AllReduceConfig, wire: torch.dtype) -> All
 def _lossy(world: World, config: AllReduceConfig, bucket: _Bucket) -> LossyAllReduce:
     wire = WIRE_TYPES.get(config.wire, torch.float32)
     shapes = [parameter.shape for parameter in bucket.parameters]
-    part = Part(shapes, world.transport, _all_reduce(world, config, wire))
+    part = Part(shapes, world.mesh_transport(), _all_reduce(world, config, wire))
     return make_lossy(part, _all_reduce(world, config, wire), config)
 
 

@@ -19,7 +19,8 @@ WIRE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 IN_FLIGHT = 2  # exchanges under way at a time: one arrives while the one before it is added
 SEGMENT_BYTES = 1024 * 1024  # of a message, that are in flight at a time
-ONE_ROUND_BYTES = 128 * 1024  # up to so many bytes sent per rank, latency counts more than traffic
+SMALL_BYTES = 128 * 1024  # up to so many bytes sent per rank, latency counts more than traffic
+MANY_RANKS = 8  # from so many on, small tensors take several rounds
 
 
 class AllReduce(Protocol):
@@ -45,8 +46,11 @@ class RingAllReduce:
     right neighbour and adds its own values to the one that comes from the left; then each rank owns
     one finished chunk, and N-1 more hops hand these around. A rank sends 2 (N-1)/N of the payload,
     the least possible. Chunks travel in segments, so that one segment is added while the next one
-    arrives. Where sending everything to everybody costs at most ONE_ROUND_BYTES, one round does it:
-    each rank adds all values, in the order of ranks.
+    arrives. Small tensors, for which a rank sends at most SMALL_BYTES, do not take the ring. In a
+    group of less than MANY_RANKS, one round does it: everybody sends everything to everybody, and
+    each rank adds all values, in the order of ranks. Larger groups use recursive doubling, with
+    about log2 N rounds (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
+    operations in MPICH", 2005).
 
     Sums are FP32 (FP64 for FP64 tensors); what travels is rounded to `wire`. For an fp16 wire the
     values are divided by N before, so that sums fit wherever the values do; otherwise the finished
@@ -96,11 +100,15 @@ class RingAllReduce:
 
     def _reduce(self, total: Tensor, mean: bool) -> None:
         """Replace `total` by its sum over all ranks, divided by their number for a mean."""
-        sent = (self._transport.size - 1) * total.numel() * self._wire.itemsize
-        if sent <= ONE_ROUND_BYTES:
-            self._one_round(total, mean)
-        else:
+        size = self._transport.size
+        many = size >= MANY_RANKS
+        messages = size.bit_length() if many else size - 1
+        if messages * total.numel() * self._wire.itemsize > SMALL_BYTES:
             self._ring(total, mean)
+        elif many:
+            self._doubling(total, mean)
+        else:
+            self._one_round(total, mean)
 
     def _one_round(self, total: Tensor, mean: bool) -> None:
         rank, size = self._transport.rank, self._transport.size
@@ -119,6 +127,39 @@ class RingAllReduce:
             total.add_(row)
         if mean:
             total.div_(size)
+
+    def _doubling(self, total: Tensor, mean: bool) -> None:
+        """In each round, two ranks exchange their sums, over twice as many ranks each time.
+
+        If N is no power of two, the ranks beyond it add their values to those of another rank
+        before, and get the result after. Of two sums, that of the lower ranks is the first operand
+        on both sides.
+        """
+        rank, size = self._transport.rank, self._transport.size
+        power = _power_of_two(size)
+        arriving, leaving = (
+            self._buffers.get(name, len(total), self._wire, total.device)
+            for name in ("arriving", "leaving")
+        )
+        nothing = total[:0]
+        if rank >= power:
+            self._exchange(leaving.copy_(total), rank - power, nothing, rank).wait()
+            self._exchange(nothing, rank, total, rank - power).wait()
+            return
+        if rank + power < size:
+            self._exchange(nothing, rank, arriving, rank + power).wait()
+            total.add_(arriving)
+        distance = 1
+        while distance < power:
+            peer = rank ^ distance
+            self._exchange(leaving.copy_(total), peer, arriving, peer).wait()
+            lower, upper = (leaving, arriving) if rank < peer else (arriving, leaving)
+            total.copy_(lower).add_(upper)
+            distance *= 2
+        if mean:
+            total.div_(size)
+        if rank + power < size:
+            self._exchange(total, rank + power, nothing, rank).wait()
 
     def _ring(self, total: Tensor, mean: bool) -> None:
         rank, size = self._transport.rank, self._transport.size
@@ -175,6 +216,19 @@ class RingAllReduce:
         return self._transport.exchange(leaving, to % size, arriving, source % size)
 
 
+def neighbours(rank: int, size: int) -> set[int]:
+    """The ranks that a rank exchanges tensors with, in the algorithms of this module."""
+    peers = {(rank - 1) % size, (rank + 1) % size}
+    if size < MANY_RANKS:
+        peers.update(range(size))
+    else:
+        power = _power_of_two(size)
+        if rank < power:
+            peers.update(rank ^ 1 << bit for bit in range(power.bit_length() - 1))
+        peers.update({rank - power, rank + power} & set(range(size)))
+    return peers - {rank}
+
+
 def broadcast(transport: Transport, flat: Tensor) -> None:
     """Replace a contiguous 1-D tensor by rank 0's, passed from rank to rank in segments.
 
@@ -192,6 +246,35 @@ def broadcast(transport: Transport, flat: Tensor) -> None:
             leaving.append(transport.exchange(piece, rank + 1, nothing, 0))
     for handle in leaving:
         handle.wait()
+
+
+def gather(transport: Transport, own: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Collect 1-D tensors of one type on rank 0, passed from rank to rank in segments.
+
+    Args:
+        transport: To the ranks before and after this one, if there are any.
+        own: The tensor of this rank.
+        lengths: Of the tensors of all ranks.
+
+    Returns:
+        The tensors by rank, on rank 0; on the others an empty list. Errors as of `broadcast`.
+    """
+    rank, size = transport.rank, transport.size
+    nothing = own[:0]
+    parts = []
+    for source in range(rank, size):
+        part = own if source == rank else own.new_empty(lengths[source])
+        leaving = []
+        for piece in part.split(SEGMENT_BYTES // part.itemsize):
+            if source > rank:
+                transport.exchange(nothing, rank, piece, rank + 1).wait()
+            if rank > 0:
+                leaving.append(transport.exchange(piece, rank - 1, nothing, rank))
+        for handle in leaving:
+            handle.wait()
+        if rank == 0:
+            parts.append(part)
+    return parts
 
 
 class NativeAllReduce:
@@ -240,6 +323,11 @@ class Buffers:
         if kept is None or len(kept) < length:
             kept = self._kept[name, dtype] = torch.empty(length, dtype=dtype, device=device)
         return kept[:length]
+
+
+def _power_of_two(size: int) -> int:
+    """The largest power of two that is at most `size`."""
+    return int(1 << size.bit_length() - 1)
 
 
 def _check(flat: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The group of workers as one of them sees it: its rank, and what all of them do together.
 
-CPU tensors travel over our own sockets (transport.py): another thread can end their waits at once
+CPU tensors travel over our own links (links.py): another thread can end their waits at once
 by `World.close`, whereas a collective of gloo waits until its time-out. CUDA tensors travel over
 NCCL, which needs torch's default group. A warm worker can join group after group, and a test can
 run all ranks in one process. Gradients take another way (reducer.py, over `World.transport`).
@@ -23,16 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
+from trainer.engine.connect import connect_links
 from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.rendezvous import RendezvousServer, RendezvousStore
-from trainer.engine.ring import RingAllReduce, broadcast
-from trainer.engine.transport import (
-    NcclTransport,
-    PeerLost,
-    TcpTransport,
-    Transport,
-    connect_tcp,
-)
+from trainer.engine.ring import RingAllReduce, broadcast, gather, neighbours
+from trainer.engine.transport import NcclTransport, PeerLost, SocketTransport, Transport
 from trainer.errors import RunError
 from trainer.messages import Handover
 
@@ -49,7 +44,12 @@ class World:
     """
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, tcp: TcpTransport, transport: Transport
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        sockets: SocketTransport,
+        transport: Transport,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -59,19 +59,19 @@ class World:
         self.stop = threading.Event()  # set from outside: the run should end at its next step
         self.change = threading.Event()  # likewise: it should continue in another group
         self.kept: Handover | None = None  # on rank 0: the state that a new group continues from
-        self._tcp = tcp  # moves CPU tensors; on the CPU it is `transport`
+        self._sockets = sockets  # moves CPU tensors; on the CPU it is `transport`
         self._gloo: Any = None  # a ProcessGroupGloo, whose methods torch's type stubs leave out
         self._store: RendezvousStore | None = None
         self._server: RendezvousServer | None = None  # on rank 0
         self._address = ""
         self._timeout_s = 0.0
-        self._side: Transport | None = None
+        self._others: dict[str, SocketTransport] = {}
 
     @classmethod
     def single(cls, device: torch.device) -> "World":
         """The group of one: no process group, no connection."""
-        tcp = TcpTransport(0, {}, 0.0)
-        return cls(0, 1, device, tcp, tcp)
+        alone = SocketTransport(0, 1, [], 0.0)
+        return cls(0, 1, device, alone, alone)
 
     @staticmethod
     def listen(host: str) -> RendezvousServer:
@@ -138,8 +138,10 @@ class World:
             except OSError as error:
                 raise PeerLost.connecting(rank, 0, host, error) from error
             address = _own_address(host, port)
-            tcp = connect_tcp(rank, size, PrefixStore("tcp", store), address, timeout_s)
-            transport: Transport = tcp
+            sockets = connect_links(
+                rank, size, neighbours(rank, size), PrefixStore("ring", store), address, timeout_s
+            )
+            transport: Transport = sockets
             if device.type == "cuda":
                 same_bits_on_cuda()
                 torch.cuda.set_device(device)
@@ -153,11 +155,11 @@ class World:
                     device_id=device,
                 )
                 transport = NcclTransport()
-            world = cls(rank, size, device, tcp, transport)
+            world = cls(rank, size, device, sockets, transport)
             world._store, world._server = store, server
             world._address, world._timeout_s = address, wait_s
             world.barrier()
-            tcp.timeout_s = wait_s
+            sockets.timeout_s = wait_s
         except (RuntimeError, OSError) as error:
             if server is not None:
                 server.close()
@@ -182,16 +184,28 @@ class World:
 
         It lasts as long as the world. The first call is a collective one.
         """
-        if self._side is None:
-            if self.device.type == "cuda" or self.size == 1:
-                self._side = self.transport  # NCCL orders what one thread launches
-            else:
-                assert self._store is not None
-                store = PrefixStore("side", self._store)
-                self._side = connect_tcp(
-                    self.rank, self.size, store, self._address, self._timeout_s
-                )
-        return self._side
+        return self._other_transport("side", neighbours(self.rank, self.size))
+
+    def mesh_transport(self) -> Transport:
+        """A transport to every rank; `transport` reaches those that the ring module needs.
+
+        It is `transport` itself in small groups. Lifetime and first call as of `side_transport`.
+        """
+        everybody = set(range(self.size)) - {self.rank}
+        if everybody == neighbours(self.rank, self.size):
+            return self.transport
+        return self._other_transport("mesh", everybody)
+
+    def _other_transport(self, name: str, peers: set[int]) -> Transport:
+        if self.device.type == "cuda" or self.size == 1:
+            return self.transport  # NCCL orders what one thread launches, and connects by itself
+        if name not in self._others:
+            assert self._store is not None
+            store = PrefixStore(name, self._store)
+            self._others[name] = connect_links(
+                self.rank, self.size, peers, store, self._address, self._timeout_s
+            )
+        return self._others[name]
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -206,7 +220,7 @@ class World:
                 with self._named_errors("broadcast"):
                     dist.broadcast(flat, 0)
             else:
-                broadcast(self._tcp, flat)
+                broadcast(self._sockets, flat)
         values = torch.split(flat, [len(part) for part in parts])
         for target, value in zip(targets, values, strict=True):
             target.copy_(value.clone().view(target.dtype).view(target.shape))
@@ -222,20 +236,10 @@ class World:
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(content)
         with self.heartbeat.busy():
-            RingAllReduce(self._tcp, lengths.dtype).sum_(lengths)
+            RingAllReduce(self._sockets, lengths.dtype).sum_(lengths)
             own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            nothing = own[:0]
-            if self.rank > 0:
-                self._tcp.exchange(own, 0, nothing, 0).wait()
-                return []
-            others = [torch.empty(n, dtype=torch.uint8) for n in lengths.tolist()[1:]]
-            handles = [
-                self._tcp.exchange(nothing, source, other, source)
-                for source, other in enumerate(others, start=1)
-            ]
-            for handle in handles:
-                handle.wait()
-        return [part.numpy().tobytes() for part in (own, *others)]
+            parts = gather(self._sockets, own, lengths.tolist())
+        return [part.numpy().tobytes() for part in parts]
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum a contiguous tensor over all ranks, in its own type, in place."""
@@ -250,7 +254,7 @@ class World:
                     # this one, and not where the caller reads the result.
                     torch.cuda.current_stream().synchronize()
             else:
-                RingAllReduce(self._tcp, tensor.dtype).sum_(tensor.view(-1))
+                RingAllReduce(self._sockets, tensor.dtype).sum_(tensor.view(-1))
 
     def native_all_reduce(self, tensor: Tensor) -> None:
         """As `all_reduce`, by gloo or NCCL; on CUDA only put the work on the current stream.
@@ -274,9 +278,9 @@ class World:
 
     def close(self) -> None:
         """Leave the group at once, without waiting for the others; more than once does no harm."""
-        self._tcp.close()
-        if isinstance(self._side, TcpTransport):
-            self._side.close()
+        self._sockets.close()
+        for other in self._others.values():
+            other.close()
         if isinstance(self.transport, NcclTransport) and dist.is_initialized():
             # destroy_process_group would wait for kernels, and they for ranks that are gone.
             dist.distributed_c10d._abort_process_group()

@@ -9,7 +9,7 @@ from trainer.config.instantiate import build_object
 from trainer.engine.lossy.base import Lossy, LossyAllReduce, Part
 from trainer.engine.lossy.quantized import Codec, Int8Blocks, Quantized, Rounded
 from trainer.engine.ring import WIRE_TYPES, AllReduce, RingAllReduce
-from trainer.engine.transport import TcpTransport
+from trainer.engine.transport import SocketTransport
 
 
 def make_lossy(part: Part, whole: AllReduce, config: AllReduceConfig) -> LossyAllReduce:
@@ -32,7 +32,7 @@ def make_lossy(part: Part, whole: AllReduce, config: AllReduceConfig) -> LossyAl
 def check_compression(config: AllReduceConfig) -> None:
     """Raise ConfigError for a class of the user's own that cannot be built."""
     if config.compression != "none":
-        transport = TcpTransport(0, {}, 0.0)
+        transport = SocketTransport(0, 1, [], 0.0)
         all_reduce = RingAllReduce(transport, torch.float32)
         _build(Part([torch.Size((8, 8))], transport, all_reduce), config)
 
