@@ -91,13 +91,13 @@ class Reducer:
             for bucket in self._buckets
             if bucket.wire is not None
         }
+        self._lossy = _make_lossy(self._buckets, world, config)
+        lossy = iter(self._lossy)
         for bucket in self._buckets:
-            if bucket.wire is not None:
-                bucket.all_reduces = [exact[bucket.wire]] * len(bucket.pieces)
-            else:
-                lossy = [_lossy(world, config, bucket) for _ in bucket.pieces]
-                self._lossy += lossy
-                bucket.all_reduces = list(lossy)
+            for _ in bucket.pieces:
+                bucket.all_reduces.append(
+                    next(lossy) if bucket.wire is None else exact[bucket.wire]
+                )
         self._finished = [one.state() for one in self._lossy]  # their states after the last step
         self._sent_before = 0  # by this reducer, up to the last finished step
         self._sender: _Sender = _Stream() if world.device.type == "cuda" else _Thread()
@@ -364,11 +364,21 @@ def _all_reduce(world: World, config: AllReduceConfig, wire: torch.dtype) -> All
     return RingAllReduce(world.transport, wire, config.segment_kb * 1024)
 
 
-def _lossy(world: World, config: AllReduceConfig, bucket: _Bucket) -> LossyAllReduce:
-    wire = WIRE_TYPES.get(config.wire, torch.float32)
-    shapes = [parameter.shape for parameter in bucket.parameters]
-    part = Part(shapes, world.mesh_transport(), _all_reduce(world, config, wire))
-    return make_lossy(part, _all_reduce(world, config, wire), config)
+def _make_lossy(
+    buckets: list[_Bucket], world: World, config: AllReduceConfig
+) -> list[LossyAllReduce]:
+    """An average for each piece of the buckets that have no exact one, in their order."""
+    if not config.is_lossy:
+        return []
+    all_reduce = _all_reduce(world, config, WIRE_TYPES.get(config.wire, torch.float32))
+    transport = world.mesh_transport()
+    parts = [
+        Part([p.shape for p in bucket.parameters], transport, all_reduce)
+        for bucket in buckets
+        if bucket.wire is None
+        for _ in bucket.pieces
+    ]
+    return make_lossy(parts, config)
 
 
 def _assign(
@@ -380,11 +390,11 @@ def _assign(
 ) -> list[_Bucket]:
     """Buckets from the last parameter to the first; each ends once it holds `bucket_bytes`.
 
-    A parameter larger than that has a bucket of its own, so that nothing waits for it; only what is
-    sent value by value is averaged in pieces. The
-    parameters of a bucket have one type. The extras follow the gradient of the first parameter
-    where they travel in float32, and else have a bucket of their own: counts and losses must not be
-    rounded, and a loss may exceed the range of float16.
+    A parameter larger than that has a bucket of its own, so that nothing waits for it; it has one
+    piece where `config.compression` needs the whole. The parameters of a bucket have one type. The
+    extras follow the gradient of the first parameter where they travel in float32, and else have a
+    bucket of their own: counts and losses must not be rounded, and a loss may exceed the range of
+    float16.
     """
     groups: list[list[nn.Parameter]] = [[]]
     for parameter in reversed(parameters):

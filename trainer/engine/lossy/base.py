@@ -22,7 +22,7 @@ class Part:
 
     shapes: Sequence[torch.Size]  # of the gradients, in the order in which they follow each other
     transport: Transport  # sends tensors to any rank
-    all_reduce: AllReduce  # of this `Lossy` alone; what travels is rounded to `allreduce.wire`
+    all_reduce: AllReduce  # shared by all parts; what travels is rounded to `allreduce.wire`
 
 
 class Lossy(Protocol):
@@ -33,7 +33,7 @@ class Lossy(Protocol):
 
     @property
     def sent_bytes(self) -> int:
-        """Payload that this rank has sent so far."""
+        """Payload that this rank has sent so far, by this or by what it shares with others."""
 
     def mean_(self, values: Tensor, error: Tensor | None) -> None:
         """Replace `values` by almost their mean over all ranks, with the same bits on every rank.
@@ -61,7 +61,7 @@ class LossyAllReduce:
     """The average of a part of the gradients, one per step: an `AllReduce` of its own for each.
 
     Args:
-        lossy: Averages the values.
+        lossy: Averages the values; may be that of other parts, too, if it has no state.
         error_feedback: Whether what was not sent is added to the values of the next step. This
             needs 4 bytes for each value.
         whole: Averages the values of the first steps.
@@ -75,22 +75,20 @@ class LossyAllReduce:
         whole: AllReduce | None = None,
         whole_steps: int = 0,
     ) -> None:
+        self.sent_bytes = 0
         self._lossy = lossy
         self._feeds_back = error_feedback
         self._whole = whole
         self._whole_steps = whole_steps  # that remain
         self._error: Tensor | None = None  # of this rank, not sent so far; None: nothing
 
-    @property
-    def sent_bytes(self) -> int:
-        """See `AllReduce`."""
-        return self._lossy.sent_bytes + (self._whole.sent_bytes if self._whole else 0)
-
     def mean_(self, flat: Tensor) -> None:
         """See `AllReduce`."""
         if self._whole is not None and self._whole_steps > 0:
             self._whole_steps -= 1
+            before = self._whole.sent_bytes
             self._whole.mean_(flat)
+            self.sent_bytes += self._whole.sent_bytes - before
             return
         values = flat.to(torch.float32)  # itself, if that is its type
         if self._feeds_back:
@@ -98,7 +96,9 @@ class LossyAllReduce:
                 self._error = torch.zeros_like(values)
             self._error = self._error.to(values.device)  # a checkpoint's is on the CPU
             values.add_(self._error)
+        before = self._lossy.sent_bytes
         self._lossy.mean_(values, self._error)
+        self.sent_bytes += self._lossy.sent_bytes - before
         if self._error is not None:  # NaN would come back in every later step
             torch.nan_to_num_(self._error, nan=0.0, posinf=0.0, neginf=0.0)
         if values is not flat:

@@ -1,5 +1,6 @@
 """Builds the lossy average that the section `allreduce` of the configuration describes."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -8,25 +9,25 @@ from trainer.config import AllReduceConfig
 from trainer.config.instantiate import build_object
 from trainer.engine.lossy.base import Lossy, LossyAllReduce, Part
 from trainer.engine.lossy.quantized import Codec, Int8Blocks, Quantized, Rounded
-from trainer.engine.ring import WIRE_TYPES, AllReduce, RingAllReduce
+from trainer.engine.ring import WIRE_TYPES, RingAllReduce
 from trainer.engine.transport import SocketTransport
 
 
-def make_lossy(part: Part, whole: AllReduce, config: AllReduceConfig) -> LossyAllReduce:
-    """The average of a part of the gradients, if `config.is_lossy`.
-
-    Args:
-        part: Of the gradients.
-        whole: Averages it in the first steps, which send whole gradients.
-        config: Of the run.
+def make_lossy(parts: Sequence[Part], config: AllReduceConfig) -> list[LossyAllReduce]:
+    """The averages of parts of the gradients, if `config.is_lossy`.
 
     Raises:
         ConfigError: A class of the user's own refuses its settings.
     """
-    if config.compression == "none":
-        codec: Codec = Int8Blocks() if config.wire == "int8" else Rounded(WIRE_TYPES[config.wire])
-        return LossyAllReduce(Quantized(part.transport, codec), config.feeds_back)
-    return LossyAllReduce(_build(part, config), config.feeds_back, whole, config.whole_steps)
+    feeds_back = config.feeds_back
+    if config.compression != "none":
+        return [
+            LossyAllReduce(_build(part, config), feeds_back, part.all_reduce, config.whole_steps)
+            for part in parts
+        ]
+    codec: Codec = Int8Blocks() if config.wire == "int8" else Rounded(WIRE_TYPES[config.wire])
+    shared = [Quantized(part.transport, codec) for part in parts[:1]] * len(parts)  # work memory
+    return [LossyAllReduce(quantized, feeds_back) for quantized in shared]
 
 
 def check_compression(config: AllReduceConfig) -> None:
