@@ -208,7 +208,29 @@ def test_training_reaches_the_same_loss(ranks: Ranks) -> None:
         assert abs(lossy[0] - exact) < 0.02
 
 
-def test_fp16_scales_what_is_late(ranks: Ranks) -> None:
+@pytest.mark.parametrize("settings", [{"wire": "int8"}, {"compression": "powersgd"}], ids=str)
+def test_steps_are_skipped_and_scaled_anew_on_all_ranks(
+    ranks: Ranks, settings: dict[str, Any]
+) -> None:
+    """The loss scale grows every second step, until gradients overflow and it shrinks."""
+
+    def body(world: World) -> tuple[list[bool], list[float], Tensor]:
+        split, model = bodies.problem()
+        run = bodies.runtime(world, precision="fp16", **settings)
+        state = run.mixed_precision.state()
+        run.mixed_precision.load({**state, "scale": 2.0**18, "growth_interval": 2})
+        steps = list(fit(model, split, FitConfig(epochs=6), run))
+        weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+        return [s.applied for s in steps], [s.loss for s in steps], weights
+
+    (applied, losses, weights), (_, _, other) = ranks(2, body)
+    assert applied.count(False) > 2
+    assert applied.count(True) > 10
+    assert torch.equal(weights, other)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_is_late_follows_the_loss_scale(ranks: Ranks) -> None:
     def body(world: World) -> Tensor:
         average = LossyAllReduce(Quantized(world.transport, Int8Blocks()), True)
         flat = values_of(world.rank, 300)
