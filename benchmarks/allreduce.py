@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 
 from trainer.engine.ring import WIRE_TYPES, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
@@ -50,12 +50,13 @@ class RawTcp:
             self._next = socket.create_connection((address, port))
             self._previous, _ = listener.accept()
 
-    def exchange(self, count: int) -> None:
-        """Send and receive `count` bytes."""
-        outgoing, incoming = bytes(count), memoryview(bytearray(count))
-        sender = threading.Thread(target=self._next.sendall, args=(outgoing,))
+    def exchange(self, outgoing: Tensor, incoming: Tensor) -> None:
+        """Send and receive as many bytes."""
+        sender = threading.Thread(target=self._next.sendall, args=(outgoing.numpy().data,))
         sender.start()
-        self._previous.recv_into(incoming, count, socket.MSG_WAITALL)
+        rest = incoming.numpy().data
+        while rest:
+            rest = rest[self._previous.recv_into(rest) :]
         sender.join()
 
     def close(self) -> None:
@@ -86,10 +87,11 @@ def compare(rank: int, size: int, host: str, port: int, quick: bool) -> None:
             native = NativeAllReduce(world.native_all_reduce, size, WIRE_TYPES[wire])
             tensor = torch.randn(payload // 4)
             count = 2 * (size - 1) * len(tensor) * WIRE_TYPES[wire].itemsize // size
+            outgoing, incoming = (torch.ones(count, dtype=torch.uint8) for _ in range(2))
             contestants: list[Callable[[], None]] = [
                 lambda ring=ring, tensor=tensor: ring.mean_(tensor),
                 lambda native=native, tensor=tensor: native.mean_(tensor),
-                lambda count=count: raw.exchange(count),
+                lambda outgoing=outgoing, incoming=incoming: raw.exchange(outgoing, incoming),
             ]
             first = max(timed(world, work)[0] for work in contestants)
             repeats = 2 if quick else min(200, max(15, int(SECONDS / 3 / first)))

@@ -2,7 +2,7 @@
 
     python benchmarks/reducer.py [MIB ...] [--quick]
 
-Two processes on the loopback, one thread each; forward, backward, averaging and a fused SGD step.
+Two processes on this machine, one thread each; forward, backward, averaging and a fused SGD step.
 All contestants train in the same two processes and take turns; the table shows medians of the
 slower rank's times. MIB: sizes of `allreduce.bucket_mb` to compare (default: the shipped one).
 """
@@ -141,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     bucket_mb = args.mib or [AllReduceConfig().bucket_mb]
     print(
-        f"# A training step on {RANKS} processes over loopback, {datetime.date.today()}\n\n"
+        f"# A training step on {RANKS} processes of one machine, {datetime.date.today()}\n\n"
         f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} CPUs, "
         f"Python {platform.python_version()}, torch {torch.__version__}; "
         f"command: python {' '.join(sys.argv)}\n\n"

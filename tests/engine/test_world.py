@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.engine import links
 from trainer.engine.connect import connect_links
-from trainer.engine.links import LOW_WATER_BYTES, SharedLink, TcpLink, Transfer
+from trainer.engine.links import SharedLink, TcpLink, Transfer
 from trainer.engine.rendezvous import RendezvousStore
 from trainer.engine.world import World, _interface
 from trainer.errors import RunError
@@ -245,11 +246,12 @@ def test_a_host_is_lost_only_if_its_kernel_does_not_answer(
     assert link.is_silent() == silent
 
 
-def test_a_receiver_is_not_woken_for_every_packet() -> None:
+def test_a_receiver_is_not_woken_for_every_packet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "LOW_WATER_BYTES", 16_384)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sender = socket.create_connection(listener.getsockname())
         link = TcpLink(1, listener.accept()[0])
-    incoming = torch.zeros(1_000_003, dtype=torch.uint8)
+    incoming = torch.zeros(50_000, dtype=torch.uint8)
     link.incoming.append(Transfer(incoming))
     waits = []
     while link.incoming:
@@ -258,7 +260,7 @@ def test_a_receiver_is_not_woken_for_every_packet() -> None:
         sender.sendall(bytes([1]) * waits[-1])  # no more: would it wait for that?
         assert select.select([sock], [], [], 10)[0]
         assert link.pull()
-    assert waits == [LOW_WATER_BYTES] * 7 + [1_000_003 - 7 * LOW_WATER_BYTES]
+    assert waits == [16_384] * 3 + [50_000 - 3 * 16_384]
     assert bool((incoming == 1).all())
     link.close()
     sender.close()

@@ -135,7 +135,7 @@ class AllReduceConfig:
     # Whether a step also sends what was lost in earlier ones; null: with int8 and `compression`.
     error_feedback: bool | None = None
     bucket_mb: float = 25.0  # MiB of gradients reduced together; a larger parameter: in pieces
-    segment_kb: int = 1024  # KiB of a ring message that are in flight at a time
+    segment_kb: int = 2048  # KiB of a ring message that are in flight at a time
     # What is sent of a gradient: none (all values) | powersgd (two narrow matrices) | topk (the
     # largest values), or a mapping with a `_target_`, a class of your own.
     compression: Any = "none"

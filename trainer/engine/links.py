@@ -20,7 +20,7 @@ from torch import Tensor
 SLOT_BYTES = 256 * 1024  # of shared memory that are copied at a time
 SLOTS = 4  # per direction: one is filled while another one is emptied
 SHARED_BYTES = 2 * SLOTS * SLOT_BYTES  # of a link
-LOW_WATER_BYTES = 128 * 1024  # that TCP collects before it wakes a receiver who waits for more
+LOW_WATER_BYTES = 1024 * 1024  # that TCP collects before it wakes a receiver who waits for more
 SILENT_S = 10.0  # a host whose kernel acknowledges nothing for so long is lost
 _TCP_INFO_BYTES = 104  # the part of struct tcp_info that every Linux has
 

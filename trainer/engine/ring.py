@@ -18,7 +18,7 @@ from trainer.engine.transport import Handle, Transport
 WIRE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 IN_FLIGHT = 2  # exchanges under way at a time: one arrives while the one before it is added
-SEGMENT_BYTES = 1024 * 1024  # of a message, that are in flight at a time
+SEGMENT_BYTES = 2048 * 1024  # of a message, that are in flight at a time
 SMALL_BYTES = 128 * 1024  # up to so many bytes sent per rank, latency counts more than traffic
 MANY_RANKS = 8  # from so many on, small tensors take several rounds
 

@@ -18,7 +18,7 @@ REPEATS = 15
 
 
 def measure(short: bool) -> list[dict[str, float]]:
-    """Measure processes on the loopback with one thread each; the algorithms take turns.
+    """Measure processes of this machine with one thread each; the algorithms take turns.
 
     Returns:
         For each number of ranks and payload: bytes that a rank sends and its bound,

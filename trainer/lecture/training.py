@@ -114,7 +114,7 @@ def _ring(results: Results) -> Answer:
     caption = (
         "sent: bytes of a worker for one all-reduce; bound: 2 (N-1)/N of the payload, in "
         "milliseconds the time to send so much to the next worker, without a sum; medians of n "
-        "rounds in which they take turns, on the loopback of this machine"
+        "rounds in which they take turns, between processes of this machine"
     )
     return Answer([Table("", columns, rows, caption, optional=("n",))])
 

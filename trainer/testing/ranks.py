@@ -1,4 +1,4 @@
-"""Several ranks in one process: a thread each, connected over the loopback as workers are."""
+"""Several ranks in one process: a thread each, connected as workers of one host are."""
 
 import threading
 from collections.abc import Callable
