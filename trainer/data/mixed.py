@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.data.hashing import mix
 from trainer.data.order import permutation
 from trainer.data.split import Split
-from trainer.data.stream import stream_of
+from trainer.data.streams import stream_of
 
 _DRAWS = 0x6D6978  # separates the seeds of the draws from those of the order
 

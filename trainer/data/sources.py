@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from trainer.data.datasets import SPLIT_SEED, DatasetSplit, dataset, held_out_size
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits, TensorSplit
-from trainer.data.stream import Stream, is_stream
+from trainer.data.streams import Stream, is_stream
 from trainer.data.tree import map_tensors
 
 _PARTS = ("train", "validation", "test")

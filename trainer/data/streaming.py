@@ -6,7 +6,7 @@ from typing import Any
 from trainer.data.datasets import Collate, DatasetSplit
 from trainer.data.sources import as_split
 from trainer.data.split import Split, Splits
-from trainer.data.stream import Stream, is_stream
+from trainer.data.streams import Stream, is_stream
 
 Transform = Callable[[Any], tuple[Any, Any]]
 """From what a stream yields to (input, target)."""

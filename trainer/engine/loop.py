@@ -20,7 +20,7 @@ from trainer.config import FitConfig
 from trainer.data.hashing import mix
 from trainer.data.order import global_batches, shard
 from trainer.data.split import Split
-from trainer.data.stream import stream_of
+from trainer.data.streams import stream_of
 from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.buffers import ForwardBuffers
 from trainer.engine.finite import check_inputs

@@ -31,7 +31,7 @@ from trainer.data.datasets import preserved_generators, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
-from trainer.data.stream import stream_of
+from trainer.data.streams import stream_of
 from trainer.engine.freeze import check_freeze
 from trainer.engine.groups import check_groups
 from trainer.engine.lossy.make import check_compression

@@ -19,7 +19,7 @@ from trainer.config import CheckpointConfig
 from trainer.data.mixed import MixedSplit
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits
-from trainer.data.stream import stream_of
+from trainer.data.streams import stream_of
 from trainer.engine.average import WeightAverage
 from trainer.engine.compiled import compiled
 from trainer.engine.cost import macs

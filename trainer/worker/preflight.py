@@ -16,7 +16,7 @@ from trainer.config import FitConfig
 from trainer.data.checked import CheckedSplit, describe_sample
 from trainer.data.datasets import DatasetSplit, preserved_generators
 from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
-from trainer.data.stream import stream_of
+from trainer.data.streams import stream_of
 from trainer.data.tree import describe, map_tensors, tensors
 from trainer.engine.compiled import check_compiler
 from trainer.engine.loop import micro_batches, steps_in

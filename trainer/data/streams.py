@@ -7,23 +7,30 @@ therefore reads the same samples as an undisturbed one, after skipping those bef
 """
 
 import copy
+import hashlib
+import io
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from trainer.data.datasets import preserved_generators, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.order import permutation
 from trainer.data.split import SampleError
+from trainer.data.tree import map_tensors
 
 Source = Iterable[Any] | Callable[[], Iterable[Any]]
 """Yields the samples of one pass each time it is iterated; or a function that returns them."""
 
 Place = tuple[int, int]  # first pass of the sequence of samples, position in the sequence
 
+_MARK_EVERY = 256  # samples between states of the source that are kept
+_COMPARED = 4  # samples after a state that show whether it is exact
 _READ, _SHUFFLE = 0x72656164, 0x73687566  # separate the seeds of different draws
 
 
@@ -82,7 +89,7 @@ class Stream(Dataset[tuple[Any, Any]]):
         """Forget what was read, so that the source is opened anew."""
         self._cursor: _Cursor | None = None
         self._loaded: tuple[Place, list[tuple[str, Any]]] | None = None  # a group, shuffled
-        self._before: dict[str, Any] | None = None  # state before that group
+        self._marks: list[dict[str, Any]] = []  # the last states before groups
         self._first: dict[Place, tuple[str, Any]] = {}  # the first sample of all, read often
         self._held: dict[Place, tuple[str, Any]] = {}  # what the last batch needed
         self._places: dict[int, Place] = {}  # of that batch, by number in the epoch
@@ -151,18 +158,19 @@ class Stream(Dataset[tuple[Any, Any]]):
         return f"sample {index}" if held is None else f"sample {index} ({held[0]})"
 
     def state(self) -> str | None:
-        """The state of the source, as JSON; None if it has none, or none that JSON can hold.
+        """A state of the source from which later samples can be read, as JSON; None: there is none.
 
-        It is one from which the samples after those of the last batch can be read.
+        With it are stored digests of the samples that followed: they show whether reading from the
+        state is exact, which it may not be, for example with a shuffle buffer.
         """
-        state = self._before
-        if self._group == 1 and self._cursor is not None:
-            state = self._cursor.state()
-        try:
-            text = json.dumps(state)
-        except (TypeError, ValueError):
-            return None
-        return text if state is not None and json.loads(text) == state else None
+        for mark in reversed(self._marks):
+            if len(mark["digests"]) == _COMPARED and all(mark["digests"]):
+                try:
+                    text = json.dumps(mark)
+                except (TypeError, ValueError):
+                    return None
+                return text if json.loads(text) == mark else None
+        return None
 
     def load_state(self, state: str) -> None:
         """Continue from a state instead of the beginning, whenever later samples are read."""
@@ -186,20 +194,30 @@ class Stream(Dataset[tuple[Any, Any]]):
 
     def _load(self, first: int, number: int) -> list[tuple[str, Any]]:
         """Group `number` of a sequence, shuffled; shorter at the end, and empty after it."""
-        begin, size, endless = number * self._group, self._group, self._steps is not None
+        begin, size = number * self._group, self._group
         if self._cursor is None or self._cursor.first != first or self._cursor.position > begin:
-            state = self._start
-            if state is not None and not (state["first"] == first and state["position"] <= begin):
-                state = None
-            self._cursor = _Cursor(self.source, self._seed, first, endless, state)
+            self._cursor, self._marks = self._open(first, begin), []
         for _ in islice(self._cursor, begin - self._cursor.position):
             pass
-        if size == 1:
-            return list(islice(self._cursor, 1))
-        self._before = self._cursor.state()
+        marked = self._marks[-1]["position"] if self._marks else 0
+        if begin - marked >= _MARK_EVERY and (mark := self._cursor.mark()):
+            self._marks = [*self._marks[-1:], mark]
         group = list(islice(self._cursor, size))
+        if size == 1:
+            return group
         order = permutation(len(group), mix(self._seed, _SHUFFLE, first), number)
         return [group[i] for i in order.tolist()]
+
+    def _open(self, first: int, begin: int) -> "_Cursor":
+        """A cursor at `begin` or before it: in the given state if that is exact, or at 0."""
+        arguments = self.source, self._seed, first, self._steps is not None
+        mark = self._start
+        if mark is not None and mark["first"] == first and mark["position"] <= begin:
+            tried = _Cursor(*arguments, mark)
+            if [_digest(sample) for _, sample in islice(tried, _COMPARED)] == mark["digests"]:
+                return _Cursor(*arguments, mark)
+            self._start = None
+        return _Cursor(*arguments)
 
 
 class _Cursor(Iterator[tuple[str, Any]]):
@@ -226,6 +244,7 @@ class _Cursor(Iterator[tuple[str, Any]]):
         self._seed = seed
         self._endless = endless
         self._items: Iterator[Any] | None = None
+        self._digests: list[str | None] | None = None  # of the last mark
         if state is not None:
             self.position, self._pass, self._number = (
                 state[key] for key in ("position", "pass", "number")
@@ -256,25 +275,48 @@ class _Cursor(Iterator[tuple[str, Any]]):
         name = self._name()
         self.position += 1
         self._number += 1
+        if self._digests is not None and len(self._digests) < _COMPARED:
+            self._digests.append(_digest(sample))
         return name, sample
 
     def _name(self) -> str:
         return f"number {self._number} in pass {self._pass} of the stream"
 
-    def state(self) -> dict[str, Any] | None:
-        """A state from which a cursor can continue; None if the source has none."""
+    def mark(self) -> dict[str, Any] | None:
+        """A state from which a cursor can continue; None if the source has none.
+
+        The digests of the next samples are added to it when they are read.
+        """
         source: Any = self._open
-        if not (hasattr(source, "state_dict") and hasattr(source, "load_state_dict")):
+        stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        if self._items is None or not stateful:
             return None
-        if self._items is None:
-            return None
+        self._digests = []
         return {
             "first": self.first,
             "position": self.position,
             "pass": self._pass,
             "number": self._number,
             "source": copy.deepcopy(source.state_dict()),
+            "digests": self._digests,
         }
+
+
+def _plain(tensor: Tensor) -> Any:
+    """A tensor as a value that is always pickled alike."""
+    return str(tensor.dtype), tensor.tolist()
+
+
+def _digest(sample: Any) -> str | None:
+    """A digest of a sample, which is the same in every process; None: it cannot be pickled."""
+    content = io.BytesIO()
+    pickler = pickle.Pickler(content, protocol=4)
+    pickler.fast = True  # equal values are written alike, whether they are one object or several
+    try:
+        pickler.dump(map_tensors(_plain, sample))
+    except Exception:  # the classes of samples may raise anything
+        return None
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def source_length(source: Any) -> int | None:
