@@ -1,5 +1,6 @@
 """Settings of all tests: their order, no deadlines of hypothesis, shared fixtures."""
 
+import gc
 import os
 import signal
 
@@ -10,6 +11,7 @@ from hypothesis import settings
 from trainer.cluster.environment import prepare_environment
 from trainer.config import ClusterConfig
 
+gc.set_threshold(100_000, 20, 50)  # collecting garbage took a sixth of the time of all imports
 torch.set_num_threads(1)  # small tensors, and other processes beside this one
 
 # Repeats itself exactly in CI.

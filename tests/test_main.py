@@ -32,7 +32,7 @@ TINY = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere", "charts_not_drawn")
 
 
 def shrunk(name):

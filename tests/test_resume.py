@@ -29,6 +29,8 @@ from trainer.testing.ranks import run_ranks
 from trainer.worker.phase import LOSS_SCALE
 from trainer.worker.run import Start, run_phases
 
+pytestmark = pytest.mark.usefixtures("charts_not_drawn")
+
 WORLD = World.single(torch.device("cpu"))
 FIT = {"epochs": 2, "schedule": "cosine"}
 PHASES = {
@@ -208,23 +210,29 @@ ARGUMENTS = [
 ]
 
 
+@contextlib.contextmanager
+def signal_handlers_kept():
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def handlers():
     """The signal handlers of the tests are kept."""
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with signal_handlers_kept():
+        yield
 
 
 @pytest.fixture(scope="module")
 def undisturbed_run(tmp_path_factory):
     """A run that was left alone, to compare others with; nobody writes to it."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    assert main([*ARGUMENTS, f"hydra.run.dir={folder}"]) == 0
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with signal_handlers_kept():
+        assert main([*ARGUMENTS, f"hydra.run.dir={folder}"]) == 0
     return folder
 
 

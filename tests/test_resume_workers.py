@@ -14,12 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.test_resume import ARGUMENTS, same_end
+from tests.test_resume import ARGUMENTS, same_end, signal_handlers_kept
+from trainer.__main__ import main
 
 RAY_ARGUMENTS = [
     *(argument for argument in ARGUMENTS if not argument.startswith("cluster")),
     "checkpoint.every_steps=8",
-    "cluster.hang_timeout_s=8",
+    "cluster.hang_timeout_s=12",
 ]
 
 
@@ -44,21 +45,25 @@ class TestWorkers:
             text=True,
         )
 
-    def wait_for(self, run, pattern, but=frozenset()):
-        """Until a file is there."""
+    def wait_until(self, run, condition):
         deadline = time.monotonic() + 60
-        while not set(glob.glob(pattern)) - but:
+        while not condition():
             assert run.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
+    def wait_for(self, run, pattern):
+        """Until there is a new file."""
+        before = set(glob.glob(pattern))
+        self.wait_until(run, lambda: set(glob.glob(pattern)) - before)
+
     @pytest.fixture(scope="class")
     @classmethod
-    def undisturbed(cls, tmp_path_factory):
+    def undisturbed(cls, tmp_path_factory, shared_ray):
+        """A run in this process, whose Ray is running."""
         folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-        run = cls.start(*RAY_ARGUMENTS, f"hydra.run.dir={folder}")
-        said = run.communicate(timeout=100)[0]
-        assert run.returncode == 0, said
+        with signal_handlers_kept():
+            assert main([*RAY_ARGUMENTS, f"hydra.run.dir={folder}"]) == 0
         return folder
 
     def workers(self, driver):
@@ -86,25 +91,6 @@ class TestWorkers:
         assert prune["sparsity"] == pytest.approx(0.9, abs=1e-4)
         assert retrain["sparsity"] >= prune["sparsity"]
 
-    def test_a_killed_and_a_stopped_worker_cost_nothing_but_time(
-        self, undisturbed, tmp_path, monkeypatch
-    ):
-        """One worker is killed and the other frozen."""
-        monkeypatch.chdir(tmp_path)
-        run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=disturbed")
-        for number, (hurt, wanted) in enumerate(
-            [(signal.SIGKILL, "01-train-step*"), (signal.SIGSTOP, "03-retrain-step*")]
-        ):
-            self.wait_for(run, f"disturbed/checkpoints/{wanted}")
-            os.kill(self.workers(run.pid)[number % 2], hurt)
-        said = run.communicate(timeout=100)[0]
-        assert run.returncode == 0, said
-        summary = json.loads(Path("disturbed/summary.json").read_text())
-        assert summary["restarts"] == 2
-        assert "the process died; restarting from the last checkpoint" in said
-        assert "no progress" in said
-        assert same_end(undisturbed, "disturbed")
-
     @pytest.mark.parametrize("times", [1, 2])
     def test_ctrl_c_while_ray_starts_leaves_nothing_behind(self, times, tmp_path, monkeypatch):
         """Ctrl-C reaches the whole process group; its second one ends the command before Ray is up.
@@ -115,7 +101,7 @@ class TestWorkers:
         with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:  # short: Ray's sockets
             monkeypatch.setenv("TMPDIR", folder)
             run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
-            self.wait_for(run, f"{folder}/trainer-*/session_*/sockets")
+            self.wait_until(run, lambda: glob.glob(f"{folder}/trainer-*/session_*/sockets"))
             ray = psutil.Process(run.pid).children(recursive=True)
             assert ray
             for _ in range(times):
@@ -129,16 +115,18 @@ class TestWorkers:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
 
-    @pytest.mark.timeout(300)  # three commands, one after the other
-    def test_what_ends_the_driver_costs_nothing_but_time_and_leaves_nothing(
+    @pytest.mark.timeout(400)  # three commands, one after the other
+    def test_lost_drivers_and_workers_cost_nothing_but_time_and_leave_nothing(
         self, undisturbed, tmp_path, monkeypatch
     ):
-        """Killed, then Ctrl-C, which reaches the whole process group.
+        """The driver is killed; resumed, it gets Ctrl-C, which reaches the whole process group;
+        resumed again, one worker is killed, and after the restart another one frozen.
 
         tests/cluster/test_existing_cluster.py stops a run by SIGTERM.
         """
         monkeypatch.chdir(tmp_path)
         before = set(Path("/dev/shm").iterdir())
+        steps, log = "run/checkpoints/*step*.safetensors", Path("run/log.txt")
         with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:  # short: Ray's sockets
             monkeypatch.setenv("TMPDIR", folder)
             run = self.start(*RAY_ARGUMENTS, "hydra.run.dir=run")
@@ -146,8 +134,7 @@ class TestWorkers:
                 (os.kill, signal.SIGKILL, -signal.SIGKILL),
                 (os.killpg, signal.SIGINT, 130),
             ):
-                kept = set(glob.glob("run/checkpoints/*.safetensors"))
-                self.wait_for(run, "run/checkpoints/*.safetensors", but=kept)
+                self.wait_for(run, steps)
                 family = psutil.Process(run.pid).children(recursive=True)
                 assert len(family) > 2
                 end(run.pid, number)
@@ -167,6 +154,14 @@ class TestWorkers:
                     assert time.monotonic() < deadline
                     time.sleep(0.1)
                 run = self.start("resume=run")
+            died, stands = "the process died; restarting from the last checkpoint", "no progress"
+            for hurt, told in ((signal.SIGKILL, died), (signal.SIGSTOP, stands)):
+                self.wait_for(run, steps)  # of the restarted workers, the second time
+                os.kill(self.workers(run.pid)[0], hurt)
+                self.wait_until(run, lambda told=told: told in log.read_text())
             said = run.communicate(timeout=100)[0]
-            assert run.returncode == 0, said
-            assert same_end(undisturbed, "run")
+        assert run.returncode == 0, said
+        assert died in said
+        assert stands in said
+        assert json.loads(Path("run/summary.json").read_text())["restarts"] == 2
+        assert same_end(undisturbed, "run")

@@ -1,6 +1,7 @@
 """The training loop: order of samples, and independence of the number of workers."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from functools import partial
@@ -19,6 +20,7 @@ from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
 from trainer.engine.loop import fit, steps_in
 from trainer.engine.objective import Distilled, Supervised
+from trainer.engine.optim import OptimizerSpec
 from trainer.engine.schedules import lr_factor
 from trainer.engine.world import World
 from trainer.errors import Diverged, RunError
@@ -53,6 +55,24 @@ def test_it_is_the_loop_that_one_would_write_by_hand():
 def test_nothing_to_train():
     split, model = bodies.problem()
     assert list(fit(model, split, FitConfig(epochs=0), bodies.runtime(ALONE))) == []
+
+
+def test_a_rank_is_busy_while_its_optimizer_is_built():
+    """The first one imports torch's compiler, which takes many seconds on a loaded machine."""
+    busy = []
+
+    class Watched(torch.optim.SGD):
+        def __init__(self, *args, **kwargs):
+            busy.append(ALONE.heartbeat.is_busy)
+            super().__init__(*args, **kwargs)
+
+    split, model = bodies.problem()
+    runtime = dataclasses.replace(
+        bodies.runtime(ALONE), optimizer=OptimizerSpec(Watched, {"lr": 0.1, "fused": False})
+    )
+    list(fit(model, split, FitConfig(epochs=1), runtime))
+    assert busy == [True]
+    assert not ALONE.heartbeat.is_busy
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def fit(
     objective = objective or Supervised(task)
     freezing = Freezing(model, cfg.freeze, cfg.epochs)
     parameters = freezing.trained
-    optimizer = runtime.optimizer.build(parameters, model)
+    with runtime.world.heartbeat.busy():  # torch imports its compiler for the first optimizer
+        optimizer = runtime.optimizer.build(parameters, model)
     peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
     schedule = build_schedule(cfg, peak, total, per_epoch)
     step = updates = 0
