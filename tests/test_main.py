@@ -122,6 +122,8 @@ def test_a_working_directory_that_was_deleted(tmp_path, capsys):
         (["+experiment=smoke", "--config-dir", "nowhere"], ["nowhere"]),
         (["--config-dir", "nowhere"], ["--config-dir=nowhere"]),
         (["+experiment=smoke", f"name={'x' * 300}"], ["File name too long", "hydra.run.dir"]),
+        (["+experiment=smoke", "--config-dir", "x" * 300], ["--config-dir=xxx", "no such folder"]),
+        (["+experiment=smoke", f"init_from={'x' * 300}"], ["init_from=xxx", "File name too long"]),
         (["+experiment=smoke", "name=caf\udce9"], ["name=caf", "cannot be read"]),
         (["+experiment=smoke", "=="], ["=="]),
     ],

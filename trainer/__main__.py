@@ -121,7 +121,7 @@ def _check_folders(config_dir: str | None) -> None:
         os.getcwd()
     except OSError as error:
         raise ConfigError("the working directory no longer exists: cd to another one") from error
-    if config_dir is not None and not Path(config_dir).is_dir():
+    if config_dir is not None and not os.path.isdir(config_dir):
         raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
 
 

@@ -32,13 +32,14 @@ from trainer.errors import ConfigError
             "model=lenet",
             "model/lenet: there is no such file; did you mean lenet5? there are alexnet",
         ),
+        ("data=images", "data.root is missing: set data.root=..."),
         ("logger=[csv,wand]", "logger/wand: there is no such file; did you mean wandb? there are"),
     ],
 )
 @pytest.mark.slow
 def test_advice(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        compose_config(["+experiment=smoke", override])
+        compose_config(["+experiment=smoke", override]).plain()
     assert str(error.value).startswith(message)
 
 

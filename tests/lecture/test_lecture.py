@@ -184,6 +184,14 @@ def test_a_name_that_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "it must be one of" in capsys.readouterr().err
 
 
+def test_settings_that_no_run_has_are_refused_before_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["huffman", "--out", str(tmp_path), "--only", "lstm"]) == 2
+    assert "huffman: it is not of the form key=value" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that would run, each of which leaves a summary."""

@@ -70,6 +70,8 @@ def test_a_folder_that_cannot_be_made_is_a_wrong_configuration(tmp_path):
         ConfigError, match=r"file/run cannot be created: Not a directory; choose another with hydra"
     ):
         RunDirectory.claim(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match=r"cannot be created: File name too long; choose"):
+        RunDirectory.claim(tmp_path / ("x" * 300) / "run")
 
 
 def test_files_appear_whole(tmp_path):

@@ -1,6 +1,7 @@
 """Composes a configuration with Hydra from shipped files, files of the user, and overrides."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
     overrides = [rename_override(override) for override in overrides]
     folders = [conf_dir()]
     if config_dir is not None:
-        if not Path(config_dir).is_dir():
+        if not os.path.isdir(config_dir):
             raise ConfigError(f"--config-dir={config_dir}: there is no such folder")
         folders.insert(0, Path(config_dir).resolve())
     arguments = [*map(as_hydra, overrides), *_search_path(folders)]

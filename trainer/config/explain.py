@@ -43,7 +43,9 @@ def explain(error: Exception, keys: Callable[[], list[str]], folders: Sequence[P
             f"\"{key}='{values}'\" for a text, or sweep.params.{key}=choice({values}) to search"
         )
     if match := _MISSING.search(text):
-        key = match[1]
+        key, full_key = match[1], str(getattr(error, "full_key", None))
+        if full_key.endswith(f".{key}"):
+            return f"{full_key} is missing: set {full_key}=..."
         return f"{key} is missing: choose an experiment with +experiment=NAME, or set {key}=..."
     if match := _NO_EQUALS.match(text):
         return f"{match[1]}: it is not of the form key=value; an experiment is +experiment=NAME"

@@ -6,9 +6,9 @@ raise `ConfigError` before anything starts.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from trainer.config.drop import check_drop
@@ -335,7 +335,7 @@ class ClusterConfig:
                 f"{self.workers}: NCCL takes one GPU per rank; use whole GPUs, or one worker"
             )
         for path in (self.working_dir, *self.py_modules):
-            if path and "://" not in path and not Path(path).exists():
+            if path and "://" not in path and not os.path.exists(path):
                 raise ConfigError(
                     f"cluster.working_dir or py_modules: there is no file or folder {path}"
                 )

@@ -14,6 +14,7 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments.
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -86,7 +87,7 @@ def _energy_table(name: str) -> EnergyTable:
     if name in TABLES:
         return TABLES[name]
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"--energy={name}: neither a file nor one of {', '.join(TABLES)}")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from typing import Any
 
 from trainer.__main__ import DONE, LIMITS
 from trainer.__main__ import main as run_command
+from trainer.config.compose import compose_config
 from trainer.errors import ConfigError, Interrupted, RunError, first_line
 from trainer.lecture import EXHIBITS, Exhibit, Job, Results
 from trainer.lecture.page import page
@@ -89,6 +90,9 @@ class _Lecture:
         wanted = self._wanted()
         missing = [exhibit for exhibit in wanted if not exhibit.is_done(self.results)]
         self._check_cifar10()
+        if self.options.overrides:  # a mistake would be found hours later, in one run after another
+            for job in {job.name: job for exhibit in missing for job in exhibit.jobs}.values():
+                compose_config(self._arguments(job))
         if self.cifar10 is None and (without := [e for e in missing if e.needs_cifar10]):
             names = ", ".join(exhibit.name for exhibit in without)
             if self.options.only is not None:

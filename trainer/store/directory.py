@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ class RunDirectory:
         number = 1
         if wanted == Path.cwd() or not wanted.name:
             raise ConfigError(f"hydra.run.dir={wanted}: it must be a folder for this run alone")
-        new_parents = [parent for parent in candidate.parents if not parent.exists()]
+        new_parents = [path for path in candidate.parents if not os.path.exists(path)]
         while True:
             try:
                 candidate.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Files that hold a state_dict: safetensors, PyTorch checkpoints, and model.dcz."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def read_weights(
     Raises:
         ConfigError: There is no such file, or it holds no state_dict, or several.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / name for name in _IN_FOLDER if (path / name).is_file()]
         if not found:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """The driver of a sweep: opens its folder, workers and study, searches, and writes the results."""
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,7 @@ def run_sweep(
     """
     plan = Plan(cfg, base, objects)
     folder = folder.resolve()
-    new = not folder.exists()
+    new = not os.path.exists(folder)
     directory = RunDirectory.claim(folder) if new else RunDirectory(folder)
     try:
         if new or not (folder / "config.yaml").exists():
