@@ -8,8 +8,8 @@
 Prints, for each repeat, the wall time of the whole process, the median time between the ends of
 two trials of one slot, in the first and in the last quarter, and the largest resident memory of
 the driver and of all its workers in both quarters. --many: one sweep, and a row for each tenth.
---simulate: the driver alone; its trials take --seconds (0: none) on --slots that exist only as
-threads, report three epochs and train nothing. Further arguments are overrides of convnet_sweep.
+--simulate: the driver alone; its trials take --seconds (0: none) on --slots without workers, report
+three epochs and train nothing. Further arguments are overrides of convnet_sweep.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import psutil
@@ -113,17 +113,17 @@ def simulate(trials: int, slots: int, seconds: float, overrides: list[str]) -> N
     def mark(*_: object) -> None:
         if (count := next(ended)) % tenth == 0:
             marks.append((time.monotonic(), time.process_time(), fleet.busy()))
-            (wall, cpu, busy), (wall_, cpu_, busy_) = marks[-2:]
-            share = (busy_ - busy) / (wall_ - wall) / slots
+            wall, cpu, busy = (now - then for now, then in zip(marks[-1], marks[-2], strict=True))
             print(
-                f"| {count} | {1000 * (wall_ - wall) / tenth:.1f} | "
-                f"{1000 * (cpu_ - cpu) / tenth:.1f} | {share:.0%} |",
+                f"| {count} | {1000 * wall / tenth:.1f} | {1000 * cpu / tenth:.1f} | "
+                f"{cpu / wall:.2f} | {busy / wall / slots:.0%} | {threading.active_count()} |",
                 flush=True,
             )
 
     LiveTable.ended = mark  # type: ignore[method-assign]
     LiveTable.show = lambda *_: None  # type: ignore[method-assign]
-    print("| trials | ms per trial | ms CPU per trial | slots busy |\n| --- | --- | --- | --- |")
+    print("| trials | ms per trial | ms CPU per trial | CPU s per s | slots busy | threads |")
+    print("| --- | --- | --- | --- | --- | --- |")
     code = command([
         "+experiment=convnet_sweep", f"sweep.trials={trials}", f"sweep.slots={slots}",
         "sweep.refit=false", "sweep.recycle_after=1000000", "logger=[]", *overrides,
@@ -137,9 +137,8 @@ class SimulatedFleet:
     def __init__(self, slots: int, seconds: float) -> None:
         self.slots, self.seconds = slots, seconds
         self.random = random.Random(0)
-        self._lock = threading.Lock()
-        self._busy = 0.0  # seconds of trials that ended
-        self._running: dict[int, float] = {}  # begin of the trial in each thread
+        self.ended = 0.0  # seconds of trials that ended
+        self.running: dict[SimulatedGroup, float] = {}  # begin of its trial
 
     def open(self) -> None: ...
 
@@ -149,20 +148,17 @@ class SimulatedFleet:
     def new_group(self) -> "SimulatedGroup":
         return SimulatedGroup(self)
 
+    def wait(self, groups: Collection["SimulatedGroup"], timeout_s: float) -> list[Any]:
+        first = min(group.due for group in groups) - time.monotonic()
+        time.sleep(max(0.0, min(first, timeout_s)))
+        now = time.monotonic()
+        return [group for group in groups if group.due <= now]
+
     def close(self, groups: object) -> None: ...
 
     def busy(self) -> float:
         """Seconds that all slots have spent in trials."""
-        with self._lock:
-            return self._busy + sum(time.monotonic() - begun for begun in self._running.values())
-
-    def begin(self) -> None:
-        with self._lock:
-            self._running[threading.get_ident()] = time.monotonic()
-
-    def end(self) -> None:
-        with self._lock:
-            self._busy += time.monotonic() - self._running.pop(threading.get_ident())
+        return self.ended + sum(time.monotonic() - begun for begun in self.running.values())
 
 
 class SimulatedGroup:
@@ -172,32 +168,35 @@ class SimulatedGroup:
         self.fleet = fleet
         self.size, self.nodes = 1, ["simulated"]
         self.stop_requested = threading.Event()
+        self.due = 0.0  # time of its next message
 
     def start(self) -> None: ...
 
-    def alive(self) -> bool:
-        return True
-
     def stop(self) -> None: ...
 
-    def run(self, function: object, experiment: Any, *_: object) -> Iterator[Any]:
+    def steps(self, function: object, experiment: Any, *_: object) -> Iterator[Any]:
+        from trainer.cluster import Step
         from trainer.messages import EpochEnded, PhaseEnded, PhaseRecord, RunStarted, RunStopped
 
-        self.fleet.begin()
-        try:
-            yield RunStarted(1, "cpu", 1000, 100, 100, 100)
-            (name, phase), *_rest = experiment.phases.items()
-            metrics = {"accuracy": self.fleet.random.random()}
-            for epoch in range(1, phase.fit.epochs + 1):
-                if self.stop_requested.wait(self.fleet.seconds / phase.fit.epochs):
-                    yield RunStopped()
-                    return
-                yield EpochEnded(name, epoch, epoch, 1.0, 1.0, metrics, 0.1, 0.0, 100.0, 0)
-            record = PhaseRecord(name, "train", self.fleet.seconds, epoch, 1.0, metrics, 1.0,
+        fleet = self.fleet
+        begun = fleet.running[self] = time.monotonic()
+        yield RunStarted(1, "cpu", 1000, 100, 100, 100)
+        (name, phase), *_rest = experiment.phases.items()
+        epochs = phase.fit.epochs
+        metrics = {"accuracy": fleet.random.random()}
+        for epoch in range(1, epochs + 1):
+            self.due = begun + fleet.seconds * epoch / epochs
+            while time.monotonic() < self.due and not self.stop_requested.is_set():
+                yield Step.WAIT
+            if self.stop_requested.is_set():
+                yield RunStopped()
+                break
+            yield EpochEnded(name, epoch, epoch, 1.0, 1.0, metrics, 0.1, 0.0, 100.0, 0)
+        else:
+            record = PhaseRecord(name, "train", fleet.seconds, epochs, 1.0, metrics, 1.0,
                                  1000, 1000, 1000, 0.0, 0, 100.0)  # fmt: skip
             yield PhaseEnded(0, record, b"")
-        finally:
-            self.fleet.end()
+        fleet.ended += time.monotonic() - fleet.running.pop(self)
 
 
 def pause(ends: list[float]) -> float:

@@ -5,10 +5,11 @@ import time
 
 import pytest
 
+from trainer.cluster import Step, WorkerFailed
 from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError, RunError
 from trainer.sweeps import pool as pools
-from trainer.sweeps.pool import TrialEnded, TrialRequeued
+from trainer.sweeps.pool import TrialEnded, TrialMessage, TrialRequeued
 
 CFG = {
     "name": "n",
@@ -38,6 +39,9 @@ class Nodes:
     def new_group(self):
         return Group(self)
 
+    def wait(self, groups, timeout_s):
+        return list(groups)
+
     def close(self, groups): ...
 
 
@@ -53,13 +57,14 @@ class Group:
             raise ConfigError("no room")
         self.nodes.started += 1
 
-    def alive(self):
-        return not self.nodes.lost
-
-    def run(self, body, cfg, start):
+    def steps(self, body, cfg, start):
+        yield Step.WAIT
+        if self.nodes.lost:
+            error = WorkerFailed(0, "host", "lost", "")
+            error.had_begun = False
+            raise error
         if start is not None:
             start(self)
-        yield from ()
 
     def stop(self):
         self.nodes.stopped += 1
@@ -160,24 +165,82 @@ def test_workers_stay_warm_and_are_recycled_after_some_trials_and_after_an_error
     assert started[-1] == 4
 
 
-def test_a_trial_receives_a_stop_request_that_arrives_before_it_starts(made):
-    """A slot's thread that is slow to begin must not take the request for an old one."""
+def test_a_trial_receives_a_stop_request_that_arrives_before_its_first_message(made):
     pool, _ = made
     heard = []
-    held = threading.Event()
     until(pool, lambda _: pool.free)
-    nodes_alive, Group.alive = Group.alive, lambda group: held.wait()
-    try:
-        slot = pool.take()
-        slot.group.stop_requested.set()  # by the trial before
-        slot.run(0, None, lambda group: heard.append(group.stop_requested.is_set()))
-        assert not slot.group.stop_requested.is_set()
-        pool.stop_trials()
-        held.set()
-        until(pool, lambda events: events)
-    finally:
-        Group.alive = nodes_alive
+    slot = pool.take()
+    slot.group.stop_requested.set()  # by the trial before
+    slot.run(0, None, lambda group: heard.append(group.stop_requested.is_set()))
+    assert not slot.group.stop_requested.is_set()
+    pool.stop_trials()
+    until(pool, lambda events: events)
     assert heard == [True]
+
+
+class Streaming(Group):
+    """Its trials send what the test puts into `news`, and end with None."""
+
+    def steps(self, body, cfg, news):
+        while True:
+            while not news:
+                yield Step.WAIT
+            if (message := news.pop(0)) is None:
+                return
+            yield message
+
+
+def test_one_thread_follows_the_messages_of_all_slots(made, monkeypatch):
+    pool, nodes = made
+    nodes.room = 50
+    monkeypatch.setattr(nodes, "new_group", lambda: Streaming(nodes))
+    monkeypatch.setattr(nodes, "wait", lambda groups, timeout_s: [g for g in groups if g in due])
+    monkeypatch.setattr(pools, "STEP_EVERY_S", 1000)
+    due, feeds = [], []
+    until(pool, lambda _: len(pool._ready) == 50)
+    for slot in pool._slots:
+        slot.join(5)
+    for number in range(50):
+        feeds.append([])
+        slot = pool.take()
+        slot.run(number, None, feeds[-1])
+        due.append(slot.group)
+    assert not any(slot._thread.is_alive() for slot in pool._slots)
+    for number, feed in enumerate(feeds):
+        feed += [("epoch", number), None]
+    pool._stepped = time.monotonic()
+    heard, ended = set(), set()
+    while len(ended) < 50:
+        event = pool.event(0)
+        if isinstance(event, TrialMessage):
+            heard.add((event.slot.trial, event.message))
+        elif event:
+            ended.add(event.slot.trial)
+            event.slot.trial = None
+    assert heard == {(number, ("epoch", number)) for number in range(50)}
+    assert ended == set(range(50))
+    assert not any(slot._thread.is_alive() for slot in pool._slots)
+
+
+def test_a_step_that_blocks_is_left_to_a_thread(made, monkeypatch):
+    """The inline group trains in a thread; the end of a failed run is examined in one."""
+    pool, nodes = made
+    nodes.room = 1
+    where = []
+
+    class Blocking(Group):
+        def steps(self, *_):
+            where.append(threading.current_thread().name)
+            yield Step.BLOCK
+            where.append(threading.current_thread().name)
+            raise ArithmeticError
+
+    monkeypatch.setattr(nodes, "new_group", lambda: Blocking(nodes))
+    until(pool, lambda _: pool.free)
+    pool.take().run(0, None)
+    (event,) = until(pool, lambda events: events)
+    assert isinstance(event.error, ArithmeticError)
+    assert where == [threading.current_thread().name, "slot"]
 
 
 def test_workers_that_start_while_their_slot_is_closed_end_with_it(made):

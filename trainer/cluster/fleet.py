@@ -1,7 +1,7 @@
 """Several worker groups side by side, over one connection to Ray."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from trainer.cluster.environment import available_cpus, prepare_environment
@@ -58,6 +58,19 @@ class Fleet:
     def new_group(self) -> WorkerGroup:
         """A group that uses the connection, not started yet."""
         return open_group(self._cfg)
+
+    def wait(self, groups: Collection[WorkerGroup], timeout_s: float) -> list[WorkerGroup]:
+        """The groups for which messages have arrived, after waiting for the first one.
+
+        Args:
+            groups: at least one, all of which are at a `Step.WAIT`.
+            timeout_s: maximum time to wait, in seconds.
+        """
+        from trainer.cluster.streams import all_ready
+
+        owners = {stream: group for group in groups for stream in group.streams}
+        found = all_ready(owners, timeout_s)
+        return list(dict.fromkeys(owners[stream] for stream in found))
 
     def close(self, groups: Iterable[WorkerGroup]) -> None:
         """Stop the groups, also those that are running, and disconnect. May be called twice."""

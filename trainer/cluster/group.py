@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from trainer.cluster.restart import WorkerLoss
@@ -10,6 +11,13 @@ from trainer.errors import RunError
 
 WorkerFunction = Callable[..., Iterator[Any]]
 """A function that workers execute: a generator `f(world, *args)`, the same on every rank (SPMD)."""
+
+
+class Step(Enum):
+    """What `WorkerGroup.steps` yields beside messages."""
+
+    WAIT = "no message has arrived; more when Fleet.wait names the group, and at least regularly"
+    BLOCK = "the next step may take long: continue in a thread that has nothing else to do"
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class WorkerFailed(RunError):
         node: the name of its host.
         detail: its whole traceback, or what is known about its death.
         has_left: whether its host has left the cluster, so that no restart is used up.
+        had_begun: whether all workers were alive when the function began.
         loss: the data on which the decision to restart is based (trainer.cluster.restart).
     """
 
@@ -72,6 +81,7 @@ class WorkerFailed(RunError):
         self.rank = rank
         self.node = node
         self.has_left = has_left
+        self.had_begun = True
         self.loss = WorkerLoss(reason, position, has_left)
 
 
@@ -91,6 +101,9 @@ class WorkerGroup(Protocol):
     stop_requested: threading.Event
     """Set it to end the current function at its next step. The caller clears it before the next
     `run`."""
+
+    streams: dict[Any, int]
+    """While a function runs: the streams of messages that `Fleet.wait` waits for."""
 
     @property
     def size(self) -> int:
@@ -133,6 +146,12 @@ class WorkerGroup(Protocol):
             RunError: a worker raised it; running again would fail in the same way.
             ClusterLost: a worker was lost after the head node of the cluster.
             WorkerFailed: a worker raised another exception, died or hung.
+        """
+
+    def steps(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
+        """As `run`, for a thread that follows many groups: yields a `Step` where `run` would wait.
+
+        Raises as `run`.
         """
 
     def restart(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trainer.cluster.environment import available_cpus
-from trainer.cluster.group import Reformed, WorkerFailed, WorkerFunction
+from trainer.cluster.group import Reformed, Step, WorkerFailed, WorkerFunction
 from trainer.cluster.memory import memory_released
 from trainer.config import ClusterConfig
 from trainer.engine.world import World, same_bits_on_cuda
@@ -29,6 +29,7 @@ class InlineGroup:
         self.nodes = [socket.gethostname()]
         self.notices: list[str] = []
         self.stop_requested = threading.Event()
+        self.streams: dict[Any, int] = {}
         self._cfg = cfg
         self._device: torch.device | None = None
 
@@ -57,6 +58,11 @@ class InlineGroup:
                 detail = traceback.format_exc()
                 position = world.heartbeat.position
                 raise WorkerFailed(0, self.nodes[0], reason, detail, position) from error
+
+    def steps(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
+        """All steps take long."""
+        yield Step.BLOCK
+        yield from self.run(function, *args)
 
     def restart(self) -> None:
         """Nothing to do: this process is alive."""

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -22,6 +22,7 @@ from trainer.cluster.group import (
     Failure,
     InsufficientResources,
     Reformed,
+    Step,
     WorkerFailed,
     WorkerFunction,
 )
@@ -56,6 +57,7 @@ class RayGroup:
         self._idle: list[Rank] = []  # workers that are not in the current group
         self._runs = 0  # number of the current or last run
         self._suspects: set[int] = set()  # ranks that others have lost in the last run
+        self.streams: dict[Any, int] = {}  # of the current run's messages -> rank
         self._head_lost = False  # as far as reported
         self._moves: list[str] = []  # why workers started on other hosts
 
@@ -134,24 +136,39 @@ class RayGroup:
 
     def run(self, function: WorkerFunction, *args: Any) -> Iterator[Any]:
         """Yield what rank 0 yields; the first failure ends the run."""
+        with contextlib.closing(self.steps(function, *args)) as steps:
+            for step in steps:
+                if step is Step.WAIT:
+                    ready(self.streams, POLL_INTERVAL_S)
+                elif step is not Step.BLOCK:
+                    yield step
+
+    def steps(self, function: WorkerFunction, *args: Any) -> Generator[Any]:
+        """See `WorkerGroup`."""
         if not self._ranks:
             raise RuntimeError("start() the group before run()")
         self._runs += 1
         self._suspects = set()
         shared = [put(value) for value in (function, *args)]
-        streams = {
+        alive = [rank.actor.identity.remote() for rank in self._ranks]  # answered before the run
+        self.streams = {
             rank.actor.run.options(num_returns="streaming").remote(self._runs, *shared): number
             for number, rank in enumerate(self._ranks)
         }
         try:
-            yield from self._messages(streams)
+            yield from self._messages(self.streams)
+        except WorkerFailed as error:
+            answered, silent = ray.wait(alive, num_returns=len(alive), timeout=0)
+            error.had_begun = not silent and not any(died(answer) for answer in answered)
+            raise
         finally:
-            if streams:  # the run failed, or the caller closed the iterator
+            if self.streams:  # the run failed, or the caller closed the iterator
                 self._request_stop()
                 self._disconnect()
+                self.streams = {}
 
     def _messages(self, streams: dict[Any, int]) -> Iterator[Any]:
-        """Yield the messages of all `streams`, which map to ranks, and remove those that end."""
+        """Yield the steps of all `streams`, which map to ranks, and remove those that end."""
         monitor = HeartbeatMonitor([rank.actor for rank in self._ranks], self._cfg.hang_timeout_s)
         stop_sent = False
         while streams:
@@ -162,11 +179,13 @@ class RayGroup:
                 stop_sent = True
                 self._request_stop()
             self._attend()
-            for stream in ready(streams, POLL_INTERVAL_S):
+            found = ready(streams, 0)
+            for stream in found:
                 message = receive(stream)
                 if message is END:
                     monitor.finish(streams.pop(stream))
                 elif isinstance(message, Failure):
+                    yield Step.BLOCK
                     late, error = self._find_root_cause(streams[stream], message, streams)
                     yield from late
                     if isinstance(error, WorkerFailed):
@@ -175,9 +194,12 @@ class RayGroup:
                 else:
                     yield message
             if (hung := monitor.poll()) is not None:
+                yield Step.BLOCK
                 self._connection.check_head()
                 self._kill(self._ranks[hung])
                 raise self._hung(hung, monitor.last_status(hung))
+            if not found:
+                yield Step.WAIT
 
     def _request_stop(self) -> None:
         """End the current function at its next step; rank 0 passes the request on to the others."""

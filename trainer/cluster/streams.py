@@ -1,7 +1,7 @@
 """Communication with Ray actors: arguments to them, and the streams of their messages."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -53,6 +53,14 @@ def ready(streams: Mapping[Any, int], timeout: float) -> list[Any]:
     The message is then on this host, so that `receive` never waits for a lost host.
     """
     found, _ = ray.wait(list(streams), timeout=timeout)
+    return found
+
+
+def all_ready(streams: Collection[Any], timeout: float) -> list[Any]:
+    """As `ready`, but all streams that have a message."""
+    found, rest = ray.wait(list(streams), timeout=timeout)
+    if found and rest:
+        found += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
     return found
 
 

@@ -1,23 +1,25 @@
 """The slots of a sweep, each of which runs one trial at a time on its own warm workers.
 
-A slot is a worker group and a thread of the driver that runs trials on it. The threads report to
-the driver's main thread by events in one queue. There are as many slots as the cluster can
-hold, while nodes join and leave.
+The driver's main thread waits for the messages of all slots at once. A slot has a thread only while
+its workers start, while a failure is examined, and while this process is itself the worker. There
+are as many slots as the cluster can hold, while nodes join and leave.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.cluster import Fleet, WorkerGroup
+from trainer.cluster import Fleet, Step, WorkerFailed, WorkerGroup
 from trainer.config import Config
 from trainer.errors import RunError, first_line
 
 PAUSE_S = 5.0  # pause before the next attempt to start a slot's workers
 COUNT_EVERY_S = 5.0  # interval of checks of the cluster's size
+STEP_EVERY_S = 1.0  # interval of steps without messages, which look at heartbeats
+MAX_STARTING = 64  # slots whose workers start at the same time
 SETTLE_S = 5.0  # how long to wait for a slot without a trial to end
 
 
@@ -76,11 +78,11 @@ class Slot:
         self._fleet = fleet
         self._events = events
         self._recycle_after = recycle_after
-        self._jobs: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._trials = 0  # of the present workers
+        self._steps: Iterator[Any] | None = None  # of the trial, unless a thread follows it
         self._closed = threading.Event()
         self._starting: WorkerGroup | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True, name="slot")
-        self._thread.start()
+        self._in_background(self._start_group)
 
     def run(self, number: int, *arguments: Any) -> None:
         """Run a trial; only after SlotReady.
@@ -89,77 +91,105 @@ class Slot:
             number: of the trial.
             arguments: of `trainer.worker.trial.run_trial`, after the world.
         """
+        from trainer.worker.trial import run_trial
+
         assert self.group is not None
-        # In the thread that calls `stop_trial`, so that no request is lost.
         self.group.stop_requested.clear()
         self.trial = number
-        self._jobs.put(arguments)
+        self._steps = self.group.steps(run_trial, *arguments)
+        self.step()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the trial waits for `step`."""
+        return self._steps is not None
+
+    def step(self) -> None:
+        """Report what has happened in the trial since the last call. Does not wait."""
+        assert self._steps is not None
+        self._follow(self._steps)
 
     def stop_trial(self) -> None:
         """End the trial at its next step, with a checkpoint."""
-        if group := self.group:  # its thread may remove it meanwhile
+        if group := self.group:  # a thread may remove it meanwhile
             group.stop_requested.set()
+        if self.waits:
+            self.step()
 
     def close(self) -> None:
-        """Accept no more trials. Stops the group unless it runs a trial; the fleet does that."""
+        """Accept no more trials, and stop workers that start. The fleet stops the others."""
         self._closed.set()
-        self._jobs.put(None)
+        self._steps = None
         if starting := self._starting:
             starting.stop_requested.set()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the thread, which may be blocked in a call that does not return."""
+        """Wait for the slot's thread, which may be blocked in a call that does not return."""
         self._thread.join(timeout_s)
 
-    def _work(self) -> None:
-        from trainer.worker.trial import run_trial
+    def _in_background(self, function: Callable[..., None], *args: Any) -> None:
+        self._thread = threading.Thread(target=function, args=args, daemon=True, name="slot")
+        self._thread.start()
 
-        done = 0
-        while not self._closed.is_set():
-            if self.group is None and not self._start_group():
-                self._closed.wait(PAUSE_S)
-                continue
-            self._events.put(SlotReady(self))
-            job = self._jobs.get()
-            assert self.group is not None
-            if job is None:
-                self._drop_group()
-                return
-            error: Exception | None = None
-            if not self.group.alive():  # its node may have been lost meanwhile
-                self._drop_group()
-                self._events.put(TrialRequeued(self))
-                continue
-            try:
-                for message in self.group.run(run_trial, *job):
-                    self._events.put(TrialMessage(self, message))
-            except Exception as raised:  # after any error the sweep continues
-                error = raised
-            done += 1
-            if (error or done >= self._recycle_after) and not self._closed.is_set():
-                self._drop_group()
-                done = 0
-            self._events.put(TrialEnded(self, error))
+    def _follow(self, steps: Iterator[Any], may_block: bool = False) -> None:
+        """Report the steps of the trial until it waits or ends.
 
-    def _start_group(self) -> bool:
-        group = self._starting = self._fleet.new_group()
+        Args:
+            steps: of the trial.
+            may_block: whether this is a thread of the slot.
+        """
+        error: Exception | None = None
         try:
-            if self._closed.is_set():
-                return False
-            group.start()
-        except Exception as error:  # the main thread decides what follows
-            group.stop()
-            self._events.put(StartFailed(self, error))
-            return False
-        finally:
-            self._starting = None
-        self.group = group
-        return True
+            for step in steps:
+                if step is Step.WAIT:
+                    return
+                if step is Step.BLOCK:
+                    self._steps = None
+                    self._in_background(self._follow, steps, True)
+                    return
+                self._events.put(TrialMessage(self, step))
+        except Exception as raised:  # after any error the sweep continues
+            error = raised
+        self._steps = None
+        self._trials += 1
+        lost = isinstance(error, WorkerFailed) and not error.had_begun
+        ended = TrialRequeued(self) if lost else TrialEnded(self, error)
+        if self._closed.is_set():
+            self._events.put(ended)
+        elif not error and self._trials < self._recycle_after:
+            self._events.put(ended)
+            self._events.put(SlotReady(self))
+        elif may_block:
+            self._replace_group(ended)
+        else:
+            self._in_background(self._replace_group, ended)
 
-    def _drop_group(self) -> None:
+    def _replace_group(self, ended: Event) -> None:
         assert self.group is not None
         self.group.stop()
         self.group = None
+        self._events.put(ended)
+        self._start_group()
+
+    def _start_group(self) -> None:
+        """Start workers; try again after a pause until it succeeds or the slot is closed."""
+        while not self._closed.is_set():
+            group = self._starting = self._fleet.new_group()
+            try:
+                group.start()
+            except Exception as error:  # the main thread decides what follows
+                group.stop()
+                self._events.put(StartFailed(self, error))
+                self._closed.wait(PAUSE_S)
+                continue
+            finally:
+                self._starting = None
+            if self._closed.is_set():
+                group.stop()
+                return
+            self.group, self._trials = group, 0
+            self._events.put(SlotReady(self))
+            return
 
 
 class Pool:
@@ -175,6 +205,8 @@ class Pool:
         self._without_workers: set[Slot] = set()
         self._had_workers: float | None = None  # time at which a slot last had workers; None: never
         self._counted: float | None = None
+        self._size = 0  # number of slots that there should be
+        self._stepped = 0.0  # time at which all trials were stepped
 
     def open(self) -> None:
         """Connect to the cluster. Raises as `Fleet.open`."""
@@ -216,13 +248,17 @@ class Pool:
         now = time.monotonic()
         if self._counted is not None and now - self._counted < COUNT_EVERY_S:
             return
-        self._counted, size = now, self._fleet.size()
-        while len(self._slots) < size:
-            self._slots.append(Slot(self._fleet, self._events, self._cfg.sweep.recycle_after))
-        for slot in list(self._without_workers)[: len(self._slots) - size]:
+        self._counted, self._size = now, self._fleet.size()
+        self._add_slots()
+        for slot in list(self._without_workers)[: max(0, len(self._slots) - self._size)]:
             slot.close()
             self._slots.remove(slot)
             self._without_workers.remove(slot)
+
+    def _add_slots(self) -> None:
+        starting = sum(slot.group is None for slot in self._slots)
+        for _ in range(min(self._size - len(self._slots), MAX_STARTING - starting)):
+            self._slots.append(Slot(self._fleet, self._events, self._cfg.sweep.recycle_after))
 
     def event(self, timeout_s: float) -> TrialMessage | TrialEnded | TrialRequeued | None:
         """The next event of a trial; None: none in this time.
@@ -232,6 +268,8 @@ class Pool:
         """
         if any(slot.group for slot in self._slots):
             self._had_workers = time.monotonic()
+        if self._events.empty() and self._step_trials(timeout_s):
+            timeout_s = 0
         try:
             event = self._events.get(timeout=timeout_s)
         except queue.Empty:
@@ -243,9 +281,22 @@ class Pool:
         if isinstance(event, SlotReady):
             self._without_workers.discard(event.slot)
             self._ready.append(event.slot)
+            self._add_slots()
         else:
             self._on_no_workers(event)
         return None
+
+    def _step_trials(self, timeout_s: float) -> bool:
+        """Wait for messages of the trials, and report them. False: there is nothing to wait for."""
+        waiting = {slot.group: slot for slot in self._slots if slot.waits and slot.group}
+        if not waiting:
+            return False
+        found = self._fleet.wait(waiting, timeout_s)
+        if time.monotonic() - self._stepped >= STEP_EVERY_S:
+            found, self._stepped = list(waiting), time.monotonic()
+        for group in found:
+            waiting[group].step()
+        return True
 
     def _on_no_workers(self, event: StartFailed) -> None:
         if event.slot not in self._without_workers:
