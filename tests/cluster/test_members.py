@@ -1,10 +1,11 @@
 """The members of the next group, and losses that use up no restart: pure functions."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from trainer.cluster import open_group
+from trainer.cluster import nodes, open_group, placement
 from trainer.cluster.group import Failure
 from trainer.cluster.members import Answer, choose, to_drop
 from trainer.cluster.recruits import Rank
@@ -64,3 +65,58 @@ def test_the_worker_that_was_lost_first_is_named(min_workers, monkeypatch):
     # Ray reports the end of a process at once, unless its host is lost too.
     assert error.has_left is (min_workers is not None)
     assert group._suspects == {1, 2}
+
+
+def test_no_worker_starts_on_a_host_that_is_silent_until_it_answers(monkeypatch):
+    """Ray takes a host that lost its power for alive, and would use its resources again."""
+    group = open_group(ClusterConfig(workers=3, min_workers=1, hang_timeout_s=0.01))
+    module = sys.modules["trainer.cluster.elastic"]
+    alive = {host: {"NodeManagerAddress": host, "NodeManagerPort": 1} for host in ("n1", "n2")}
+    answering = {"n1:1"}
+    requested, killed = [], []  # where recruits may start; those that were ended
+
+    def probe(address, timeout_s):
+        if address not in answering:
+            raise OSError
+
+    def new_actor(rank):
+        requested.append(group._placement.selector())
+        return SimpleNamespace(identity=SimpleNamespace(remote=object))
+
+    for name, fake in (("alive_nodes", lambda: alive), ("draining_nodes", set), ("probe", probe)):
+        monkeypatch.setattr(nodes, name, fake)
+    monkeypatch.setattr(placement, "alive_nodes", lambda: alive)
+    monkeypatch.setattr(module.NodeMonitor, "_watch", lambda self: None)  # the test does that
+    monkeypatch.setattr(group, "_new_actor", new_actor)
+    fake_ray = SimpleNamespace(
+        wait=lambda refs, **_: ([ref for ref in refs if ref == "n1 answers"], []),
+        get=lambda ref: (0, 1, 0),
+        kill=killed.append,
+    )
+    for name in ("ray_group", "recruits"):
+        monkeypatch.setattr(sys.modules[f"trainer.cluster.{name}"], "ray", fake_ray)
+    monkeypatch.setattr(group, "_kill", lambda rank: None)
+    monkeypatch.setattr(group, "_connection", SimpleNamespace(head=SimpleNamespace(lost=False)))
+    group._nodes = module.NodeMonitor()
+
+    def worker(number):
+        def call(answer):
+            return SimpleNamespace(remote=lambda: answer)
+
+        actor = SimpleNamespace(kept=call(f"n{number} answers"), heartbeat=call(object()))
+        return Rank(actor, f"h{number}", f"n{number}")
+
+    group._ranks, group._runs = [worker(1), worker(2)], 1
+    group._attend()
+    assert requested == [{}]  # the third worker waits for resources, on any host
+    assert [answer.rank for answer in group._answers()] == [0]
+    group._attend()
+    assert len(killed) == 1  # it could have started on h2
+    assert requested[1:] == [{"ray.io/node-id": "!in(n2)"}]
+    group._nodes.check()
+    group._attend()
+    assert len(requested) == 2  # nothing has changed
+    answering.add("n2:1")
+    group._nodes.check()
+    group._attend()
+    assert requested[2:] == [{}]

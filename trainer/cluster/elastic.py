@@ -79,12 +79,24 @@ class ElasticGroup(RayGroup):
         """Look for new workers and for hosts with notice; if there are any, request a change."""
         if self._connection.head.lost or self._changed_run == self._runs:
             return
+        self._avoid_silent_hosts()
         ready = self._recruits.poll(self._cfg.workers - self.size)
         notice = {rank.node_id for rank in self._ranks if self._has_notice(rank)} - self._noticed
         if ready or notice:
             self._changed_run = self._runs
             with contextlib.suppress(RayError):  # it is lost: its stream reports that
                 self._ranks[0].actor.request_change.remote(self._runs)
+
+    def _on_silence(self, rank: Rank) -> None:
+        """Start no worker on a host until it answers: Ray may notice only later that it is lost."""
+        if self._nodes is not None:
+            self._nodes.add_silent({rank.node_id: rank.node})
+
+    def _avoid_silent_hosts(self) -> None:
+        """Keep new workers off the hosts that do not answer now."""
+        if self._nodes is not None and self._placement.lost != self._nodes.silent:
+            self._placement.lost = self._nodes.silent
+            self._recruits.discard(self._placement.lost)
 
     def _has_notice(self, rank: Rank) -> bool:
         return self._nodes is not None and rank.node_id in self._nodes.draining
@@ -93,6 +105,7 @@ class ElasticGroup(RayGroup):
         if not reported:
             # Ray on a host that runs reports the end of a process at once. That the host itself is
             # lost, Ray notices only after 20 to 65 s.
+            self._on_silence(self._ranks[rank])
             return True
         return super()._has_left(rank, reported)
 
@@ -146,6 +159,7 @@ class ElasticGroup(RayGroup):
         wanted = self._cfg.workers - present
         last, since = -1, time.monotonic()
         while True:
+            self._avoid_silent_hosts()
             ready = self._recruits.poll(wanted)
             now = time.monotonic()
             if ready != last:

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,20 +53,35 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 class NodeMonitor:
-    """Asks the head for hosts that will leave, in a thread of its own."""
+    """Asks for hosts that will leave, and for silent ones that answer again, in its own thread."""
 
     def __init__(self) -> None:
         self.draining: set[str] = set()  # Ray's ids of hosts that will leave
+        self.silent: dict[str, str] = {}  # Ray's id -> name of hosts that do not answer
+        self._lock = threading.Lock()  # of changes of `silent`
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="node monitor")
         self._thread.start()
+
+    def add_silent(self, hosts: Mapping[str, str]) -> None:
+        """Add hosts on which a worker does not answer, until a check finds that they do."""
+        with self._lock:
+            self.silent = {**self.silent, **hosts}
 
     def stop(self) -> None:
         """End the thread. May be called twice."""
         self._stopped.set()
         self._thread.join(POLL_INTERVAL_S)
 
+    def check(self) -> None:
+        """Ask the head, and the silent hosts. Takes up to `PROBE_TIMEOUT_S`."""
+        self.draining = draining_nodes()
+        if checked := self.silent:
+            found = checked.keys() - lost_nodes(checked)
+            with self._lock:
+                self.silent = {id_: name for id_, name in self.silent.items() if id_ not in found}
+
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_INTERVAL_S):
             with contextlib.suppress(Exception):  # the head is lost, or Ray shuts down
-                self.draining = draining_nodes()
+                self.check()

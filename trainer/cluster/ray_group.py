@@ -209,6 +209,9 @@ class RayGroup:
     def _attend(self) -> None:
         """Called regularly during a run. Nothing to do if the members are fixed."""
 
+    def _on_silence(self, rank: Rank) -> None:
+        """A worker does not answer. Here nothing: `restart` asks the hosts of lost workers."""
+
     def _disconnect(self) -> None:
         """Let workers whose function has not ended stop waiting for other ranks at once."""
         for rank in self._ranks:
@@ -299,6 +302,7 @@ class RayGroup:
             if not found:
                 for ref, rank in list(pending.items()):
                     if time.monotonic() - begun >= limits[rank]:
+                        self._on_silence(self._ranks[rank])
                         self._kill(self._ranks[rank])
                         del pending[ref]
         return answers
@@ -398,7 +402,9 @@ class RayGroup:
         asked = {self._ranks[rank].actor.heartbeat.remote(): rank for rank in ranks}
         if not asked:
             return []
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=IDLE_WAIT_S)
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=IDLE_WAIT_S)
+        for ref in silent:
+            self._on_silence(self._ranks[asked[ref]])
         return [rank for ref, rank in asked.items() if ref not in answered or died(ref)]
 
     def _broken_links(self, failures: Mapping[int, Failure]) -> list[str]:
@@ -475,7 +481,8 @@ class RayGroup:
         reason = f"no progress for cluster.hang_timeout_s={self._cfg.hang_timeout_s:g}"
         detail = f"last seen {last.where}" if last else "no heartbeat was received before"
         position = last.position if last else None
-        has_left = bool(lost_nodes([self._ranks[rank].node_id]))
+        if has_left := bool(lost_nodes([self._ranks[rank].node_id])):
+            self._on_silence(self._ranks[rank])
         reason = f"{reason}; {detail}"
         return WorkerFailed(rank, self.nodes[rank], reason, detail, position, has_left)
 

@@ -58,10 +58,16 @@ class Recruits:
         return taken
 
     def discard(self, node_ids: Collection[str]) -> None:
-        """End the workers that are ready on some hosts."""
+        """End the workers on some hosts, and those whose host is not known yet.
+
+        The next `poll` requests others, wherever workers may start then.
+        """
         for rank in self._ready:
             if rank.node_id in node_ids:
                 ray.kill(rank.actor)
+        for actor in self._starting.values():
+            ray.kill(actor)
+        self._starting = {}
         self._ready = [rank for rank in self._ready if rank.node_id not in node_ids]
 
     def actors(self) -> list[Any]:
