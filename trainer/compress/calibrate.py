@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.compress.layer_inputs import ObservedLayer, evaluation, observe_layers, with_inputs
+from trainer.compress.layer_inputs import LayerStatistics, evaluation, observe_layers, with_inputs
 from trainer.compress.quantize import (
     INPUT,
     OUTPUT,
@@ -64,34 +64,25 @@ def calibrate(
         for layers in with_inputs(model, observed, inputs, products=second_order):
             for name, layer in layers.items():
                 weight = places[name][0].value
-                _round_layer(layer, weight, quantizers[name], correct_bias, second_order)
+                quantizer = quantizers[name]
+                with layer.rounding(correct_bias) as statistics:
+                    if second_order:
+                        _round_second_order(weight, quantizer, statistics)
+                    weight.copy_(quantizer(weight))
 
 
-def _round_layer(
-    observed: ObservedLayer,
-    weight: Tensor,
-    quantizer: WeightQuantizer,
-    correct_bias: bool,
-    second_order: bool,
+def _round_second_order(
+    weight: Tensor, quantizer: WeightQuantizer, statistics: LayerStatistics
 ) -> None:
-    """Round the weight of a layer, and correct its bias if it can."""
-    statistics = observed.statistics
-    assert statistics is not None
-    corrected = correct_bias and observed.can_correct_bias
-    if corrected:
-        statistics.center()
-    if second_order:
-        groups = len(statistics.sums)
-        scales = broadcast_scale(quantizer.scale, 2).expand(len(weight), 1).reshape(groups, -1, 1)
-        statistics.replace(
-            weight,
-            lambda block, gram, group: round_second_order(
-                block, gram, scales[group], quantizer.max_integer
-            ),
-        )
-    weight.copy_(quantizer(weight))
-    if corrected:
-        observed.correct_bias()
+    """Round the weight of a layer to the grid, in place."""
+    groups = len(statistics.sums)
+    scales = broadcast_scale(quantizer.scale, 2).expand(len(weight), 1).reshape(groups, -1, 1)
+    statistics.replace(
+        weight,
+        lambda block, gram, group: round_second_order(
+            block, gram, scales[group], quantizer.max_integer
+        ),
+    )
 
 
 @contextmanager

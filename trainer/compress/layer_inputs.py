@@ -36,25 +36,25 @@ class ObservedLayer:
     source: Tensor | None = None  # its first input
     statistics: "LayerStatistics | None" = None
 
-    @property
-    def mean(self) -> Tensor | None:
-        """The mean output [channels]; None where it is not known."""
-        return None if self.partial else self.total / max(1, self.count)
+    @contextmanager
+    def rounding(self, correct_bias: bool = True) -> Iterator["LayerStatistics"]:
+        """Context in which the weight is rounded, by the statistics of the inputs.
 
-    @property
-    def can_correct_bias(self) -> bool:
-        """Whether the layer has a bias, and the mean output that it should restore is known."""
-        return not self.partial and isinstance(self.layer.bias, Tensor)
-
-    def correct_bias(self) -> None:
-        """Give the outputs the mean of the original layer by a change of the bias, in place."""
+        Args:
+            correct_bias: Whether a change of the bias, in place, then restores the mean of the
+                outputs, if there is a bias and all outputs of the original layer were seen.
+        """
         statistics = self.statistics
         assert statistics is not None
-        assert self.mean is not None
+        if not (correct_bias and isinstance(self.layer.bias, Tensor)) or self.partial:
+            yield statistics
+            return
+        statistics.center()
+        yield statistics
         mean = statistics.sums / max(1, statistics.count)  # [groups, columns]
         weight = cast(Tensor, self.layer.weight).double()
         outputs = weight.reshape(len(mean), -1, mean.shape[1]) @ mean.unsqueeze(2)
-        cast(Tensor, self.layer.bias).copy_(self.mean - outputs.flatten())
+        self.layer.bias.copy_(self.total / max(1, self.count) - outputs.flatten())
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook, before the one that quantizes the input."""

@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trainer.compress.layer_inputs import (
-    ObservedLayer,
-    evaluation,
-    observe_layers,
-    with_inputs,
-)
+from trainer.compress.layer_inputs import evaluation, observe_layers, with_inputs
 from trainer.compress.rate import round_alone
 from trainer.compress.second_order import round_by_rate
 from trainer.compress.select import select_weights
@@ -99,21 +95,14 @@ class EntropyRound(Phase):
                 weight.copy_(round_alone(weight / step, self.rate) * step + 0.0)  # no minus zero
             for layers in with_inputs(model, observed, self._inputs, products=True):
                 for name, layer in layers.items():
-                    self._round(layer, chosen[name][0].value)
+                    weight = chosen[name][0].value
+                    with layer.rounding() as statistics:
+                        statistics.replace(weight, partial(self._rounded, self._step(weight)))
         self._inputs = ()
         world.broadcast(model.parameters())
 
-    def _round(self, layer: ObservedLayer, weight: Tensor) -> None:
-        """Round the weight of a layer, and correct its bias if it has one."""
-        assert layer.statistics is not None
-        step = self._step(weight)
-        if layer.can_correct_bias:
-            layer.statistics.center()
-        layer.statistics.replace(
-            weight, lambda block, gram, _: round_by_rate(block, gram, step, self.rate) + 0.0
-        )
-        if layer.can_correct_bias:
-            layer.correct_bias()
+    def _rounded(self, step: Tensor, block: Tensor, gram: Tensor, group: int) -> Tensor:
+        return round_by_rate(block, gram, step, self.rate) + 0.0  # no minus zero
 
     def _step(self, weight: Tensor) -> Tensor:
         """Of the grid of a weight, a value that fp16 holds."""

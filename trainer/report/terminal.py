@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 import rich.console
 import rich.table
@@ -66,12 +65,7 @@ class Console:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
 

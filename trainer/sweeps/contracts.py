@@ -5,6 +5,8 @@ Optuna's own tests of samplers and pruners are not part of its package.
 
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,17 +54,13 @@ def check_sampler(sampler: BaseSampler, objectives: int = 1) -> None:
     assert isinstance(sampler, BaseSampler), (
         f"{type(sampler).__name__} must be a subclass of optuna.samplers.BaseSampler"
     )
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    with _only_errors():
         directions = [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE] * objectives
         study = optuna.create_study(sampler=sampler, directions=directions[:objectives])
         _drive(study, objectives)
         continued = optuna.create_study(sampler=sampler, directions=directions[:objectives])
         continued.add_trials(study.get_trials())
         _drive(continued, objectives)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
 
 
 def check_pruner(pruner: BasePruner) -> None:
@@ -80,11 +78,18 @@ def check_pruner(pruner: BasePruner) -> None:
     assert isinstance(pruner, BasePruner), (
         f"{type(pruner).__name__} must be a subclass of optuna.pruners.BasePruner"
     )
+    with _only_errors():
+        for direction in (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE):
+            _check_direction(pruner, direction)
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Context in which Optuna prints nothing but errors."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        for direction in (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE):
-            _check_direction(pruner, direction)
+        yield
     finally:
         optuna.logging.set_verbosity(verbosity)
 
