@@ -8,7 +8,7 @@ import pytest
 from trainer.cluster import nodes, open_group, placement
 from trainer.cluster.group import Failure
 from trainer.cluster.members import Answer, choose, to_drop
-from trainer.cluster.recruits import Rank
+from trainer.cluster.rank import Rank
 from trainer.cluster.restart import WorkerLoss, why_not_restart
 from trainer.config import ClusterConfig
 
@@ -95,7 +95,7 @@ def test_no_worker_starts_on_a_host_that_is_silent_until_it_answers(monkeypatch)
     )
     for name in ("ray_group", "recruits"):
         monkeypatch.setattr(sys.modules[f"trainer.cluster.{name}"], "ray", fake_ray)
-    monkeypatch.setattr(group, "_kill", lambda rank: None)
+    monkeypatch.setattr(Rank, "kill", lambda rank: None)
     monkeypatch.setattr(group, "_connection", SimpleNamespace(head=SimpleNamespace(lost=False)))
     group._nodes = module.NodeMonitor()
 

@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError
 from trainer.cluster import InsufficientResources, nodes, open_group
 from trainer.cluster.group import Failure
 from trainer.cluster.placement import Placement, to_avoid
-from trainer.cluster.ray_group import kill_process
+from trainer.cluster.rank import kill_process
 from trainer.config import ClusterConfig
 from trainer.errors import RunError
 
@@ -65,7 +65,8 @@ class Cluster:
         monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
         monkeypatch.setattr(placement, "state", self)
         monkeypatch.setattr(group, "lost_nodes", self.lost)
-        monkeypatch.setattr(group, "ray", SimpleNamespace(wait=wait, get=get, kill=lambda a: None))
+        monkeypatch.setattr(group, "ray", SimpleNamespace(wait=wait, get=get))
+        monkeypatch.setattr("trainer.cluster.rank.Rank.kill", lambda rank: None)
         monkeypatch.setattr(group, "died", died)
 
     def nodes(self):

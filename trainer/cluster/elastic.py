@@ -11,8 +11,9 @@ from trainer.cluster.group import InsufficientResources, Reformed
 from trainer.cluster.members import Answer, choose, to_drop
 from trainer.cluster.nodes import NodeMonitor
 from trainer.cluster.placement import Placement
+from trainer.cluster.rank import Rank
 from trainer.cluster.ray_group import RayGroup
-from trainer.cluster.recruits import Rank, Recruits
+from trainer.cluster.recruits import Recruits
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
 
@@ -133,13 +134,13 @@ class ElasticGroup(RayGroup):
             if not lost:
                 break
             for rank in lost:
-                self._kill(rank)
+                rank.kill()
             answers = [answer for answer in answers if before[answer.rank] not in lost]
             joined = [rank for rank in joined if rank not in lost]
         left = []
         for number, rank in enumerate(before):
             if rank not in self._ranks:
-                self._kill(rank)
+                rank.kill()
                 left.append(f"worker {number} on {rank.node}")
         self._noticed = {rank.node_id for rank in self._ranks if self._has_notice(rank)}
         new = [rank.node for rank in joined]

@@ -8,13 +8,9 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trainer.cluster.connection import RayConnection
 from trainer.cluster.environment import available_cpus, too_few_cpus
@@ -29,7 +25,7 @@ from trainer.cluster.group import (
 from trainer.cluster.heartbeat import POLL_INTERVAL_S, HeartbeatMonitor, HeartbeatStatus
 from trainer.cluster.nodes import alive_nodes, lost_nodes
 from trainer.cluster.placement import Placement
-from trainer.cluster.recruits import Rank
+from trainer.cluster.rank import Rank
 from trainer.cluster.streams import END, died, put, ready, receive, startup_errors
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError, RunError
@@ -196,7 +192,7 @@ class RayGroup:
             if (hung := monitor.poll()) is not None:
                 yield Step.BLOCK
                 self._connection.check_head()
-                self._kill(self._ranks[hung])
+                self._ranks[hung].kill()
                 raise self._hung(hung, monitor.last_status(hung))
             if not found:
                 yield Step.WAIT
@@ -303,7 +299,7 @@ class RayGroup:
                 for ref, rank in list(pending.items()):
                     if time.monotonic() - begun >= limits[rank]:
                         self._on_silence(self._ranks[rank])
-                        self._kill(self._ranks[rank])
+                        self._ranks[rank].kill()
                         del pending[ref]
         return answers
 
@@ -465,18 +461,6 @@ class RayGroup:
         if self.stop_requested.is_set():
             raise RunError("the group was asked to stop before it had started")
 
-    def _kill(self, rank: Rank) -> None:
-        """End a worker even if its process is suspended and cannot handle requests."""
-        ray.kill(rank.actor)
-        if not rank.pid:  # it never started
-            return
-        if rank.node_id == ray.get_runtime_context().get_node_id():
-            kill_process(rank.pid, rank.started)
-            return
-        on_its_node = NodeAffinitySchedulingStrategy(rank.node_id, soft=False)
-        task = ray.remote(num_cpus=0)(kill_process)
-        task.options(scheduling_strategy=on_its_node).remote(rank.pid, rank.started)
-
     def _hung(self, rank: int, last: HeartbeatStatus | None) -> WorkerFailed:
         reason = f"no progress for cluster.hang_timeout_s={self._cfg.hang_timeout_s:g}"
         detail = f"last seen {last.where}" if last else "no heartbeat was received before"
@@ -555,16 +539,3 @@ class RayGroup:
             reported: whether Ray, or the worker itself, has reported its end.
         """
         return self._connection.answers() and bool(lost_nodes([self._ranks[rank].node_id]))
-
-
-def kill_process(pid: int, started: float) -> None:
-    """End a process of this host at once, unless it has ended and its id was given to another.
-
-    Args:
-        pid: its id.
-        started: when it started, in seconds since 1970.
-    """
-    with contextlib.suppress(psutil.Error):  # it has ended
-        process = psutil.Process(pid)
-        if abs(process.create_time() - started) < 1:
-            process.kill()

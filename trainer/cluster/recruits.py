@@ -2,24 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from trainer.cluster.rank import Rank
+
 RETRY_S = 2.0  # pause before a worker that failed to start is replaced
-
-
-@dataclass
-class Rank:
-    """The driver's data about one worker."""
-
-    actor: Any
-    node: str = ""  # host name
-    node_id: str = ""  # Ray's id of the host
-    pid: int = 0
-    started: float = 0.0  # when the process started, in seconds since 1970
 
 
 class Recruits:
