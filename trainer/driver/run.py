@@ -7,7 +7,6 @@ worker the run restarts from the last checkpoint; trainer.cluster.restart decide
 
 import contextlib
 import dataclasses
-import shlex
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,34 +28,25 @@ from trainer.cluster import (
 from trainer.config import Config
 from trainer.driver.limits import apply_limits
 from trainer.driver.members import Members, Position
+from trainer.driver.recorder import Recorder
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, first_line
 from trainer.messages import (
     STEP_COMPLETE,
-    Checkpoint,
-    Exported,
-    HeadLost,
-    HeadRecovered,
-    Message,
-    Notice,
-    PhaseEnded,
     Resumed,
     RunEnded,
     RunStarted,
     RunStopped,
     Status,
-    Traced,
     WorkersLost,
     WorkersStarted,
 )
 from trainer.report.cost import with_costs
-from trainer.report.sinks import LogSink, MembersSink, MetricsSink, Sink
-from trainer.report.summary import SummarySink
 from trainer.report.tables import tables
 from trainer.report.terminal import Console
 from trainer.report.text import plural
 from trainer.signals import Signals
-from trainer.store.checkpoints import Checkpoints, ResumePoint
-from trainer.store.directory import RunDirectory, as_json
+from trainer.store.checkpoints import ResumePoint
+from trainer.store.directory import RunDirectory
 
 Build = Callable[[], Any]
 """Returns the `Experiment` of the run. It is called while Ray starts, as it imports torch."""
@@ -199,62 +189,51 @@ class _Run:
         self.borrowed = group
         self.is_inline = config.cluster.backend == "inline"  # this process is the worker
         self.names = list(config.phases)
-        self.summary = SummarySink(config, command, directory.read_summary())
-        self.checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
-        self.sinks: list[Sink] = [
-            LogSink(directory),  # first: a line that the user has seen is in the log
-            console,
-            MetricsSink(directory),
-            MembersSink(directory),
-            self.summary,
-        ]
-        self.loggers: list[Sink] = []  # chosen by `logger`; a failure of theirs ends no run
+        self.record = Recorder(config, directory, console, command)
+        self.checkpoints, self.summary = self.record.checkpoints, self.record.summary
         self.members = Members(config.cluster)
         self.experiment: Any = None  # an Experiment, once it is built
         self.noticed = 0  # notices of the group that have been shown
-        self.head_lost: HeadLost | None = None  # until it recovers
         self.started = False  # once a worker has sent a message, the directory is kept
 
     def execute(self) -> dict[str, Any]:
         """Start the workers, run, stop them. Returns the summary, which is also on disk."""
         group: WorkerGroup | None = self.borrowed
         try:
-            self.notify(f"run directory: {self.directory.path}")
+            self.record.notify(f"run directory: {self.directory.path}")
             if group is not None:
                 group.stop_requested.clear()  # set if the previous run was interrupted
             else:
                 with self.signals.deferring(self._before_exit):
                     group = open_group(self.config.cluster)
-            self.on(Status(self._starting(group)))
+            self.record.on(Status(self._starting(group)))
             self._start(group)
             self._work(group)
             summary = apply_limits(self.summary.as_dict("done"), self.config.limits)
             self.directory.write_summary(summary)
-            self.on(Status("writing report.html"))
+            self.record.on(Status("writing report.html"))
             self._write_report(summary)
-            self.on(RunEnded(summary))
+            self.record.on(RunEnded(summary))
             return summary
         except Interrupted as error:
-            self._end("interrupted", str(error))
+            self.record.end("interrupted", str(error))
             raise
         except Exception as error:
             if self.signals.raised:
-                self._end("interrupted", str(self.signals.interrupted()))
+                self.record.end("interrupted", str(self.signals.interrupted()))
                 raise self.signals.interrupted() from error
             if isinstance(error, ConfigError) and not self.started:
                 raise
             self.directory.log(getattr(error, "detail", "") or traceback.format_exc())
-            self._end("failed", first_line(error))
+            self.record.end("failed", first_line(error))
             if isinstance(error, ClusterLost | InsufficientResources):
-                self._notify_resume()
+                self.record.notify_resume()
             raise RunError(
                 f"{first_line(error)} (more in {self.directory.path}/log.txt)"
             ) from error
         finally:
             with self.signals.deferring(self.console.restore):
-                self.checkpoints.close()
-                for logger in list(self.loggers):
-                    self._call_logger(logger, logger.close)
+                self.record.close()
                 if group and group is not self.borrowed:
                     self.console.status(None if self.is_inline else "stopping the workers")
                     group.stop()
@@ -280,19 +259,23 @@ class _Run:
 
     def _workers_started(self, group: WorkerGroup) -> None:
         """Report where the workers are, and what the group has to say about it, once."""
-        self.on(WorkersStarted(group.nodes))
+        self.record.on(WorkersStarted(group.nodes))
         if group is not self.borrowed:
             for line in group.notices[self.noticed :]:
-                self.notify(line)
+                self.record.notify(line)
             self.noticed = len(group.notices)
 
     def _prepare(self) -> None:
         """Build and check the experiment, and open the sinks, before there are workers."""
         self.experiment = self.build()
         model = self.experiment.check_model()
-        if self.experiment.has_initial_weights and not self.checkpoints.load_initial(self.notify):
-            self.checkpoints.save_initial(self.experiment.initial_weights(model, self.notify))
-        self.loggers = self.experiment.build_loggers(self.directory.path, self.config.name)
+        if self.experiment.has_initial_weights and not self.checkpoints.load_initial(
+            self.record.notify
+        ):
+            self.checkpoints.save_initial(
+                self.experiment.initial_weights(model, self.record.notify)
+            )
+        self.record.open_loggers(self.experiment)
 
     def _work(self, group: WorkerGroup) -> None:
         losses: list[WorkerLoss] = []
@@ -318,9 +301,9 @@ class _Run:
             self.members.begin(group, position)
         while True:
             if self.config.export.onnx and not (point.phase or point.step or continues):
-                self.on(Status("trying to export the fresh model to ONNX"))
+                self.record.on(Status("trying to export the fresh model to ONNX"))
                 self._follow(group, try_export)
-            self.on(Status("building model and data on the workers"))
+            self.record.on(Status("building model and data on the workers"))
             start = start_at(self.experiment, point, saved)
             leave_at = self.members.leave_at(position)
             if not self._follow(group, run_phases, start, continues, leave_at, position=position):
@@ -342,16 +325,16 @@ class _Run:
         saved = partial(self.checkpoints.weights_after, self.names)
         # First, since encoding takes longer and could be interrupted.
         self.directory.write_model(saved(len(self.names) - 1))
-        self.on(Status(self._finishing()))
+        self.record.on(Status(self._finishing()))
         models = FinalModels(self.experiment, saved, self.summary.phases[-1])
         if models.artifact:
             self.directory.write_artifact(models.artifact)
             models.artifact = self.directory.read_artifact()  # evaluate what is on the disk
-        self.on(Status("evaluating on the test set"))
+        self.record.on(Status("evaluating on the test set"))
         self._follow(group, evaluate_models, models.models())
         self.summary.result = models.facts(self.summary.evaluated)
         if self.config.export.onnx:
-            self.on(Status("writing and measuring model.onnx"))
+            self.record.on(Status("writing and measuring model.onnx"))
             self._follow(group, export_models, models.final, models.dense)
 
     def _starting(self, group: WorkerGroup) -> str:
@@ -383,24 +366,26 @@ class _Run:
         changes = False
         for message in group.run(function, self.experiment, *args):
             self.started = True
-            self.on(message)
+            self.record.on(message)
             if position is not None and self._head_lost_for_long():
                 group.stop_requested.set()
             if isinstance(message, RunStarted) and self.members.is_recorded and position:
-                self.on(self.members.started(group, position))
+                self.record.on(self.members.started(group, position))
             if isinstance(message, RunStopped):
                 if message.changes_members:
                     changes = True
                     continue
                 self.checkpoints.wait()
-                if self.signals.received is None and self.head_lost is not None:
-                    raise ClusterLost(self.head_lost.address)
+                if self.signals.received is None and self.record.head_lost is not None:
+                    raise ClusterLost(self.record.head_lost.address)
                 raise self.signals.interrupted()
         return changes
 
     def _head_lost_for_long(self) -> bool:
         """Whether training must save its state and stop, before Ray ends all processes."""
-        return self.head_lost is not None and time.monotonic() > self.head_lost.deadline
+        return (
+            self.record.head_lost is not None and time.monotonic() > self.record.head_lost.deadline
+        )
 
     def _restart(
         self, group: WorkerGroup, lost: RunError, loss: WorkerLoss, losses: list[WorkerLoss]
@@ -412,11 +397,11 @@ class _Run:
         losses.append(loss)
         reason = why_not_restart(losses, self.config.cluster.max_restarts)
         if reason is not None:
-            self.notify(f"not restarting: {reason}")
+            self.record.notify(f"not restarting: {reason}")
             raise lost
         counted = sum(not one.has_left for one in losses)
         elastic = self.config.cluster.min_workers is not None
-        self.on(WorkersLost(str(lost), lost.detail, counted, elastic, not loss.has_left))
+        self.record.on(WorkersLost(str(lost), lost.detail, counted, elastic, not loss.has_left))
         try:
             if elastic:
                 self.members.change(group, str(lost))
@@ -436,89 +421,27 @@ class _Run:
             state, which the workers keep.
         """
         self.checkpoints.wait()
-        point = self.checkpoints.latest(self.names, self.notify)
+        point = self.checkpoints.latest(self.names, self.record.notify)
         kept = self.members.continues_at(point)
         position = kept or (point.phase, point.step, STEP_COMPLETE)
         phase, step, stage = position
         is_evaluated = stage == STEP_COMPLETE
-        self.on(Resumed(phase, step, self.names, point.records, point.progress, is_evaluated))
+        self.record.on(
+            Resumed(phase, step, self.names, point.records, point.progress, is_evaluated)
+        )
         return point, position, kept is not None
-
-    def on(self, message: Message) -> None:
-        """Pass a message to all sinks, and store its content."""
-        for sink in self.sinks:
-            sink.on(message)
-        for logger in list(self.loggers):
-            self._call_logger(logger, partial(logger.on, message))
-        match message:
-            case Checkpoint():
-                name = self.names[message.phase]
-                self.checkpoints.save_within(
-                    message.phase, name, message.step, message.content, self.summary.progress()
-                )
-            case HeadLost():  # now, since Ray may end this process without notice
-                self.head_lost = message
-                error = str(ClusterLost(message.address))
-                self.directory.write_summary(self.summary.as_dict("failed", error))
-                self._notify_resume()
-            case HeadRecovered():
-                self.head_lost = None
-                self.directory.delete_summary()
-            case Exported() if message.content:
-                self.directory.write_onnx(message.content)
-            case Traced():
-                for rank, trace in enumerate(message.traces):
-                    name = f"{message.index + 1:02}-{message.name}-rank{rank}.json.gz"
-                    self.directory.write_trace(name, trace)
-            case PhaseEnded():
-                record = as_json(message.record)
-                self.checkpoints.save_phase_end(
-                    message.index, record, message.weights, self.summary.progress()
-                )
-
-    def notify(self, line: str) -> None:
-        """Show and log one line."""
-        self.on(Notice(line))
 
     def _request_stop(self, group: WorkerGroup) -> None:
         """The first signal arrived."""
         group.stop_requested.set()
-        self.notify("saving a checkpoint and stopping; press Ctrl-C again to quit at once")
+        self.record.notify("saving a checkpoint and stopping; press Ctrl-C again to quit at once")
 
     def _before_exit(self) -> None:
         """The second signal ends the process now. Ray's processes are ended by the reaper."""
         self.console.restore()
-        self._end("interrupted", str(self.signals.interrupted()))
-
-    def _end(self, status: str, error: str) -> None:
-        """Write the summary of a run that did not succeed, and say how to resume it."""
-        summary = self.summary.as_dict(status, error)
-        self.directory.write_summary(summary)
-        if status == "interrupted":
-            self._notify_resume()
-        self.on(RunEnded(summary))
-
-    def _notify_resume(self) -> None:
-        arguments = [f"resume={self.directory.path}"]
-        if self.config.cluster.working_dir:  # folders of code have to be given again
-            arguments.append(f"cluster.working_dir={self.config.cluster.working_dir}")
-        if self.config.cluster.py_modules:
-            arguments.append(f"cluster.py_modules=[{','.join(self.config.cluster.py_modules)}]")
-        self.notify(f"resume with: {shlex.join(['python', '-m', 'trainer', *arguments])}")
+        self.record.end("interrupted", str(self.signals.interrupted()))
 
     def _write_report(self, summary: dict[str, Any]) -> None:
         from trainer.driver.report import write_report  # slow to import
 
-        write_report(summary, self.experiment, self.directory, self.notify)
-
-    def _call_logger(self, logger: Sink, call: Callable[[], None]) -> None:
-        """Call a logger; if it fails, report that, and do not use it any more."""
-        try:
-            call()
-        except Exception as error:
-            self.loggers.remove(logger)
-            self.directory.log(traceback.format_exc())
-            self.notify(
-                f"{type(logger).__name__} failed and records nothing more: "
-                f"{first_line(error)} (more in log.txt)"
-            )
+        write_report(summary, self.experiment, self.directory, self.record.notify)
