@@ -96,8 +96,7 @@ class Slot:
         assert self.group is not None
         self.group.stop_requested.clear()
         self.trial = number
-        self._steps = self.group.steps(run_trial, *arguments)
-        self.step()
+        self._follow(self.group.steps(run_trial, *arguments))
 
     @property
     def waits(self) -> bool:
@@ -106,15 +105,14 @@ class Slot:
 
     def step(self) -> None:
         """Report what has happened in the trial since the last call. Does not wait."""
-        assert self._steps is not None
-        self._follow(self._steps)
+        if self._steps is not None:
+            self._follow(self._steps)
 
     def stop_trial(self) -> None:
         """End the trial at its next step, with a checkpoint."""
         if group := self.group:  # a thread may remove it meanwhile
             group.stop_requested.set()
-        if self.waits:
-            self.step()
+        self.step()
 
     def close(self) -> None:
         """Accept no more trials, and stop workers that start. The fleet stops the others."""
@@ -142,12 +140,14 @@ class Slot:
         try:
             for step in steps:
                 if step is Step.WAIT:
+                    self._steps = steps
                     return
-                if step is Step.BLOCK:
+                if step is Step.BLOCK and not may_block:
                     self._steps = None
                     self._in_background(self._follow, steps, True)
                     return
-                self._events.put(TrialMessage(self, step))
+                if not isinstance(step, Step):
+                    self._events.put(TrialMessage(self, step))
         except Exception as raised:  # after any error the sweep continues
             error = raised
         self._steps = None
