@@ -195,7 +195,7 @@ def test_one_thread_follows_the_messages_of_all_slots(made, monkeypatch):
     nodes.room = 50
     monkeypatch.setattr(nodes, "new_group", lambda: Streaming(nodes))
     monkeypatch.setattr(nodes, "wait", lambda groups, timeout_s: [g for g in groups if g in due])
-    monkeypatch.setattr(pools, "STEP_EVERY_S", 1000)
+    monkeypatch.setattr(pool, "_step_every_s", 1000)
     due, feeds = [], []
     until(pool, lambda _: len(pool._ready) == 50)
     for slot in pool._slots:

@@ -18,7 +18,7 @@ from trainer.errors import RunError, first_line
 
 PAUSE_S = 5.0  # pause before the next attempt to start a slot's workers
 COUNT_EVERY_S = 5.0  # interval of checks of the cluster's size
-STEP_EVERY_S = 1.0  # interval of steps without messages, which look at heartbeats
+STEP_EVERY_S = 1.0  # largest interval of steps without messages, which look at heartbeats
 MAX_STARTING = 64  # slots whose workers start at the same time
 SETTLE_S = 5.0  # how long to wait for a slot without a trial to end
 
@@ -207,6 +207,7 @@ class Pool:
         self._counted: float | None = None
         self._size = 0  # number of slots that there should be
         self._stepped = 0.0  # time at which all trials were stepped
+        self._step_every_s = min(STEP_EVERY_S, cfg.cluster.hang_timeout_s / 60)
 
     def open(self) -> None:
         """Connect to the cluster. Raises as `Fleet.open`."""
@@ -292,7 +293,7 @@ class Pool:
         if not waiting:
             return False
         found = self._fleet.wait(waiting, timeout_s)
-        if time.monotonic() - self._stepped >= STEP_EVERY_S:
+        if time.monotonic() - self._stepped >= self._step_every_s:
             found, self._stepped = list(waiting), time.monotonic()
         for group in found:
             waiting[group].step()
