@@ -208,7 +208,6 @@ def test_one_thread_follows_the_messages_of_all_slots(made, monkeypatch):
     assert not any(slot._thread.is_alive() for slot in pool._slots)
     for number, feed in enumerate(feeds):
         feed += [("epoch", number), None]
-    pool._stepped = time.monotonic()
     heard, ended = set(), set()
     while len(ended) < 50:
         event = pool.event(0)

@@ -78,6 +78,7 @@ class Slot:
         self._fleet = fleet
         self._events = events
         self._recycle_after = recycle_after
+        self.stepped = 0.0  # time of the last step
         self._trials = 0  # of the present workers
         self._steps: Iterator[Any] | None = None  # of the trial, unless a thread follows it
         self._closed = threading.Event()
@@ -137,6 +138,7 @@ class Slot:
             may_block: whether this is a thread of the slot.
         """
         error: Exception | None = None
+        self.stepped = time.monotonic()
         try:
             for step in steps:
                 if step is Step.WAIT:
@@ -206,7 +208,6 @@ class Pool:
         self._had_workers: float | None = None  # time at which a slot last had workers; None: never
         self._counted: float | None = None
         self._size = 0  # number of slots that there should be
-        self._stepped = 0.0  # time at which all trials were stepped
         self._step_every_s = min(STEP_EVERY_S, cfg.cluster.hang_timeout_s / 60)
 
     def open(self) -> None:
@@ -293,9 +294,9 @@ class Pool:
         if not waiting:
             return False
         found = self._fleet.wait(waiting, timeout_s)
-        if time.monotonic() - self._stepped >= self._step_every_s:
-            found, self._stepped = list(waiting), time.monotonic()
-        for group in found:
+        since = time.monotonic() - self._step_every_s
+        due = [group for group, slot in waiting.items() if slot.stepped <= since]
+        for group in dict.fromkeys([*found, *due]):
             waiting[group].step()
         return True
 
