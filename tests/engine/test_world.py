@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.engine import links
+from trainer.engine import connect, links
 from trainer.engine.connect import connect_links
 from trainer.engine.links import SharedLink, TcpLink, Transfer
 from trainer.engine.rendezvous import RendezvousStore
@@ -41,6 +41,31 @@ def test_ranks_of_one_host_share_memory(ranks: Ranks, request: pytest.FixtureReq
         return {type(link) for link in world.transport._links.values()}  # type: ignore[attr-defined]
 
     assert ranks(3, body) == [{kind}] * 3
+
+
+def test_a_rank_of_another_network_is_reached_by_tcp(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a container of the same host: its abstract names are not found."""
+    call = connect._call_local
+    monkeypatch.setattr(
+        connect,
+        "_call_local",
+        lambda peer, name, hello: call(peer, "unknown" if peer == 0 else name, hello),
+    )
+
+    def body(world: World) -> tuple[torch.Tensor, dict[int, type]]:
+        value = torch.arange(100_000) * (world.rank + 1)
+        world.all_reduce(value)
+        links = world.transport._links  # type: ignore[attr-defined]
+        return value, {peer: type(link) for peer, link in links.items()}
+
+    values, kinds = zip(*ranks(3, body), strict=True)
+    assert all(torch.equal(value, torch.arange(100_000) * 6) for value in values)
+    near = SharedLink if hasattr(os, "memfd_create") else TcpLink
+    assert kinds == (
+        {1: TcpLink, 2: TcpLink}, {0: TcpLink, 2: near}, {0: TcpLink, 1: near}
+    )  # fmt: skip
 
 
 def test_broadcast_gives_rank_0_s_values_whatever_type_and_strides(ranks: Ranks) -> None:

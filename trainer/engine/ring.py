@@ -46,10 +46,11 @@ class RingAllReduce:
     right neighbour and adds its own values to the one that comes from the left; then each rank owns
     one finished chunk, and N-1 more hops hand these around. A rank sends 2 (N-1)/N of the payload,
     the least possible. Chunks travel in segments, so that one segment is added while the next one
-    arrives. Small tensors, for which a rank sends at most SMALL_BYTES, do not take the ring. In a
-    group of less than MANY_RANKS, one round does it: everybody sends everything to everybody, and
-    each rank adds all values, in the order of ranks. Larger groups use recursive doubling, with
-    about log2 N rounds (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
+    arrives. Small tensors do not take the ring, whose 2 (N-1) hops would take most of the time. In
+    a group of less than MANY_RANKS, one round does it, if a rank sends at most SMALL_BYTES:
+    everybody sends everything to everybody, and each rank adds all values, in the order of ranks.
+    Larger groups use recursive doubling, with about log2 N rounds, for tensors up to a size that
+    grows with N (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
     operations in MPICH", 2005).
 
     Sums are FP32 (FP64 for FP64 tensors); what travels is rounded to `wire`. For an fp16 wire the
@@ -101,14 +102,17 @@ class RingAllReduce:
     def _reduce(self, total: Tensor, mean: bool) -> None:
         """Replace `total` by its sum over all ranks, divided by their number for a mean."""
         size = self._transport.size
-        many = size >= MANY_RANKS
-        messages = size.bit_length() if many else size - 1
-        if messages * total.numel() * self._wire.itemsize > SMALL_BYTES:
-            self._ring(total, mean)
-        elif many:
-            self._doubling(total, mean)
+        payload = total.numel() * self._wire.itemsize
+        if size < MANY_RANKS:
+            small = (size - 1) * payload <= SMALL_BYTES
+            sum_small = self._one_round
+        else:  # the more hops a ring has, the larger are the tensors that avoid it
+            small = size.bit_length() * payload <= SMALL_BYTES * size // MANY_RANKS
+            sum_small = self._doubling
+        if small:
+            sum_small(total, mean)
         else:
-            self._one_round(total, mean)
+            self._ring(total, mean)
 
     def _one_round(self, total: Tensor, mean: bool) -> None:
         rank, size = self._transport.rank, self._transport.size
