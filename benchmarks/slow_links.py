@@ -1,7 +1,7 @@
 """Training over slow links: the time of a step, what it sends, and the accuracy, by method.
 
-    python benchmarks/slow_links.py [--rates 1gbit 100mbit] [--steps 10] [--quick]
-    python benchmarks/slow_links.py --accuracy-steps 400 [--seeds 3]
+    python benchmarks/slow_links.py [--rates 1gbit 100mbit] [--steps 10] [--only NAME ...] [--quick]
+    python benchmarks/slow_links.py --accuracy-steps 400 [--seeds 3] [--only NAME ...]
 
 Two workers train LeNet-5 on MNIST in fp32, one thread each. In the first form they are processes in
 two network namespaces, connected by a link of each rate (tc-tbf); this needs Linux, root and
@@ -142,12 +142,12 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def time_over_link(rate: str, steps: int) -> None:
+def time_over_link(rate: str) -> None:
     with link(rate) as ends:
         processes = []
         for rank, end in enumerate(ends):
-            own = [sys.executable, __file__, "--rank", str(rank), "--rates", rate]
-            command = ["ip", "netns", "exec", end, *own, "--steps", str(steps)]
+            own = [sys.executable, __file__, *sys.argv[1:], "--rank", str(rank), "--rates", rate]
+            command = ["ip", "netns", "exec", end, *own]
             processes.append(subprocess.Popen(command))
         failed = [process.wait() for process in processes]
     if any(failed):
@@ -160,8 +160,9 @@ def compare_accuracy(data: Splits, steps: int, seeds: int) -> None:
     for method in METHODS:
         found = []
         for seed in range(seeds):
-            settings = {"method": method, "steps": steps, "seed": seed}
-            body = functools.partial(train, data=data, whole_steps=WHOLE_STEPS, **settings)
+            body = functools.partial(
+                train, data=data, method=method, steps=steps, seed=seed, whole_steps=WHOLE_STEPS
+            )
             found.append(run_ranks(2, body)[0][2])
         base = base or found
         change = [a - b for a, b in zip(found, base, strict=True)]
@@ -184,10 +185,13 @@ def main() -> None:
         "--steps", type=int, default=10, help="counted steps of each turn, a multiple of 10"
     )
     parser.add_argument("--accuracy-steps", type=int, default=0, help="compare accuracies instead")
+    parser.add_argument("--only", nargs="+", help="parts of the names of methods to compare")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.only:
+        METHODS[1:] = [m for m in METHODS[1:] if any(part in name(m) for part in args.only)]
     if args.rank is not None:
         time_methods(args.rank, args.rates[0], args.steps)
         return
@@ -207,7 +211,7 @@ def main() -> None:
         print("| link | method | kB per step | ms per step | / default |")
         print("| --- | --- | --- | --- | --- |", flush=True)
         for rate in args.rates:
-            time_over_link(rate, args.steps)
+            time_over_link(rate)
 
 
 if __name__ == "__main__":
