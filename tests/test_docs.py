@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 import trainer
@@ -18,6 +19,7 @@ from trainer.engine.world import World
 from trainer.experiment import Experiment
 from trainer.messages import PhaseEnded
 from trainer.phases import Prune, Quantize, Train
+from trainer.store.serialization import from_bytes
 from trainer.worker.preflight import check_compatible
 from trainer.worker.run import Start, run_phases
 
@@ -75,6 +77,34 @@ def test_the_examples_of_a_page_learn(written):
         (record,) = (message.record for message in messages if isinstance(message, PhaseEnded))
         assert record.steps > 30
         assert record.accuracy > 0.5, command  # chance is 0.1
+
+
+@pytest.mark.parametrize("written", ["tutorial-images.md"], indirect=True)
+def test_the_tutorial_for_images_starts(written):
+    """With a network of this package instead of timm's, which has to be downloaded."""
+    pillow = pytest.importorskip("PIL.Image")
+    for part, n in (("train", 4), ("test", 1)):
+        for name in "abcde":
+            folder = Path("photos") / part / name
+            folder.mkdir(parents=True)
+            for number in range(n):
+                pillow.new("RGB", (32, 32), color=(ord(name), number, 0)).save(
+                    folder / f"{number}.png"
+                )
+    network = Path("myconf/model/resnet10t.yaml")
+    network.write_text("_target_: trainer.models.ResNetCifar\ndepth: 8\nclasses: 5\n")
+    torch.manual_seed(0)
+    given = trainer.models.ResNetCifar(depth=8, classes=10).state_dict()
+    save_file(given, "pretrained.safetensors")
+    (command,) = _commands(written)
+    found = Experiment.from_config(yaml.safe_load(capture([*shlex.split(command), "--cfg"])))
+    found.check_model()
+    model, data = found.build_model(), found.build_data()
+    assert [len(split) for split in vars(data).values()] == [18, 2, 5]
+    runtime = found.build_runtime(World.single(torch.device("cpu")))
+    check_compatible(model, data, runtime, [phase.fit for phase in found.phases.values()])
+    weights, _ = from_bytes(found.initial_weights(model))
+    assert torch.equal(weights["conv.weight"], given["conv.weight"])
 
 
 @pytest.mark.slow
