@@ -1,6 +1,7 @@
 """Experiments: the stages of their phases, and settings that are refused before the start."""
 
 import pickle
+import threading
 from functools import partial
 from typing import Any
 
@@ -89,3 +90,13 @@ def test_the_current_process_is_one_worker() -> None:
 def test_data_are_required() -> None:
     with pytest.raises(ConfigError, match="data is None"):
         Experiment(model=nn.Linear, data=None, phases=[Train()])
+
+
+def test_workers_get_no_sinks() -> None:
+    class Sink:
+        lock = threading.Lock()  # has no pickle
+
+    made = of(Train(), logger={"mine": Sink()})
+    sent = pickle.loads(cloudpickle.dumps(made))
+    assert (list(made.loggers), list(sent.loggers)) == (["mine"], [])
+    assert sent.settings() == made.settings()

@@ -158,7 +158,7 @@ def test_every_shipped_sweep_runs(name, capsys):
     assert summary["trials"] == {"complete": 2, "pruned": 0, "failed": 0, "unfinished": 0}
     assert len(Path("run/trials.csv").read_text().splitlines()) == 3
     report = Path("run/report.html").read_text()
-    assert "importances" in report
+    assert "Importance of parameters" in report
     assert "<script src=" not in report  # it needs no other file, and no network
     assert ("Pareto front" in report) == (len(summary["objectives"]) > 1)
     assert not Path("run/trials").exists()  # the checkpoints of trials that ended

@@ -159,7 +159,7 @@ class TestWorkers:
                 self.wait_for(run, steps)  # of the restarted workers, the second time
                 os.kill(self.workers(run.pid)[0], hurt)
                 self.wait_until(run, lambda told=told: told in log.read_text())
-            said = run.communicate(timeout=100)[0]
+            said = run.communicate(timeout=240)[0]
         assert run.returncode == 0, said
         assert died in said
         assert stands in said

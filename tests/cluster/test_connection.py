@@ -74,7 +74,7 @@ def test_private_rays_one_after_the_other_of_which_the_first_needs_two_attempts(
         env=environ,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     failed, first, second = done.stdout.splitlines()

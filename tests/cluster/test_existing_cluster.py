@@ -47,7 +47,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=100,
+            timeout=240,
         )
 
     def train(self, *arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -174,7 +174,7 @@ def test_a_missed_limit_comes_with_its_result() -> None:
 
 
 class StopOnce:
-    """A sink that sends Ctrl-C after the first phase."""
+    """A sink that sends Ctrl-C after the first phase. No other process can import its class."""
 
     def on(self, message: Message) -> None:
         if isinstance(message, PhaseEnded) and message.index == 0:
@@ -343,7 +343,11 @@ def test_a_session_keeps_its_workers_between_runs_and_after_a_failure() -> None:
         assert pids(session) == warm
         with pytest.raises(trainer.RunError, match="an unlucky number"):
             session.run(model=local(13), **settings)
+        twice = {**settings, "phases": [Train(epochs=1), Train(epochs=1)]}
+        with pytest.raises(trainer.Interrupted):
+            session.run(model=local(8), **twice, logger={"stop": StopOnce()})
         third = session.run(model=local(8), **settings)
+        assert pids(session) == warm
         assert {first.status, second.status, third.status} == {"done"}
     with pytest.raises(RuntimeError, match="closed"):
         session.run(model=local(8), **settings)

@@ -201,9 +201,7 @@ class _Run:
         group: WorkerGroup | None = self.borrowed
         try:
             self.record.notify(f"run directory: {self.directory.path}")
-            if group is not None:
-                group.stop_requested.clear()  # set if the previous run was interrupted
-            else:
+            if group is None:
                 with self.signals.deferring(self._before_exit):
                     group = open_group(self.config.cluster)
             self.record.on(Status(self._starting(group)))

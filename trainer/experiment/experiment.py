@@ -252,6 +252,11 @@ class Experiment:
     def _build(self, config: Config, objects: dict[str, Any]) -> None:
         self.config = config
         self.objects = objects
+        self.loggers: dict[str, Factory[Any]] = {
+            name: Factory(f"logger.{name}", settings, object, objects)
+            for name, settings in config.logger.items()
+        }
+        objects = _without_sinks(objects)
         self.model: Factory[nn.Module] = Factory("model", config.model, nn.Module, objects)
         settings = {key: value for key, value in config.data.items() if key != "batch_size"}
         self.data: Factory[Splits] = Factory("data", settings, Splits, objects)
@@ -260,10 +265,6 @@ class Experiment:
         self.optimizer: OptimizerSpec = parse_optimizer(config.optimizer, objects)
         check_optimizer(self.optimizer)
         self.phases: dict[str, Phase] = build_phases(config.phases, config.limits.drop, objects)
-        self.loggers: dict[str, Factory[Any]] = {
-            name: Factory(f"logger.{name}", settings, object, objects)
-            for name, settings in config.logger.items()
-        }
         self.coder: str | Coder = config.artifact.coder
         if not isinstance(self.coder, str):
             factory = Factory("artifact.coder", self.coder, object, objects)
@@ -280,6 +281,10 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """All settings as plain values: the content of config.yaml."""
         return dataclasses.asdict(self.config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers: without the sinks, which only the driver uses and which may hold files."""
+        return {**vars(self), "objects": _without_sinks(self.objects), "loggers": {}}
 
     def with_cluster(self, cluster: ClusterConfig) -> "Experiment":
         """The same experiment on other workers."""
@@ -534,3 +539,7 @@ class Experiment:
                 check_freeze(model, phase.fit)
             except ConfigError as error:
                 raise ConfigError(f"phases.{name}: {error}") from error
+
+
+def _without_sinks(objects: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in objects.items() if not key.startswith("logger.")}

@@ -83,6 +83,7 @@ class Session:
         """Started workers that are all alive."""
         with signals.deferring(lambda: None):
             if self._group is not None and self._reconnect:
+                self._group.stop_requested.clear()  # set if the last run was interrupted
                 self._group.restart()
             elif self._group is not None and not self._group.alive():
                 self._drop()
