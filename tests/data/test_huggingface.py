@@ -64,7 +64,7 @@ def test_what_is_refused(files):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install trainer\[huggingface\]"):
+    with pytest.raises(ValueError, match=r"pip install .\.\[huggingface\]"):
         huggingface("json", inputs="ids", target="label")
     with pytest.raises(ValueError, match="give the columns inputs and target, or a transform"):
         huggingface("json", inputs="ids")

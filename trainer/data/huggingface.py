@@ -131,7 +131,8 @@ def _load(path: str, name: str | None, data_files: Any) -> Mapping[str, Any]:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "data=huggingface needs the library datasets: pip install trainer[huggingface]"
+            "data=huggingface needs the library datasets: run pip install '.[huggingface]' in the "
+            "checkout"
         ) from error
     folder = Path(path).expanduser()
     saved = any((folder / file).exists() for file in ("dataset_dict.json", "state.json"))

@@ -26,7 +26,7 @@ def pillow() -> Any:
         from PIL import Image
     except ImportError as error:
         raise ValueError(
-            "data: reading images needs Pillow: pip install trainer[images]"
+            "data: reading images needs Pillow: run pip install '.[images]' in the checkout"
         ) from error
     return Image
 

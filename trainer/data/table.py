@@ -145,7 +145,9 @@ def _read_parquet(path: Path) -> dict[str, Column]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ValueError("Parquet needs pyarrow: pip install trainer[parquet]") from error
+        raise ValueError(
+            "Parquet needs pyarrow: run pip install '.[parquet]' in the checkout"
+        ) from error
     try:
         content = parquet.read_table(path)
     except ArrowException as error:

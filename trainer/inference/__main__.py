@@ -6,7 +6,7 @@
 
 A file gets its model and data from the run directory that it is in, or from an experiment; without
 both, a model of `trainer.models` computes random samples. The libraries are measured in turn; the
-times are medians. onnxruntime is measured if it is installed (pip install 'trainer[onnx]').
+times are medians. onnxruntime is measured if it is installed (pip install '.[onnx]').
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments.
 """

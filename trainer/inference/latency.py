@@ -100,7 +100,8 @@ def _measure(
                 session = _session(of, samples, threads)
                 calls[name] = partial(session, samples)
             except ImportError as error:
-                missing[name] = f"{error.name} is not installed: pip install 'trainer[onnx]'"
+                needed = "run pip install '.[onnx]' in the checkout"
+                missing[name] = f"{error.name} is not installed: {needed}"
             except RunError as error:
                 missing[name] = str(error)
     times = alternate(calls, seconds, clock=clock)

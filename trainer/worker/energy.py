@@ -110,7 +110,8 @@ def find_counters(device: torch.device) -> Counters:
     try:
         return _find_counters(device)
     except ImportError:
-        return Counters(reason="codecarbon is not installed: pip install 'trainer[energy]'")
+        needed = "run pip install '.[energy]' in the checkout"
+        return Counters(reason=f"codecarbon is not installed: {needed}")
     except Exception as error:  # a driver that misbehaves may not end a run
         return Counters(reason=f"the energy counters cannot be read: {first_line(error)}")
 
