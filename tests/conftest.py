@@ -21,7 +21,7 @@ settings.load_profile("trainer")
 
 @pytest.hookimpl(tryfirst=True)  # before "-m" selects
 def pytest_collection_modifyitems(items):
-    """Files with tests that start processes come first: of two at a time, the long ones early."""
+    """Files with tests that start processes come first: of three at a time, the long ones early."""
     for item in items:
         if item.get_closest_marker("integration"):
             item.add_marker("slow")

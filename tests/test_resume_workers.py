@@ -107,7 +107,7 @@ class TestWorkers:
             for _ in range(times):
                 os.killpg(run.pid, signal.SIGINT)
                 time.sleep(0.2)
-            said = run.communicate(timeout=60)[0]
+            said = run.communicate(timeout=180)[0]
             assert run.returncode == 130, said
             assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
             deadline = time.monotonic() + 30
@@ -138,7 +138,7 @@ class TestWorkers:
                 family = psutil.Process(run.pid).children(recursive=True)
                 assert len(family) > 2
                 end(run.pid, number)
-                said = run.communicate(timeout=60)[0]
+                said = run.communicate(timeout=180)[0]
                 assert run.returncode == code, said
                 if number == signal.SIGINT:
                     assert "press Ctrl-C again to quit at once" in said

@@ -283,7 +283,7 @@ def test_test_runs_all_checks_in_order(checkout: Checkout) -> None:
     checks = [call.split()[2:] for call in calls if call.startswith("-P -m ")]
     assert [check[0] for check in checks] == ["ruff", "ruff", "mypy", "pytest"]
     assert [check[1] for check in checks[:2]] == ["check", "format"]
-    assert "-n2" in calls[-1]
+    assert "-n3" in calls[-1]
     assert calls[-1].endswith(f"-k ring {checkout.root}/tests")
 
 
@@ -297,7 +297,7 @@ def test_first_failing_check_decides_the_exit_code(checkout: Checkout, word: str
 def test_test_runs_only_the_tests_that_are_named(checkout: Checkout) -> None:
     (checkout.log.parent / "test_one.py").touch()
     _, _, calls = checkout.call("test", "test_one.py::test_a", "-x")
-    assert "-n2" not in calls[-1]
+    assert "-n3" not in calls[-1]
     assert calls[-1].endswith("test_one.py::test_a -x")
 
 
