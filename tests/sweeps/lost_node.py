@@ -1,4 +1,4 @@
-"""A sweep on a cluster whose only node with CPUs goes after the first trial; then another comes.
+"""A sweep on a cluster whose only node with CPUs goes in the middle of trial 2; another one comes.
 
     RAY_TMPDIR=SHORT_FOLDER python lost_node.py ARGUMENT...
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-LOG = Path("outputs/sweep_smoke/sweep/log.txt")
+FOLDER = Path("outputs/sweep_smoke/sweep")
+CURVES = FOLDER / "curves" / "0002" / "curves.csv"
 AWAY_S = 1.0
 
 
@@ -24,9 +25,9 @@ def main() -> int:
         node = cluster.add_node(num_cpus=2)
         address = f"cluster.address={cluster.address}"
         sweep = subprocess.Popen([sys.executable, "-m", "trainer", *sys.argv[1:], address])
-        while not (finished := trials_that_finished()) and sweep.poll() is None:
+        while not has_begun() and sweep.poll() is None:
             time.sleep(0.02)
-        Path("finished").write_text("\n".join(finished))
+        Path("finished").write_text("\n".join(trials_that_finished()))
         cluster.remove_node(node, allow_graceful=False)
         time.sleep(AWAY_S)
         cluster.add_node(num_cpus=2)
@@ -35,8 +36,13 @@ def main() -> int:
         cluster.shutdown()
 
 
+def has_begun() -> bool:
+    """Whether trial 2, the third one of two slots, has trained for an epoch."""
+    return CURVES.exists() and "epoch/" in CURVES.read_text()
+
+
 def trials_that_finished() -> list[str]:
-    lines = LOG.read_text().splitlines() if LOG.exists() else []
+    lines = (FOLDER / "log.txt").read_text().splitlines()
     return [line.split()[1].rstrip(":") for line in lines if ": accuracy" in line]
 
 

@@ -35,6 +35,7 @@ IDLE_WAIT_S = 5.0  # how long a worker may take to return from a failed function
 COLLECTIVE_FACTOR = 2.0  # timeout of collectives / hang_timeout_s: the monitor must be faster
 START_MARGIN_S = 5.0  # how long an answer may take to arrive, in addition to what it waits for
 FAILED_WAIT_S = 2.0  # how long to wait for further failures after a rank could not connect
+GOING_WAIT_S = 0.3  # how long a lost host may accept connections after its first process died
 START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 
 
@@ -538,4 +539,10 @@ class RayGroup:
             rank: of the worker that was lost.
             reported: whether Ray, or the worker itself, has reported its end.
         """
-        return self._connection.answers() and bool(lost_nodes([self._ranks[rank].node_id]))
+        node_id = self._ranks[rank].node_id
+        if not self._connection.answers():
+            return False
+        if lost_nodes([node_id]):
+            return True
+        time.sleep(GOING_WAIT_S)
+        return bool(lost_nodes([node_id]))
