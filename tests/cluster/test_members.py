@@ -59,7 +59,8 @@ def test_the_worker_that_was_lost_first_is_named(min_workers, monkeypatch):
     monkeypatch.setattr(module, "ready", lambda streams, timeout: list(streams)[:1] if late else [])
     monkeypatch.setattr(module, "receive", lambda stream: late.pop())
     first = Failure("PeerLost: rank 0 lost rank 1", "", is_peer_loss=True, lost_rank=1)
-    messages, error = group._find_root_cause(0, first, {"zero": 0, "one": 1, "two": 2})
+    group.streams = {"zero": 0, "one": 1, "two": 2}
+    messages, error = group._find_root_cause(0, first)
     assert messages == []
     assert str(error) == "worker 2 on h3: PeerLost: rank 1 lost rank 2"
     # Ray reports the end of a process at once, unless its host is lost too.

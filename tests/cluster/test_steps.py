@@ -4,14 +4,22 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorDiedError
+import torch
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+)
 
-from trainer.cluster import Step, WorkerFailed, open_group
+from trainer.cluster import Step, WorkerFailed, open_group, streams
 from trainer.cluster.group import Failure
 from trainer.cluster.heartbeat import HeartbeatStatus
 from trainer.cluster.rank import Rank
 from trainer.cluster.streams import END
+from trainer.cluster.worker import Worker
 from trainer.config import ClusterConfig
+from trainer.engine.world import World
 
 
 class Actor:
@@ -106,6 +114,91 @@ def test_a_failure_is_examined_where_it_may_block(worker, alive):
         next(steps)
     assert error.value.had_begun is alive
     assert actor.calls[-2:] == ["request_stop", "disconnect"]
+
+
+DIED = Failure("the process died", "", has_died=True)
+RAISED = Failure("ValueError: wrong", "")
+PEER_LOST = Failure("PeerLost: rank 0 lost rank 1", "", is_peer_loss=True, lost_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("failure", "answers", "asked", "has_left"),
+    [
+        (DIED, [True, True], ["n1", "n1"], False),
+        (DIED, [False], ["n1"], True),
+        (DIED, [True, False], ["n1", "n1"], True),  # its processes died before it
+        (PEER_LOST, [True, True], ["n2", "n2"], False),
+        (PEER_LOST, [True, False], ["n2", "n2"], True),
+        (RAISED, [], [], False),
+    ],
+)
+def test_the_host_of_a_worker_that_died_or_is_silent_is_asked_twice_whether_it_is_there(
+    worker, monkeypatch, failure, answers, asked, has_left
+):
+    group, actor = worker
+    group._ranks.append(Rank(Actor(), "other", "n2"))
+    seen, waits = [], []
+    module = sys.modules["trainer.cluster.ray_group"]
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=waits.append)
+    monkeypatch.setattr(module, "time", clock)
+
+    def lost_nodes(hosts):
+        seen.extend(hosts)
+        return set() if answers[len(seen) - 1] else set(hosts)
+
+    monkeypatch.setattr(module, "lost_nodes", lost_nodes)
+    actor.messages.append(failure)
+    with pytest.raises(WorkerFailed) as error:
+        list(group.steps(print))
+    assert error.value.has_left is error.value.loss.has_left is has_left
+    assert seen == asked
+    assert waits == [module.GOING_WAIT_S] * (len(asked) == 2)
+
+
+class Messages:
+    """The stream of a worker that ends with an error of Ray."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __next__(self):
+        return self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ActorDiedError(), ("the process died", True, False)),
+        (ActorUnavailableError("no answer", None), ("the process died", True, False)),
+        (OutOfMemoryError("killed"), ("OutOfMemoryError", True, False)),
+        (RayActorError(preempted=True), ("the process died", True, True)),
+        (RAISED, (RAISED.reason, False, False)),
+    ],
+)
+def test_errors_of_ray_are_failures_of_workers_that_died(monkeypatch, error, expected):
+    def get(message):
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    monkeypatch.setattr(streams, "ray", SimpleNamespace(get=get))
+    failure = streams.receive(Messages(error))
+    assert (failure.reason, failure.has_died, failure.has_left) == expected
+
+
+@pytest.mark.parametrize(("error", "has_died"), [(SystemExit, True), (ValueError, False)])
+def test_a_worker_that_is_told_to_end_counts_as_dead(error, has_died):
+    """Ray raises SystemExit in the function if the process receives SIGTERM."""
+
+    def function(world):
+        raise error("why")
+        yield
+
+    one = Worker(1, 0, [])
+    one._world = World.single(torch.device("cpu"))
+    (failure,) = one.run(1, function)
+    assert failure.reason == f"{error.__name__}: why"
+    assert failure.has_died is has_died
 
 
 def test_a_worker_that_hangs_had_begun(worker, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from trainer.cluster.group import InsufficientResources, Reformed
+from trainer.cluster.group import Failure, InsufficientResources, Reformed
 from trainer.cluster.members import Answer, choose, to_drop
 from trainer.cluster.nodes import NodeMonitor
 from trainer.cluster.placement import Placement
@@ -102,8 +102,8 @@ class ElasticGroup(RayGroup):
     def _has_notice(self, rank: Rank) -> bool:
         return self._nodes is not None and rank.node_id in self._nodes.draining
 
-    def _has_left(self, rank: int, reported: bool) -> bool:
-        if not reported:
+    def _has_left(self, rank: int, reported: Failure | None) -> bool:
+        if reported is None:
             # Ray on a host that runs reports the end of a process at once. That the host itself is
             # lost, Ray notices only after 20 to 65 s.
             self._on_silence(self._ranks[rank])

@@ -32,6 +32,7 @@ class Failure:
     position: tuple[int, int] | None = None  # phase and step; None: unknown
     lost_rank: int | None = None  # with `is_peer_loss`: the other worker, if it is known
     is_unreachable: bool = False  # no connection to `lost_rank` was possible, nothing refused it
+    has_died: bool = False  # the process has died, was told to end, or cannot be reached by Ray
     has_left: bool = False  # the worker's host has left the cluster, or is about to
 
     def makes_worker_unusable(self, device: str) -> bool:

@@ -153,7 +153,7 @@ class RayGroup:
             for number, rank in enumerate(self._ranks)
         }
         try:
-            yield from self._messages(self.streams)
+            yield from self._messages()
         except WorkerFailed as error:
             answered, silent = ray.wait(alive, num_returns=len(alive), timeout=0)
             error.had_begun = not silent and not any(died(answer) for answer in answered)
@@ -164,11 +164,11 @@ class RayGroup:
                 self._disconnect()
                 self.streams = {}
 
-    def _messages(self, streams: dict[Any, int]) -> Iterator[Any]:
-        """Yield the steps of all `streams`, which map to ranks, and remove those that end."""
+    def _messages(self) -> Iterator[Any]:
+        """Yield the steps of all `streams`, and remove those that end."""
         monitor = HeartbeatMonitor([rank.actor for rank in self._ranks], self._cfg.hang_timeout_s)
         stop_sent = False
-        while streams:
+        while self.streams:
             if self._connection.head.lost != self._head_lost:
                 self._head_lost = not self._head_lost
                 yield self._connection.head.message()
@@ -176,14 +176,14 @@ class RayGroup:
                 stop_sent = True
                 self._request_stop()
             self._attend()
-            found = ready(streams, 0)
+            found = ready(self.streams, 0)
             for stream in found:
                 message = receive(stream)
                 if message is END:
-                    monitor.finish(streams.pop(stream))
+                    monitor.finish(self.streams.pop(stream))
                 elif isinstance(message, Failure):
                     yield Step.BLOCK
-                    late, error = self._find_root_cause(streams[stream], message, streams)
+                    late, error = self._find_root_cause(self.streams[stream], message)
                     yield from late
                     if isinstance(error, WorkerFailed):
                         self._connection.check_head()
@@ -476,9 +476,7 @@ class RayGroup:
         if failure.makes_worker_unusable(self._placement.device):
             ray.kill(self._ranks[rank].actor)
 
-    def _find_root_cause(
-        self, rank: int, failure: Failure, streams: Mapping[Any, int]
-    ) -> tuple[list[Any], Exception]:
+    def _find_root_cause(self, rank: int, failure: Failure) -> tuple[list[Any], Exception]:
         """Find the error to raise after the first failure.
 
         If the failure only says that a peer was lost, wait briefly for the failure of the peer.
@@ -491,7 +489,7 @@ class RayGroup:
         self._suspect(rank, failure)
         deadline = time.monotonic() + self.root_cause_wait_s
         failures = {rank: failure}
-        waiting = {stream: r for stream, r in streams.items() if r != rank}
+        waiting = {stream: r for stream, r in self.streams.items() if r != rank}
         while waiting:
             left = max(0, deadline - time.monotonic()) if failure.is_peer_loss else 0
             found = ready(waiting, left)
@@ -514,13 +512,13 @@ class RayGroup:
             return late, ConfigError(failure.reason)
         if failure.is_permanent:
             return late, RunError(failure.reason, failure.detail)
-        reported = set(failures)
+        reported = dict(failures)
         # Name the worker that was lost first: it lost no other one, and others lost it.
         while rank in failures and (lost := failures[rank].lost_rank) is not None:
             failure = failures.pop(rank)
             rank = lost
         node = self.nodes[rank]
-        has_left = failure.has_left or self._has_left(rank, rank in reported)
+        has_left = failure.has_left or self._has_left(rank, reported.get(rank))
         return late, WorkerFailed(
             rank, node, failure.reason, failure.detail, failure.position, has_left
         )
@@ -532,13 +530,18 @@ class RayGroup:
         elif failure.lost_rank is not None:
             self._suspects.add(failure.lost_rank)
 
-    def _has_left(self, rank: int, reported: bool) -> bool:
+    def _has_left(self, rank: int, reported: Failure | None) -> bool:
         """Whether the host of a worker has left the cluster.
+
+        A process may be seen to die some milliseconds before its host stops accepting connections,
+        so that a host that still does is asked again.
 
         Args:
             rank: of the worker that was lost.
-            reported: whether Ray, or the worker itself, has reported its end.
+            reported: the failure that the worker itself, or Ray, has reported; None: neither has.
         """
+        if reported is not None and not reported.has_died:
+            return False  # an exception of a process that is alive
         node_id = self._ranks[rank].node_id
         if not self._connection.answers():
             return False

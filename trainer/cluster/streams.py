@@ -71,11 +71,11 @@ def receive(stream: Any) -> Any:
     except StopIteration:
         return END
     except RayActorError as error:
-        return Failure("the process died", str(error), has_left=error.preempted)
+        return Failure("the process died", str(error), has_died=True, has_left=error.preempted)
     except RayTaskError as error:
         return _transfer_failure(error)
-    except RayError as error:
-        return Failure(type(error).__name__, str(error))
+    except RayError as error:  # such as a message that was lost with its host
+        return Failure(type(error).__name__, str(error), has_died=True)
 
 
 def _transfer_failure(error: RayTaskError) -> Failure:

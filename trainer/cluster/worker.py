@@ -158,6 +158,7 @@ class Worker:
                     is_config_error=isinstance(error, ConfigError),
                     is_permanent=isinstance(error, RunError),
                     is_peer_loss=isinstance(error, ConnectionError | TimeoutError),
+                    has_died=isinstance(error, SystemExit),  # by SIGTERM: its host may shut down
                     position=world.heartbeat.position,
                     lost_rank=error.rank if isinstance(error, PeerLost) else None,
                 )
