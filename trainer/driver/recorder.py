@@ -1,6 +1,7 @@
 """The record of a run: every message goes to the sinks, and its content into the run directory."""
 
 import shlex
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -62,6 +63,11 @@ class Recorder:
     def open_loggers(self, experiment: Any) -> None:
         """Open the sinks that the experiment names. Raises as `Experiment.build_loggers`."""
         self._loggers = experiment.build_loggers(self._directory.path, experiment.name)
+
+    @property
+    def head_lost_for_long(self) -> bool:
+        """Whether training must save its state and stop, before Ray ends all processes."""
+        return self.head_lost is not None and time.monotonic() > self.head_lost.deadline
 
     def on(self, message: Message) -> None:
         """Pass a message to all sinks, and store its content."""

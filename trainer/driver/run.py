@@ -7,7 +7,6 @@ worker the run restarts from the last checkpoint; trainer.cluster.restart decide
 
 import contextlib
 import dataclasses
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -365,7 +364,7 @@ class _Run:
         for message in group.run(function, self.experiment, *args):
             self.started = True
             self.record.on(message)
-            if position is not None and self._head_lost_for_long():
+            if position is not None and self.record.head_lost_for_long:
                 group.stop_requested.set()
             if isinstance(message, RunStarted) and self.members.is_recorded and position:
                 self.record.on(self.members.started(group, position))
@@ -378,12 +377,6 @@ class _Run:
                     raise ClusterLost(self.record.head_lost.address)
                 raise self.signals.interrupted()
         return changes
-
-    def _head_lost_for_long(self) -> bool:
-        """Whether training must save its state and stop, before Ray ends all processes."""
-        return (
-            self.record.head_lost is not None and time.monotonic() > self.record.head_lost.deadline
-        )
 
     def _restart(
         self, group: WorkerGroup, lost: RunError, loss: WorkerLoss, losses: list[WorkerLoss]
