@@ -53,7 +53,11 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 class NodeMonitor:
-    """Asks for hosts that will leave, and for silent ones that answer again, in its own thread."""
+    """Asks for hosts that will leave, and for silent ones that answer again, in its own thread.
+
+    A host that Ray itself has found to be lost is silent no longer: nothing starts there, and if it
+    returns, it has another id. So the silent hosts do not accumulate while nodes come and go.
+    """
 
     def __init__(self) -> None:
         self.draining: set[str] = set()  # Ray's ids of hosts that will leave
@@ -74,10 +78,14 @@ class NodeMonitor:
         self._thread.join(POLL_INTERVAL_S)
 
     def check(self) -> None:
-        """Ask the head, and the silent hosts. Takes up to `PROBE_TIMEOUT_S`."""
+        """Ask the head, and the silent hosts; forget those that answer or that Ray has removed.
+
+        Takes up to `PROBE_TIMEOUT_S`.
+        """
         self.draining = draining_nodes()
         if checked := self.silent:
-            found = checked.keys() - lost_nodes(checked)
+            silent = lost_nodes(checked) & alive_nodes().keys()
+            found = checked.keys() - silent
             with self._lock:
                 self.silent = {id_: name for id_, name in self.silent.items() if id_ not in found}
 
