@@ -153,7 +153,7 @@ class Search:
                 raise error
         self._directory.log(_detail(error))
         reason = first_line(error)
-        if _host_has_left(error):
+        if isinstance(error, WorkerFailed) and error.has_left:  # not by the trial
             self._table.say(f"trial {trial.number}: {reason}; it continues on another host")
             self._wait(trial)
             return
@@ -305,11 +305,6 @@ def _is_wrong(experiment: Any) -> bool:
     except ConfigError:
         return True
     return False
-
-
-def _host_has_left(error: Exception) -> bool:
-    """Whether a worker was lost because its host left the cluster, not by the trial."""
-    return isinstance(error, WorkerFailed) and "its node has died" in error.detail
 
 
 def _detail(error: Exception) -> str:
