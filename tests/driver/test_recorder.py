@@ -10,7 +10,7 @@ from trainer.store.directory import RunDirectory
 
 
 def test_the_head_is_lost_for_long_from_its_deadline_until_it_recovers(tmp_path):
-    needed = {"name": "n", "model": {}, "data": {}, "optimizer": {}, "phases": {}}
+    needed = {"name": "n", "model": {}, "data": {"batch_size": 8}, "optimizer": {}, "phases": {}}
     cfg = to_dataclass(Config, needed)
     record = Recorder(cfg, RunDirectory(tmp_path), Console.quiet(), None)
     assert not record.head_lost_for_long
