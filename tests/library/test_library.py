@@ -6,8 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.version import VersionBase
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -164,6 +168,26 @@ def test_compose_returns_what_the_command_runs() -> None:
     assert experiment.phases["prune"].sparsity == 0.7  # type: ignore[attr-defined]
     again = trainer.Experiment.from_config(experiment.settings())
     assert again.config == experiment.config
+
+
+def test_composing_leaves_a_hydra_program_of_the_caller_alone() -> None:
+    with hydra.initialize(None, job_name="mine", version_base="1.2"):
+        HydraConfig.instance().set_config(hydra.compose(return_hydra_config=True))
+        try:
+            before = {kind: kind.instance() for kind in (GlobalHydra, HydraConfig, VersionBase)}
+            loaded = GlobalHydra.instance().hydra
+            plain = compose_config(["name=${hydra:job.name} ${seed}", "seed=3"]).plain()
+            assert plain["name"] == "trainer 3"
+            assert trainer.compose("smoke").name == "smoke"
+            with pytest.raises(ConfigError, match="modl"):
+                trainer.compose("smoke", "modl=lenet5")
+            assert {kind: kind.instance() for kind in before} == before
+            assert GlobalHydra.instance().hydra is loaded
+            assert HydraConfig.get().job.name == "mine"
+            assert hydra.compose(return_hydra_config=True).hydra.job.name == "mine"
+            assert str(VersionBase.instance().getbase()) == "1.2"
+        finally:
+            HydraConfig.instance().cfg = None
 
 
 def test_a_missed_limit_comes_with_its_result() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -23,6 +28,8 @@ from trainer.config.renamed import rename_keys, rename_override
 from trainer.errors import ConfigError
 
 _PRIMARY = "trainer_config"  # name of conf/config.yaml for Hydra, which no user's file has
+_STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # of a Hydra program, one object each
+_HYDRA_VALUE = re.compile(r"\$\{hydra:([^${}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,16 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
             run_dir = Path(composed.hydra[kind].dir)
             choices = OmegaConf.to_container(composed.hydra.runtime.choices)
             OmegaConf.set_struct(composed, False)
-            del composed["hydra"]
             drop_nested(overrides, composed)
+            plain = _container(composed)
+            del plain["hydra"]
+            plain = _with_hydra_values(plain, composed.hydra)
     except (HydraException, OmegaConfBaseException) as error:
         known_keys = partial(_known_keys, overrides, folders)
         raise ConfigError(explain(error, known_keys, folders)) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"a configuration file cannot be read: {with_cause(error)}") from error
-    tree = OmegaConf.create(rename_keys(_container(composed)))
+    tree = OmegaConf.create(rename_keys(plain))
     assert isinstance(tree, DictConfig)
     _check_sweep(overrides, tree)
     assert isinstance(choices, dict)
@@ -113,11 +122,22 @@ def choose(group: str, choice: str | Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def _hydra(folders: Sequence[Path]) -> Iterator[None]:
-    """Let Hydra compose the shipped conf/config.yaml with groups from `folders`."""
-    primary = OmegaConf.load(conf_dir() / "config.yaml")
-    ConfigStore.instance().store(_PRIMARY, primary)
-    with initialize_config_dir(str(folders[0]), job_name="trainer", version_base="1.3"):
-        yield
+    """Let Hydra compose the shipped conf/config.yaml with groups from `folders`.
+
+    The caller may be a Hydra program itself, whose state is put aside meanwhile. It is not copied,
+    as by Singleton.get_state, since the program may hold references to it.
+    """
+    instances = Singleton._instances
+    before = {kind: instances.pop(kind) for kind in _STATE if kind in instances}
+    try:
+        primary = OmegaConf.load(conf_dir() / "config.yaml")
+        ConfigStore.instance().store(_PRIMARY, primary)
+        with initialize_config_dir(str(folders[0]), job_name="trainer", version_base="1.3"):
+            yield
+    finally:
+        for kind in _STATE:
+            instances.pop(kind, None)
+        instances.update(before)
 
 
 def _search_path(folders: Sequence[Path]) -> list[str]:
@@ -150,6 +170,24 @@ def _container(tree: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _with_hydra_values(value: Any, own: DictConfig) -> Any:
+    """Plain values in which `${hydra:KEY}` is replaced by Hydra's value of this composition.
+
+    Afterwards these interpolations would find the values of the calling program, or none.
+    """
+    if isinstance(value, Mapping):
+        return {key: _with_hydra_values(item, own) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_hydra_values(item, own) for item in value]
+    if not isinstance(value, str):
+        return value
+    if whole := _HYDRA_VALUE.fullmatch(value):
+        found = OmegaConf.select(own, whole[1])
+        found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+        return value if found is None else found
+    return _HYDRA_VALUE.sub(lambda match: str(_with_hydra_values(match[0], own)), value)
 
 
 def _check_sweep(overrides: Sequence[str], tree: DictConfig) -> None:
