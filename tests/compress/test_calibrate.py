@@ -12,6 +12,9 @@ from trainer.compress.quantize import INPUT, ActivationQuantizer, WeightQuantize
 from trainer.compress.select import weights
 
 
+NEAREST = {"second_order": False, "correct_bias": False}
+
+
 def quantized(model: nn.Module, x: Tensor, bits: int = 3, **settings: object) -> nn.Module:
     """A copy of a model, calibrated."""
     model = copy.deepcopy(model)
@@ -95,6 +98,21 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     ]
     assert errors == sorted(errors)
     assert errors[0] < 0.7 * errors[2]
+
+
+@pytest.mark.parametrize(("settings", "calls"), [({}, 8), (NEAREST, 2)], ids=["all", "nearest"])
+def test_rounding_to_the_nearest_value_needs_no_pass_for_each_layer(
+    settings: dict[str, bool], calls: int
+) -> None:
+    seen: list[int] = []
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    net.register_forward_pre_hook(lambda *_: seen.append(1))
+    found = quantized(net, torch.randn(32, 4), **settings)  # two batches
+    assert len(seen) == calls
+    for layer in (net[0], net[2], net[4]):
+        assert layer.weight.unique().numel() > 8
+    for layer in (found[0], found[2], found[4]):  # type: ignore[index]
+        assert all(row.unique().numel() <= 8 for row in layer.weight)
 
 
 def test_ranges() -> None:

@@ -54,19 +54,29 @@ def calibrate(
         ranges: How the range of a layer's input is found, one of `RANGES`: by the smallest and
             largest value, by the smallest mean squared error of the values, or by percentile.
         second_order: Whether rounding takes the inputs into account.
-        correct_bias: Whether biases are corrected.
+        correct_bias: Whether biases are corrected. With neither of the two, the model is called
+            once with each batch, to find the ranges; else once more for each layer.
     """
     with evaluation(model):
         with _sampled(model, -(-_VALUES // len(inputs)), ranges):
             observed = observe_layers(model, places, inputs)
         for name, quantizer in quantizers.items():
             quantizer.calibrate(places[name][0].value)
+        if not (second_order or correct_bias):
+            for name in observed:
+                weight = places[name][0].value
+                weight.copy_(quantizers[name](weight))
+            return
+        # Rounding a layer and correcting its bias depend on the inputs that it gets from the layers
+        # before it as they are rounded already, so the model is called again for each layer.
         for layers in with_inputs(model, observed, inputs, products=second_order):
             for name, layer in layers.items():
                 weight = places[name][0].value
                 quantizer = quantizers[name]
                 with layer.rounding(correct_bias) as statistics:
                     if second_order:
+                        # It needs the products of these inputs; they are not kept for all layers,
+                        # as each matrix has the size [columns, columns].
                         _round_second_order(weight, quantizer, statistics)
                     weight.copy_(quantizer(weight))
 
