@@ -82,8 +82,10 @@ class Session:
     def _ready_group(self, signals: Signals) -> WorkerGroup:
         """Started workers that are all alive."""
         with signals.deferring(lambda: None):
+            if self._group is not None:
+                # Ctrl-C during the last run set it, even if the run was over before it could stop.
+                self._group.stop_requested.clear()
             if self._group is not None and self._reconnect:
-                self._group.stop_requested.clear()  # set if the last run was interrupted
                 self._group.restart()
             elif self._group is not None and not self._group.alive():
                 self._drop()
