@@ -1,5 +1,6 @@
 """Experiments: the stages of their phases, and settings that are refused before the start."""
 
+import copy
 import pickle
 import threading
 from functools import partial
@@ -96,7 +97,8 @@ def test_workers_get_no_sinks() -> None:
     class Sink:
         lock = threading.Lock()  # has no pickle
 
-    made = of(Train(), logger={"mine": Sink()})
-    sent = pickle.loads(cloudpickle.dumps(made))
+    made = of(Train(), logger={"mine": (sink := Sink())})
+    sent = pickle.loads(cloudpickle.dumps(made.for_workers()))
     assert (list(made.loggers), list(sent.loggers)) == (["mine"], [])
     assert sent.settings() == made.settings()
+    assert copy.copy(made).loggers["mine"].given is sink  # any other copy keeps them

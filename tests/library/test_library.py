@@ -252,6 +252,13 @@ def test_a_given_sink_itself_receives_every_message() -> None:
     assert {"RunStarted", "EpochEnded", "PhaseEnded", "Evaluated"} <= set(sink.kinds)
 
 
+def test_no_loggers_can_be_chosen() -> None:
+    result = run(phases=[Train()], logger=[], out="none")
+    assert trainer.resume("none", progress=False).metrics == result.metrics
+    with pytest.raises(ConfigError, match=r"cluster=\[\]: pass a mapping"):
+        trainer.Session(cluster=[])  # type: ignore[arg-type]
+
+
 class Unpicklable(Points):
     def __reduce__(self) -> Any:
         raise TypeError("no pickle")
@@ -339,6 +346,23 @@ def test_a_structural_change_is_replayed_wherever_the_weights_are_loaded() -> No
         trainer.load("a/model.dcz", net())
     loaded = trainer.load("a/model.dcz", net(), phases=[HalveUnits])
     assert torch.equal(loaded(inputs), undisturbed.model(inputs))
+
+
+def test_ctrl_c_at_the_end_of_a_run_does_not_stop_the_next_run_of_a_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped_before = []
+
+    def execute(*args: Any) -> None:
+        requested = args[-1].stop_requested
+        stopped_before.append(requested.is_set())
+        requested.set()  # as by a signal that arrives too late to end this run
+
+    monkeypatch.setattr("trainer.library.session.execute", execute)
+    with trainer.Session(cluster="inline") as session:
+        for _ in range(2):
+            session.run(model=net, data=DATA, phases=PHASES)
+    assert stopped_before == [False, False]
 
 
 @pytest.mark.integration

@@ -361,7 +361,7 @@ class _Run:
             Whether it has stopped to continue with other members.
         """
         changes = False
-        for message in group.run(function, self.experiment, *args):
+        for message in group.run(function, self.experiment.for_workers(), *args):
             self.started = True
             self.record.on(message)
             if position is not None and self.record.head_lost_for_long:

@@ -67,8 +67,11 @@ def describe_section(key: str, section: Any) -> dict[str, Any]:
     if isinstance(section, Mapping):
         return dict(section)
     names = [section] if isinstance(section, str) else section
+    if key == "logger" and isinstance(names, list | tuple) and not names:
+        return {}
     if not (
-        (conf_dir() / key).is_dir()
+        names
+        and (conf_dir() / key).is_dir()
         and isinstance(names, Sequence)
         and all(isinstance(name, str) for name in names)
     ):

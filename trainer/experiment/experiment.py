@@ -282,9 +282,11 @@ class Experiment:
         """All settings as plain values: the content of config.yaml."""
         return dataclasses.asdict(self.config)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For workers: without the sinks, which only the driver uses and which may hold files."""
-        return {**vars(self), "objects": _without_sinks(self.objects), "loggers": {}}
+    def for_workers(self) -> "Experiment":
+        """A copy without the sinks, which only the driver uses and which may hold files."""
+        other = copy.copy(self)
+        other.objects, other.loggers = _without_sinks(self.objects), {}
+        return other
 
     def with_cluster(self, cluster: ClusterConfig) -> "Experiment":
         """The same experiment on other workers."""

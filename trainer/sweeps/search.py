@@ -220,7 +220,8 @@ class Search:
                 continue
             assert trial.resumed is not None
             self._loggers.begin(number, trial.experiment, trial.resumed)
-            self._pool.take().run(number, trial.experiment, start, requested(self._cfg))
+            experiment = trial.experiment.for_workers()
+            self._pool.take().run(number, experiment, start, requested(self._cfg))
 
     def _next(self) -> int | None:
         """A trial to run now: one that waits, or a new one; None: there is none."""
