@@ -11,7 +11,6 @@ from trainer.compress.calibrate import calibrate
 from trainer.compress.quantize import INPUT, ActivationQuantizer, WeightQuantizer, attach
 from trainer.compress.select import weights
 
-
 NEAREST = {"second_order": False, "correct_bias": False}
 
 

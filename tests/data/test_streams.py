@@ -4,18 +4,22 @@ import copy
 import pickle
 import random
 from itertools import chain, count, islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from trainer.data.datasets import _hide_worker
+from trainer.data.checked import CheckedSplit
+from trainer.data.datasets import DatasetSplit, _hide_worker, dataset
 from trainer.data.mixed import MixedSplit
 from trainer.data.order import global_batches, shard
 from trainer.data.sources import as_splits
+from trainer.data.split import unwrapped
 from trainer.data.streaming import stream
-from trainer.data.streams import stream_of
+from trainer.data.streams import apart, stream_of
+from trainer.worker.phase import observed
 
 
 class Numbers(IterableDataset[Any]):
@@ -156,8 +160,27 @@ class Odd(Stateful):
         return {"at": torch.tensor(self.at + 1)}
 
 
+class Refusing(Stateful):
+    """It refuses its own state, as after an update of the library that wrote it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise KeyError("shard")
+
+
+class NoCopy(Stateful):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("cannot pickle 'socket' object")
+
+
+class Asking(Stateful):
+    """Its state depends on an argument, as in MosaicML's streaming."""
+
+    def state_dict(self, samples: int) -> dict[str, Any]:  # type: ignore[override]
+        return {"at": samples}
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("kind", [Stateful, Losing, Odd])
+@pytest.mark.parametrize("kind", [Stateful, Losing, Odd, Refusing, NoCopy, Asking])
 def test_a_stream_continues_from_its_state_if_that_is_exact(
     kind: type[Stateful], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +192,7 @@ def test_a_stream_continues_from_its_state_if_that_is_exact(
     read(begun, batches(begun, 0), 0)
     read(begun, order[:2], 1)
     state = stream_of(begun).state()
-    assert (state is None) == (kind is Odd)
+    assert (state is None) == (kind in (Odd, Asking))
     resumed = split_of(kind(), **settings)
     if state is not None:
         stream_of(resumed).load_state(state)
@@ -191,6 +214,82 @@ def test_a_state_saves_reading() -> None:
     assert read(split, [torch.tensor([502])])[0, 0] == 502
     assert stream_of(split)._cursor._open.read == 503 - 256
     assert stream_of(split_of(Numbers(known=True))).state() is None
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_samples_are_observed_without_moving_the_stream(settings: dict[str, Any]) -> None:
+    source, alone = Stateful(20), split_of(Sized(20), **settings)
+    source.__class__ = type("Known", (Stateful, Sized), {})
+    split = CheckedSplit(split_of(source, **settings), "train", lambda targets: None)
+    runtime: Any = SimpleNamespace(seed=3, batch_size=6, place_batch=lambda *batch: batch)
+    order = batches(alone, 0)
+    assert torch.equal(read(split, order[:2]), read(alone, order[:2]))
+    reads = source.read
+    seen = torch.cat(observed(split, 5, runtime))
+    assert torch.equal(seen, read(alone, [torch.arange(5)], None))
+    assert source.read == reads
+    assert torch.equal(read(split, order[2:]), read(alone, order[2:]))
+    assert source.read == len(split) if "steps_per_epoch" not in settings else source.read <= 28
+
+
+def test_a_stream_that_cannot_be_copied_is_read_again_after_its_samples_were_observed() -> None:
+    source = NoCopy(20)
+    split, alone = (split_of(one, steps_per_epoch=3) for one in (source, Numbers(20)))
+    read(split, [torch.arange(9)])
+    assert read(apart(split), [torch.arange(5)], None)[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert source.read == 9 + 5
+    assert torch.equal(read(split, [torch.arange(9, 12)]), read(alone, [torch.arange(9, 12)]))
+    assert source.read == 9 + 5 + 12
+
+
+def test_samples_of_loader_processes_are_observed_in_a_process_of_their_own() -> None:
+    split = stream(Numbers(known=True), TEST, TEST, loader_workers=3).train
+    other = apart(split)
+    assert isinstance(other, DatasetSplit)
+    assert (other.loader_workers, stream_of(other) is stream_of(split)) == (1, False)
+    tensors = as_splits(TEST, hold_out=0.4).train
+    assert apart(tensors) is tensors
+
+
+def test_generators_are_seeded_once_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    for convert, places in ((None, "datasets"), (lambda sample: sample, "streams")):
+        split = split_of(Numbers(known=True), transform=convert)
+        read(split, [torch.tensor([0])])
+        seeds: dict[str, list[int]] = {"datasets": [], "streams": []}
+        for module, found in seeds.items():
+            monkeypatch.setattr(f"trainer.data.{module}.seed_generators", found.append)
+        read(split, [torch.tensor([1, 2])])
+        wanted = {"datasets": 0, "streams": 2}  # while the stream is read
+        wanted[places] += 2
+        assert {module: len(found) for module, found in seeds.items()} == wanted
+        monkeypatch.undo()
+
+
+class Unsized(Numbers):
+    def __len__(self) -> int:
+        raise TypeError("length unknown")
+
+
+def test_the_length_of_an_epoch_is_known_with_the_batch_size() -> None:
+    split = stream(Unsized(None), TEST, TEST, steps_per_epoch=4).train
+    with pytest.raises(TypeError, match=r"data\.steps_per_epoch times the batch size"):
+        len(split)  # rather than counting the samples of a stream that may be endless
+    stream_of(split).set_batch_size(6)  # type: ignore[union-attr]
+    assert len(split) == 24
+    with pytest.raises(ValueError, match=r"length of this stream is unknown.*steps_per_epoch"):
+        split_of(Unsized(9))
+    assert len(stream(Numbers(), Unsized(9), TEST).validation) == 9
+
+
+def test_attributes_with_the_name_split_are_no_wrappers() -> None:
+    class Half:  # a Split of the user's own, of a part with a name
+        split = "train"
+
+        def batches(self) -> None: ...
+
+    half = Half()
+    assert unwrapped(half) is half
+    assert unwrapped(MixedSplit(half, 0.4, 0.0, seed=3, batch_size=6)) is half  # type: ignore
 
 
 def test_evaluation_counts_streams_of_unknown_length() -> None:
@@ -266,6 +365,18 @@ def test_what_is_refused() -> None:
         stream(iter([1]), TEST, TEST)
     with pytest.raises(ValueError, match=r"data.train: a tuple is not a stream; use data=dataset"):
         stream(TEST, TEST, TEST)
+    loader = DataLoader(Numbers(known=True), batch_size=2)
+    for name, make in (
+        ("data", lambda: as_splits(loader)),
+        ("data.train", lambda: as_splits((loader, loader, loader))),
+        ("data.train", lambda: as_splits({"train": loader})),
+        ("data.test", lambda: as_splits((Numbers(known=True), TEST, loader))),
+        ("data.train", lambda: stream(loader, TEST, TEST)),
+        ("data.validation", lambda: stream(Numbers(), loader, TEST)),
+        ("data.train", lambda: dataset(loader)),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} is a DataLoader, but.*loader.dataset"):
+            make()
     with pytest.raises(ValueError, match=r"data.steps_per_epoch=0: it must be at least 1"):
         stream(Numbers(), TEST, TEST, steps_per_epoch=0)
     with pytest.raises(ValueError, match=r"Numbers is not a map-style data set.*data=stream"):

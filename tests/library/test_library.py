@@ -128,6 +128,7 @@ def test_data_in_many_forms(data: Any, sizes: list[int]) -> None:
     [
         ({"data": 3}, "data is a int: pass Splits, a Dataset or a list of "),
         ({"data": torch.utils.data.DataLoader(Points(9))}, "pass its dataset and batch_size"),
+        ({"data": [torch.utils.data.DataLoader(Points(9))] * 3}, "data.train is a DataLoader, but"),
         ({"cluster": "inlin"}, "cluster/inlin: there is no such file; did you mean inline"),
         ({"cluster": 3}, "cluster=3: pass a mapping"),
         ({"limits": "tight"}, "limits='tight': pass a mapping"),

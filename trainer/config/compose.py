@@ -128,7 +128,7 @@ def _hydra(folders: Sequence[Path]) -> Iterator[None]:
     as by Singleton.get_state, since the program may hold references to it.
     """
     instances = Singleton._instances
-    before = {kind: instances.pop(kind) for kind in _STATE if kind in instances}
+    before: dict[type, Any] = {kind: instances.pop(kind) for kind in _STATE if kind in instances}
     try:
         primary = OmegaConf.load(conf_dir() / "config.yaml")
         ConfigStore.instance().store(_PRIMARY, primary)

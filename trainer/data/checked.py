@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.data.datasets import DatasetSplit
-from trainer.data.split import SampleError, Split
+from trainer.data.split import SampleError, Split, unwrapped
 from trainer.errors import RunError
 
 TargetCheck = Callable[[Tensor], tuple[int, str] | None]
@@ -84,6 +84,5 @@ def describe_sample(name: str, split: Split, error: SampleError) -> str:
 
 def sample_name(split: Split, index: int) -> str:
     """A sample of a split in words, for messages."""
-    while hasattr(split, "split") and not isinstance(split, DatasetSplit):  # a wrapper
-        split = split.split
+    split = unwrapped(split)
     return split.sample_name(index) if isinstance(split, DatasetSplit) else f"sample {index}"

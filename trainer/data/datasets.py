@@ -36,6 +36,11 @@ _MAX_WORKERS = 8  # loader processes that are started by default, per split
 _TIMED_SAMPLES = 8  # that are read to find out what one costs
 _PROCESS_S = 50e-6  # seconds per sample from which on another process is worth it
 
+NO_LOADER = (
+    "is a DataLoader, but batches are made here: pass its dataset and batch_size, such as "
+    "data=loader.dataset, batch_size=64"
+)
+
 Request = tuple[int, list[int]]  # epoch, sample indices
 Batch = tuple[Any, Tensor]  # inputs (see Split.batches), targets
 
@@ -88,7 +93,8 @@ class SeededBatches(Dataset[Batch | SampleError]):
         self.seed = seed
         self._collate = collate
         self._check = _as_it_is if getattr(dataset, "trusted", False) else _check_item
-        self._draws = getattr(dataset, "draws", True)  # whether samples draw random numbers
+        # False: samples draw no random numbers, or the Dataset seeds the generators itself.
+        self._draws = getattr(dataset, "draws", True)
         self._begin_batch = getattr(dataset, "begin_batch", None)  # of a stream
 
     def __getitem__(self, request: Request) -> Batch | SampleError:
@@ -450,6 +456,8 @@ def dataset(
         ValueError: A Dataset is not map-style, or a number is out of range.
     """
     for key, value in (("train", train), ("validation", validation), ("test", test)):
+        if isinstance(value, DataLoader):
+            raise ValueError(f"data.{key} {NO_LOADER}")
         absent = value is None and key != "train"
         by_index = hasattr(value, "__len__") and hasattr(value, "__getitem__")
         if not absent and (not by_index or isinstance(value, IterableDataset)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from trainer.data.datasets import SPLIT_SEED, DatasetSplit, dataset, held_out_size
+from trainer.data.datasets import NO_LOADER, SPLIT_SEED, DatasetSplit, dataset, held_out_size
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits, TensorSplit
 from trainer.data.streams import Stream, is_stream
@@ -77,15 +77,14 @@ def _parts(data: Any) -> dict[str, Any]:
     if isinstance(data, list):
         return {"train": data}
     if isinstance(data, DataLoader):
-        raise ValueError(
-            "data is a DataLoader, but batches are made here: pass its dataset and batch_size, "
-            "such as data=loader.dataset, batch_size=64"
-        )
+        raise ValueError(f"data {NO_LOADER}")
     raise ValueError(f"data is a {type(data).__name__}: {_ACCEPTED}")
 
 
 def as_split(name: str, part: Any, seed: int) -> Split:
     """One of three parts as a split. Raises ValueError if it has no form that `as_splits` lists."""
+    if isinstance(part, DataLoader):
+        raise ValueError(f"data.{name} {NO_LOADER}")
     if _is_pair(part):
         return TensorSplit(*map(_tensors, part))
     if isinstance(part, TensorDataset) and len(part.tensors) == 2:

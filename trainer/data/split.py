@@ -61,6 +61,13 @@ class Split(Protocol):
         """
 
 
+def unwrapped(split: Any) -> Any:
+    """The split inside of wrappers, which have it as their attribute `split`."""
+    while hasattr(inner := getattr(split, "split", None), "batches"):
+        split = inner
+    return split
+
+
 @dataclass(frozen=True)
 class Splits:
     """The parts of a data set.

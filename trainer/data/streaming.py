@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from trainer.data.datasets import Collate, DatasetSplit
 from trainer.data.sources import as_split
 from trainer.data.split import Split, Splits
@@ -74,7 +76,7 @@ def stream(
             samples = Stream(part, seed, transform, limit=evaluation_samples)
         return DatasetSplit(samples, seed, loader_workers, collate=collate)
 
-    if not is_stream(train):
+    if not is_stream(train) and not isinstance(train, DataLoader):
         raise ValueError(f"data.train: a {type(train).__name__} is not a stream; use data=dataset")
     parts = {"train": train, "validation": validation, "test": test}
     return Splits(**{name: split(name, part) for name, part in parts.items()})

@@ -16,12 +16,12 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from trainer.data.datasets import preserved_generators, seed_generators
+from trainer.data.datasets import DatasetSplit, preserved_generators, seed_generators
 from trainer.data.hashing import mix
 from trainer.data.order import permutation
-from trainer.data.split import SampleError
+from trainer.data.split import SampleError, Split, unwrapped
 from trainer.data.tree import map_tensors
 
 Source = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -38,6 +38,8 @@ def is_stream(value: Any) -> bool:
     """Whether samples of `value` can only be read in order."""
     if isinstance(value, IterableDataset):
         return True
+    if isinstance(value, DataLoader):  # of batches
+        return False
     by_index = hasattr(value, "__getitem__") or hasattr(value, "batches")
     return not by_index and (callable(value) or hasattr(value, "__iter__"))
 
@@ -100,8 +102,36 @@ class Stream(Dataset[tuple[Any, Any]]):
         other.forget()  # iterators cannot be pickled
         return other.__dict__
 
+    @property
+    def draws(self) -> bool:
+        """Whether the caller must seed the generators for each sample: `transform` is seeded here,
+        by the place of the sample in the sequence instead of its number in the epoch."""
+        return self._transform is None
+
+    def apart(self) -> "Stream":
+        """A stream of the same samples, which can be read without moving this one.
+
+        Reading this stream backwards would make it read all earlier samples again. The source is
+        copied; if it cannot be, both streams share it, and that happens after all.
+        """
+        other = copy.copy(self)
+        try:
+            other.source = copy.deepcopy(self.source)
+        except Exception:  # the source's class may raise anything
+            self.forget()  # a source need not allow two iterators at a time
+        return other
+
     def __len__(self) -> int:
-        """Samples in an epoch; if the source does not know them, it is read once to count them."""
+        """Samples in an epoch; if the source does not know them, it is read once to count them.
+
+        Raises:
+            TypeError: There is no batch size yet, from which `steps_per_epoch` gives the length.
+        """
+        if self._samples is None and self._steps is not None:
+            raise TypeError(
+                "the length of this stream is data.steps_per_epoch times the batch size, which is "
+                "not known before the data are those of an experiment"
+            )
         if self._samples is None:
             known = source_length(self.source)
             if known is None:
@@ -165,11 +195,7 @@ class Stream(Dataset[tuple[Any, Any]]):
         """
         for mark in reversed(self._marks):
             if len(mark["digests"]) == _COMPARED and all(mark["digests"]):
-                try:
-                    text = json.dumps(mark)
-                except (TypeError, ValueError):
-                    return None
-                return text if json.loads(text) == mark else None
+                return json.dumps(mark)
         return None
 
     def load_state(self, state: str) -> None:
@@ -213,9 +239,13 @@ class Stream(Dataset[tuple[Any, Any]]):
         arguments = self.source, self._seed, first, self._steps is not None
         mark = self._start
         if mark is not None and mark["first"] == first and mark["position"] <= begin:
-            tried = _Cursor(*arguments, mark)
-            if [_digest(sample) for _, sample in islice(tried, _COMPARED)] == mark["digests"]:
-                return _Cursor(*arguments, mark)
+            try:
+                tried = _Cursor(*arguments, mark)
+                found = [_digest(sample) for _, sample in islice(tried, _COMPARED)]
+                if found == mark["digests"]:
+                    return _Cursor(*arguments, mark)
+            except Exception:  # the source cannot be copied, or refuses its state: no state at all
+                pass
             self._start = None
         return _Cursor(*arguments)
 
@@ -245,6 +275,7 @@ class _Cursor(Iterator[tuple[str, Any]]):
         self._endless = endless
         self._items: Iterator[Any] | None = None
         self._digests: list[str | None] | None = None  # of the last mark
+        self._refused = False  # whether the source had no state that can be kept
         if state is not None:
             self.position, self._pass, self._number = (
                 state[key] for key in ("position", "pass", "number")
@@ -289,7 +320,15 @@ class _Cursor(Iterator[tuple[str, Any]]):
         """
         source: Any = self._open
         stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
-        if self._items is None or not stateful:
+        if self._items is None or not stateful or self._refused:
+            return None
+        try:
+            state = source.state_dict()
+            copied = json.loads(json.dumps(state))
+            self._refused = bool(copied != state)
+        except Exception:  # JSON cannot hold the state, or the method needs arguments, or it fails
+            self._refused = True
+        if self._refused:
             return None
         self._digests = []
         return {
@@ -297,7 +336,7 @@ class _Cursor(Iterator[tuple[str, Any]]):
             "position": self.position,
             "pass": self._pass,
             "number": self._number,
-            "source": copy.deepcopy(source.state_dict()),
+            "source": copied,
             "digests": self._digests,
         }
 
@@ -334,7 +373,22 @@ def _set_epoch(source: Any, number: int) -> None:
 
 def stream_of(split: Any) -> Stream | None:
     """The stream that a split, perhaps in wrappers, reads; None if it is another split."""
-    while hasattr(split, "split"):
-        split = split.split
-    dataset = getattr(split, "dataset", None)
+    dataset = getattr(unwrapped(split), "dataset", None)
     return dataset if isinstance(dataset, Stream) else None
+
+
+def apart(split: Split) -> Split:
+    """A split of the same samples, which can be read without moving the stream of `split`.
+
+    Samples that do not come from a stream can be read in any order: such a split is returned as it
+    is.
+    """
+    stream = stream_of(split)
+    if stream is None or not isinstance(unwrapped(split), DatasetSplit):
+        return split
+    if isinstance(split, DatasetSplit):
+        workers = min(1, split.loader_workers)  # enough for a few batches
+        return DatasetSplit(stream.apart(), split.seed, workers, split.prepare, split.collate)
+    other: Any = copy.copy(split)  # a wrapper
+    other.split = apart(other.split)
+    return other  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from trainer.config import CheckpointConfig
 from trainer.data.mixed import MixedSplit
 from trainer.data.order import permutation
 from trainer.data.split import Split, Splits
-from trainer.data.streams import stream_of
+from trainer.data.streams import apart, stream_of
 from trainer.engine.average import WeightAverage
 from trainer.engine.compiled import compiled
 from trainer.engine.cost import macs
@@ -79,6 +79,7 @@ _PLAIN_FIELDS = tuple(
 def observed(split: Split, samples: int, runtime: Runtime) -> list[Any]:
     """The inputs that `Phase.observe` gets: batches on the device, the same on all ranks."""
     shuffled = stream_of(split) is None
+    split = apart(split)
     order = permutation(len(split), runtime.seed, 0, shuffled)[:samples].split(runtime.batch_size)
     return [runtime.place_batch(*batch)[0] for batch in split.batches(order, None)]
 
