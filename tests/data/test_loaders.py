@@ -3,9 +3,14 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from trainer.data.loaders import _check_main_guard
+from trainer.errors import ConfigError
 
 READ = """
 import multiprocessing, sys, tempfile
@@ -18,6 +23,32 @@ if __name__ == "__main__":
     ((_, targets),) = split.batches([torch.tensor([2, 0])], 0)
     print(targets.tolist(), multiprocessing.util.get_temp_dir().startswith(tempfile.gettempdir()))
 """
+
+
+@pytest.mark.parametrize(
+    ("source", "refused"),
+    [
+        ("check()", True),
+        ("def start():\n    check()\n\nif True:\n    start(\n    )", True),
+        ("if __name__ == '__main__':\n    print()\ncheck()", True),
+        ("import sys\nif len(sys.argv) and '__main__' == __name__:\n    check()", False),
+        ("import multiprocessing as mp\nif not mp.parent_process():\n    check()", False),
+        ("def f():\n    if __name__ == '__main__':\n        check()\n\nf()", False),
+    ],
+)
+def test_a_script_that_loader_processes_would_run_again_is_refused(
+    source: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, main = tmp_path / "script.py", ModuleType("__main__")
+    script.write_text(source)
+    main.__file__ = str(script)
+    vars(main)["check"] = _check_main_guard
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    message = r"each loader process imports script.py, .* under `if __name__ == \"__main__\":`"
+    with pytest.raises(ConfigError, match=message) if refused else nullcontext():
+        exec(compile(source, str(script), "exec"), vars(main))
+    del main.__file__  # as in a notebook
+    exec(compile(source, str(script), "exec"), vars(main))
 
 
 @pytest.mark.integration
