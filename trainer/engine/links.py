@@ -11,22 +11,30 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-SLOT_BYTES = 256 * 1024  # of shared memory that are copied at a time
+SLOT_BYTES = 256 * 1024  # size of a slot of shared memory, and of the largest single copy
 SLOTS = 4  # per direction: one is filled while another one is emptied
-SHARED_BYTES = 2 * SLOTS * SLOT_BYTES  # of a link
-LOW_WATER_BYTES = 1024 * 1024  # that TCP collects before it wakes a receiver who waits for more
+SHARED_BYTES = 2 * SLOTS * SLOT_BYTES  # memory of one link: two directions
+LOW_WATER_BYTES = 1024 * 1024  # TCP wakes a receiver only for so many bytes, if it expects more
 SILENT_S = 10.0  # a host whose kernel acknowledges nothing for so long is lost
 _TCP_INFO_BYTES = 104  # the part of struct tcp_info that every Linux has
 
 
 class Transfer:
-    """The bytes of one tensor that have not crossed a link yet."""
+    """The bytes of one tensor that have not crossed a link yet.
+
+    Attributes:
+        rest: uint8 [bytes left], a view of the tensor's memory; empty once all have crossed.
+
+    Args:
+        tensor: 1-D and contiguous, on the CPU, of any type.
+    """
 
     __slots__ = ("rest",)
 
@@ -35,27 +43,42 @@ class Transfer:
 
 
 class Link(Protocol):
-    """The connection to another process, and the transfers that wait for it."""
+    """The connection to another process, and the transfers that wait for it.
 
-    rank: int  # of the other process
+    Transfers cross in the order in which they were appended to `outgoing` and `incoming`, and are
+    removed when they have. The other process must expect transfers of the same lengths.
+
+    Attributes:
+        quick: Whether the other process can answer within microseconds, so that looking again for
+            a while is better than a wait, which the kernel ends after tens of microseconds.
+        rank: Of the other process.
+        outgoing: To the other process.
+        incoming: From it.
+    """
+
+    quick: ClassVar[bool]
+    rank: int
     outgoing: deque[Transfer]
     incoming: deque[Transfer]
-    quick: bool  # whether an answer takes microseconds, so that it is worth looking for it again
 
     def push(self) -> bool:
-        """Send as much as is possible without waiting. Returns whether anything was sent.
+        """Send as many bytes of `outgoing` as is possible without waiting.
 
-        Raises OSError when the other process is gone.
+        Returns:
+            Whether any byte was sent.
+
+        Raises:
+            OSError: The connection has ended, as when the other process has.
         """
 
     def pull(self) -> bool:
-        """Receive what is there now. Returns whether anything moved. Errors as of `push`."""
+        """Receive the bytes of `incoming` that have arrived. Returns and raises as `push`."""
 
     def polls(self) -> Iterator[tuple[socket.socket, int]]:
         """Sockets, with the events (`select.POLLIN`, ...) after which it is time to move bytes."""
 
     def is_silent(self) -> bool:
-        """Whether the other host has not answered for `SILENT_S`."""
+        """Whether the other host has not answered for `SILENT_S` seconds."""
 
     def close(self) -> None:
         """End the connection; a thread that polls for it wakes up. May be called twice."""
@@ -64,13 +87,13 @@ class Link(Protocol):
 class TcpLink:
     """A stream socket, usually of TCP."""
 
-    __slots__ = ("_low_water", "incoming", "outgoing", "quick", "rank", "sock")
+    quick: ClassVar[bool] = False
+    __slots__ = ("_low_water", "incoming", "outgoing", "rank", "sock")
 
     def __init__(self, rank: int, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.rank = rank
         self.sock = sock
-        self.quick = False
         self._low_water = 1
         self.outgoing: deque[Transfer] = deque()
         self.incoming: deque[Transfer] = deque()
@@ -78,31 +101,25 @@ class TcpLink:
     def push(self) -> bool:
         moved = False
         while self.outgoing:
-            transfer = self.outgoing[0]
             try:
-                count = self.sock.send(transfer.rest.data)
+                count = self.sock.send(self.outgoing[0].rest.data)
             except BlockingIOError:
                 break
+            _advance(self.outgoing, count)
             moved = True
-            transfer.rest = transfer.rest[count:]
-            if not len(transfer.rest):
-                self.outgoing.popleft()
         return moved
 
     def pull(self) -> bool:
         moved = False
         while self.incoming:
-            transfer = self.incoming[0]
             try:
-                count = self.sock.recv_into(transfer.rest.data)
+                count = self.sock.recv_into(self.incoming[0].rest.data)
             except BlockingIOError:
                 break
             if count == 0:
                 raise ConnectionError("it closed the connection")
+            _advance(self.incoming, count)
             moved = True
-            transfer.rest = transfer.rest[count:]
-            if not len(transfer.rest):
-                self.incoming.popleft()
         return moved
 
     def polls(self) -> Iterator[tuple[socket.socket, int]]:
@@ -116,11 +133,11 @@ class TcpLink:
         yield self.sock, events
 
     def is_silent(self) -> bool:
-        """Whether the peer's kernel has acknowledged nothing for `SILENT_S` of retransmissions.
+        """Whether the other kernel has acknowledged nothing for `SILENT_S` of retransmissions.
 
-        The kernel of a host that runs acknowledges data also while our peer computes or is
-        suspended, so that this tells a lost host or network from a slow peer. (Linux only; the
-        kernel itself gives up after about 15 minutes.)
+        The kernel of a host that runs acknowledges data also while the other process computes or is
+        suspended, so that this tells a lost host or network from a slow process. (Linux only;
+        without it, the kernel gives up after about 15 minutes.)
         """
         if not hasattr(socket, "TCP_INFO"):
             return False
@@ -139,11 +156,11 @@ class TcpLink:
 class SharedLink:
     """Shared memory, with one Unix socket for each direction.
 
-    A direction has `SLOTS` slots of memory. The sender fills a slot and writes one byte to the
-    socket of that direction; the receiver empties the slot and writes one byte back. So the
-    processes need no atomic operations (a system call orders what they read and write), a wait is a
-    wait for a socket, and the end of a process is seen at once, as its sockets close. Both
-    sides know the length of each transfer, and so how it is cut.
+    A direction has `SLOTS` slots of memory, which are used in turn. The sender fills a slot and
+    writes one byte to the socket of that direction; the receiver empties the slot and writes one
+    byte back. So the processes need no atomic operations (a system call orders what they read and
+    write), a wait is a wait for a socket, and the end of a process is seen at once, as its sockets
+    close. Both sides know the length of each transfer, and so how it is cut.
 
     Args:
         rank: Of the other process.
@@ -153,10 +170,8 @@ class SharedLink:
         first: Whether the first half of the memory belongs to the direction `outbound`.
     """
 
-    __slots__ = (
-        "_emptied", "_filled", "_free", "_full", "_inbound", "_inbox", "_outbound", "_outbox",
-        "incoming", "outgoing", "quick", "rank",
-    )  # fmt: skip
+    quick: ClassVar[bool] = True
+    __slots__ = ("_inbound", "_outbound", "incoming", "outgoing", "rank")
 
     def __init__(
         self,
@@ -166,83 +181,91 @@ class SharedLink:
         memory: mmap.mmap,
         first: bool,
     ) -> None:
-        for sock in (outbound, inbound):
-            sock.setblocking(False)
         self.rank = rank
-        self.quick = True
         self.outgoing: deque[Transfer] = deque()
         self.incoming: deque[Transfer] = deque()
-        self._outbound = outbound
-        self._inbound = inbound
         halves = np.frombuffer(memory, np.uint8).reshape(2, SLOTS, SLOT_BYTES)
-        self._outbox, self._inbox = list(halves[1 - first]), list(halves[int(first)])
-        self._filled = 0  # number of slots that this process has filled so far
-        self._emptied = 0  # likewise
-        self._free = SLOTS  # slots of the outbox that may be filled
-        self._full = 0  # slots of the inbox that may be emptied
+        self._outbound = _Direction(outbound, halves[1 - first], ready=SLOTS)
+        self._inbound = _Direction(inbound, halves[int(first)], ready=0)
 
     def push(self) -> bool:
         moved = False
-        while self.outgoing:
-            if not self._free:
-                self._free = _count(self._outbound)
-                if not self._free:
-                    break
-            transfer = self.outgoing[0]
-            part = transfer.rest[:SLOT_BYTES]
-            self._outbox[self._filled % SLOTS][: len(part)] = part
-            self._outbound.send(b"\0")  # fits: never more than SLOTS bytes are on their way
-            self._filled += 1
-            self._free -= 1
+        while self.outgoing and (slot := self._outbound.slot()) is not None:
+            part = self.outgoing[0].rest[:SLOT_BYTES]
+            slot[: len(part)] = part
+            self._outbound.hand_over()
+            _advance(self.outgoing, len(part))
             moved = True
-            transfer.rest = transfer.rest[len(part) :]
-            if not len(transfer.rest):
-                self.outgoing.popleft()
         return moved
 
     def pull(self) -> bool:
         moved = False
-        while self.incoming:
-            if not self._full:
-                self._full = _count(self._inbound)
-                if not self._full:
-                    break
-            transfer = self.incoming[0]
-            part = transfer.rest[:SLOT_BYTES]
-            part[:] = self._inbox[self._emptied % SLOTS][: len(part)]
+        while self.incoming and (slot := self._inbound.slot()) is not None:
+            part = self.incoming[0].rest[:SLOT_BYTES]
+            part[:] = slot[: len(part)]
             with contextlib.suppress(ConnectionError):  # it left after sending its last bytes
-                self._inbound.send(b"\0")
-            self._emptied += 1
-            self._full -= 1
+                self._inbound.hand_over()
+            _advance(self.incoming, len(part))
             moved = True
-            transfer.rest = transfer.rest[len(part) :]
-            if not len(transfer.rest):
-                self.incoming.popleft()
         return moved
 
     def polls(self) -> Iterator[tuple[socket.socket, int]]:
         if self.outgoing:
-            yield self._outbound, select.POLLIN
+            yield self._outbound.sock, select.POLLIN
         if self.incoming:
-            yield self._inbound, select.POLLIN
+            yield self._inbound.sock, select.POLLIN
 
     def is_silent(self) -> bool:
         return False  # the host of both processes runs
 
     def close(self) -> None:
-        _close(self._outbound)
-        _close(self._inbound)
+        _close(self._outbound.sock)
+        _close(self._inbound.sock)
 
 
-def _count(sock: socket.socket) -> int:
-    """The number of bytes that a socket holds now, which are read. At most SLOTS."""
-    try:
-        count = len(sock.recv(SLOTS))
-    except BlockingIOError:
-        return 0
-    if count == 0:
-        raise ConnectionError("it closed the connection")
-    return count
+class _Direction:
+    """One direction of a `SharedLink`, as the process at one of its ends sees it.
+
+    Args:
+        sock: Carries one byte for each slot that a process hands over to the other one.
+        slots: uint8 [SLOTS, SLOT_BYTES], the shared memory of the direction.
+        ready: How many slots belong to this process at first: all to the sender, none to the
+            receiver.
+    """
+
+    __slots__ = ("_done", "_ready", "_slots", "sock")
+
+    def __init__(self, sock: socket.socket, slots: NDArray[np.uint8], ready: int) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._slots: list[NDArray[np.uint8]] = list(slots)
+        self._done = 0  # slots that this process has handed over so far
+        self._ready = ready  # slots that belong to it now
+
+    def slot(self) -> NDArray[np.uint8] | None:
+        """The slot that this process may fill or empty next; None: the other one has them all."""
+        if not self._ready:
+            try:
+                self._ready = len(self.sock.recv(SLOTS))
+            except BlockingIOError:
+                return None
+            if not self._ready:
+                raise ConnectionError("it closed the connection")
+        return self._slots[self._done % SLOTS]
+
+    def hand_over(self) -> None:
+        """Give the slot that `slot` returned to the other process."""
+        self._done += 1
+        self._ready -= 1
+        self.sock.send(b"\0")  # fits: never more than SLOTS bytes are on their way
+
+
+def _advance(transfers: deque[Transfer], count: int) -> None:
+    """`count` bytes of the first transfer have crossed."""
+    first = transfers[0]
+    first.rest = first.rest[count:]
+    if not len(first.rest):
+        transfers.popleft()
 
 
 def _close(sock: socket.socket) -> None:
