@@ -56,6 +56,14 @@ def test_every_wait_has_a_limit(server):
         RendezvousStore(HOST, server.port, 0.1)
 
 
+def test_closing_in_another_thread_ends_a_wait(server):
+    store = RendezvousStore(HOST, server.port, 30)
+    threading.Timer(0.05, store.close).start()
+    with pytest.raises(ConnectionError, match="the connection to the rendezvous is closed"):
+        store.get("key")
+    store.close()  # may be called twice
+
+
 @pytest.mark.parametrize("request_", [b"nonsense", b"\xff" * 17, b"G" + b"\0" * 8 + b"\xff" * 8])
 def test_other_clients_disturb_no_rank(server, request_):
     with socket.create_connection((HOST, server.port)) as other:

@@ -1,5 +1,7 @@
 """The group of workers: collectives, rendezvous, and the end of every wait."""
 
+import errno
+import mmap
 import multiprocessing
 import os
 import select
@@ -16,9 +18,11 @@ import torch
 from torch import nn
 
 from trainer.engine import connect, links
+from trainer.engine import world as world_module
 from trainer.engine.connect import connect_links
-from trainer.engine.links import SharedLink, TcpLink, Transfer
+from trainer.engine.links import Link, SharedLink, TcpLink, Transfer
 from trainer.engine.rendezvous import RendezvousStore
+from trainer.engine.transport import SocketTransport
 from trainer.engine.world import World, _interface
 from trainer.errors import RunError
 
@@ -34,11 +38,15 @@ def ranks(request: pytest.FixtureRequest, ranks: Ranks, monkeypatch: pytest.Monk
     return ranks
 
 
+def links_of(transport: Any) -> list[Link]:
+    return list(transport._links.values())
+
+
 def test_ranks_of_one_host_share_memory(ranks: Ranks, request: pytest.FixtureRequest) -> None:
     kind = SharedLink if request.node.callspec.params["ranks"] == "shared memory" else TcpLink
 
     def body(world: World) -> set[type]:
-        return {type(link) for link in world.transport._links.values()}  # type: ignore[attr-defined]
+        return {type(link) for link in links_of(world.transport)}
 
     assert ranks(3, body) == [{kind}] * 3
 
@@ -57,8 +65,7 @@ def test_a_rank_of_another_network_is_reached_by_tcp(
     def body(world: World) -> tuple[torch.Tensor, dict[int, type]]:
         value = torch.arange(100_000) * (world.rank + 1)
         world.all_reduce(value)
-        links = world.transport._links  # type: ignore[attr-defined]
-        return value, {peer: type(link) for peer, link in links.items()}
+        return value, {link.rank: type(link) for link in links_of(world.transport)}
 
     values, kinds = zip(*ranks(3, body), strict=True)
     assert all(torch.equal(value, torch.arange(100_000) * 6) for value in values)
@@ -66,6 +73,37 @@ def test_a_rank_of_another_network_is_reached_by_tcp(
     assert kinds == (
         {1: TcpLink, 2: TcpLink}, {0: TcpLink, 2: near}, {0: TcpLink, 1: near}
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [(os, "memfd_create"), (mmap, "mmap"), (socket, "send_fds")])
+@pytest.mark.parametrize("ranks", ["shared memory"], indirect=True)
+def test_tcp_is_used_where_memory_or_descriptors_are_exhausted(
+    ranks: Ranks, place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def body(world: World) -> tuple[list[float], set[type]]:
+        value = torch.ones(3)
+        world.all_reduce(value)
+        return value.tolist(), {type(link) for link in links_of(world.transport)}
+
+    monkeypatch.setattr(*place, exhausted)
+    assert ranks(3, body) == [([3, 3, 3], {TcpLink})] * 3
+
+
+def test_child_processes_inherit_no_connection(ranks: Ranks) -> None:
+    """A child that holds a socket would hide from the peer that this process has ended."""
+
+    def body(world: World) -> list[bool]:
+        sockets = []
+        for link in links_of(world.transport):
+            both = (link._outbound, link._inbound) if isinstance(link, SharedLink) else (link,)
+            sockets += [direction.sock for direction in both]
+        return [os.get_inheritable(sock.fileno()) for sock in sockets]
+
+    for inheritable in ranks(3, body):
+        assert not any(inheritable)
 
 
 def test_broadcast_gives_rank_0_s_values_whatever_type_and_strides(ranks: Ranks) -> None:
@@ -162,8 +200,44 @@ def test_the_meeting_point_is_open_on_its_host_only() -> None:
 
 def test_a_missing_rank_ends_in_one_line() -> None:
     server = World.listen("127.0.0.1")
-    with pytest.raises(RunError, match=r"rank 0 could not join the group of 2 at 127\.0\.0\.1"):
+    with pytest.raises(RunError) as error:
         World.connect(0, 2, "127.0.0.1", server.port, CPU, 0.3, server)
+    assert str(error.value) == (
+        f"rank 0 could not join the group of 2 at 127.0.0.1:{server.port} within 0.3 s: "
+        "ranks [1] have not connected"
+    )
+
+
+def test_a_group_that_is_not_complete_leaves_no_connection(
+    threads: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks that did connect learn of it, also while somebody keeps the error."""
+    server = World.listen("127.0.0.1")
+    made: list[Link] = []
+
+    def recorded(create: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            made.append(create(*args))
+            return made[-1]
+
+        return call
+
+    for name in ("_call_local", "_answer"):
+        monkeypatch.setattr(connect, name, recorded(getattr(connect, name)))
+
+    def body(rank: int) -> RunError:
+        with pytest.raises(RunError) as error:
+            World.connect(
+                rank, 3, "127.0.0.1", server.port, CPU, 0.3, server if rank == 0 else None,
+                server.token,
+            )  # fmt: skip
+        return error.value
+
+    errors = threads(2, body)
+    assert len(made) == 2
+    assert all(isinstance(link, SharedLink) for link in made)
+    assert [link._outbound.sock.fileno() for link in made] == [-1, -1]  # type: ignore[attr-defined]
+    assert all("ranks [2] have not connected" in str(error) for error in errors)
 
 
 def test_a_missing_rendezvous_ends_in_one_line() -> None:
@@ -192,7 +266,8 @@ def test_a_silent_rank_ends_in_a_time_out(ranks: Ranks, wait: Callable[[World], 
             enough.wait(10)
             return
         try:
-            with pytest.raises(TimeoutError):
+            message = "no byte moved between rank 0 and rank 1 for 1 s"
+            with pytest.raises(TimeoutError, match=message):
                 wait(world)
             with pytest.raises(ConnectionError):  # out of step, and so of no more use
                 wait(world)
@@ -365,10 +440,10 @@ def test_a_large_group_connects_to_everybody_only_where_needed(ranks: Ranks) -> 
     def body(world: World) -> tuple[int, int, list[bytes]]:
         mesh = world.mesh_transport()
         assert world.mesh_transport() is mesh
-        counts = [len(one._links) for one in (world.transport, mesh)]  # type: ignore[attr-defined]
-        return *counts, world.gather(bytes([world.rank]) * (world.rank + 1))
+        counts = [len(links_of(one)) for one in (world.transport, mesh)]
+        return *counts, world.gather(bytes([world.rank]) * world.rank)
 
-    gathered = [bytes([rank]) * (rank + 1) for rank in range(9)]
+    gathered = [bytes([rank]) * rank for rank in range(9)]
     assert ranks(3, body) == [(2, 2, gathered[:3]), (2, 2, []), (2, 2, [])]
     results = ranks(9, body)
     assert [result[1:] for result in results] == [(8, gathered)] + [(8, [])] * 8
@@ -393,6 +468,86 @@ def test_the_two_transports_are_used_at_the_same_time(ranks: Ranks) -> None:
         return [into.tolist() for into in received]
 
     assert ranks(2, body) == [[[10, 10], [11, 11]], [[0, 0], [1, 1]]]
+
+
+def test_connecting_another_transport_does_not_look_like_a_hang(ranks: Ranks) -> None:
+    worlds: dict[int, World] = {}
+
+    def body(world: World) -> bool:
+        worlds[world.rank] = world
+        world.barrier()
+        busy = False
+        if world.rank == 1:
+            end = time.monotonic() + 5
+            while not busy and time.monotonic() < end:
+                busy = worlds[0].heartbeat.is_busy
+        world.side_transport()
+        assert not world.heartbeat.is_busy
+        return busy
+
+    assert ranks(2, body) == [False, True]
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_closing_ends_the_wait_for_ranks_that_do_not_connect(ranks: Ranks, alone: int) -> None:
+    """Rank 0 waits for a call from the other one, which waits for the address of rank 0."""
+    enough = threading.Event()
+
+    def body(world: World) -> None:
+        if world.rank != alone:
+            enough.wait(10)
+            return
+        threading.Timer(0.05, world.close).start()
+        try:
+            with pytest.raises(ConnectionError, match="closed"):
+                world.side_transport()
+            with pytest.raises(ConnectionError, match=f"rank {alone} closed its connections"):
+                world.side_transport()
+            assert not world.heartbeat.is_busy
+        finally:
+            enough.set()
+
+    ranks(2, body, timeout_s=30.0)
+
+
+def test_a_world_that_is_closed_while_it_connects_leaves_no_transport_open(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds: dict[int, World] = {}
+
+    def connect_and_close(rank: int, *args: Any) -> SocketTransport:
+        transport = connect_links(rank, *args)
+        if rank in worlds:
+            worlds[rank].close()
+        return transport
+
+    monkeypatch.setattr(world_module, "connect_links", connect_and_close)
+
+    def body(world: World) -> None:
+        worlds[world.rank] = world
+        transport = world.side_transport()
+        with pytest.raises(ConnectionError, match=f"rank {world.rank} closed its connections"):
+            transport.exchange(torch.ones(1), 1 - world.rank, torch.ones(1), 1 - world.rank)
+
+    ranks(2, body)
+
+
+def test_an_error_of_the_network_is_a_lost_connection(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver starts a new group then, whereas after other errors it ends the run."""
+
+    def body(world: World) -> None:
+        world.barrier()
+        monkeypatch.setattr(world_module, "connect_links", unreachable)
+        message = "the side transport failed on rank . of 2: .* Network is unreachable"
+        with pytest.raises(ConnectionError, match=message):
+            world.side_transport()
+
+    def unreachable(*args: Any) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    ranks(2, body)
 
 
 def _die_after_joining(port: int, token: str) -> None:

@@ -129,7 +129,7 @@ class RendezvousStore(Store):
 
         Raises:
             TimeoutError: No rank has set it within the time-out.
-            ConnectionError: The server has closed the connection.
+            ConnectionError: The server, or `close` in another thread, has ended the connection.
         """
         return self._get(key, self._timeout_s)
 
@@ -139,17 +139,21 @@ class RendezvousStore(Store):
             self._get(key, self._timeout_s if timeout is None else timeout.total_seconds())
 
     def close(self) -> None:
-        """Disconnect. May be called twice."""
+        """Disconnect; a thread that waits for a value fails at once. May be called twice."""
+        with contextlib.suppress(OSError):  # closed by the server, or before
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes that thread; close would not
         self._sock.close()
 
     def _get(self, key: str, timeout_s: float) -> bytes:
         with self._lock:
-            self._request(_GET, key, b"", timeout_s)
             try:
+                self._request(_GET, key, b"", timeout_s)
                 status, length = _REPLY.unpack(_receive(self._sock, _REPLY.size))
                 value = _receive(self._sock, length)
-            except EOFError as error:
-                raise ConnectionError("rank 0 closed the rendezvous") from error
+            except TimeoutError:
+                raise
+            except (EOFError, OSError) as error:
+                raise ConnectionError("the connection to the rendezvous is closed") from error
         if status == _MISSING:
             raise TimeoutError(f"no rank has set {key} within {timeout_s:g} s")
         return value

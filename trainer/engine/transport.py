@@ -139,7 +139,8 @@ class SocketTransport:
             if time.monotonic() >= deadline:
                 names = ", ".join(str(link.rank) for link in busy)
                 self._error = TimeoutError(
-                    f"rank {self.rank} received nothing from rank {names} for {self.timeout_s} s"
+                    f"no byte moved between rank {self.rank} and rank {names} for "
+                    f"{self.timeout_s:g} s"
                 )
                 raise self._error
 

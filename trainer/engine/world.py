@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,8 +40,19 @@ class World:
 
     All ranks call the same methods in the same order, with tensors of the same shapes and types.
     Every wait ends, at the latest after the time-out given to `connect`: with TimeoutError when
-    nothing came, with ConnectionError when a rank is known to be gone. The group is of no use after
-    that; close it. In a group of one, every collective leaves its tensors alone.
+    nothing came, with ConnectionError when a rank is known to be gone, or when another thread calls
+    `close`. The group is of no use after that; close it. In a group of one, every collective leaves
+    its tensors alone.
+
+    Attributes:
+        rank: Of this process, from 0.
+        size: Number of ranks.
+        device: Where this rank computes.
+        transport: For the algorithms of ring.py. Do not use it while a collective is running.
+        heartbeat: Progress of this rank. It is busy while a method of this class waits for others.
+        stop: Set from outside: the run should end at its next step.
+        change: Set from outside: the run should continue in another group.
+        kept: On rank 0: the state from which a new group continues.
     """
 
     def __init__(
@@ -54,11 +66,11 @@ class World:
         self.rank = rank
         self.size = size
         self.device = device
-        self.transport = transport  # for the algorithms of ring.py; not while a collective runs
+        self.transport = transport
         self.heartbeat = Heartbeat()
-        self.stop = threading.Event()  # set from outside: the run should end at its next step
-        self.change = threading.Event()  # likewise: it should continue in another group
-        self.kept: Handover | None = None  # on rank 0: the state that a new group continues from
+        self.stop = threading.Event()
+        self.change = threading.Event()
+        self.kept: Handover | None = None
         self._sockets = sockets  # moves CPU tensors; on the CPU it is `transport`
         self._gloo: Any = None  # a ProcessGroupGloo, whose methods torch's type stubs leave out
         self._store: RendezvousStore | None = None
@@ -66,6 +78,7 @@ class World:
         self._address = ""
         self._timeout_s = 0.0
         self._others: dict[str, SocketTransport] = {}
+        self._closed = threading.Event()
 
     @classmethod
     def single(cls, device: torch.device) -> "World":
@@ -115,7 +128,7 @@ class World:
             host: Where the rendezvous listens.
             port: Likewise.
             device: Where this rank computes.
-            timeout_s: Limit of this call, in seconds.
+            timeout_s: Limit of each wait within this call, in seconds.
             server: What `listen` returned, on rank 0; without it rank 0 opens `port` itself.
             token: Of the server.
             wait_s: Limit of each later wait, in seconds; None: `timeout_s`.
@@ -126,6 +139,7 @@ class World:
         """
         wait_s = timeout_s if wait_s is None else wait_s
         limit = timedelta(seconds=wait_s)
+        opened = contextlib.ExitStack()  # closes what has been opened
         try:
             if size == 1:
                 return cls._connect_one(device, server)
@@ -133,14 +147,18 @@ class World:
                 token = server.token
             elif rank == 0:
                 server = RendezvousServer(host, port, token)
+            if server is not None:
+                opened.callback(server.close)
             try:
                 store = RendezvousStore(host, port, timeout_s, token)
             except OSError as error:
                 raise PeerLost.connecting(rank, 0, host, error) from error
+            opened.callback(store.close)
             address = _own_address(host, port)
             sockets = connect_links(
                 rank, size, neighbours(rank, size), PrefixStore("ring", store), address, timeout_s
             )
+            opened.callback(sockets.close)
             transport: Transport = sockets
             if device.type == "cuda":
                 same_bits_on_cuda()
@@ -156,16 +174,16 @@ class World:
                 )
                 transport = NcclTransport()
             world = cls(rank, size, device, sockets, transport)
+            opened.callback(world.close)
             world._store, world._server = store, server
             world._address, world._timeout_s = address, wait_s
             world.barrier()
             sockets.timeout_s = wait_s
         except (RuntimeError, OSError) as error:
-            if server is not None:
-                server.close()
+            opened.close()
             raise RunError(
                 f"rank {rank} could not join the group of {size} at {host}:{port} "
-                f"within {timeout_s} s: {error}"
+                f"within {timeout_s:g} s: {error}"
             ) from error
         return world
 
@@ -182,14 +200,20 @@ class World:
     def side_transport(self) -> Transport:
         """A second transport, for use at the same time as `transport`, by another thread.
 
-        It lasts as long as the world. The first call is a collective one.
+        It lasts as long as the world. The first call connects it: a collective call that blocks
+        until all ranks have made it. Later calls return at once. On CUDA it is `transport` itself.
+
+        Raises:
+            ConnectionError: A rank is gone or cannot be reached, or another thread calls `close`.
+            TimeoutError: A rank has not called this in time.
         """
         return self._other_transport("side", neighbours(self.rank, self.size))
 
     def mesh_transport(self) -> Transport:
         """A transport to every rank; `transport` reaches those that the ring module needs.
 
-        It is `transport` itself in small groups. Lifetime and first call as of `side_transport`.
+        It is `transport` itself in small groups. Lifetime, first call and errors as of
+        `side_transport`.
         """
         everybody = set(range(self.size)) - {self.rank}
         if everybody == neighbours(self.rank, self.size):
@@ -200,16 +224,21 @@ class World:
         if self.device.type == "cuda" or self.size == 1:
             return self.transport  # NCCL orders what one thread launches, and connects by itself
         if name not in self._others:
-            assert self._store is not None
-            store = PrefixStore(name, self._store)
-            self._others[name] = connect_links(
-                self.rank, self.size, peers, store, self._address, self._timeout_s
-            )
+            with self.heartbeat.busy(), self._named_errors(f"the {name} transport"):
+                store, address = self._prefixed_store(name), self._address
+                self._others[name] = connect_links(
+                    self.rank, self.size, peers, store, address, self._timeout_s, self._closed
+                )
+            if self._closed.is_set():  # by another thread, which may not have seen this one
+                self._others[name].close()
         return self._others[name]
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks rank 0's values, in place; any types, shapes and strides, one device."""
+        """Give all ranks rank 0's values, in place; any types, shapes and strides, one device.
+
+        On the CPU it blocks until this rank has its values; on CUDA until the work is launched.
+        """
         targets = list(tensors)
         if self.size == 1 or not targets:
             return
@@ -226,23 +255,23 @@ class World:
             target.copy_(value.clone().view(target.dtype).view(target.shape))
 
     def gather(self, content: bytes) -> list[bytes]:
-        """The bytes of all ranks, in their order, on rank 0; on the others an empty list.
-
-        Args:
-            content: At least one byte.
-        """
+        """The bytes of all ranks, in their order, on rank 0; on the others an empty list."""
         if self.size == 1:
             return [content]
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(content)
+        self.all_reduce(lengths)
+        own = torch.from_numpy(np.frombuffer(bytearray(content), np.uint8))
         with self.heartbeat.busy():
-            RingAllReduce(self._sockets, lengths.dtype).sum_(lengths)
-            own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             parts = gather(self._sockets, own, lengths.tolist())
         return [part.numpy().tobytes() for part in parts]
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum a contiguous tensor over all ranks, in its own type, in place."""
+        """Sum a contiguous tensor over all ranks, in its own type, in place; blocks until done.
+
+        Raises:
+            ValueError: The tensor is not contiguous.
+        """
         if self.size == 1:
             return
         _check_contiguous(tensor)
@@ -277,9 +306,13 @@ class World:
         self.all_reduce(torch.zeros(1))
 
     def close(self) -> None:
-        """Leave the group at once, without waiting for the others; more than once does no harm."""
+        """Leave the group at once, without waiting for the others; more than once does no harm.
+
+        Another thread may call it: waits for other ranks then end with a ConnectionError.
+        """
+        self._closed.set()  # first, so that a transport that connects meanwhile is closed, too
         self._sockets.close()
-        for other in self._others.values():
+        for other in list(self._others.values()):
             other.close()
         if isinstance(self.transport, NcclTransport) and dist.is_initialized():
             # destroy_process_group would wait for kernels, and they for ranks that are gone.
@@ -291,19 +324,26 @@ class World:
 
     def _new_gloo(self) -> Any:
         """A gloo group on our interface; left alone, gloo trusts the name of the host."""
-        assert self._store is not None
         group: Any = dist.ProcessGroupGloo
         options = group._Options()
         options._timeout = timedelta(seconds=self._timeout_s)
         options._devices = [group.create_device(hostname=self._address)]
-        return group(PrefixStore("gloo", self._store), self.rank, self.size, options)
+        return group(self._prefixed_store("gloo"), self.rank, self.size, options)
+
+    def _prefixed_store(self, name: str) -> PrefixStore:
+        store = self._store
+        if store is None:
+            raise ConnectionError(f"rank {self.rank} closed its connections")
+        return PrefixStore(name, store)
 
     @contextlib.contextmanager
     def _named_errors(self, what: str) -> Iterator[None]:
-        """Turn the back end's RuntimeError into the two errors that this class promises."""
+        """Turn errors of the back end or the network into the two that this class promises."""
         try:
             yield
-        except RuntimeError as error:
+        except (ConnectionError, TimeoutError):
+            raise
+        except (RuntimeError, OSError) as error:
             kind = TimeoutError if "imed out" in str(error) else ConnectionError
             raise kind(f"{what} failed on rank {self.rank} of {self.size}: {error}") from error
 
