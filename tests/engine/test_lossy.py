@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.engine import bodies
+from trainer.compress.install import install
+from trainer.compress.parametrize import Packed
 from trainer.config import AllReduceConfig, FitConfig
 from trainer.engine.loop import fit
 from trainer.engine.lossy.base import Lossy, LossyAllReduce, Part
-from trainer.engine.lossy.make import check_compression
+from trainer.engine.lossy.make import check_compression, make_lossy
 from trainer.engine.lossy.powersgd import PowerSGD
 from trainer.engine.lossy.quantized import BLOCK, Codec, Int8Blocks, Quantized, Rounded
 from trainer.engine.lossy.topk import TopK
@@ -267,6 +269,30 @@ def test_powersgd_is_exact_for_a_gradient_of_its_rank(ranks: Ranks) -> None:
         assert sent == 4 * ((20 + 30) * 2 + 5)
 
 
+def test_powersgd_connects_to_its_neighbours_only(ranks: Ranks) -> None:
+    """It averages by all-reduces alone, whereas other methods send tensors to every rank."""
+
+    def body(world: World) -> list[list[str]]:
+        connected = []
+        for compression in ("powersgd", "topk"):
+            parameters = [nn.Parameter(torch.ones(20, 20))]
+            config = AllReduceConfig(compression=compression, rank=1, whole_steps=0)
+            reducer = Reducer(parameters, world, config)
+            parameters[0].grad = torch.ones(20, 20)
+            reducer.finish()
+            assert bool((parameters[0].grad - 1).abs().max() < 1e-5) == (compression == "powersgd")
+            reducer.close()
+            connected.append(list(world._others))
+        return connected
+
+    assert ranks(9, body) == [[[], ["mesh"]]] * 9
+
+
+def test_without_parameters_there_is_nothing_to_average() -> None:
+    for settings in SETTINGS:
+        assert make_lossy([], AllReduceConfig(**settings)) == []
+
+
 def test_topk_sends_the_largest_values_of_every_rank(ranks: Ranks) -> None:
     def body(world: World) -> tuple[list[float], list[float], int]:
         part = Part(
@@ -283,11 +309,17 @@ def test_topk_sends_the_largest_values_of_every_rank(ranks: Ranks) -> None:
     assert ranks(2, body) == [(mean, error, 16) for error in errors]
 
 
-def test_the_state_is_that_of_the_last_step_that_all_ranks_finished(ranks: Ranks) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_state_is_that_of_the_last_step_that_all_ranks_finished(
+    ranks: Ranks, packed: bool
+) -> None:
     """Survivors of an elastic run continue from it, and a replay must find the same."""
 
     def body(world: World) -> None:
         model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+        if packed:  # a vector of weights beside a matrix
+            weight = model[0].weight
+            install(model, {"0.weight": Packed(weight, torch.eye(9, dtype=torch.bool))})
         config = AllReduceConfig(bucket_mb=0.0001, compression="powersgd", rank=1, whole_steps=1)
         reducer = Reducer(model.parameters(), world, config)
         for step in range(3):

@@ -173,6 +173,16 @@ def test_sent_bytes(threads: Ranks, size: int, wire: torch.dtype) -> None:
     assert sent == [(size - 1) * 7 * wire.itemsize] * size
 
 
+@pytest.mark.parametrize("size", [8, 11])
+def test_sent_bytes_of_recursive_doubling(threads: Ranks, size: int) -> None:
+    """Values in each of three rounds; of 11 ranks, three send theirs before, and get the result."""
+    _, sent = reduce_all(threads, [torch.ones(7)] * size, torch.bfloat16)
+    values, result = 7 * 2, 7 * 4
+    beyond = size - 8
+    in_rounds = [3 * values + result] * beyond + [3 * values] * (8 - beyond)
+    assert sent == in_rounds + [values] * beyond
+
+
 def test_work_buffers_are_kept(threads: Ranks) -> None:
     transports = linked(2)
 

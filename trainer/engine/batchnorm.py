@@ -59,8 +59,7 @@ class SyncBatchNorm(TorchFunctionMode):
             self._world.native_all_reduce(values)
             return
         with self._world.heartbeat.busy():
-            self._ring.mean_(values)
-        values.mul_(self._world.size)
+            self._ring.sum_(values)
 
     def _batch_norm(
         self,

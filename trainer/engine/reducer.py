@@ -371,7 +371,8 @@ def _make_lossy(
     if not config.is_lossy:
         return []
     all_reduce = _all_reduce(world, config, WIRE_TYPES.get(config.wire, torch.float32))
-    transport = world.mesh_transport()
+    only_averages = config.compression == "powersgd"  # so it needs no connection to every rank
+    transport = world.transport if only_averages else world.mesh_transport()
     parts = [
         Part([p.shape for p in bucket.parameters], transport, all_reduce)
         for bucket in buckets

@@ -1,9 +1,13 @@
-"""The mean of a flat tensor over all ranks: an own ring all-reduce, and the back end's.
+"""Collectives on flat tensors: the mean or sum over all ranks, broadcast and gather.
 
 `RingAllReduce` is the bandwidth-optimal ring of Patarasuk and Yuan (2009), written over a
 `Transport`; `NativeAllReduce` lets gloo or NCCL do it. Both round what travels to the wire type,
-count the bytes that this rank sends, and leave the same bits on every rank. `broadcast` is a chain.
-Gradients and buckets are not known here (reducer.py).
+count the bytes that this rank sends, and leave the same bits on every rank. `broadcast` and
+`gather` pass tensors along a chain of ranks. Gradients and buckets are not known here (reducer.py).
+
+All ranks must make the same calls in the same order. On the CPU a call blocks until this rank is
+done; on CUDA it returns once the work is on the current stream. Any of them raises ConnectionError
+when another rank is gone, and TimeoutError when no byte has arrived for the transport's time-out.
 """
 
 from collections import deque
@@ -18,9 +22,9 @@ from trainer.engine.transport import Handle, Transport
 WIRE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 IN_FLIGHT = 2  # exchanges under way at a time: one arrives while the one before it is added
-SEGMENT_BYTES = 2048 * 1024  # of a message, that are in flight at a time
+SEGMENT_BYTES = 2048 * 1024  # largest part of a message that is sent in one exchange
 SMALL_BYTES = 128 * 1024  # up to so many bytes sent per rank, latency counts more than traffic
-MANY_RANKS = 8  # from so many on, small tensors take several rounds
+MANY_RANKS = 8  # from so many ranks on, small tensors take several rounds
 
 
 class AllReduce(Protocol):
@@ -28,14 +32,18 @@ class AllReduce(Protocol):
 
     @property
     def sent_bytes(self) -> int:
-        """Payload that this rank has sent so far."""
+        """Bytes of payload that this rank has sent so far."""
 
     def mean_(self, flat: Tensor) -> None:
-        """Replace `flat`, a contiguous floating 1-D tensor, by its mean over all ranks.
+        """Replace a tensor by its mean over all ranks. A collective call.
 
-        Every rank calls it, with the same length and type. On CUDA the work is only put on the
-        current stream. Raises ValueError for any other tensor, ConnectionError when a rank is
-        gone, TimeoutError when one is silent.
+        Args:
+            flat: [n], contiguous, of a floating type; n and type are the same on all ranks.
+
+        Raises:
+            ValueError: Another kind of tensor.
+            ConnectionError: A rank is gone.
+            TimeoutError: A rank is silent.
         """
 
 
@@ -53,7 +61,8 @@ class RingAllReduce:
     grows with N (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
     operations in MPICH", 2005).
 
-    Sums are FP32 (FP64 for FP64 tensors); what travels is rounded to `wire`. For an fp16 wire the
+    Sums are FP32 (FP64 for FP64 tensors); what travels is rounded to `wire`, except the results
+    that recursive doubling sends to the ranks beyond the largest power of two. For an fp16 wire the
     values are divided by N before, so that sums fit wherever the values do; otherwise the finished
     sum is divided. Inf and NaN reach all ranks. Equal inputs give equal bits.
 
@@ -67,6 +76,11 @@ class RingAllReduce:
 
     and N * 2^-25 more on an fp16 wire, N * 2^-126 on others, for what falls below the normal
     numbers. A tensor that is narrower than the sums rounds once more, when the mean is stored.
+
+    Args:
+        transport: To the ranks that `neighbours` names, at least.
+        wire: Type of the values that travel.
+        segment_bytes: Largest part of a message that is sent in one exchange.
     """
 
     def __init__(
@@ -92,9 +106,11 @@ class RingAllReduce:
             flat.copy_(total)
 
     def sum_(self, flat: Tensor) -> None:
-        """Replace `flat`, contiguous, 1-D and of the wire type, by its sum over all ranks.
+        """Replace a tensor by its sum over all ranks. A collective call; errors as of `mean_`.
 
-        Any type that can be added is allowed. Sums are in that type. Errors as of `mean_`.
+        Args:
+            flat: [n], contiguous, of the wire type, which may be any that can be added. Sums are
+                in that type.
         """
         if self._transport.size > 1 and flat.numel():
             self._reduce(flat, mean=False)
@@ -115,17 +131,15 @@ class RingAllReduce:
             self._ring(total, mean)
 
     def _one_round(self, total: Tensor, mean: bool) -> None:
+        """Everybody sends everything to everybody, and adds it all, in the order of ranks."""
         rank, size = self._transport.rank, self._transport.size
         length = total.numel()
         rows = self._buffers.get("rows", size * length, self._wire, total.device)
         rows = rows.view(size, length)
         rows[rank].copy_(total)
-        handles = []
-        for distance in range(1, size):
-            source = (rank - distance) % size
-            handles.append(self._exchange(rows[rank], rank + distance, rows[source], source))
-        for handle in handles:
+        for handle in start_all_gather(self._transport, rows):
             handle.wait()
+        self.sent_bytes += (size - 1) * rows[rank].nbytes
         total.copy_(rows[0])
         for row in rows[1:]:
             total.add_(row)
@@ -135,9 +149,10 @@ class RingAllReduce:
     def _doubling(self, total: Tensor, mean: bool) -> None:
         """In each round, two ranks exchange their sums, over twice as many ranks each time.
 
-        If N is no power of two, the ranks beyond it add their values to those of another rank
-        before, and get the result after. Of two sums, that of the lower ranks is the first operand
-        on both sides.
+        If N is no power of two, let P be the largest one below N: rank r >= P sends its values to
+        rank r - P before the rounds, which adds them to its own, and gets the result from there
+        after them, which is not rounded to the wire, so that it has the same bits there. Of two
+        sums, that of the lower ranks is the first operand on both sides.
         """
         rank, size = self._transport.rank, self._transport.size
         power = _power_of_two(size)
@@ -166,6 +181,7 @@ class RingAllReduce:
             self._exchange(total, rank + power, nothing, rank).wait()
 
     def _ring(self, total: Tensor, mean: bool) -> None:
+        """Reduce-scatter, then all-gather, in segments of which `IN_FLIGHT` are under way."""
         rank, size = self._transport.rank, self._transport.size
         exact = self._wire == total.dtype  # sums travel as they are, without copies
         longest = -(-total.numel() // size) * self._wire.itemsize
@@ -220,8 +236,30 @@ class RingAllReduce:
         return self._transport.exchange(leaving, to % size, arriving, source % size)
 
 
+def start_all_gather(transport: Transport, rows: Tensor) -> list[Handle]:
+    """Start to send one row to all other ranks, and to receive one from each of them.
+
+    Args:
+        transport: To all ranks.
+        rows: [N, n], contiguous; row r is that of rank r, and the same type and n on all ranks.
+
+    Returns:
+        What to wait for before `rows` is used again; (N-1) rows are sent then.
+    """
+    rank, size = transport.rank, transport.size
+    handles = []
+    for distance in range(1, size):
+        to, source = (rank + distance) % size, (rank - distance) % size
+        handles.append(transport.exchange(rows[rank], to, rows[source], source))
+    return handles
+
+
 def neighbours(rank: int, size: int) -> set[int]:
-    """The ranks that a rank exchanges tensors with, in the algorithms of this module."""
+    """The ranks that `rank` exchanges tensors with in the collectives of this module.
+
+    In a group of less than MANY_RANKS that is every other rank, in a larger one a few more than
+    log2 N of them (`start_all_gather` alone, which `Lossy` uses, needs all ranks also there).
+    """
     peers = {(rank - 1) % size, (rank + 1) % size}
     if size < MANY_RANKS:
         peers.update(range(size))
@@ -234,9 +272,17 @@ def neighbours(rank: int, size: int) -> set[int]:
 
 
 def broadcast(transport: Transport, flat: Tensor) -> None:
-    """Replace a contiguous 1-D tensor by rank 0's, passed from rank to rank in segments.
+    """Replace a tensor by rank 0's, passed from rank to rank in segments. A collective call.
 
-    Raises ConnectionError when a rank is gone, TimeoutError when one is silent.
+    Returns when this rank has received all and passed it on.
+
+    Args:
+        transport: To the ranks before and after this one, if there are any.
+        flat: [n], contiguous; n and type are the same on all ranks.
+
+    Raises:
+        ConnectionError: A rank is gone.
+        TimeoutError: A rank is silent.
     """
     rank, size = transport.rank, transport.size
     pieces = flat.split(SEGMENT_BYTES // flat.itemsize)
@@ -253,12 +299,15 @@ def broadcast(transport: Transport, flat: Tensor) -> None:
 
 
 def gather(transport: Transport, own: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Collect 1-D tensors of one type on rank 0, passed from rank to rank in segments.
+    """Collect the tensors of all ranks on rank 0, in segments. A collective call.
+
+    They are passed down from rank to rank, one tensor after another: besides its own, a rank other
+    than 0 holds one or two of them at a time.
 
     Args:
         transport: To the ranks before and after this one, if there are any.
-        own: The tensor of this rank.
-        lengths: Of the tensors of all ranks.
+        own: The tensor of this rank, [lengths[rank]] and contiguous; types are the same.
+        lengths: Numbers of values of the tensors of all ranks, in their order.
 
     Returns:
         The tensors by rank, on rank 0; on the others an empty list. Errors as of `broadcast`.
@@ -282,11 +331,16 @@ def gather(transport: Transport, own: Tensor, lengths: list[int]) -> list[Tensor
 
 
 class NativeAllReduce:
-    """The back end's own all-reduce: `reduce` sums a tensor over `size` ranks, in place.
+    """The back end's own all-reduce.
 
     The values are rounded to `wire` before and, by gloo, after each addition; for an fp16 wire they
     are divided by N first. `sent_bytes` is not measured but computed, as 2 (N-1)/N of the payload,
     the traffic of a ring.
+
+    Args:
+        reduce: Replaces a contiguous 1-D tensor by its sum over all ranks.
+        size: Number of ranks, N.
+        wire: Type of the tensors that `reduce` gets.
     """
 
     def __init__(self, reduce: Callable[[Tensor], None], size: int, wire: torch.dtype) -> None:
@@ -317,12 +371,13 @@ class NativeAllReduce:
 
 
 class Buffers:
-    """Work memory that is kept from call to call and only ever grows."""
+    """Work memory that is kept from call to call, and grows when more is needed."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialized tensor [length], in the memory of the last one of this name and type."""
         kept = self._kept.get((name, dtype))
         if kept is None or len(kept) < length:
             kept = self._kept[name, dtype] = torch.empty(length, dtype=dtype, device=device)

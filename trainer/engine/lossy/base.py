@@ -21,7 +21,7 @@ class Part:
     """Some gradients in a flat tensor, for one `Lossy`, and the ways to the other ranks."""
 
     shapes: Sequence[torch.Size]  # of the gradients, in the order in which they follow each other
-    transport: Transport  # sends tensors to any rank
+    transport: Transport  # sends tensors to any rank (not with PowerSGD, which only averages)
     all_reduce: AllReduce  # shared by all parts; what travels is rounded to `allreduce.wire`
 
 

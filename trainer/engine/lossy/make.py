@@ -14,7 +14,7 @@ from trainer.engine.transport import SocketTransport
 
 
 def make_lossy(parts: Sequence[Part], config: AllReduceConfig) -> list[LossyAllReduce]:
-    """The averages of parts of the gradients, if `config.is_lossy`.
+    """The averages of parts of the gradients, in their order; `config.is_lossy` must hold.
 
     Raises:
         ConfigError: A class of the user's own refuses its settings.
@@ -25,9 +25,11 @@ def make_lossy(parts: Sequence[Part], config: AllReduceConfig) -> list[LossyAllR
             LossyAllReduce(_build(part, config), feeds_back, part.all_reduce, config.whole_steps)
             for part in parts
         ]
+    if not parts:
+        return []
     codec: Codec = Int8Blocks() if config.wire == "int8" else Rounded(WIRE_TYPES[config.wire])
-    shared = [Quantized(part.transport, codec) for part in parts[:1]] * len(parts)  # work memory
-    return [LossyAllReduce(quantized, feeds_back) for quantized in shared]
+    quantized = Quantized(parts[0].transport, codec)  # one for all: they share its work memory
+    return [LossyAllReduce(quantized, feeds_back) for _ in parts]
 
 
 def check_compression(config: AllReduceConfig) -> None:

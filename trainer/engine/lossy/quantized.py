@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer.engine.ring import Buffers
-from trainer.engine.transport import Handle, Transport
+from trainer.engine.ring import Buffers, start_all_gather
+from trainer.engine.transport import Transport
 
 BLOCK = 256  # values with a scale of their own
 
@@ -120,7 +120,7 @@ class Quantized:
         for distance in range(1, size):
             to, source = (rank + distance) % size, (rank - distance) % size
             codec.encode(parts[to], outbox[to])
-            handles.append(self._exchange(outbox[to], to, inbox[source], source))
+            handles.append(self._transport.exchange(outbox[to], to, inbox[source], source))
             if error is not None:
                 codec.decode(outbox[to], decoded)
                 parts[to].sub_(decoded)
@@ -135,10 +135,7 @@ class Quantized:
 
         mean = inbox[rank]
         codec.encode(own, mean)
-        handles = []
-        for distance in range(1, size):
-            to, source = (rank + distance) % size, (rank - distance) % size
-            handles.append(self._exchange(mean, to, inbox[source], source))
+        handles = start_all_gather(self._transport, inbox)
         if error is not None:
             codec.decode(mean, decoded)
             own.sub_(decoded).mul_(size)  # this rank's share of a sum over `size` ranks
@@ -148,13 +145,10 @@ class Quantized:
         for source in range(size):
             codec.decode(inbox[source], parts[source])
         values.copy_(parts.view(-1)[:count])
+        self.sent_bytes += 2 * (size - 1) * coded_bytes
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
-
-    def _exchange(self, leaving: Tensor, to: int, arriving: Tensor, source: int) -> Handle:
-        self.sent_bytes += leaving.nbytes
-        return self._transport.exchange(leaving, to, arriving, source)

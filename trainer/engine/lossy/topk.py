@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.engine.lossy.base import Part
+from trainer.engine.ring import start_all_gather
 
 
 class TopK:
@@ -39,13 +40,9 @@ class TopK:
         messages = torch.empty(size, 2 * count, dtype=torch.int32, device=values.device)
         messages[rank, :count] = positions
         messages[rank, count:] = values[positions].view(torch.int32)
-        handles = []
-        for distance in range(1, size):
-            to, source = (rank + distance) % size, (rank - distance) % size
-            self.sent_bytes += messages[rank].nbytes
-            handles.append(self._transport.exchange(messages[rank], to, messages[source], source))
-        for handle in handles:
+        for handle in start_all_gather(self._transport, messages):
             handle.wait()
+        self.sent_bytes += (size - 1) * messages[rank].nbytes
         values.zero_()
         for message in messages:
             positions = message[:count].long()  # no two are the same
