@@ -111,6 +111,22 @@ def test_a_run_that_resumes_at_an_average_ends_with_the_same_bits(ranks: Ranks, 
         assert equal(one, other)
 
 
+def test_a_checkpoint_holds_the_optimizer_of_each_rank_once(ranks: Ranks) -> None:
+    def body(world: World) -> tuple[Any, Any]:
+        split, model = bodies.problem()
+        run = bodies.runtime(world, local_steps=2)
+        for step in fit(model, split, FitConfig(epochs=1), run, local_steps=2):
+            if step.synchronized:
+                return copy.deepcopy((step.state(), step.rank_state()))
+        raise AssertionError
+
+    (state, first), (_, second) = ranks(2, body)
+    assert first == {}  # that of rank 0 is in the state itself
+    assert sorted(second) == ["optimizer", "updates"]
+    momenta = [s["optimizer"]["state"][0]["momentum_buffer"] for s in (state, second)]
+    assert not torch.equal(*momenta)
+
+
 @pytest.mark.parametrize("broken", ["input", "weights"])
 def test_a_loss_that_is_not_finite_ends_all_ranks_at_the_next_average(
     ranks: Ranks, broken: str
@@ -141,6 +157,77 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_at_the_next_average(
     first, second = ranks(2, body)
     assert first == second
     assert ("the input of train" in first) == (broken == "input")
+
+
+def test_alone_every_step_is_like_one_without_local_steps() -> None:
+    """Nothing is averaged, and a checkpoint needs nothing more."""
+    ends = []
+    for local_steps in (1, 3):
+        split, model = bodies.problem()
+        run = bodies.runtime(World.single(torch.device("cpu")), local_steps=local_steps)
+        steps = list(fit(model, split, FitConfig(epochs=1), run, local_steps=local_steps))
+        assert all(step.synchronized for step in steps)
+        assert steps[-1].rank_state() == {}
+        assert "reducer" not in steps[-1].state()
+        ends.append((weights_of(model), [step.loss for step in steps]))
+    assert equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def test_an_average_covers_the_units_of_loss_of_all_ranks(ranks: Ranks) -> None:
+    """Padding is not counted, and the shares of the two ranks hold different amounts of it."""
+
+    def body(world: World) -> list[tuple[float, float]]:
+        split, model = bodies.sentences(samples=64)
+        run = bodies.runtime(world, local_steps=2)
+        steps = list(fit(model, split, FitConfig(epochs=1), run, local_steps=2))
+        return [(step.targets, step.loss) for step in steps]
+
+    split, _ = bodies.sentences(samples=64)
+    batches = global_batches(len(split), 16, 5, 0)
+    counts = [int((split.targets[batch] != -100).sum()) for batch in batches]
+    own = [
+        [2 * int((split.targets[shard(batch, rank, 2)] != -100).sum()) for batch in batches]
+        for rank in range(2)
+    ]
+    first, second = ranks(2, body)
+    assert (first[1], first[3]) == (second[1], second[3])  # the ends of rounds
+    for rank, steps in enumerate((first, second)):
+        assert [targets for targets, _ in steps] == [
+            own[rank][0], counts[1], own[rank][2], counts[3]
+        ]  # fmt: skip
+
+
+def test_a_rank_weights_its_own_units_alike_in_every_step(ranks: Ranks) -> None:
+    """Its gradient is the mean over its own units of loss, also in a step that ends a round."""
+
+    def body(world: World) -> Weights:
+        split, model = bodies.sentences(samples=32)
+        run = bodies.runtime(
+            world, local_steps=2, outer_lr=1.0, outer_momentum=0.0,
+            optimizer={"_target_": "torch.optim.SGD", "lr": 0.2},
+        )  # fmt: skip
+        cfg = FitConfig(epochs=1, schedule="constant")
+        assert len(list(fit(model, split, cfg, run, local_steps=2))) == 2
+        return weights_of(model)
+
+    split, model = bodies.sentences(samples=32)
+    ends = []
+    for rank in range(2):
+        alone = copy.deepcopy(model)
+        for batch in global_batches(len(split), 16, 5, 0):
+            own = shard(batch, rank, 2)
+            alone.zero_grad()
+            output = alone(split.inputs[own]).flatten(0, 1)
+            nn.functional.cross_entropy(output, split.targets[own].flatten()).backward()
+            with torch.no_grad():
+                for p in alone.parameters():
+                    p -= 0.2 * p.grad
+        ends.append(weights_of(alone))
+    for result in ranks(2, body):
+        for key, value in result.items():
+            mean = (ends[0][key] + ends[1][key]) / 2
+            torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-5)
 
 
 def test_requests_are_answered_at_an_average(ranks: Ranks) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from tests.test_resume import PHASES, config
 from tests.worker.test_handover import Driver, begin
+from trainer.engine.world import World
 from trainer.messages import STEP_COMPLETE
 from trainer.store.serialization import unpack
 from trainer.worker.run import Start
@@ -38,11 +39,34 @@ def test_an_interrupted_run_ends_with_the_same_bits(settings, phases, points):
     ):  # a checkpoint that is due at step 3 is written at the next average
         assert points == set(undisturbed.checkpoints)
     for phase, step in points:
+        ranks = unpack(undisturbed.checkpoints[phase, step].content)["ranks"]
+        assert len(ranks) == 2
+        if step > settings.get("whole_steps", 0):
+            assert str(ranks[0]) != str(ranks[1])  # so it matters whose state a rank gets
         before = undisturbed.ended[phase - 1] if phase else begin(cfg).weights
         content = undisturbed.checkpoints[phase, step].content
         resumed = Driver(cfg, Start(phase, before, content, undisturbed.ended[0], step))
         resumed.run(2)
         assert resumed.ended == undisturbed.ended[phase:]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"wire": "int8", "error_feedback": False},
+        {"compression": "powersgd", "rank": 1, "whole_steps": 1, "error_feedback": False},
+    ],
+    ids=["int8", "powersgd"],
+)
+def test_a_checkpoint_gathers_no_states_that_do_not_exist(settings, monkeypatch):
+    """Without error feedback all ranks have the same state."""
+    gathered = []
+    monkeypatch.setattr(World, "gather", lambda world, content: gathered.append(content) or [])
+    cfg = config(phases={"train": PHASES["train"]}, checkpoint=CHECKPOINTS, allreduce=settings)
+    driver = Driver(cfg, begin(cfg))
+    driver.run(2)
+    assert "ranks" not in unpack(driver.checkpoints[0, 3].content)
+    assert not gathered
 
 
 def test_a_phase_that_works_after_each_step_averages_gradients():
@@ -51,8 +75,13 @@ def test_a_phase_that_works_after_each_step_averages_gradients():
     )
     driver = Driver(cfg, begin(cfg))
     driver.run(2)
-    (notice,) = driver.notices
-    assert notice.startswith("phase prune: gradients were averaged in each step")
+    assert driver.notices == [
+        "phase prune: gradients were averaged in each step, since prune changes the model after "
+        "each step; allreduce.local_steps is for other phases"
+    ]
+    alone = Driver(cfg, begin(cfg))
+    alone.run(1)
+    assert alone.notices == []  # one worker has nothing to average
 
 
 def test_an_elastic_run_starts_from_zero_errors_when_its_members_change():

@@ -21,9 +21,16 @@ class LocalSteps:
     """Takes the place of a `Reducer`, which it uses once per round of local steps.
 
     After `end_step` of a step that synchronizes, all ranks have the same weights; in between, they
-    differ. `extra` of such a step holds the means over the ranks of its first two values, and of
-    other steps this rank's own: its first value, the loss, then is NaN on all ranks if that of one
-    rank was NaN or infinite in any step of the round.
+    differ. A group of one has nothing to average, and uses the `Reducer` itself.
+
+    Attributes:
+        extra: float32 [extras of the reducer]. In a step that synchronizes, `finish` replaces it by
+            its mean over the ranks; its first value, the loss, is NaN then if the loss of a rank
+            was NaN or infinite in any step of the round. In other steps it stays this rank's own,
+            except the second value, the request, which becomes 0.
+        sent_bytes: What this rank sent in the last round, divided by the number of its steps.
+        synchronizes: Whether the present step ends a round; set it before `finish`.
+        keeps_state: Whether the mean of a step depends on earlier steps: always.
 
     Args:
         reducer: Of the parameters; it averages their changes, and is closed with this object.
@@ -40,8 +47,8 @@ class LocalSteps:
         config: AllReduceConfig,
     ) -> None:
         self.keeps_state = True
-        self.synchronizes = True  # whether the present step ends a round; set it before `finish`
-        self.sent_bytes = 0  # by this rank in the last round, divided by the number of its steps
+        self.synchronizes = True
+        self.sent_bytes = 0
         self.extra = torch.zeros_like(reducer.extra)
         self._reducer = reducer
         self._world = world
@@ -64,15 +71,19 @@ class LocalSteps:
         """Nothing is sent during the backward pass."""
 
     def finish(self) -> None:
-        """Make gradients dense; if this step synchronizes, average two values of `extra`."""
+        """Make gradients dense; if this step synchronizes, average `extra`.
+
+        Raises:
+            ConnectionError, TimeoutError: As `Reducer.finish`.
+        """
         for parameter in self._parameters:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 parameter.grad = parameter.grad.to_dense()
         self._poison += 0 * self.extra[0]
         if self.synchronizes:
             self.extra[0] += self._poison
-            self._world.all_reduce(self.extra[:2])
-            self.extra[:2] /= self._world.size
+            self._world.all_reduce(self.extra)
+            self.extra /= self._world.size
             self._poison.zero_()
         else:
             self.extra[1] = 0

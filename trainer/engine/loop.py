@@ -42,7 +42,8 @@ Request = Callable[[], int]
 class StepResult:
     """One optimizer step; the same on all ranks, but for `sent_bytes`.
 
-    Where it is not `synchronized`, the loss, `targets` and `applied` are also those of this rank.
+    With local steps, `applied` and `lr` are also those of this rank and, where the step is not
+    `synchronized`, the loss and `targets`.
     """
 
     step: int  # steps done in this phase, this one included
@@ -115,7 +116,8 @@ def fit(
         request: Called on each rank in each step; all ranks get the sum in `requested`.
         objective: What is minimized; None: the loss of the task.
         local_steps: Optimizer steps that a rank takes alone between two averages of the weights
-            (see `LocalSteps`); an average also ends each epoch. 1: gradients are averaged.
+            (see `LocalSteps`); an average also ends each epoch. 1, or a single rank: gradients are
+            averaged in each step.
 
     Raises:
         Diverged: The loss is NaN or infinite. All ranks raise it in the same step: before its
@@ -129,6 +131,8 @@ def fit(
     if total == 0:
         return
     world, precision, task = runtime.world, runtime.mixed_precision, runtime.task
+    if world.size == 1:
+        local_steps = 1
     objective = objective or Supervised(task)
     freezing = Freezing(model, cfg.freeze, cfg.epochs)
     parameters = freezing.trained
@@ -174,13 +178,13 @@ def fit(
         own: dict[str, Any] = {}
         if errors := reducer.rank_state():
             own["rank_reducer"] = errors
-        if local_steps > 1:
+        if local_steps > 1 and world.rank > 0:  # rank 0's are those of `state`
             own.update(updates=updates, optimizer=optimizer.state_dict())
         return own
 
     def build_reducer() -> Reducer | LocalSteps:
         reducer = runtime.reducer(parameters, extras=3)
-        if local_steps == 1 or world.size == 1:
+        if local_steps == 1:
             return reducer
         return LocalSteps(reducer, parameters, world, runtime.allreduce)
 
@@ -259,15 +263,17 @@ def fit(
                     mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
                     read_loss = partial(float, mean_loss)
                 # So far the weights were those of a batch in which no target is ignored.
-                # (With local steps, as if the shares of all ranks were like this one's.)
                 counted = max(0, full - mean_ignored * world.size)
                 if not task.fractional_units:
                     counted = round(counted)
-                if counted == 0:
-                    reducer.zero_grad()
-                elif counted != full:
+                if counted not in (0, full):
                     read_loss = _scaled(read_loss, full / counted)
-                    _multiply_gradients(parameters, full / counted)
+                # A rank that trains alone weights its gradients as if all shares were like its own.
+                own = counted if local_steps == 1 else max(0, full - ignored * world.size)
+                if own == 0:
+                    reducer.zero_grad()
+                elif own != full:
+                    _multiply_gradients(parameters, full / own)
                 samples += share
                 if reducer.synchronizes:
                     if unchecked is not None:

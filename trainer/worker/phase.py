@@ -195,7 +195,7 @@ class PhaseRun:
             usage=self.meter.total(world),
             profile=profile,
         )
-        if self._local_steps < self.runtime.allreduce.local_steps and self.last:
+        if self._local_steps < self.runtime.allreduce.local_steps and self.last and world.size > 1:
             yield Notice(
                 f"phase {self.name}: gradients were averaged in each step, since {phase.kind} "
                 "changes the model after each step; allreduce.local_steps is for other phases"
@@ -471,8 +471,8 @@ class PhaseRun:
         """
         world, content = self.runtime.world, b""
         ranks = []
-        settings = self.runtime.allreduce
-        if (settings.is_lossy or self._local_steps > 1) and world.size > 1 and not self.elastic:
+        differ = self.runtime.allreduce.feeds_back or self._local_steps > 1
+        if differ and world.size > 1 and not self.elastic:
             ranks = world.gather(pack(step.rank_state()))
         if world.rank == 0:
             content = self._content(step, STEP_COMPLETE, [unpack(state) for state in ranks])
