@@ -72,11 +72,28 @@ def test_communication_during_backward_is_hidden_and_the_rest_is_exposed(ranks, 
         return all_profiles(profile, world), profile._seconds
 
     results = ranks(2, body)
-    for (record, traces), seconds in results:
-        assert (record["steps"], len(record["ranks"]), traces) == (9, 2, [])
+    for ((record, traces), seconds), count in zip(results, (2, 0), strict=True):
+        assert (record["steps"], len(record["ranks"]), traces) == (9, count, [])
         assert seconds["all-reduce"] > 0
         assert seconds["communication"] > 0
-    assert results[0][0] == results[1][0]  # all ranks have the profiles of all
+
+
+def test_rank_0_gets_the_profiles_and_the_traces_of_all(ranks):
+    """A rank may have no trace, if its steps were too few."""
+
+    def body(world):
+        profile = Profile(world.device)
+        profile._seconds["step"] = 1.0 + world.rank
+        profile.steps = 2
+        profile.trace = b"trace" * world.rank
+        return all_profiles(profile, world)
+
+    (record, traces), (nothing, none) = ranks(2, body)
+    assert record["steps"] == 2
+    assert [times["step"] for times in record["ranks"]] == [500, 1000]
+    assert traces == [b"trace"]
+    assert nothing == {"steps": 2, "ranks": []}
+    assert none == []
 
 
 def test_hidden_is_what_the_all_reduce_takes_beyond_the_wait(monkeypatch):

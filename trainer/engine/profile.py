@@ -7,6 +7,7 @@ none of this code.
 
 import contextlib
 import gzip
+import json
 import os
 import tempfile
 import threading
@@ -17,14 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, record_function
 
 from trainer.data.split import Split
-from trainer.engine.gather import all_gather
 from trainer.engine.objective import Objective
 from trainer.engine.precision import Precision, Update
 from trainer.engine.reducer import Reducer
@@ -142,18 +141,14 @@ class Profile:
 
 
 def all_profiles(profile: Profile, world: World) -> tuple[dict[str, Any], list[bytes]]:
-    """The profiles of all ranks, for a `PhaseRecord`, and their traces. A collective call."""
-    mean = profile.milliseconds()
-    own = torch.tensor([*mean.values()], device=world.device)
-    trace = torch.from_numpy(np.frombuffer(profile.trace, np.uint8).copy()).to(world.device)
-    traces = all_gather(world, trace)
-    ranks = [
-        {name: round(value, 4) for name, value in zip(mean, row, strict=True)}
-        for row in (values.tolist() for values in all_gather(world, own))
-    ]
-    return {"steps": profile.steps, "ranks": ranks}, [
-        t.cpu().numpy().tobytes() for t in traces if len(t)
-    ]
+    """The profiles of all ranks, for a `PhaseRecord`, and their traces. A collective call.
+
+    Both are complete on rank 0, and empty on the others.
+    """
+    own = {name: round(value, 4) for name, value in profile.milliseconds().items()}
+    ranks = [json.loads(content) for content in world.gather(json.dumps(own).encode())]
+    traces = [trace for trace in world.gather(profile.trace) if trace]
+    return {"steps": profile.steps, "ranks": ranks}, traces
 
 
 @dataclass(frozen=True)
