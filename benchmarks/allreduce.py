@@ -51,12 +51,15 @@ class RawTcp:
             self._previous, _ = listener.accept()
 
     def exchange(self, outgoing: Tensor, incoming: Tensor) -> None:
-        """Send and receive as many bytes."""
+        """Send and receive as many bytes. Raises EOFError if the previous rank has ended."""
         sender = threading.Thread(target=self._next.sendall, args=(outgoing.numpy().data,))
         sender.start()
         rest = incoming.numpy().data
         while rest:
-            rest = rest[self._previous.recv_into(rest) :]
+            count = self._previous.recv_into(rest)
+            if not count:
+                raise EOFError(f"the previous rank has ended, {len(rest)} bytes too early")
+            rest = rest[count:]
         sender.join()
 
     def close(self) -> None:

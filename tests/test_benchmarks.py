@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 
 from trainer.__main__ import main
 from trainer.config.compose import conf_dir
@@ -69,6 +71,20 @@ def trainer_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     run = subprocess.run
     monkeypatch.setattr(subprocess, "Popen", Popen)
     monkeypatch.setattr(subprocess, "run", lambda command, **o: start(command) or run(command, **o))
+
+
+def test_raw_tcp_fails_when_the_other_worker_has_ended() -> None:
+    """Otherwise the benchmark of the all-reduce would wait for it forever."""
+    raw_tcp = runpy.run_path(str(BENCHMARKS / "allreduce.py"))["RawTcp"]
+    raw = raw_tcp.__new__(raw_tcp)
+    raw._next, theirs = socket.socketpair()
+    raw._previous, gone = socket.socketpair()
+    gone.sendall(b"ab")
+    gone.close()
+    with pytest.raises(EOFError, match="the previous rank has ended, 2 bytes too early"):
+        raw.exchange(torch.ones(4, dtype=torch.uint8), torch.empty(4, dtype=torch.uint8))
+    raw.close()
+    theirs.close()
 
 
 @pytest.mark.slow
