@@ -208,36 +208,65 @@ def test_a_missing_rank_ends_in_one_line() -> None:
     )
 
 
-def test_a_group_that_is_not_complete_leaves_no_connection(
-    threads: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The ranks that did connect learn of it, also while somebody keeps the error."""
-    server = World.listen("127.0.0.1")
-    made: list[Link] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The links that were made, by both of their ends."""
+    links: list[Any] = []
 
     def recorded(create: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            made.append(create(*args))
-            return made[-1]
+            links.append(create(*args))
+            return links[-1]
 
         return call
 
     for name in ("_call_local", "_answer"):
         monkeypatch.setattr(connect, name, recorded(getattr(connect, name)))
+    return links
+
+
+def test_ranks_that_did_connect_learn_that_others_did_not(threads: Ranks, made: list[Any]) -> None:
+    """Their links are closed at once, also while somebody keeps the error."""
+    server = World.listen("127.0.0.1")
+    closed = threading.Event()
+
+    def body(rank: int) -> ConnectionError | None:
+        if rank == 2:
+            while len(made) < 2:
+                time.sleep(0.001)
+            closed.set()
+            return None
+        store = RendezvousStore("127.0.0.1", server.port, 10.0, server.token)
+        peers = {0, 1, 2} - {rank}
+        with pytest.raises(ConnectionError, match=f"rank {rank} closed its conn") as error:
+            connect_links(rank, 3, peers, store, "127.0.0.1", 10.0, closed)
+        store.close()
+        return error.value
+
+    errors = threads(3, body)
+    assert [link._outbound.sock.fileno() for link in made] == [-1, -1]
+    assert all(errors[:2])
+    server.close()
+
+
+def test_a_rank_that_could_not_join_leaves_no_connection(
+    threads: Ranks, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(world: World) -> None:
+        raise ConnectionError("no barrier")
+
+    server = World.listen("127.0.0.1")
+    monkeypatch.setattr(World, "barrier", fails)
 
     def body(rank: int) -> RunError:
-        with pytest.raises(RunError) as error:
-            World.connect(
-                rank, 3, "127.0.0.1", server.port, CPU, 0.3, server if rank == 0 else None,
-                server.token,
-            )  # fmt: skip
+        own = server if rank == 0 else None
+        with pytest.raises(RunError, match="within 10 s: no barrier") as error:
+            World.connect(rank, 2, "127.0.0.1", server.port, CPU, 10.0, own, server.token)
         return error.value
 
     errors = threads(2, body)
-    assert len(made) == 2
-    assert all(isinstance(link, SharedLink) for link in made)
-    assert [link._outbound.sock.fileno() for link in made] == [-1, -1]  # type: ignore[attr-defined]
-    assert all("ranks [2] have not connected" in str(error) for error in errors)
+    assert [link._outbound.sock.fileno() for link in made] == [-1, -1]
+    assert all(errors)
 
 
 def test_a_missing_rendezvous_ends_in_one_line() -> None:
@@ -499,10 +528,9 @@ def test_closing_ends_the_wait_for_ranks_that_do_not_connect(ranks: Ranks, alone
             return
         threading.Timer(0.05, world.close).start()
         try:
-            with pytest.raises(ConnectionError, match="closed"):
-                world.side_transport()
-            with pytest.raises(ConnectionError, match=f"rank {alone} closed its connections"):
-                world.side_transport()
+            for _ in range(2):
+                with pytest.raises(ConnectionError, match=f"rank {alone} closed its connections"):
+                    world.side_transport()
             assert not world.heartbeat.is_busy
         finally:
             enough.set()

@@ -332,7 +332,7 @@ class World:
 
     def _prefixed_store(self, name: str) -> PrefixStore:
         store = self._store
-        if store is None:
+        if store is None or self._closed.is_set():
             raise ConnectionError(f"rank {self.rank} closed its connections")
         return PrefixStore(name, store)
 
@@ -341,9 +341,11 @@ class World:
         """Turn errors of the back end or the network into the two that this class promises."""
         try:
             yield
-        except (ConnectionError, TimeoutError):
-            raise
         except (RuntimeError, OSError) as error:
+            if self._closed.is_set():  # by another thread: that is why it failed
+                raise ConnectionError(f"rank {self.rank} closed its connections") from error
+            if isinstance(error, ConnectionError | TimeoutError):
+                raise
             kind = TimeoutError if "imed out" in str(error) else ConnectionError
             raise kind(f"{what} failed on rank {self.rank} of {self.size}: {error}") from error
 
