@@ -119,18 +119,6 @@ def cluster() -> Iterator[Cluster]:
     assert not folder.exists()
 
 
-def test_joins_by_address_and_leaves_the_cluster_as_it_was(cluster, tmp_path):
-    before = {process.pid for process in cluster.processes()}
-    done = cluster.train("hydra.run.dir=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert "1 worker on cpu" in done.stdout
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["status"], summary["workers"]) == ("done", 1)
-    assert before <= {process.pid for process in cluster.processes()}
-    assert cluster.environ["RAY_AUTH_TOKEN"] not in done.stdout
-    assert cluster.secret_in(tmp_path, cluster.folder) == []
-
-
 def test_callers_without_the_token_are_refused(cluster, tmp_path):
     # Ray asks again and again, twenty times by default.
     done = cluster.train(cwd=tmp_path, RAY_AUTH_TOKEN="wrong", RAY_NUM_REDIS_GET_RETRIES="1")
@@ -139,8 +127,9 @@ def test_callers_without_the_token_are_refused(cluster, tmp_path):
     assert cluster.address in done.stdout
 
 
-def test_runs_as_a_submitted_job(cluster, tmp_path):
+def test_runs_as_a_submitted_job_and_leaves_the_cluster_as_it_was(cluster, tmp_path):
     """The job joins its own cluster by RAY_ADDRESS, and workers get the folder's code."""
+    before = {process.pid for process in cluster.processes()}
     code, results = tmp_path / "code", tmp_path / "results"
     code.mkdir()
     (code / "mynet.py").write_text("from trainer.models import LeNet5 as Net\n")
@@ -151,7 +140,9 @@ def test_runs_as_a_submitted_job(cluster, tmp_path):
     )
     assert done.returncode == 0, done.stdout
     assert "2 workers on cpu" in done.stdout
-    assert json.loads((results / "summary.json").read_text())["status"] == "done"
+    summary = json.loads((results / "summary.json").read_text())
+    assert (summary["status"], summary["workers"]) == ("done", 2)
+    assert before <= {process.pid for process in cluster.processes()}
     assert cluster.environ["RAY_AUTH_TOKEN"] not in done.stdout
     assert cluster.secret_in(tmp_path, cluster.folder) == []
 
@@ -175,7 +166,7 @@ def test_a_stopped_job_saves(cluster, tmp_path):
     assert list(run.glob("checkpoints/01-train-step-*"))  # what resume= goes on from
 
 
-def test_a_lost_head_is_reported_and_delays_no_stop(cluster, tmp_path):
+def test_joins_by_address_and_a_lost_head_is_reported_and_delays_no_stop(cluster, tmp_path):
     """The last test on this cluster: its head is gone afterwards."""
     command = [sys.executable, "-m", "trainer", *SHORT, "phases.train.fit.epochs=2000"]
     options = [f"cluster.address={cluster.address}", "hydra.run.dir=run"]
@@ -197,6 +188,9 @@ def test_a_lost_head_is_reported_and_delays_no_stop(cluster, tmp_path):
     finally:
         run.kill()
     assert run.returncode == 143, shown
+    assert "1 worker on cpu" in shown
+    assert cluster.environ["RAY_AUTH_TOKEN"] not in shown
+    assert cluster.secret_in(tmp_path, cluster.folder) == []
     assert f"the head node of the Ray cluster at {cluster.address} does not answer" in shown
     assert "resume with: python -m trainer resume=" in shown
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
