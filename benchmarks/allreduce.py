@@ -1,6 +1,7 @@
 """The ring beside gloo's all-reduce and beside raw TCP, in time and in CPU time.
 
     python benchmarks/allreduce.py [--ranks 2 4] [--quick]          # on this machine
+    python benchmarks/allreduce.py --link 1gbit [--ranks 2 3 4]     # on namespaces (root)
     python benchmarks/allreduce.py --rank R --ranks N --host HOST   # on each of N hosts
 
 One process per rank, one thread each. HOST is the address of rank 0, as the others reach it. The
@@ -26,6 +27,7 @@ from torch import Tensor, multiprocessing
 
 from trainer.engine.ring import WIRE_TYPES, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
+from trainer.testing.hosts import Hosts
 
 SIZES = {"4 KB": 4 << 10, "1 MB": 1 << 20, "25 MB": 25 << 20, "100 MB": 100 << 20}  # of FP32 values
 SECONDS = 8.0  # per row: more repeats where one takes less
@@ -118,27 +120,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="sizes of the group")
     parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
+    parser.add_argument("--link", help="a host per rank, on links of this rate, as tc has it")
     parser.add_argument("--rank", type=int, help="run this rank of one group of several hosts")
     parser.add_argument("--host", default="127.0.0.1", help="address of rank 0")
     parser.add_argument("--port", type=int, default=29500, help="of rank 0, with --rank")
     args = parser.parse_args()
-    if not args.rank:
-        print(
-            f"# All-reduce to the mean, {datetime.date.today()}\n\n"
-            f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} CPUs, "
-            f"load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-            f"torch {torch.__version__}; command: python {' '.join(sys.argv)}\n\n"
-            "| ranks | FP32 payload | wire | ring ms | gloo ms | raw TCP ms | ring / gloo | "
-            "throughput of ring / raw TCP | CPU time ring / gloo | n |\n" + "| --- " * 10 + "|",
-            flush=True,
-        )
     if args.rank is not None:
         compare(args.rank, args.ranks[0], args.host, args.port, args.quick)
         return
+    print(
+        f"# All-reduce to the mean, {datetime.date.today()}\n\n"
+        f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} CPUs, "
+        f"load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}; command: python {' '.join(sys.argv)}\n\n"
+        "| ranks | FP32 payload | wire | ring ms | gloo ms | raw TCP ms | ring / gloo | "
+        "throughput of ring / raw TCP | CPU time ring / gloo | n |\n" + "| --- " * 10 + "|",
+        flush=True,
+    )
     for size in args.ranks[:1] if args.quick else args.ranks:
+        if args.link:
+            compare_on_hosts(size, args.link)
+            continue
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         multiprocessing.spawn(compare, (size, "127.0.0.1", port, args.quick), nprocs=size)
+
+
+def compare_on_hosts(size: int, rate: str) -> None:
+    """A rank on each of `size` hosts."""
+    command = [sys.executable, os.path.abspath(__file__), "--ranks", size]
+    with Hosts(size, rate) as hosts:
+        address = hosts.address(1)
+        hosts.run_on_all(lambda host: [*command, "--rank", host - 1, "--host", address])
 
 
 if __name__ == "__main__":

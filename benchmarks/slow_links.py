@@ -4,25 +4,23 @@
     python benchmarks/slow_links.py --accuracy-steps 400 [--seeds 3] [--only NAME ...]
 
 Two workers train LeNet-5 on MNIST in fp32, one thread each. In the first form they are processes in
-two network namespaces, connected by a link of each rate (tc-tbf); this needs Linux, root and
-iproute2. All methods take turns in these processes, three times; a turn has ten steps that are not
-counted, and then those that are: the table shows the mean over the steps on rank 0, of the median
-turn. The second form has no link: two threads train with each method and seed, and the table shows
-the accuracy on 5,000 validation images: mean and sample standard deviation over the seeds.
+two network namespaces (trainer/testing/hosts.py), connected by a link of each rate; this needs
+Linux, root and iproute2. All methods take turns in these processes, three times; a turn has ten
+steps that are not counted, and then those that are: the table shows the mean over the steps on
+rank 0, of the median turn. The second form has no link: two threads train with each method and
+seed, and the table shows the accuracy on 5,000 validation images: mean and sample standard
+deviation over the seeds.
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from trainer.engine.optim import parse_optimizer
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
 from trainer.models import LeNet5
+from trainer.testing.hosts import Hosts
 from trainer.testing.ranks import run_ranks
 
 METHODS: list[dict[str, Any]] = [
@@ -53,7 +52,6 @@ METHODS: list[dict[str, Any]] = [
 ROUNDS = 3  # turns of each method
 WHOLE_STEPS = 20  # where accuracies are compared
 SKIPPED = 10  # steps at the beginning of a turn that are not counted
-ADDRESSES = ("10.213.0.1", "10.213.0.2")
 PORT = 29555
 
 building = threading.Lock()  # ranks that are threads share torch's random state
@@ -97,7 +95,7 @@ def train(
 def time_methods(rank: int, rate: str, steps: int) -> None:
     """What each of the two processes executes. Rank 0 prints the rows of the table."""
     torch.set_num_threads(1)
-    world = World.connect(rank, 2, ADDRESSES[0], PORT, torch.device("cpu"), 60.0)
+    world = World.connect(rank, 2, Hosts.address(1), PORT, torch.device("cpu"), 60.0)
     data = mnist(train=10 * 128, validation=100, test=1)  # 10 steps per epoch
     seconds: list[list[float]] = [[] for _ in METHODS]
     sent = [0.0] * len(METHODS)
@@ -117,41 +115,10 @@ def time_methods(rank: int, rate: str, steps: int) -> None:
             )
 
 
-@contextlib.contextmanager
-def link(rate: str) -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a link of this rate in both directions; their names."""
-    ends = (f"slow{os.getpid()}a", f"slow{os.getpid()}b")
-    try:
-        for end in ends:
-            run("ip", "netns", "add", end)
-        peer = ("peer", "name", "link0", "netns", ends[1])
-        run("ip", "link", "add", "link0", "netns", ends[0], "type", "veth", *peer)
-        for end, address in zip(ends, ADDRESSES, strict=True):
-            run("ip", "-n", end, "address", "add", f"{address}/24", "dev", "link0")
-            for device in ("lo", "link0"):
-                run("ip", "-n", end, "link", "set", device, "up")
-            shape = ("tbf", "rate", rate, "burst", "128kb", "latency", "50ms")
-            run("tc", "-n", end, "qdisc", "add", "dev", "link0", "root", *shape)
-        yield ends
-    finally:
-        for end in ends:
-            subprocess.run(["ip", "netns", "delete", end], check=False, capture_output=True)
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
-
-
 def time_over_link(rate: str) -> None:
-    with link(rate) as ends:
-        processes = []
-        for rank, end in enumerate(ends):
-            own = [sys.executable, __file__, *sys.argv[1:], "--rank", str(rank), "--rates", rate]
-            command = ["ip", "netns", "exec", end, *own]
-            processes.append(subprocess.Popen(command))
-        failed = [process.wait() for process in processes]
-    if any(failed):
-        sys.exit(f"the workers failed: exit codes {failed}")
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--rates", rate]
+    with Hosts(2, rate) as hosts:
+        hosts.run_on_all(lambda host: [*command, "--rank", host - 1])
 
 
 def compare_accuracy(data: Splits, steps: int, seeds: int) -> None:
