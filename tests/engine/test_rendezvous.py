@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 
@@ -62,6 +63,18 @@ def test_closing_in_another_thread_ends_a_wait(server):
     with pytest.raises(ConnectionError, match="the connection to the rendezvous is closed"):
         store.get("key")
     store.close()  # may be called twice
+
+
+def test_a_client_that_is_accepted_while_the_server_closes_is_disconnected(server):
+    """Otherwise it would wait until its time-out for values that nobody can set."""
+    client, accepted = socket.socketpair()
+    client.settimeout(5)
+    server.close()
+    with mock.patch.object(server, "_listener") as listener:
+        listener.accept.side_effect = [(accepted, None), OSError]
+        server._accept()
+    assert client.recv(1) == b""
+    client.close()
 
 
 @pytest.mark.parametrize("request_", [b"nonsense", b"\xff" * 17, b"G" + b"\0" * 8 + b"\xff" * 8])

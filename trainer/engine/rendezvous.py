@@ -48,14 +48,14 @@ class RendezvousServer:
         self._values: dict[bytes, bytes] = {}
         self._changed = threading.Condition()
         self._connections: list[socket.socket] = []
+        self._closed = threading.Event()
         threading.Thread(target=self._accept, daemon=True, name="rendezvous").start()
 
     def close(self) -> None:
         """End all connections. May be called twice."""
+        self._closed.set()  # first, so that a connection that is accepted meanwhile ends, too
         for sock in (self._listener, *self._connections):
-            with contextlib.suppress(OSError):  # closed by the peer, or before
-                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
-            sock.close()
+            _close(sock)
 
     def _accept(self) -> None:
         while True:
@@ -64,6 +64,9 @@ class RendezvousServer:
             except OSError:  # closed
                 return
             self._connections.append(sock)
+            if self._closed.is_set():  # `close` may not have seen this one
+                _close(sock)
+                return
             threading.Thread(
                 target=self._serve, args=(sock,), daemon=True, name="rendezvous"
             ).start()
@@ -140,9 +143,7 @@ class RendezvousStore(Store):
 
     def close(self) -> None:
         """Disconnect; a thread that waits for a value fails at once. May be called twice."""
-        with contextlib.suppress(OSError):  # closed by the server, or before
-            self._sock.shutdown(socket.SHUT_RDWR)  # wakes that thread; close would not
-        self._sock.close()
+        _close(self._sock)
 
     def _get(self, key: str, timeout_s: float) -> bytes:
         with self._lock:
@@ -176,6 +177,12 @@ def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
             if remaining <= _RETRY_S:
                 raise
             time.sleep(_RETRY_S)
+
+
+def _close(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed by the peer, or before
+        sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it; close would not
+    sock.close()
 
 
 def _receive(sock: socket.socket, count: int) -> bytes:
