@@ -16,7 +16,7 @@ import trainer
 from tests.test_main import capture
 from trainer.config.compose import conf_dir
 from trainer.engine.world import World
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, check_model, initial_weights
 from trainer.messages import PhaseEnded
 from trainer.phases import Prune, Quantize, Train
 from trainer.store.serialization import from_bytes
@@ -61,7 +61,7 @@ def test_the_commands_of_a_page_run(written):
     for command in commands:
         arguments = shlex.split(command.replace("\\\n", " "))
         found = Experiment.from_config(yaml.safe_load(capture([*arguments, "--cfg"])))
-        found.check_model()
+        check_model(found)
         check_compatible(found.build_model(), found.build_data(), found.build_runtime(world))
 
 
@@ -98,12 +98,12 @@ def test_the_tutorial_for_images_starts(written):
     save_file(given, "pretrained.safetensors")
     (command,) = _commands(written)
     found = Experiment.from_config(yaml.safe_load(capture([*shlex.split(command), "--cfg"])))
-    found.check_model()
+    check_model(found)
     model, data = found.build_model(), found.build_data()
     assert [len(split) for split in vars(data).values()] == [18, 2, 5]
     runtime = found.build_runtime(World.single(torch.device("cpu")))
     check_compatible(model, data, runtime, [phase.fit for phase in found.phases.values()])
-    weights, _ = from_bytes(found.initial_weights(model))
+    weights, _ = from_bytes(initial_weights(found, model))
     assert torch.equal(weights["conv.weight"], given["conv.weight"])
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from tests.experiments import experiment
 from trainer.config import DistillConfig, FitConfig
 from trainer.errors import ConfigError
-from trainer.experiment import Experiment, Stage
+from trainer.experiment import Experiment, Stage, check_model
 from trainer.phases import Phase, Prune, Retrain, Share, Train
 
 DATA = (torch.zeros(8, 3), torch.zeros(8))
@@ -77,8 +77,8 @@ def test_a_model_that_no_file_can_hold_is_refused_before_it_is_trained() -> None
     model = {"_target_": f"{__name__}.Complex"}
     message = "artifact.make=true: phase: a torch.complex64 tensor .*; set artifact.make=false"
     with pytest.raises(ConfigError, match=message):
-        experiment(model=model, artifact={"make": True}).check_model()
-    assert experiment(model=model).check_model() is not None
+        check_model(experiment(model=model, artifact={"make": True}))
+    assert check_model(experiment(model=model)) is not None
 
 
 def test_the_current_process_is_one_worker() -> None:

@@ -18,7 +18,7 @@ import trainer
 from trainer.__main__ import main
 from trainer.config.compose import conf_dir
 from trainer.data.idx import mnist
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, check_model
 
 ROOT = conf_dir().parent
 DOCS = ROOT / "docs"
@@ -124,7 +124,7 @@ def test_commands_are_accepted(page: Path, elsewhere: None) -> None:
             continue
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert main([*arguments, *["--cfg"] * ("--cfg" not in arguments)]) == 0, command
-        Experiment.from_config(yaml.safe_load(out.getvalue())).check_model()
+        check_model(Experiment.from_config(yaml.safe_load(out.getvalue())))
 
 
 @pytest.mark.integration

@@ -14,7 +14,7 @@ from trainer import ConfigError, RunError, artifact
 from trainer.artifact.__main__ import main
 from trainer.artifact.container import join, split
 from trainer.compress.coding import decode_layer, encode_layer, max_positions
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, check_model, encode_artifact
 from trainer.phases import Prune, Train
 from trainer.store.serialization import to_bytes
 
@@ -196,9 +196,9 @@ def test_a_coder_that_never_works_is_refused_before_training() -> None:
             return super().decode(blob[1:], shape, clusters, negatives)
 
     with pytest.raises(ConfigError, match=r"artifact.coder: Broken.decode raised error: Error -3"):
-        Experiment(**settings(coder=Broken())).check_model()
+        check_model(Experiment(**settings(coder=Broken())))
     with pytest.raises(ConfigError, match=r"artifact.coder: object.encode raised AttributeError"):
-        Experiment(**settings(coder={"_target_": "builtins.object"})).check_model()
+        check_model(Experiment(**settings(coder={"_target_": "builtins.object"})))
     for wrong in ("zip", None, 3):
         with pytest.raises(ConfigError, match=r"artifact.coder=.*: it must be one of auto"):
             Experiment(**settings(coder=wrong))
@@ -212,7 +212,7 @@ def test_a_coder_that_fails_later_ends_in_one_line() -> None:
             return super().encode(levels, clusters, negatives)
 
     experiment = Experiment(**settings(coder=Small()))
-    experiment.check_model()
+    check_model(experiment)
     large = to_bytes({"weight": torch.eye(20)})
     with pytest.raises(RunError, match=r"model.dcz cannot be written: weight: Small.encode raised"):
-        experiment.encode_artifact(large)
+        encode_artifact(experiment, large)

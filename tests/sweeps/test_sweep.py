@@ -267,13 +267,13 @@ def test_initial_weights_are_validated_against_the_model(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys):
-    from trainer.experiment import experiment
+    from trainer.experiment import weights as experiment_weights
 
     assert main([*INIT, "--cfg"]) == 0
     net = Experiment.from_config(yaml.safe_load(capsys.readouterr().out)).build_model()
     for name in ("a.pt", "b.pt"):
         torch.save(net.state_dict(), name)
-    real, seen = experiment.read_initial, []
+    real, seen = experiment_weights.read_initial, []
 
     def weights(path, *args, **more):
         seen.append(path.name)
@@ -281,7 +281,7 @@ def test_weights_that_are_gone_later_fail_their_trial_alone(monkeypatch, capsys)
             raise ConfigError(f"init_from={path}: gone")
         return real(path, *args, **more)
 
-    monkeypatch.setattr(experiment, "read_initial", weights)
+    monkeypatch.setattr(experiment_weights, "read_initial", weights)
     assert main(INIT) == 0
     assert [row["state"] for row in rows()] == ["COMPLETE", "FAIL"]
     assert rows()[1]["reason"] == "init_from=b.pt: gone"

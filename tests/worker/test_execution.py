@@ -18,7 +18,7 @@ from trainer.engine.compiled import check_compiler, compiled
 from trainer.engine.heartbeat import Heartbeat
 from trainer.engine.recompute import recomputed
 from trainer.errors import ConfigError
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, check_phases
 from trainer.messages import PhaseEnded
 from trainer.phases import Prune, Quantize, Share, Train
 from trainer.store.serialization import from_bytes
@@ -168,6 +168,6 @@ def test_wrong_settings_are_refused():
     with pytest.raises(
         ConfigError, match=r"recompute: 'layer\*' matches no module; there are 0, 1"
     ):
-        cfg.check_phases(model)
+        check_phases(cfg, model)
     with pytest.raises(ConfigError, match=r"compile=\{'backend': 'icc'\}: torch.compile fails on"):
         check_compiler({"backend": "icc"}, torch.device("cpu"))

@@ -11,7 +11,7 @@ from trainer.data.mixed import Mix
 from trainer.data.split import Splits, TensorSplit
 from trainer.engine.objective import Mixed, Supervised
 from trainer.errors import ConfigError
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, initial_weights
 from trainer.messages import Checkpoint, PhaseEnded
 from trainer.phases import Prune, Retrain, Train
 from trainer.tasks import Classification, Regression
@@ -50,7 +50,7 @@ def test_a_resumed_phase_ends_in_the_same_bits():
     cfg = experiment(Train(fit=FitConfig(epochs=2, mixup=0.4)))
     undisturbed = messages(cfg)
     (end,), (checkpoint, *_) = of(PhaseEnded, undisturbed), of(Checkpoint, undisturbed)[2:]
-    start = Start(0, cfg.initial_weights(None), checkpoint.content)
+    start = Start(0, initial_weights(cfg, None), checkpoint.content)
     assert of(PhaseEnded, messages(cfg, start=start))[0].weights == end.weights
 
 

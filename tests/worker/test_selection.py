@@ -15,7 +15,7 @@ from trainer.engine.evaluate import Metrics
 from trainer.engine.loop import fit
 from trainer.engine.world import World
 from trainer.errors import ConfigError
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, initial_weights
 from trainer.messages import Checkpoint, EpochEnded, Handover, Notice, PhaseEnded
 from trainer.phases import AutoPrune, Prune, Retrain, Share, Train
 from trainer.phases.entropy import EntropyPenalty
@@ -43,7 +43,7 @@ def experiment(*phases):
 
 
 def initial(cfg):
-    return Start(0, cfg.initial_weights(None))
+    return Start(0, initial_weights(cfg, None))
 
 
 def messages(cfg, world=ALONE, start=None):

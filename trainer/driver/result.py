@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer import artifact
-from trainer.experiment import Experiment, Stage
+from trainer.experiment import Experiment, Stage, encode_artifact
 from trainer.messages import Evaluated, PhaseRecord
 from trainer.report.published import published
 from trainer.store.serialization import from_bytes
@@ -39,7 +39,7 @@ class FinalModels:
         self.artifact = b""
         if experiment.config.artifact.make:
             about = {f"validation_{name}": round(of, 6) for name, of in last.metrics.items()}
-            self.artifact = experiment.encode_artifact(self.final, about)
+            self.artifact = encode_artifact(experiment, self.final, about)
 
     @property
     def dense(self) -> bytes | None:

@@ -264,13 +264,15 @@ class _Run:
 
     def _prepare(self) -> None:
         """Build and check the experiment, and open the sinks, before there are workers."""
+        from trainer.experiment import check_model, initial_weights  # imports torch
+
         self.experiment = self.build()
-        model = self.experiment.check_model()
+        model = check_model(self.experiment)
         if self.experiment.has_initial_weights and not self.checkpoints.load_initial(
             self.record.notify
         ):
             self.checkpoints.save_initial(
-                self.experiment.initial_weights(model, self.record.notify)
+                initial_weights(self.experiment, model, self.record.notify)
             )
         self.record.open_loggers(self.experiment)
 

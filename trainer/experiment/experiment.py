@@ -9,10 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainer import artifact as artifacts
 from trainer.compress.coding import Coder
 from trainer.compress.rewrite import restore
-from trainer.compress.state import model_state
 from trainer.config import (
     AllReduceConfig,
     ArtifactConfig,
@@ -32,14 +30,11 @@ from trainer.data.hashing import mix
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
 from trainer.data.streams import stream_of
-from trainer.engine.freeze import check_freeze
-from trainer.engine.groups import check_groups
 from trainer.engine.lossy.make import check_compression
 from trainer.engine.optim import OptimizerSpec, parse_optimizer
-from trainer.engine.recompute import check_recompute
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError, first_line
+from trainer.errors import ConfigError, first_line
 from trainer.experiment.describe import (
     describe_cluster,
     describe_object,
@@ -64,11 +59,7 @@ from trainer.phases.structure import (
     StructureChange,
     apply_changes,
     class_path,
-    from_metadata,
-    to_metadata,
 )
-from trainer.store.initial import initial_weights as read_initial
-from trainer.store.serialization import check_state, from_bytes, to_bytes
 from trainer.tasks import Task
 
 DEFAULT_OPTIMIZER = {
@@ -401,80 +392,10 @@ class Experiment:
             raise ConfigError(f"{factory.key}: {first_line(error)}") from error
         return opened
 
-    def initial_weights(
-        self, model: nn.Module | None, notify: Callable[[str], object] = lambda line: None
-    ) -> bytes:
-        """The initial weights that were given, as the content of a safetensors file.
-
-        Args:
-            model: The model, perhaps on the meta device; None: not known here.
-            notify: Gets a line for everything that was not taken from the file as it is there.
-
-        Raises:
-            ConfigError: The file of `init_from` cannot be read, or is of another model.
-        """
-        if self.config.init_from is None:
-            return to_bytes(model_state(self.build_model()))
-        loaded = read_initial(
-            Path(self.config.init_from).expanduser(),
-            model or self._described_model(),
-            self._fresh_model,
-            skip=self.config.init_skip,
-            strict=self.config.init_strict,
-            coder=self.own_coder,
-        )
-        for line in loaded.notices:
-            notify(line)
-        return loaded.content
-
-    def _described_model(self) -> nn.Module:
-        """The model for its names and shapes: on the meta device if it can be built there."""
-        try:
-            with torch.device("meta"):
-                return self.build_model()
-        except ConfigError:
-            return self._fresh_model()
-
-    def _fresh_model(self) -> nn.Module:
-        """The model with the values that the seed draws, as on every worker."""
-        with preserved_generators():
-            torch.manual_seed(self.config.seed)
-            return self.build_model()
-
     @property
     def own_coder(self) -> Coder | None:
         """The coder that reading model.dcz needs; None: it is one of trainer's."""
         return None if isinstance(self.coder, str) else self.coder
-
-    def encode_artifact(self, weights: bytes, about: Mapping[str, Any] | None = None) -> bytes:
-        """The compressed file of a model.
-
-        Args:
-            weights: Content of a safetensors file.
-            about: Plain values to store beside name, seed and model.
-
-        Raises:
-            RunError: A coder of the user's own fails.
-        """
-        tensors, metadata = from_bytes(weights)
-        config = self.config
-        about = {
-            "name": config.name,
-            "seed": config.seed,
-            "model": config.model,
-            **(about or {}),
-            **to_metadata(from_metadata(metadata)),
-        }
-        try:
-            return artifacts.encode(
-                dict(sorted(tensors.items())),
-                config.artifact.dtype,
-                self.coder,
-                about,
-                config.artifact.max_seconds,
-            )
-        except ValueError as error:
-            raise RunError(f"model.dcz cannot be written: {error}") from error
 
     def load_model(
         self, weights: Mapping[str, Tensor], changes: Sequence[StructureChange] = ()
@@ -497,50 +418,6 @@ class Experiment:
             if isinstance(phase, StructuralPhase)
         }
         apply_changes(model, changes, kinds)
-
-    def check_model(self) -> nn.Module | None:
-        """Validate phases and artifact against the model.
-
-        Returns:
-            The model on the meta device; None if it cannot be built there. The workers, which build
-            the real model, then validate the phases before they train.
-
-        Raises:
-            ConfigError: The model cannot be built, or a setting of a phase does not fit it.
-        """
-        if self.config.artifact.make and not isinstance(self.coder, str):
-            try:
-                artifacts.try_coder(self.coder)
-            except ValueError as error:
-                raise ConfigError(f"artifact.coder: {error}") from error
-        try:
-            with torch.device("meta"):
-                model = self.build_model()
-        except ConfigError as error:
-            if error.__cause__ is None or isinstance(error.__cause__, ValueError):
-                raise
-            return None
-        check_state(model)
-        self.check_phases(model)
-        if self.config.artifact.make:
-            try:
-                artifacts.check(model_state(model))
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"artifact.make=true: {error}; set artifact.make=false"
-                ) from error
-        return model
-
-    def check_phases(self, model: nn.Module) -> None:
-        """Raise ConfigError for a setting of a phase or the optimizer that does not fit `model`."""
-        check_groups(model, self.optimizer.groups)
-        check_recompute(model, self.config.recompute)
-        for name, phase in self.phases.items():
-            try:
-                phase.check_model(model)
-                check_freeze(model, phase.fit)
-            except ConfigError as error:
-                raise ConfigError(f"phases.{name}: {error}") from error
 
 
 def _without_sinks(objects: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Plan:
         Raises:
             ConfigError: names the parameter and the value.
         """
-        from trainer.experiment import Experiment
+        from trainer.experiment import Experiment, check_model, initial_weights
         from trainer.phases import RoundPhase
 
         epochs = 0
@@ -107,15 +107,15 @@ class Plan:
         for name, drawn in self.space.ends():
             try:
                 experiment = self.trial(drawn)
-                model, cfg = experiment.check_model(), experiment.config
+                model, cfg = check_model(experiment), experiment.config
                 if cfg.init_from and (pair := (cfg.init_from, str(cfg.model))) not in compared:
-                    experiment.initial_weights(model)
+                    initial_weights(experiment, model)
                     compared.add(pair)
             except ConfigError as error:
                 raise ConfigError(f"sweep.params: with {name}={drawn[name]}, {error}") from error
             if self.cfg.sweep.refit and self._overrides:
                 try:
-                    Experiment.from_config(self.winner(drawn), self._objects).check_model()
+                    check_model(Experiment.from_config(self.winner(drawn), self._objects))
                 except ConfigError as error:
                     raise ConfigError(
                         "sweep.refit=true: without sweep.trial_overrides, and with "

@@ -301,8 +301,10 @@ class Search:
 
 def _is_wrong(experiment: Any) -> bool:
     """Whether the settings of a trial contradict each other."""
+    from trainer.experiment import check_model  # imports torch, which slows down the start
+
     try:
-        experiment.check_model()
+        check_model(experiment)
     except ConfigError:
         return True
     return False

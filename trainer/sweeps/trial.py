@@ -72,6 +72,7 @@ class Trial:
             ConfigError: init_from holds no weights.
             RunError, OSError: a checkpoint that is needed is missing.
         """
+        from trainer.experiment import initial_weights
         from trainer.worker.run import start_at
 
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ class Trial:
             self._shared_phases.load(self.shared, self._folder / "checkpoints")
         self._checkpoints = Checkpoints(self._folder, self.experiment.config.checkpoint.keep)
         if self.experiment.has_initial_weights and not self._checkpoints.load_initial(say):
-            self._checkpoints.save_initial(self.experiment.initial_weights(None))
+            self._checkpoints.save_initial(initial_weights(self.experiment, None))
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
         self.resumed = Resumed(point.phase, point.step, self._names, point.records, point.progress)

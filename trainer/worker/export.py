@@ -15,7 +15,7 @@ from trainer.data.split import Split
 from trainer.data.tree import map_tensors
 from trainer.engine.world import World
 from trainer.errors import ConfigError, first_line
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, check_phases
 from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
 from trainer.export.runtime import BATCHES, OnnxModel, latencies
@@ -51,7 +51,7 @@ def try_export(world: World, experiment: Experiment) -> Iterator[Message]:
 def _try(experiment: Experiment) -> None:
     alone = World.single(torch.device("cpu"))
     data, model = experiment.build_data(), experiment.build_model()
-    experiment.check_phases(model)
+    check_phases(experiment, model)
     check_compatible(model, data, experiment.build_runtime(alone))
     sample = _inputs(data.validation, 2)
     for phase in experiment.phases.values():

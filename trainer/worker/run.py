@@ -22,7 +22,7 @@ from trainer.engine.loop import steps_in
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError, first_line
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, check_phases
 from trainer.messages import (
     STEP_COMPLETE,
     Checkpoint,
@@ -115,7 +115,7 @@ def run_phases(
             check_state(model)
             if start.phase == 0 and handover is None and world.rank == 0:
                 _check_restorable(experiment, model)
-            experiment.check_phases(model)
+            check_phases(experiment, model)
             remaining = list(phases.values())[start.phase :]
             fits = [phase.fit for phase in remaining]
             data, target_shape = check_compatible(model, data, runtime, fits)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 import torch
 
 from trainer.engine.world import World
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, encode_artifact
 from trainer.inference import compile
 from trainer.inference.measure import alternate, medians
 from trainer.messages import FileEncoded, LatencyMeasured, Message, PhaseEnded
@@ -47,7 +47,7 @@ def _measure(
         return
     if "bytes" in measures:
         with world.heartbeat.busy():
-            size = len(experiment.encode_artifact(weights))
+            size = len(encode_artifact(experiment, weights))
         yield FileEncoded(size)
     if "latency" in measures:
         with world.heartbeat.busy():
