@@ -1,5 +1,6 @@
 """Slots and their workers, with fake groups that the tests control."""
 
+import queue
 import threading
 import time
 
@@ -240,6 +241,99 @@ def test_a_step_that_blocks_is_left_to_a_thread(made, monkeypatch):
     (event,) = until(pool, lambda events: events)
     assert isinstance(event.error, ArithmeticError)
     assert where == [threading.current_thread().name, "slot"]
+
+
+def test_a_second_request_to_stop_a_trial_does_nothing(made, monkeypatch):
+    """The search repeats it for as long as it stops."""
+    pool, nodes = made
+    nodes.room = 1
+    steps = []
+
+    class Counting(Group):
+        def steps(self, *_):
+            while len(steps) < 3:
+                steps.append(self.stop_requested.is_set())
+                yield Step.WAIT
+
+    monkeypatch.setattr(nodes, "new_group", lambda: Counting(nodes))
+    until(pool, lambda _: pool.free)
+    pool.take().run(0, None)
+    for _ in range(5):
+        pool.stop_trials()
+    assert steps == [False, True]
+    until(pool, lambda events: events)
+    until(pool, lambda _: pool.free)
+    steps.clear()
+    pool.take().run(1, None)  # the next trial can be stopped, too
+    for _ in range(5):
+        pool.stop_trials()
+    assert steps == [False, True]
+    until(pool, lambda events: events)
+
+
+def test_a_wait_for_messages_is_short_while_a_thread_may_report(made, monkeypatch):
+    pool, nodes = made
+    waits = []
+    until(pool, lambda _: len(pool._ready) == 2)
+
+    def wait(groups, timeout_s):
+        waits.append(timeout_s)
+        return []
+
+    monkeypatch.setattr(nodes, "wait", wait)
+    pool.take().run(0, None, None)
+    for slot in pool._slots:
+        slot.join(5)
+    pool.event(0.25)
+    nodes.opening.clear()
+    nodes.room = 3
+    pool.follow_cluster()  # the third slot starts
+    pool.event(0.25)
+    pool.event(0)
+    assert waits == [0.25, pools.THREADS_S, 0]
+    nodes.opening.set()
+
+
+@pytest.mark.parametrize(
+    ("hang_timeout_s", "interval_s"), [(5, 0.5), (30, 0.5), (45, 0.75), (60, 1), (600, 1)]
+)
+def test_trials_are_stepped_as_often_as_heartbeats_are_needed(hang_timeout_s, interval_s):
+    assert pools.step_interval(hang_timeout_s) == interval_s
+
+
+def test_workers_that_are_up_when_their_slot_is_closed_are_stopped(made):
+    """The slot had none for a while, and that it has some now is still among the events."""
+    pool, nodes = made
+    nodes.opening.clear()
+    pool.follow_cluster()
+    slot, other = pool._slots
+    pool._without_workers.add(slot)
+    nodes.opening.set()
+    for each in (slot, other):
+        each.join(5)
+    nodes.room = 1
+    pool.follow_cluster()
+    assert pool._slots == [other]
+    until(pool, lambda _: pool._ready == [other])
+    assert (nodes.started, nodes.stopped) == (2, 1)
+
+
+def test_a_slot_that_is_closed_before_its_workers_start_starts_none():
+    nodes = Nodes(room=1)
+    requested, closed = threading.Event(), threading.Event()
+
+    def new_group():
+        requested.set()
+        assert closed.wait(5)
+        return Group(nodes)
+
+    nodes.new_group = new_group
+    slot = pools.Slot(nodes, queue.SimpleQueue(), 3)
+    assert requested.wait(5)
+    slot.close()
+    closed.set()
+    slot.join(5)
+    assert (nodes.started, slot.group) == (0, None)
 
 
 def test_workers_that_start_while_their_slot_is_closed_end_with_it(made):

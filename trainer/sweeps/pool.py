@@ -18,8 +18,13 @@ from trainer.errors import RunError, first_line
 
 PAUSE_S = 5.0  # pause before the next attempt to start a slot's workers
 COUNT_EVERY_S = 5.0  # interval of checks of the cluster's size
-STEP_EVERY_S = 1.0  # largest interval of steps without messages, which look at heartbeats
-MAX_STARTING = 64  # slots whose workers start at the same time
+THREADS_S = 0.05  # largest wait for messages while threads of slots may report something, too
+MIN_STEP_S = 0.5  # interval at which a group asks for heartbeats: more steps would find nothing new
+MAX_STEP_S = 1.0  # largest interval of steps without messages, which look at heartbeats
+# Slots whose workers start at the same time. Each costs this process a thread, and Ray's head a
+# pending reservation, which would be thousands on a large cluster. The value is a choice, not
+# measured: another slot starts as soon as one has workers, so it only limits how fast they start.
+MAX_STARTING = 64
 SETTLE_S = 5.0  # how long to wait for a slot without a trial to end
 
 
@@ -82,6 +87,7 @@ class Slot:
         self._trials = 0  # of the present workers
         self._steps: Iterator[Any] | None = None  # of the trial, unless a thread follows it
         self._closed = threading.Event()
+        self._lock = threading.Lock()  # held while it is closed, and while it gets workers
         self._starting: WorkerGroup | None = None
         self._in_background(self._start_group)
 
@@ -110,17 +116,33 @@ class Slot:
             self._follow(self._steps)
 
     def stop_trial(self) -> None:
-        """End the trial at its next step, with a checkpoint."""
-        if group := self.group:  # a thread may remove it meanwhile
+        """End the trial at its next step, with a checkpoint. Further calls do nothing."""
+        group = self.group  # a thread may remove it meanwhile
+        if group and not group.stop_requested.is_set():
             group.stop_requested.set()
-        self.step()
+            self.step()
 
     def close(self) -> None:
-        """Accept no more trials, and stop workers that start. The fleet stops the others."""
-        self._closed.set()
+        """Accept no more trials, and stop workers that start, in their thread.
+
+        From now on `group` does not change while the slot has no trial: the caller stops it.
+        """
+        with self._lock:
+            self._closed.set()
         self._steps = None
         if starting := self._starting:
             starting.stop_requested.set()
+
+    def stop_workers(self) -> None:
+        """Stop the workers of a closed slot without a trial, if they were up when it was closed."""
+        if self.group is not None:
+            self.group.stop()
+            self.group = None
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether a thread of the slot may still report something."""
+        return self._thread.is_alive()
 
     def join(self, timeout_s: float) -> None:
         """Wait for the slot's thread, which may be blocked in a call that does not return."""
@@ -178,6 +200,8 @@ class Slot:
         while not self._closed.is_set():
             group = self._starting = self._fleet.new_group()
             try:
+                if self._closed.is_set():  # before `close` could see this group
+                    return
                 group.start()
             except Exception as error:  # the main thread decides what follows
                 group.stop()
@@ -186,12 +210,12 @@ class Slot:
                 continue
             finally:
                 self._starting = None
-            if self._closed.is_set():
-                group.stop()
-                return
-            self.group, self._trials = group, 0
-            self._events.put(SlotReady(self))
-            return
+            with self._lock:
+                if not self._closed.is_set():
+                    self.group, self._trials = group, 0
+                    self._events.put(SlotReady(self))
+                    return
+            group.stop()
 
 
 class Pool:
@@ -208,7 +232,7 @@ class Pool:
         self._had_workers: float | None = None  # time at which a slot last had workers; None: never
         self._counted: float | None = None
         self._size = 0  # number of slots that there should be
-        self._step_every_s = min(STEP_EVERY_S, cfg.cluster.hang_timeout_s / 60)
+        self._step_every_s = step_interval(cfg.cluster.hang_timeout_s)
 
     def open(self) -> None:
         """Connect to the cluster. Raises as `Fleet.open`."""
@@ -254,6 +278,7 @@ class Pool:
         self._add_slots()
         for slot in list(self._without_workers)[: max(0, len(self._slots) - self._size)]:
             slot.close()
+            slot.stop_workers()  # SlotReady may be among the events
             self._slots.remove(slot)
             self._without_workers.remove(slot)
 
@@ -270,7 +295,9 @@ class Pool:
         """
         if any(slot.group for slot in self._slots):
             self._had_workers = time.monotonic()
-        if self._events.empty() and self._step_trials(timeout_s):
+        # Ask for threads first: what those that have ended reported is among the events.
+        limit_s = THREADS_S if any(slot.has_thread for slot in self._slots) else timeout_s
+        if self._events.empty() and self._step_trials(min(timeout_s, limit_s)):
             timeout_s = 0
         try:
             event = self._events.get(timeout=timeout_s)
@@ -315,3 +342,12 @@ class Pool:
                 f"no slot has had workers for {waited:.0f} s, which is longer than "
                 f"cluster.start_timeout_s={limit:g}: {first_line(event.error)}"
             ) from event.error
+
+
+def step_interval(hang_timeout_s: float) -> float:
+    """The largest interval of steps of a trial without messages, in seconds.
+
+    Args:
+        hang_timeout_s: the time after which a worker without progress counts as hung, in seconds.
+    """
+    return max(MIN_STEP_S, min(MAX_STEP_S, hang_timeout_s / 60))
