@@ -1,14 +1,21 @@
-"""Loader processes, where the path of temporary folders is long."""
+"""Loader processes: long paths of temporary folders, signals, and the end of their parent."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
+import torch
 
+from trainer.data.datasets import DatasetSplit
 from trainer.data.loaders import _check_main_guard
 from trainer.errors import ConfigError
 
@@ -72,3 +79,83 @@ def test_loader_processes_start_whatever_the_length_of_tmpdir(tmp_path: Path, le
     finally:
         subprocess.run(["rm", "-r", str(base)], check=True)
     assert done.stdout.split() == ["[2,", "0]", str(length == 50)], done.stderr
+
+
+COMMAND = """
+import signal
+numbers = {signal.SIGINT, signal.SIGTERM}
+ignored = {n for n in numbers if signal.getsignal(n) is signal.SIG_IGN}
+print(len(ignored | numbers & signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+"""
+
+
+class Commands(torch.utils.data.Dataset):
+    """Its targets: how many signals a command that it starts would ignore or block."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        command = [sys.executable, "-I", "-S", "-c", COMMAND]
+        return torch.zeros(1), int(subprocess.check_output(command))
+
+
+@pytest.mark.integration
+def test_loader_processes_outlive_signals_and_are_killed_if_they_must_end():
+    """A run that was asked to stop needs them up to its checkpoint."""
+    split = DatasetSplit(Commands(), seed=0, loader_workers=1)
+    targets = []
+    for batch, (_, found) in enumerate(split.batches(torch.arange(4).split(1), 0)):
+        targets += found.tolist()
+        if batch == 1:
+            (loader,) = split._loader._iterator._workers
+            for process in (loader.pid, forkserver._forkserver._forkserver_pid):
+                os.kill(process, signal.SIGINT)
+                os.kill(process, signal.SIGTERM)
+    assert targets == [0] * 4
+    assert loader.is_alive()
+    loader.terminate()
+    loader.join(10)
+    assert loader.exitcode == -signal.SIGKILL
+
+
+KILLED = """
+import os, signal, time
+import torch
+from multiprocessing import forkserver
+from trainer.data.datasets import DatasetSplit
+
+class Stuck(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        time.sleep(1000 * (index > 0))
+        return torch.zeros(1), index
+
+if __name__ == "__main__":
+    split = DatasetSplit(Stuck(), seed=0, loader_workers=1)
+    next(split.batches(torch.arange(3).split(1), 0))
+    (loader,) = split._loader._iterator._workers
+    print(loader.pid, forkserver._forkserver._forkserver_pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.integration
+def test_loader_processes_end_with_their_parent_even_if_they_are_stuck(tmp_path):
+    script = tmp_path / "read.py"
+    script.write_text(KILLED)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL
+    for pid in done.stdout.split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.05)  # within the time limit of the test

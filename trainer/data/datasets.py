@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from trainer.data.hashing import mix
-from trainer.data.loaders import fork_server
+from trainer.data.loaders import fork_server, start_loader
 from trainer.data.order import permutation
 from trainer.data.prefetch import spare_cpus
 from trainer.data.split import SampleError, Split, Splits
@@ -212,7 +212,7 @@ class DatasetSplit:
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             multiprocessing_context=fork_server() if workers else None,
-            worker_init_fn=_hide_worker if hasattr(self.dataset, "begin_batch") else None,
+            worker_init_fn=_start_hidden if hasattr(self.dataset, "begin_batch") else start_loader,
             # By default a loader draws a number from the global generator in each pass.
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -266,6 +266,12 @@ class DatasetSplit:
         for instance because of a transform.
         """
         return _listed_targets(self.dataset)
+
+
+def _start_hidden(number: int) -> None:
+    """As `start_loader`, for a process that reads a stream."""
+    start_loader(number)
+    _hide_worker(number)
 
 
 def _hide_worker(number: int) -> None:

@@ -1,13 +1,19 @@
-"""Starts the processes of data loaders."""
+"""Starts the processes of data loaders, which outlive signals and end with their parent.
+
+A terminal or a job scheduler sends SIGINT or SIGTERM to all processes of a run. The run then trains
+to the end of a step and writes a checkpoint, for which it needs its loader processes.
+"""
 
 import ast
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from multiprocessing import process, util
-from multiprocessing.context import BaseContext
+import threading
+from multiprocessing import forkserver, popen_forkserver, process, resource_tracker, util
+from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
@@ -17,13 +23,30 @@ _MAX_SOCKET_PATH = 107  # bytes of the path of a Unix socket on Linux (unix(7))
 _IN_TEMP_DIR = len("/pymp-12345678/listener-12345678")
 _GUARDS = {"__name__", "parent_process", "current_process"}  # what differs in a new process
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _LoaderPopen(popen_forkserver.Popen):
+    def terminate(self) -> None:
+        """End the process, which ignores SIGTERM."""
+        self.kill()
+
+
+class _LoaderProcess(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: process.BaseProcess) -> _LoaderPopen:
+        return _LoaderPopen(process_obj)
+
+
+class _LoaderContext(ForkServerContext):
+    Process = _LoaderProcess
 
 
 def fork_server() -> BaseContext:
     """A multiprocessing context that starts processes from a server with torch imported.
 
     A process with threads, such as Ray's, must not be forked; the server has none. A process starts
-    in a tenth of a second, because torch is imported already.
+    in a tenth of a second, because torch is imported already. It must call `start_loader`.
 
     Raises:
         ConfigError: The script that runs has no `if __name__ == "__main__":`.
@@ -31,9 +54,42 @@ def fork_server() -> BaseContext:
     """
     _check_main_guard()
     _shorten_temp_dir()
-    context = multiprocessing.get_context("forkserver")
+    context = _LoaderContext()
     context.set_forkserver_preload(["torch"])
+    resource_tracker.ensure_running()  # first, since it unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        forkserver.ensure_running()  # the server and its processes inherit the blocked signals
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def start_loader(number: int) -> None:
+    """Let this loader process ignore signals, and end when its parent does, whatever it executes.
+
+    The signals have handlers, since a command that the Dataset starts would inherit that they are
+    blocked or ignored. torch's own check for the parent finds only the end of the server, which
+    lives as long as the loader processes.
+
+    Args:
+        number: Of the process, not used.
+    """
+    for each in _SIGNALS:
+        signal.signal(each, _ignore)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Ignore a signal: the parent decides what follows from it."""
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _check_main_guard() -> None:
