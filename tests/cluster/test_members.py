@@ -55,7 +55,7 @@ def test_the_worker_that_was_lost_first_is_named(min_workers, monkeypatch):
     monkeypatch.setattr(group._connection, "answers", lambda: False)  # it is not open
     group._ranks = [Rank(None, node) for node in ("h1", "h2", "h3")]
     late = [Failure("PeerLost: rank 1 lost rank 2", "", is_peer_loss=True, lost_rank=2)]
-    module = sys.modules["trainer.cluster.ray_group"]
+    module = sys.modules["trainer.cluster.root_cause"]
     monkeypatch.setattr(module, "ready", lambda streams, timeout: list(streams)[:1] if late else [])
     monkeypatch.setattr(module, "receive", lambda stream: late.pop())
     first = Failure("PeerLost: rank 0 lost rank 1", "", is_peer_loss=True, lost_rank=1)

@@ -12,7 +12,7 @@ from ray.exceptions import (
     RayActorError,
 )
 
-from trainer.cluster import Step, WorkerFailed, open_group, streams
+from trainer.cluster import Step, WorkerFailed, open_group, root_cause, streams
 from trainer.cluster.group import Failure
 from trainer.cluster.heartbeat import HeartbeatStatus
 from trainer.cluster.rank import Rank
@@ -71,8 +71,9 @@ def worker(monkeypatch):
     for name in ("ray_group", "streams", "heartbeat"):
         monkeypatch.setattr(sys.modules[f"trainer.cluster.{name}"], "ray", fake)
     module = sys.modules["trainer.cluster.ray_group"]
-    monkeypatch.setattr(module, "receive", lambda stream: stream.messages.pop(0))
-    monkeypatch.setattr(module, "lost_nodes", lambda hosts: set())
+    for each in (module, root_cause):
+        monkeypatch.setattr(each, "receive", lambda stream: stream.messages.pop(0))
+        monkeypatch.setattr(each, "lost_nodes", lambda hosts: set())
     monkeypatch.setattr(Rank, "kill", lambda rank: rank.actor.calls.append("kill"))
     monkeypatch.setattr(
         group,
@@ -138,21 +139,20 @@ def test_the_host_of_a_worker_that_died_or_is_silent_is_asked_twice_whether_it_i
     group, actor = worker
     group._ranks.append(Rank(Actor(), "other", "n2"))
     seen, waits = [], []
-    module = sys.modules["trainer.cluster.ray_group"]
     clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=waits.append)
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(root_cause, "time", clock)
 
     def lost_nodes(hosts):
         seen.extend(hosts)
         return set() if answers[len(seen) - 1] else set(hosts)
 
-    monkeypatch.setattr(module, "lost_nodes", lost_nodes)
+    monkeypatch.setattr(root_cause, "lost_nodes", lost_nodes)
     actor.messages.append(failure)
     with pytest.raises(WorkerFailed) as error:
         list(group.steps(print))
     assert error.value.has_left is error.value.loss.has_left is has_left
     assert seen == asked
-    assert waits == [module.GOING_WAIT_S] * (len(asked) == 2)
+    assert waits == [root_cause.GOING_WAIT_S] * (len(asked) == 2)
 
 
 class Messages:

@@ -26,6 +26,7 @@ from trainer.cluster.heartbeat import POLL_INTERVAL_S, HeartbeatMonitor, Heartbe
 from trainer.cluster.nodes import alive_nodes, lost_nodes
 from trainer.cluster.placement import Placement
 from trainer.cluster.rank import Rank
+from trainer.cluster.root_cause import find_root_cause, host_is_gone
 from trainer.cluster.streams import END, died, put, ready, receive, startup_errors
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError, RunError
@@ -35,7 +36,6 @@ IDLE_WAIT_S = 5.0  # how long a worker may take to return from a failed function
 COLLECTIVE_FACTOR = 2.0  # timeout of collectives / hang_timeout_s: the monitor must be faster
 START_MARGIN_S = 5.0  # how long an answer may take to arrive, in addition to what it waits for
 FAILED_WAIT_S = 2.0  # how long to wait for further failures after a rank could not connect
-GOING_WAIT_S = 0.3  # how long a lost host may accept connections after its first process died
 START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 
 
@@ -471,56 +471,25 @@ class RayGroup:
         reason = f"{reason}; {detail}"
         return WorkerFailed(rank, self.nodes[rank], reason, detail, position, has_left)
 
-    def _kill_if_unusable(self, rank: int, failure: Failure) -> None:
-        """End a worker that cannot be reused after its failure."""
-        if failure.makes_worker_unusable(self._placement.device):
-            ray.kill(self._ranks[rank].actor)
-
     def _find_root_cause(self, rank: int, failure: Failure) -> tuple[list[Any], Exception]:
-        """Find the error to raise after the first failure.
-
-        If the failure only says that a peer was lost, wait briefly for the failure of the peer.
+        """Find the error to raise after the first failure. Ends workers that cannot be reused.
 
         Returns:
             Messages of rank 0 that arrived in the meantime, and the error.
         """
-        self._kill_if_unusable(rank, failure)
-        late = []
-        self._suspect(rank, failure)
-        deadline = time.monotonic() + self.root_cause_wait_s
-        failures = {rank: failure}
-        waiting = {stream: r for stream, r in self.streams.items() if r != rank}
-        while waiting:
-            left = max(0, deadline - time.monotonic()) if failure.is_peer_loss else 0
-            found = ready(waiting, left)
-            for stream in found:
-                message = receive(stream)
-                if message is END:
-                    del waiting[stream]
-                elif not isinstance(message, Failure):
-                    late.append(message)
-                else:
-                    other = waiting.pop(stream)
-                    self._kill_if_unusable(other, message)
-                    self._suspect(other, message)
-                    failures[other] = message
-                    if failure.is_peer_loss and not message.is_peer_loss:
-                        rank, failure = other, message
-            if not found:
-                break
+        found = find_root_cause(rank, failure, self.streams, self.root_cause_wait_s)
+        for number, each in found.failures.items():
+            self._suspect(number, each)
+            if each.makes_worker_unusable(self._placement.device):
+                ray.kill(self._ranks[number].actor)
+        rank, failure = found.rank, found.failure
         if failure.is_config_error:
-            return late, ConfigError(failure.reason)
+            return found.late, ConfigError(failure.reason)
         if failure.is_permanent:
-            return late, RunError(failure.reason, failure.detail)
-        reported = dict(failures)
-        # Name the worker that was lost first: it lost no other one, and others lost it.
-        while rank in failures and (lost := failures[rank].lost_rank) is not None:
-            failure = failures.pop(rank)
-            rank = lost
-        node = self.nodes[rank]
-        has_left = failure.has_left or self._has_left(rank, reported.get(rank))
-        return late, WorkerFailed(
-            rank, node, failure.reason, failure.detail, failure.position, has_left
+            return found.late, RunError(failure.reason, failure.detail)
+        has_left = failure.has_left or self._has_left(rank, found.reported)
+        return found.late, WorkerFailed(
+            rank, self.nodes[rank], failure.reason, failure.detail, failure.position, has_left
         )
 
     def _suspect(self, rank: int, failure: Failure) -> None:
@@ -533,19 +502,10 @@ class RayGroup:
     def _has_left(self, rank: int, reported: Failure | None) -> bool:
         """Whether the host of a worker has left the cluster.
 
-        A process may be seen to die some milliseconds before its host stops accepting connections,
-        so that a host that still does is asked again.
-
         Args:
             rank: of the worker that was lost.
             reported: the failure that the worker itself, or Ray, has reported; None: neither has.
         """
         if reported is not None and not reported.has_died:
             return False  # an exception of a process that is alive
-        node_id = self._ranks[rank].node_id
-        if not self._connection.answers():
-            return False
-        if lost_nodes([node_id]):
-            return True
-        time.sleep(GOING_WAIT_S)
-        return bool(lost_nodes([node_id]))
+        return self._connection.answers() and host_is_gone(self._ranks[rank].node_id)
