@@ -65,7 +65,9 @@ class Cluster:
         monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
         monkeypatch.setattr(placement, "state", self)
         monkeypatch.setattr(group, "lost_nodes", self.lost)
-        monkeypatch.setattr(group, "ray", SimpleNamespace(wait=wait, get=get))
+        fake_ray = SimpleNamespace(wait=wait, get=get)
+        for module in (group, sys.modules["trainer.cluster.connect"]):
+            monkeypatch.setattr(module, "ray", fake_ray)
         monkeypatch.setattr("trainer.cluster.rank.Rank.kill", lambda rank: None)
         monkeypatch.setattr(group, "died", died)
 

@@ -1,12 +1,17 @@
 """One worker as the driver sees it."""
 
 import contextlib
+import os
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from trainer.config import ClusterConfig
 
 
 @dataclass
@@ -30,6 +35,38 @@ class Rank:
         on_its_node = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
         task = ray.remote(num_cpus=0)(kill_process)
         task.options(scheduling_strategy=on_its_node).remote(self.pid, self.started)
+
+
+def request_worker(
+    cfg: ClusterConfig,
+    bundle: Mapping[str, float],
+    strategy: Any,
+    selector: dict[str, str] | None,
+    is_local: bool,
+) -> Any:
+    """Request a worker from Ray. Returns its actor, which answers `identity` once it is up.
+
+    Args:
+        cfg: the settings of its group.
+        bundle: the resources that it needs.
+        strategy: Ray's scheduling strategy.
+        selector: Ray's label selector of the hosts to use; None: the strategy determines them.
+        is_local: whether it runs on this machine, and may import what this process can import.
+    """
+    from trainer.cluster.worker import CONTROL, Worker  # imports torch, after Ray has started
+
+    threads = cfg.threads or max(1, int(cfg.cpus_per_worker))
+    paths = [os.getcwd(), *sys.path] if is_local else []
+    return (
+        ray.remote(concurrency_groups={CONTROL: 1})(Worker)  # type: ignore[call-overload]
+        .options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=strategy,
+            label_selector=selector,
+        )
+        .remote(threads, cfg.nice, paths)
+    )
 
 
 def kill_process(pid: int, started: float) -> None:

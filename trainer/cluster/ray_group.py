@@ -1,8 +1,6 @@
 """Data-parallel workers as Ray actors: started together, monitored, replaced when lost."""
 
 import contextlib
-import os
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -12,6 +10,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from trainer.cluster.connect import broken_links, request_connect, wait_connected
 from trainer.cluster.connection import RayConnection
 from trainer.cluster.environment import available_cpus, too_few_cpus
 from trainer.cluster.group import (
@@ -25,7 +24,7 @@ from trainer.cluster.group import (
 from trainer.cluster.heartbeat import POLL_INTERVAL_S, HeartbeatMonitor, HeartbeatStatus
 from trainer.cluster.nodes import alive_nodes, lost_nodes
 from trainer.cluster.placement import Placement
-from trainer.cluster.rank import Rank
+from trainer.cluster.rank import Rank, request_worker
 from trainer.cluster.root_cause import find_root_cause, host_is_gone
 from trainer.cluster.streams import END, died, put, ready, receive, startup_errors
 from trainer.config import ClusterConfig
@@ -34,8 +33,6 @@ from trainer.errors import ConfigError, RunError
 SUSPECT_WAIT_S = 1.0  # how long a worker that others have lost may take to answer at all
 IDLE_WAIT_S = 5.0  # how long a worker may take to return from a failed function
 COLLECTIVE_FACTOR = 2.0  # timeout of collectives / hang_timeout_s: the monitor must be faster
-START_MARGIN_S = 5.0  # how long an answer may take to arrive, in addition to what it waits for
-FAILED_WAIT_S = 2.0  # how long to wait for further failures after a rank could not connect
 START_WAIT_S = 300.0  # how long a worker may take to start and import torch
 
 
@@ -238,11 +235,6 @@ class RayGroup:
         Args:
             rank: its index in the placement group; None: on any host with free resources.
         """
-        from trainer.cluster.worker import CONTROL, Worker  # imports torch, after Ray has started
-
-        bundle = self._placement.bundle
-        threads = self._cfg.threads or max(1, int(self._cfg.cpus_per_worker))
-        paths = [os.getcwd(), *sys.path] if self._connection.private else []
         strategy: Any = "DEFAULT"
         if rank is not None:
             assert self._placement.group is not None
@@ -250,16 +242,8 @@ class RayGroup:
             selector = None  # its resources are reserved
         else:
             selector = self._placement.selector()
-        return (
-            ray.remote(concurrency_groups={CONTROL: 1})(Worker)  # type: ignore[call-overload]
-            .options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=strategy,
-                label_selector=selector,
-            )
-            .remote(threads, self._cfg.nice, paths)
-        )
+        bundle = self._placement.bundle
+        return request_worker(self._cfg, bundle, strategy, selector, self._connection.private)
 
     def _new_rank(self, rank: int) -> Rank:
         """Request the worker of a rank; it starts where its resources are reserved."""
@@ -370,29 +354,14 @@ class RayGroup:
             The ranks that died or do not answer, and the failures of others; neither: it worked.
             After a failure, ranks that still wait for it are none of them.
         """
+        host = "127.0.0.1" if self._connection.private else None
+        device = self._placement.device
         try:
-            pending = self._request_connect(timeout_s, keep)
+            pending = request_connect(self._ranks, host, device, timeout_s, self._wait_s, keep)
         except RayError:
             return [0], {}
-        lost, failures = [], {}
-        waiting = {ref: number for number, ref in enumerate(pending)}
-        deadline = time.monotonic() + timeout_s + START_MARGIN_S
-        while waiting:
-            found, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not found:
-                break
-            number = waiting.pop(found[0])
-            try:
-                failure: Failure | None = ray.get(found[0])
-            except RayError:
-                lost.append(number)
-            else:
-                if failure is None:
-                    continue
-                failures[number] = failure
-            deadline = min(deadline, time.monotonic() + FAILED_WAIT_S)
-        silent = self._silent(waiting.values())
-        return [*lost, *silent], failures
+        lost, failures, waiting = wait_connected(pending, timeout_s)
+        return [*lost, *self._silent(waiting)], failures
 
     def _silent(self, ranks: Iterable[int]) -> list[int]:
         """Those of the ranks whose worker does not answer, whatever it executes."""
@@ -410,38 +379,9 @@ class RayGroup:
         Args:
             failures: why ranks could not connect.
         """
-        pairs = [
-            (rank, failure.lost_rank)
-            for rank, failure in failures.items()
-            if failure.lost_rank is not None and failure.is_unreachable
-        ]
-        silent = set(self._silent({rank for pair in pairs for rank in pair}))
-        links = {}
-        for pair in pairs:
-            one, other = (self._ranks[rank] for rank in pair)
-            if silent.isdisjoint(pair) and one.node_id != other.node_id:
-                text = f"{one.node} cannot reach {other.node}"
-                links[frozenset((one.node_id, other.node_id))] = text
+        links = broken_links(self._ranks, failures, self._silent)
         self._placement.disconnected(links, keep=self._ranks[0].node_id)
         return [*links.values()]
-
-    def _request_connect(self, timeout_s: float, keep: bool) -> list[Any]:
-        """Let the workers form a new group. Returns the pending answers of all ranks.
-
-        Args:
-            timeout_s: how long they may take, in seconds.
-            keep: as for `_connect`.
-        """
-        loopback = "127.0.0.1" if self._connection.private else None
-        listening = self._ranks[0].actor.listen.remote(loopback)
-        rendezvous = ray.get(listening, timeout=timeout_s + START_MARGIN_S)
-        device = self._placement.device
-        return [
-            rank.actor.connect.remote(
-                number, self.size, *rendezvous, device, timeout_s, self._wait_s, keep
-            )
-            for number, rank in enumerate(self._ranks)
-        ]
 
     @property
     def _wait_s(self) -> float:
