@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from trainer.cluster import open_group
 from trainer.cluster.environment import prepare_environment
 from trainer.config import ClusterConfig
 
@@ -61,3 +62,53 @@ def shared_ray():
     connection.open()
     yield
     connection.close()
+
+
+class WarmGroup:
+    """Two started workers for all runs and sessions of a module that have no other settings.
+
+    Passes for the group of a run or session, which starts and stops it; the workers keep running
+    until another group needs their CPUs.
+    """
+
+    def __init__(self):
+        self._cfg = ClusterConfig(workers=2)
+        self._group = None
+
+    def open(self, cfg):
+        if cfg != self._cfg:
+            self.release()
+            return open_group(cfg)
+        if self._group is None:
+            self._group = open_group(cfg)
+            self._group.start()
+        return self
+
+    def start(self):
+        self._group.stop_requested.clear()
+        self._group.restart()
+
+    def stop(self):
+        pass
+
+    def release(self):
+        if self._group is not None:
+            self._group.stop()
+            self._group = None
+
+    def __getattr__(self, name):
+        return getattr(self._group, name)
+
+
+@pytest.fixture(scope="module")
+def warm_group(shared_ray):
+    group = WarmGroup()
+    yield group
+    group.release()
+
+
+@pytest.fixture
+def warm_workers(warm_group, monkeypatch):
+    """For tests of what runs on workers: starting two takes ten seconds of one CPU."""
+    for place in ("driver.run", "library.session", "cluster.fleet"):
+        monkeypatch.setattr(f"trainer.{place}.open_group", warm_group.open)

@@ -82,7 +82,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.integration
 @pytest.mark.timeout(400)
-@pytest.mark.usefixtures("shared_ray", "elsewhere")
+@pytest.mark.usefixtures("warm_workers", "elsewhere")
 @pytest.mark.parametrize("name", sorted(set(ACCURACY) - set(PARAMETERS)))
 def test_a_script_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--images", "1200", "--out", "out"])

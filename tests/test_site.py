@@ -137,7 +137,7 @@ def test_commands_are_accepted(page: Path, elsewhere: None) -> None:
         ("loggers.md notebooks.md", {}),
     ],
 )
-@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.usefixtures("warm_workers")
 def test_examples_run(
     pages: str, learnt: dict[str, float], elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
