@@ -1,13 +1,13 @@
 """Loader processes: long paths of temporary folders, signals, and the end of their parent."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from trainer.data.datasets import DatasetSplit
-from trainer.data.loaders import _check_main_guard
+from trainer.data.loaders import _check_main_guard, _server, fork_server
 from trainer.errors import ConfigError
 
 READ = """
@@ -109,7 +109,7 @@ def test_loader_processes_outlive_signals_and_are_killed_if_they_must_end():
         targets += found.tolist()
         if batch == 1:
             (loader,) = split._loader._iterator._workers
-            for process in (loader.pid, forkserver._forkserver._forkserver_pid):
+            for process in (loader.pid, _server._forkserver_pid):
                 os.kill(process, signal.SIGINT)
                 os.kill(process, signal.SIGTERM)
     assert targets == [0] * 4
@@ -119,11 +119,25 @@ def test_loader_processes_outlive_signals_and_are_killed_if_they_must_end():
     assert loader.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.integration
+def test_processes_of_other_code_can_be_terminated():
+    """They must not inherit that the signals are blocked."""
+    fork_server()
+    process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(1000,))
+    process.start()
+    try:
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == -signal.SIGTERM
+    finally:
+        process.kill()
+
+
 KILLED = """
 import os, signal, time
 import torch
-from multiprocessing import forkserver
 from trainer.data.datasets import DatasetSplit
+from trainer.data.loaders import _server
 
 class Stuck(torch.utils.data.Dataset):
     def __len__(self):
@@ -137,7 +151,7 @@ if __name__ == "__main__":
     split = DatasetSplit(Stuck(), seed=0, loader_workers=1)
     next(split.batches(torch.arange(3).split(1), 0))
     (loader,) = split._loader._iterator._workers
-    print(loader.pid, forkserver._forkserver._forkserver_pid, flush=True)
+    print(loader.pid, _server._forkserver_pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

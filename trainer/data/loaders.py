@@ -5,6 +5,7 @@ to the end of a step and writes a checkpoint, for which it needs its loader proc
 """
 
 import ast
+import io
 import multiprocessing
 import os
 import shutil
@@ -12,8 +13,21 @@ import signal
 import sys
 import tempfile
 import threading
-from multiprocessing import forkserver, popen_forkserver, process, resource_tracker, util
-from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
+from multiprocessing import (
+    forkserver,
+    popen_forkserver,
+    process,
+    reduction,
+    resource_tracker,
+    spawn,
+    util,
+)
+from multiprocessing.context import (
+    BaseContext,
+    ForkServerContext,
+    ForkServerProcess,
+    set_spawning_popen,
+)
 from pathlib import Path
 from types import FrameType
 
@@ -26,10 +40,36 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+# Not the server that the program's other code uses: the processes of that code would inherit that
+# the signals are blocked, and could not be terminated.
+_server = forkserver.ForkServer()
+
+
 class _LoaderPopen(popen_forkserver.Popen):
+    def _launch(self, process_obj: process.BaseProcess) -> None:
+        """As that of the parent class, which always uses the program's server."""
+        content = io.BytesIO()
+        set_spawning_popen(self)
+        try:
+            reduction.dump(spawn.get_preparation_data(process_obj.name), content)
+            reduction.dump(process_obj, content)
+        finally:
+            set_spawning_popen(None)
+        self.sentinel, writer = _server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
+        parent = os.dup(writer)  # the process sees when it closes, with this one
+        self.finalizer = util.Finalize(self, _close_all, (parent, self.sentinel))
+        with open(writer, "wb") as file:
+            file.write(content.getbuffer())
+        self.pid = forkserver.read_signed(self.sentinel)
+
     def terminate(self) -> None:
         """End the process, which ignores SIGTERM."""
         self.kill()
+
+
+def _close_all(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 class _LoaderProcess(ForkServerProcess):
@@ -55,11 +95,11 @@ def fork_server() -> BaseContext:
     _check_main_guard()
     _shorten_temp_dir()
     context = _LoaderContext()
-    context.set_forkserver_preload(["torch"])
+    _server.set_forkserver_preload(["torch"])
     resource_tracker.ensure_running()  # first, since it unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        forkserver.ensure_running()  # the server and its processes inherit the blocked signals
+        _server.ensure_running()  # the server and its processes inherit the blocked signals
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
