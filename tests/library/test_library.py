@@ -253,6 +253,16 @@ def test_a_given_sink_itself_receives_every_message() -> None:
     assert {"RunStarted", "EpochEnded", "PhaseEnded", "Evaluated"} <= set(sink.kinds)
 
 
+def test_values_of_hydra_are_those_of_the_composition() -> None:
+    compose = [r"name='\${hydra:job.name}'", "task.loss=${hydra:output_subdir}"]
+    plain = compose_config(compose).plain()
+    assert plain["name"] == "${hydra:job.name}"  # as it is escaped
+    assert plain["task"]["loss"] is None  # Hydra's value
+    for absent in ("nothing", "job.num"):
+        with pytest.raises(ConfigError, match=rf"^\${{hydra:{absent}}}: Hydra has no such value"):
+            compose_config([f"name=run-${{hydra:{absent}}}"])
+
+
 def test_no_loggers_can_be_chosen() -> None:
     result = run(phases=[Train()], logger=[], out="none")
     assert trainer.resume("none", progress=False).metrics == result.metrics

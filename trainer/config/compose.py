@@ -29,7 +29,8 @@ from trainer.errors import ConfigError
 
 _PRIMARY = "trainer_config"  # name of conf/config.yaml for Hydra, which no user's file has
 _STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # of a Hydra program, one object each
-_HYDRA_VALUE = re.compile(r"\$\{hydra:([^${}]+)\}")
+_HYDRA_VALUE = re.compile(r"(?<!\\)\$\{hydra:([^${}]+)\}")  # not if it is escaped
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ def _with_hydra_values(value: Any, own: DictConfig) -> Any:
     """Plain values in which `${hydra:KEY}` is replaced by Hydra's value of this composition.
 
     Afterwards these interpolations would find the values of the calling program, or none.
+
+    Raises:
+        ConfigError: This composition has no such value, such as `job.num` of a multirun.
     """
     if isinstance(value, Mapping):
         return {key: _with_hydra_values(item, own) for key, item in value.items()}
@@ -184,9 +188,10 @@ def _with_hydra_values(value: Any, own: DictConfig) -> Any:
     if not isinstance(value, str):
         return value
     if whole := _HYDRA_VALUE.fullmatch(value):
-        found = OmegaConf.select(own, whole[1])
-        found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
-        return value if found is None else found
+        found = OmegaConf.select(own, whole[1], default=_ABSENT)
+        if found is _ABSENT:
+            raise ConfigError(f"{value}: Hydra has no such value here")
+        return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
     return _HYDRA_VALUE.sub(lambda match: str(_with_hydra_values(match[0], own)), value)
 
 

@@ -308,7 +308,9 @@ class World:
     def close(self) -> None:
         """Leave the group at once, without waiting for the others; more than once does no harm.
 
-        Another thread may call it: waits for other ranks then end with a ConnectionError.
+        Another thread may call it: waits for other ranks then end with a ConnectionError, but that
+        of `native_all_reduce` by gloo, which cannot be interrupted, only when the others leave or
+        after its time-out.
         """
         self._closed.set()  # first, so that a transport that connects meanwhile is closed, too
         self._sockets.close()
