@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, multiprocessing
@@ -116,6 +117,10 @@ def compare(rank: int, size: int, host: str, port: int, quick: bool) -> None:
     world.close()
 
 
+def compare_beside(index: int, *arguments: Any) -> None:
+    compare(index + 1, *arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="sizes of the group")
@@ -143,7 +148,11 @@ def main() -> None:
             continue
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        multiprocessing.spawn(compare, (size, "127.0.0.1", port, args.quick), nprocs=size)
+        arguments = size, "127.0.0.1", port, args.quick
+        others = multiprocessing.spawn(compare_beside, arguments, nprocs=size - 1, join=False)
+        compare(0, *arguments)
+        while not others.join():
+            pass
 
 
 def compare_on_hosts(size: int, rate: str) -> None:

@@ -41,7 +41,7 @@ NETS = {
 }
 QUICK = [
     *("data.train=128", "data.validation=64", "data.test=64", "phases.train.fit.epochs=1"),
-    "phases.quantize.fit.epochs=1",
+    *("phases.quantize.fit.epochs=1", "artifact.make=false"),
 ]
 WARM_UP = 10  # turns that are not counted
 

@@ -141,10 +141,12 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     meetings = context.SimpleQueue()
     processes = [
-        context.Process(target=worker, args=(rank, meetings, args)) for rank in range(args.workers)
+        context.Process(target=worker, args=(rank, meetings, args), daemon=True)
+        for rank in range(1, args.workers)
     ]
     for process in processes:
         process.start()
+    worker(0, meetings, args)
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):

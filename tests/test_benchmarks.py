@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a fixture
 from trainer.__main__ import main
 from trainer.config.compose import conf_dir
 

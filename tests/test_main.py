@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a fixture
 from trainer import artifact
 from trainer.__main__ import main
 from trainer.compress.quantize import is_quantizer_entry

@@ -108,7 +108,6 @@ def run(cfg, start=None, stop_at=None, world=None):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"precision": "fp16"},
         {"optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01}},
         {"model": {
@@ -118,7 +117,7 @@ def run(cfg, start=None, stop_at=None, world=None):
             "quantize": {"_target_": "trainer.phases.Quantize", "bits": 6, "fit": FIT},
         }},
     ],
-    ids=["sgd", "fp16", "adam", "batch-norm"],
+    ids=["fp16", "adam", "batch-norm"],
 )  # fmt: skip
 @pytest.mark.slow
 def test_stopped_anywhere_and_resumed_it_ends_in_the_same_bits(changes):
@@ -126,19 +125,22 @@ def test_stopped_anywhere_and_resumed_it_ends_in_the_same_bits(changes):
     undisturbed, test, rest = run(cfg)
     assert rest is None
     chance = random.Random(0)
-    for _ in range(3):
-        place = (chance.randrange(len(cfg.phases)), chance.randrange(1, STEPS - 1))
-        _, nothing, start = run(cfg, stop_at=place)
+    count = len(cfg.phases)
+    places = [(p, chance.randrange(1, STEPS - 1)) for p in sorted({0, count // 2, count - 1})]
+    start = None
+    for place in places:
+        _, nothing, start = run(cfg, start, place)
         assert nothing is None
-        weights, again, rest = run(cfg, start)
-        assert rest is None
-        assert again == test
-        assert weights == undisturbed, f"stopped at {place}"
+        assert start.checkpoint is not None
+    weights, again, rest = run(cfg, start)
+    assert rest is None
+    assert again == test
+    assert weights == undisturbed, f"stopped at {places}"
 
 
 @pytest.mark.slow
 def test_a_run_stopped_many_times_ends_in_the_same_bits():
-    cfg = config()
+    cfg = config(checkpoint={"every_steps": 1, "every_seconds": None})
     undisturbed, test, _ = run(cfg)
     start, stops = None, 0
     for phase in range(len(PHASES)):
@@ -172,7 +174,7 @@ def test_the_loss_scale_continues_after_an_interruption_between_two_phases():
 @pytest.mark.slow
 def test_three_ranks_stopped_anywhere_end_in_the_same_bits(changes):
     """The ranks are threads, which share torch's random state: they begin with given weights."""
-    cfg = config(**changes, checkpoint={"every_steps": 1, "every_seconds": None})
+    cfg = config(**changes)
 
     def on_three(*arguments):
         return run_ranks(3, lambda world: run(cfg, *arguments, world))[0]
@@ -181,12 +183,13 @@ def test_three_ranks_stopped_anywhere_end_in_the_same_bits(changes):
     begin = Start(0, to_bytes(cfg.build_model().state_dict()))
     undisturbed, test, _ = on_three(begin, None)
     chance = random.Random(1)
-    for phase in range(0, len(PHASES), 2):  # the tests above stop in every phase
-        place = (phase, chance.randrange(1, STEPS - 1))
-        _, nothing, start = on_three(begin, place)
+    places = [(phase, chance.randrange(1, STEPS - 1)) for phase in range(len(PHASES))]
+    start = begin
+    for place in places:
+        _, nothing, start = on_three(start, place)
         assert nothing is None
         assert start.checkpoint is not None
-        assert on_three(start, None) == (undisturbed, test, None), f"stopped at {place}"
+    assert on_three(start, None) == (undisturbed, test, None), f"stopped at {places}"
 
 
 def test_the_group_passes_a_stop_on():
@@ -416,9 +419,9 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("shared_ray")
-def test_three_ray_workers_of_which_one_is_killed_end_in_the_same_bits():
+def test_two_ray_workers_of_which_one_is_killed_end_in_the_same_bits():
     """Several buckets, sent as bf16; killed in the middle of the pruning ramp."""
-    cluster = ClusterConfig(workers=3, cpus_per_worker=0.25, threads=1, hang_timeout_s=20)
+    cluster = ClusterConfig(workers=2, cpus_per_worker=0.25, threads=1, hang_timeout_s=20)
     cfg = config(
         allreduce={"wire": "bf16", "bucket_mb": 0.004},
         checkpoint={"every_steps": 1, "every_seconds": None},
@@ -428,13 +431,13 @@ def test_three_ray_workers_of_which_one_is_killed_end_in_the_same_bits():
     try:
         undisturbed = list(group.run(run_phases, cfg, Start(0)))
         left, found = b"", b""
-        with pytest.raises(WorkerFailed, match="worker 2"):  # noqa: PT012 - raised on the way
+        with pytest.raises(WorkerFailed, match="worker 1"):  # noqa: PT012 - raised on the way
             for message in group.run(run_phases, cfg, Start(0)):
                 if isinstance(message, PhaseEnded):
                     left = message.weights
                 if isinstance(message, Checkpoint) and (message.phase, message.step) == (1, 3):
                     found = bytes(message.content)
-                    os.kill(group._ranks[2].pid, signal.SIGKILL)
+                    os.kill(group._ranks[1].pid, signal.SIGKILL)
         group.restart()
         again = list(group.run(run_phases, cfg, Start(1, left, found)))
         assert again[-1].weights == undisturbed[-1].weights

@@ -11,6 +11,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a fixture
 from trainer.config import FitConfig
 from trainer.data.tree import call_with, map_tensors
 from trainer.engine.world import World
@@ -189,13 +190,13 @@ def test_a_residual_net_is_folded_and_its_convolutions_are_integers(tmp_path) ->
 @pytest.mark.slow
 def test_a_language_model_with_tied_weights_answers_as_pytorch_does() -> None:
     torch.manual_seed(0)
-    tokens = torch.randint(11, (4, 5))
+    tokens = torch.randint(11, (4, 3))
     model = quantized(LSTMLanguageModel(11, 8, 8, tied=True), tokens)
     content = to_onnx(model, tokens[:2])
     file = OnnxModel(content)
     expected = model(tokens[:3]).detach()
     made = file(tokens[:3])
-    assert made.shape == (3, 5, 11)
+    assert made.shape == (3, 3, 11)
     np.testing.assert_allclose(made, expected, atol=float(expected.abs().max()) / 20)
 
 
@@ -238,21 +239,26 @@ class LowRank(nn.Module):
 @pytest.mark.parametrize(
     ("build", "inputs"),
     [
-        (lambda: Recurrent(nn.GRU), torch.randn(5, 4, 8)),
-        (lambda: Recurrent(nn.RNN), torch.randn(5, 4, 8)),
+        (lambda: Recurrent(nn.GRU), torch.randn(5, 2, 8)),
+        (lambda: Recurrent(nn.RNN), torch.randn(5, 2, 8)),
         (Attending, torch.randn(5, 4, 8)),
         (
             lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
             torch.randn(5, 4, 8),
         ),
         (
-            lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 2, 3)),
-            torch.randn(5, 3, 5, 5),
+            lambda: nn.Sequential(
+                nn.ConvTranspose2d(4, 6, 3, groups=2),
+                nn.ReLU(),
+                nn.ConvTranspose2d(6, 4, 3, 2),
+                nn.ReLU(),
+                nn.Conv2d(4, 2, 3),
+            ),
+            torch.randn(5, 4, 3, 3),
         ),
-        (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2)), torch.randn(5, 4, 5, 5)),
         (lambda: nn.Sequential(LowRank()), torch.randn(5, 4)),
     ],
-    ids=["gru", "rnn", "attention", "encoder", "transposed", "groups", "own"],
+    ids=["gru", "rnn", "attention", "encoder", "transposed", "own"],
 )
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.slow

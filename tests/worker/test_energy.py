@@ -1,6 +1,9 @@
 """The energy of a phase: measured by counters and divided by CPU time, or estimated."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ ALONE = World.single(CPU)
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float]]:
     """Seconds of the clock, of this process, of all processes; the last entry is now."""
     times = [(0.0, 10.0, 100.0)]
-    monkeypatch.setattr(energy, "_now", lambda: times[-1])
+    monkeypatch.setattr(energy, "_now", lambda loaders: times[-1])
     monkeypatch.setattr(energy.time, "monotonic", lambda: times[-1][0])
     return times
 
@@ -44,6 +47,41 @@ def test_a_processor_is_divided_by_cpu_time(clock: list[tuple[float, float, floa
     half.load(meter.state(), 0.5)
     assert half.total(ALONE)["cpu_seconds"] == pytest.approx(meter.state()["cpu"] / 2)
     assert half.total(ALONE)["joules"] == pytest.approx(meter.state()["joules"] / 2)
+
+
+def test_processes_are_counted_once_while_they_run_and_when_they_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One started by this process, and one by a fork server, whose time os.times() never has."""
+    parents = {7: os.getpid(), 8: 1}
+    ended = {7: False, 8: False}
+
+    class Process(SimpleNamespace):
+        def __hash__(self) -> int:
+            return hash(self.pid)
+
+        def cpu_times(self) -> SimpleNamespace:
+            return SimpleNamespace(user=2.0, system=1.0)
+
+        def ppid(self) -> int:
+            return parents[self.pid]
+
+    def times() -> SimpleNamespace:
+        reaped = 3.0 * ended[7]
+        return SimpleNamespace(user=5.0, system=1.0, children_user=reaped, children_system=0.0)
+
+    def running() -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid) for pid in parents if not ended[pid]]
+
+    monkeypatch.setattr(energy.psutil, "Process", lambda pid: Process(pid=pid))
+    monkeypatch.setattr(energy.multiprocessing, "active_children", running)
+    monkeypatch.setattr(energy.os, "times", times)
+    loaders: dict[Any, float] = {}
+    assert energy._now(loaders)[1] == 12
+    ended[7] = True
+    assert energy._now(loaders)[1] == 12
+    ended[8] = True
+    assert energy._now(loaders)[1] == 12
 
 
 def test_a_counter_that_fails_is_no_measurement(clock: list[tuple[float, float, float]]) -> None:

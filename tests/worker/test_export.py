@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import trainer.worker.export
+from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a fixture
 from tests.test_resume import config
 from trainer.engine.world import World
 from trainer.errors import ConfigError

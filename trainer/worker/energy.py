@@ -6,6 +6,7 @@ processes by CPU time, so that workers and trials on one machine do not count th
 belongs to its worker.
 """
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -49,14 +50,15 @@ class EnergyMeter:
         self._counters = find_counters(device) if counters is None else counters
         self._on_gpu = device.type == "cuda"
         self._cpu = self._gpu = self._joules = 0.0
-        self._last = _now()
+        self._loaders: dict[psutil.Process, float] = {}
+        self._last = _now(self._loaders)
 
     def read(self, every: float = 0.0) -> None:
         """Take the counters' values, if the last time was at least `every` seconds ago."""
         before = self._last
         if time.monotonic() - before[0] < every:
             return
-        now = self._last = _now()
+        now = self._last = _now(self._loaders)
         seconds, own, busy = (b - a for a, b in zip(before, now, strict=True))
         self._cpu += own
         self._gpu += seconds * self._on_gpu
@@ -145,16 +147,27 @@ def _find_counters(device: torch.device) -> Counters:
     return Counters(cpu, lambda seconds: _JOULES * float(gpu.delta(Time(seconds))[used].kWh))
 
 
-def _now() -> tuple[float, float, float]:
-    """Seconds of the clock, of this process with its data loaders, and of all CPUs busy."""
+def _now(loaders: dict[psutil.Process, float]) -> tuple[float, float, float]:
+    """Seconds of the clock, of this process with its data loaders, and of all CPUs busy.
+
+    Args:
+        loaders: CPU time of each process that a fork server started for this one; updated here. It
+            is still counted when the process has ended: os.times() covers only direct children.
+    """
     times = os.times()
     own = times.user + times.system + times.children_user + times.children_system
-    for child in psutil.Process().children():
+    # psutil would find the children by reading the status of all processes of the machine.
+    for child in multiprocessing.active_children():
         try:
-            used = child.cpu_times()
+            process = psutil.Process(child.pid)
+            used, parent = process.cpu_times(), process.ppid()
         except psutil.Error:  # it has just ended
             continue
-        own += used.user + used.system
+        if parent == os.getpid():
+            own += used.user + used.system
+        else:
+            loaders[process] = used.user + used.system
+    own += sum(loaders.values())
     machine = psutil.cpu_times()
     # Guests are also part of the time of users.
     idle = ("idle", "iowait", "guest", "guest_nice")
