@@ -1,11 +1,13 @@
 """The command: lists, refused arguments, exit codes and files."""
 
+import functools
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a f
 from trainer import artifact
 from trainer.__main__ import main
 from trainer.compress.quantize import is_quantizer_entry
-from trainer.config.compose import conf_dir
+from trainer.config.compose import compose_config, conf_dir
 from trainer.data.idx import mnist
 from trainer.models import LeNet5, LeNet300
 from trainer.store.directory import RunDirectory
@@ -36,9 +38,14 @@ TINY = [
 pytestmark = pytest.mark.usefixtures("elsewhere", "charts_not_drawn")
 
 
+@functools.cache
+def composed_settings(*overrides):
+    return compose_config(overrides).plain()
+
+
 def shrunk(name):
     """Overrides that let experiment `name` end in seconds, every phase included."""
-    composed = yaml.safe_load(capture(["+experiment=" + name, "--cfg"]))
+    composed = composed_settings("+experiment=" + name)
     overrides = [f"+experiment={name}", *TINY]
     for phase, settings in composed["phases"].items():
         if settings["fit"]["epochs"]:
@@ -59,13 +66,6 @@ def shrunk(name):
         Path("short.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
         overrides += ["data.path=short.txt", "data.context=16"]
     return overrides, composed
-
-
-def capture(arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout
 
 
 def test_alone_it_lists_the_experiments_and_how_to_start_one(capsys):
@@ -258,7 +258,15 @@ def test_the_model_file_loads_into_the_plain_class_and_the_config_runs_again():
     [
         ([], 2),
         (["+experiment=smoke", "--cfg"], 0),
-        (["+experiment=smoke", *TINY, "data.train=99"], 0),
+        (
+            [
+                "+experiment=lenet300",
+                *TINY,
+                *("phases.train.fit.epochs=1", "phases.train.fit.max_steps=3"),
+                *("data.train=200", "data.validation=100", "data.test=100"),
+            ],
+            0,
+        ),
     ],
     ids=["list", "cfg", "run"],
 )
@@ -319,9 +327,9 @@ def test_a_missed_limit_is_exit_code_3_and_other_limits_can_be_applied(capsys):
 
 @pytest.mark.slow
 def test_a_limit_on_the_drop_of_a_finished_run_needs_a_dense_model(capsys):
-    composed = capture(["+experiment=prune_lenet300", "~phases.train", "--cfg"])
+    composed = composed_settings("+experiment=prune_lenet300", "~phases.train")
     directory = RunDirectory.claim(Path("run"))
-    directory.write_config(yaml.safe_load(composed))
+    directory.write_config(composed)
     directory.write_summary({"status": "done", "accuracy": 0.9, "baseline_accuracy": None})
     capsys.readouterr()
     assert main(["resume=run", "limits.max_accuracy_drop=0.1"]) == 2
@@ -378,30 +386,27 @@ def test_a_failing_worker_leaves_summary_and_traceback(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_own_experiments_live_in_a_folder_of_their_own(tmp_path):
+def test_own_experiments_live_in_a_folder_of_their_own(tmp_path, capsys):
     folder = tmp_path / "my conf" / "experiment"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(
         "# @package _global_\n# My own\ndefaults:\n  - lenet300\n  - _self_\nname: mine\nseed: 7\n"
     )
-    said = capture(["+experiment=mine", "--config-dir", "my conf", "--cfg"])
-    assert yaml.safe_load(said)["seed"] == 7
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "--config-dir", "my conf"], capture_output=True, text=True
-    )
-    assert "My own" in done.stdout
+    assert main(["+experiment=mine", "--config-dir", "my conf", "--cfg"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
+    assert main(["--config-dir", "my conf"]) == 2
+    assert "My own" in capsys.readouterr().out
 
 
-@pytest.mark.integration
-def test_no_cluster_at_the_address(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "+experiment=smoke", "cluster.address=127.0.0.1:1"],
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 1
-    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr
+def test_no_cluster_at_the_address(monkeypatch, capsys):
+    """This process may be connected to the Ray of other tests, which must not be noticed here."""
+    from trainer.cluster import connection
+
+    calls = {"is_initialized": lambda: False, "shutdown": lambda: None}
+    monkeypatch.setattr(connection, "ray", SimpleNamespace(**calls))
+    monkeypatch.setattr(connection.RayConnection, "_head", None)
+    assert main(["+experiment=smoke", "cluster.address=127.0.0.1:1", "hydra.run.dir=run"]) == 1
+    assert "no Ray cluster answers at 127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_the_command_answers_before_slow_libraries_are_imported():

@@ -211,6 +211,7 @@ ARGUMENTS = [
     "data.test=100",
     "checkpoint.every_steps=3",
 ]
+SMALL = [*ARGUMENTS, "data.batch_size=16", "data.train=600"]  # about as many steps
 
 
 @contextlib.contextmanager
@@ -235,7 +236,7 @@ def undisturbed_run(tmp_path_factory):
     """A run that was left alone, to compare others with; nobody writes to it."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     with signal_handlers_kept():
-        assert main([*ARGUMENTS, f"hydra.run.dir={folder}"]) == 0
+        assert main([*SMALL, f"hydra.run.dir={folder}"]) == 0
     return folder
 
 
@@ -294,7 +295,7 @@ def test_interrupted_then_resumed_from_the_command_line(finished, capsys):
     folder = finished / "with space=and equals"
     pattern = f"{folder.name}/checkpoints/01-train-step*.safetensors"
     with once(pattern, lambda: os.kill(os.getpid(), signal.SIGINT)):
-        assert main([*ARGUMENTS, f'hydra.run.dir="{folder.name}"']) == 130
+        assert main([*SMALL, f'hydra.run.dir="{folder.name}"']) == 130
     before = json.loads((folder / "summary.json").read_text())
     assert before["status"] == "interrupted"
     assert not (folder / "checkpoints" / "01-train.safetensors").exists()
@@ -328,7 +329,7 @@ def test_what_cannot_be_resumed_is_a_wrong_configuration(finished, arguments, sa
 @pytest.mark.usefixtures("handlers")
 def test_a_diverging_loss_ends_the_run_and_keeps_the_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([*ARGUMENTS, "hydra.run.dir=run", "optimizer.lr=1e10"]) == 1
+    assert main([*SMALL, "hydra.run.dir=run", "optimizer.lr=1e10"]) == 1
     said = capsys.readouterr().err
     for part in ("phase train", "the loss is", "step", "learning rate"):
         assert part in said
@@ -362,7 +363,7 @@ def fill(file):
 def test_a_full_disk_is_reported_and_the_run_can_be_resumed_later(finished, small_disk, capsys):
     run, filler = small_disk / "run", small_disk / "filler"
     with once("disk/run/checkpoints/01-train-step*.safetensors", lambda: fill(filler)):
-        assert main([*ARGUMENTS, f"hydra.run.dir={run}"]) == 1
+        assert main([*SMALL, f"hydra.run.dir={run}"]) == 1
     said = capsys.readouterr().err
     assert "No space left" in said
     assert said.count("\n") == 1
@@ -382,7 +383,7 @@ def test_a_deleted_run_directory_is_reported(tmp_path, monkeypatch, capsys):
     with once(
         "run/checkpoints/01-train-step*.safetensors", lambda: shutil.rmtree(tmp_path / "run")
     ):
-        assert main([*ARGUMENTS, "hydra.run.dir=run"]) == 1
+        assert main([*SMALL, "hydra.run.dir=run"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("failed: ")
     assert "No such file or directory" in said
@@ -402,7 +403,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
         "            time.sleep(60)\n"
         "        return super().forward(x)\n"
     )
-    command = [*ARGUMENTS, "model={_target_: slow.Net}", "hydra.run.dir=run"]
+    command = [*SMALL, "model={_target_: slow.Net}", "hydra.run.dir=run"]
     run = subprocess.Popen([sys.executable, "-m", "trainer", *command], cwd=tmp_path)
     try:
         while not (tmp_path / "stepping").exists():

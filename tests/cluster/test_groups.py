@@ -19,36 +19,22 @@ KINDS = [
 ]
 
 
-def started(request):
+@pytest.fixture(scope="module", params=KINDS)
+def group(request):
+    """One group for all; a test whose function fails restarts it."""
     if request.param.backend == "ray":
         request.getfixturevalue("shared_ray")
     opened = open_group(request.param)
     opened.start()
-    return opened
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def group(request):
-    """One group for all functions that succeed."""
-    opened = started(request)
     yield opened
     opened.stop()
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def restarted(request):
-    """Another one for functions that fail, after which the test restarts it."""
-    opened = started(request)
-    yield opened
-    opened.stop()
-
-
-@pytest.fixture(params=KINDS)
-def own(request):
-    """A group for one test, which may stop it."""
-    opened = started(request)
-    yield opened
-    opened.stop()
+def check_stop(group):
+    group.stop()
+    group.stop()  # may be called twice
+    with pytest.raises(RuntimeError, match=r"start\(\)"):
+        list(group.run(functions.ranks, 1))
 
 
 def test_every_rank_runs_and_the_messages_of_rank_0_arrive(group):
@@ -108,13 +94,13 @@ def test_the_memory_of_a_function_is_released(group):
     assert list(group.run(functions.living_cycles)) == [0]
 
 
-def test_a_group_is_usable_after_its_iterator_was_closed_early(restarted):
-    (before,) = restarted.run(functions.environment)
-    stream = restarted.run(functions.endless)
+def test_a_group_is_usable_after_its_iterator_was_closed_early(group):
+    (before,) = group.run(functions.environment)
+    stream = group.run(functions.endless)
     assert next(stream) == "running"
     stream.close()
-    restarted.restart()
-    assert list(restarted.run(functions.environment)) == [before]
+    group.restart()
+    assert list(group.run(functions.environment)) == [before]
 
 
 @pytest.mark.parametrize(
@@ -124,32 +110,34 @@ def test_a_group_is_usable_after_its_iterator_was_closed_early(restarted):
         (functions.raises_unpicklable, "Unpicklable: odd", "raise Unpicklable(1, 2)"),
     ],
 )
-def test_a_failure_comes_with_its_rank_node_and_whole_traceback(
-    restarted, function, reason, detail
-):
-    (before,) = restarted.run(functions.environment)
+def test_a_failure_comes_with_its_rank_node_and_whole_traceback(group, function, reason, detail):
+    (before,) = group.run(functions.environment)
     messages = []
     with pytest.raises(WorkerFailed) as error:  # noqa: PT012
-        for message in restarted.run(function):
+        for message in group.run(function):
             messages.append(message)
     if error.value.rank == 0:  # the failure of another rank may arrive before these
         assert messages == ["before"]
     assert reason in str(error.value)
     assert detail in error.value.detail
-    assert error.value.node == restarted.nodes[error.value.rank]
+    assert error.value.node == group.nodes[error.value.rank]
     if function is functions.raises_on_last:
-        assert error.value.rank == restarted.size - 1
-    restarted.restart()
-    assert len(list(restarted.run(functions.ranks, 2))) == 2
-    assert list(restarted.run(functions.environment)) == [before]  # the same warm process
+        assert error.value.rank == group.size - 1
+    group.restart()
+    assert len(list(group.run(functions.ranks, 2))) == 2
+    assert list(group.run(functions.environment)) == [before]  # the same warm process
 
 
-def test_a_wrong_configuration_raises_config_error(own):
+def test_a_wrong_configuration_raises_config_error(group):
     with pytest.raises(ConfigError, match=r"data\.root=/nowhere: there is no such folder"):
-        list(own.run(functions.wrong_config))
-    own.stop()  # may be called twice: the fixture does it again
-    with pytest.raises(RuntimeError, match=r"start\(\)"):
-        list(own.run(functions.ranks, 1))
+        list(group.run(functions.wrong_config))
+    group.restart()
+
+
+def test_a_stopped_inline_group_runs_nothing():
+    group = open_group(ClusterConfig(workers=1, backend="inline"))
+    group.start()
+    check_stop(group)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -177,44 +165,39 @@ def test_the_inline_group_leaves_torch_as_it_was_in_any_thread(threads):
 @pytest.mark.integration
 @pytest.mark.usefixtures("shared_ray")
 class TestRay:
-    @pytest.mark.parametrize("restarted", KINDS[1:], indirect=True)
-    def test_what_cannot_be_sent_fails_at_once_with_a_reason(self, restarted):
+    @pytest.mark.parametrize("group", KINDS[1:], indirect=True)
+    def test_what_cannot_be_sent_fails_at_once_with_a_reason(self, group):
         with pytest.raises(ConfigError, match=r"a lock cannot be sent.*cannot pickle"):
-            list(restarted.run(functions.receives, threading.Lock()))
-        assert list(restarted.run(functions.receives, 1)) == ["received"]
+            list(group.run(functions.receives, threading.Lock()))
+        assert list(group.run(functions.receives, 1)) == ["received"]
         with pytest.raises(RunError, match=r"'no_such_module'; cluster\.working_dir"):
-            list(restarted.run(functions.receives, functions.Unloadable()))
-        restarted.restart()
+            list(group.run(functions.receives, functions.Unloadable()))
+        group.restart()
         with pytest.raises(RunError, match="a message cannot be sent: cannot pickle"):
-            list(restarted.run(functions.sends_a_lock))
-        restarted.restart()
+            list(group.run(functions.sends_a_lock))
+        group.restart()
 
-    @pytest.mark.parametrize("restarted", KINDS[1:], indirect=True)
-    def test_a_killed_worker_is_reported_at_once(self, restarted):
+    @pytest.mark.parametrize("group", KINDS[1:], indirect=True)
+    def test_a_killed_worker_is_reported_at_once(self, group):
         begun = time.monotonic()
         with pytest.raises(WorkerFailed, match=r"worker 1 on .*: the process died"):
-            list(restarted.run(functions.dies_on_last))
+            list(group.run(functions.dies_on_last))
         assert time.monotonic() - begun < 10  # the peer's collective alone would wait 120 s
-        restarted.restart()
+        group.restart()
 
-    def test_a_busy_worker_does_not_hang_and_one_without_progress_does(self):
+    def test_settings_of_workers_hangs_and_stopping(self):
         """Rank 0 is busy while rank 1 makes progress; then rank 1 does nothing."""
-        group = open_group(ClusterConfig(workers=2, cpus_per_worker=0.25, hang_timeout_s=2))
-        group.start()
-        try:
-            assert list(group.run(functions.takes_long, 3)) == ["done"]
-            with pytest.raises(WorkerFailed, match=r"worker 1 on .*hang_timeout_s=2; last seen "
-                               r"in phase train, step 17"):  # fmt: skip
-                list(group.run(functions.stands_still))
-        finally:
-            group.stop()
-
-    def test_threads_and_niceness_are_as_configured(self):
-        group = open_group(ClusterConfig(workers=1, cpus_per_worker=0.25, threads=2, nice=5))
+        cfg = ClusterConfig(workers=2, cpus_per_worker=0.25, hang_timeout_s=2, threads=2, nice=5)
+        group = open_group(cfg)
         group.start()
         try:
             ((threads, niceness, _, _),) = group.run(functions.environment)
             assert (threads, niceness) == (2, 5)
+            assert list(group.run(functions.takes_long, 3)) == ["done"]
+            with pytest.raises(WorkerFailed, match=r"worker 1 on .*hang_timeout_s=2; last seen "
+                               r"in phase train, step 17"):  # fmt: skip
+                list(group.run(functions.stands_still))
+            check_stop(group)
         finally:
             group.stop()
 
