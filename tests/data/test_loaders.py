@@ -37,9 +37,9 @@ if __name__ == "__main__":
     [
         ("check()", True),
         ("def start():\n    check()\n\nif True:\n    start(\n    )", True),
-        ("if __name__ == '__main__':\n    print()\ncheck()", True),
         ("import sys\nif len(sys.argv) and '__main__' == __name__:\n    check()", False),
         ("import multiprocessing as mp\nif not mp.parent_process():\n    check()", False),
+        ("is_main = __name__ == '__main__'\nif is_main:\n    check()", False),
         ("def f():\n    if __name__ == '__main__':\n        check()\n\nf()", False),
     ],
 )

@@ -4,7 +4,6 @@ A terminal or a job scheduler sends SIGINT or SIGTERM to all processes of a run.
 to the end of a step and writes a checkpoint, for which it needs its loader processes.
 """
 
-import ast
 import io
 import multiprocessing
 import os
@@ -30,12 +29,13 @@ from multiprocessing.context import (
 )
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from trainer.errors import ConfigError
 
 _MAX_SOCKET_PATH = 107  # bytes of the path of a Unix socket on Linux (unix(7))
 _IN_TEMP_DIR = len("/pymp-12345678/listener-12345678")
-_GUARDS = {"__name__", "parent_process", "current_process"}  # what differs in a new process
+_GUARDS = ("__name__", "parent_process", "current_process")  # what differs in a new process
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -135,29 +135,18 @@ def _end_with_parent() -> None:
 def _check_main_guard() -> None:
     """Refuse a script that would run as a whole in each process.
 
-    A new process imports the script under another name, to find the classes that it defines. The
-    statement of the script that runs now must therefore depend on the name.
+    A new process imports the script under another name, to find the classes that it defines. A
+    script that nowhere asks for the name would start the run again.
     """
     main = sys.modules["__main__"]
     file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
     if file is None or (spec is not None and spec.name.endswith("__main__")):
         return  # a notebook, or python -m PACKAGE: processes do not import it
-    lines, is_running = [], False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_globals is vars(main) and frame.f_code.co_filename == file:
-            lines.append(frame.f_lineno)
-            is_running = frame.f_code.co_name == "<module>"
-        frame = frame.f_back
-    if not is_running:
-        return
     try:
-        tree = ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError):  # it has changed or is no file
-        return
-    conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
-    guards = [node for node in conditions if _GUARDS & _names(node.test)]
-    if not any(node.lineno <= line <= (node.end_lineno or 0) for node in guards for line in lines):
+        source = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return  # not a script
+    if not any(guard in source for guard in _GUARDS) and _is_starting(vars(main)):
         raise ConfigError(
             f"data.loader_workers: each loader process imports {Path(file).name}, which would "
             'start the run again; put the statement that starts it under `if __name__ == "__main__'
@@ -165,11 +154,14 @@ def _check_main_guard() -> None:
         )
 
 
-def _names(test: ast.expr) -> set[str]:
-    """The names and attributes in an expression."""
-    nodes = [*ast.walk(test)]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+def _is_starting(names: dict[str, Any]) -> bool:
+    """Whether this call comes from a statement of the module with these global names."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals is names and frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _shorten_temp_dir() -> None:
