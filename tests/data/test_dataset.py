@@ -1,6 +1,7 @@
 """Any torch Dataset as splits: seeds per sample, loader processes, errors that name the sample."""
 
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hydra.utils import instantiate
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from trainer.data.datasets import DatasetSplit, dataset
+from trainer.errors import ConfigError
 
 
 class Noisy(Dataset[tuple[torch.Tensor, int]]):
@@ -110,6 +112,16 @@ def test_an_error_in_a_loader_process_reaches_the_caller() -> None:
         match=r"^sample 1: its inputs have the shape \[3\]",
     ):
         read(DatasetSplit(Listed(items), seed=0, loader_workers=1), [[0, 1]])
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore:Got pickle error")
+def test_a_data_set_that_cannot_be_sent_to_loader_processes_is_named() -> None:
+    data = Listed([(torch.zeros(2), 0)])
+    data.lock = threading.Lock()  # type: ignore[attr-defined]
+    split = DatasetSplit(data, seed=0, loader_workers=1)
+    with pytest.raises(ConfigError, match=r"Listed cannot be sent .*lock.*loader_workers=0"):
+        read(split, [[0]])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ processes.
 """
 
 import contextlib
+import pickle
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from trainer.data.order import permutation
 from trainer.data.prefetch import spare_cpus
 from trainer.data.split import SampleError, Split, Splits
 from trainer.data.tree import map_tensors, merge, tensors
-from trainer.errors import first_line
+from trainer.errors import ConfigError, first_line
 
 SPLIT_SEED = 0
 """Seed of the permutation that chooses held-out samples, which are the same for every run."""
@@ -243,8 +244,20 @@ class DatasetSplit:
         yield from self._usable(self._make_loader(_Once(requests), workers, persistent=False))
 
     def _usable(self, batches: Iterable[Batch | SampleError]) -> Iterator[Batch]:
-        """The batches, prepared; raises the first SampleError among them."""
-        for batch in batches:
+        """The batches, prepared; raises the first SampleError among them.
+
+        Raises:
+            ConfigError: The Dataset cannot be sent to loader processes.
+        """
+        try:
+            found = iter(batches)  # starts the processes
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"data.loader_workers={self.loader_workers}: {type(self.dataset).__name__} cannot "
+                f"be sent to the loader processes: {first_line(error)}; let it open files and "
+                "connections with the first sample, or set data.loader_workers=0"
+            ) from error
+        for batch in found:
             if isinstance(batch, SampleError):
                 raise batch
             inputs, targets = batch
