@@ -1,5 +1,6 @@
 """python -m trainer.hardware with a run directory, a file or an experiment; refused arguments."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer import artifact
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
 from trainer.hardware.__main__ import main
+from trainer.hardware.costs import CostSettings
 from trainer.models import LeNet300
 from trainer.phases import Prune, Share, Train
 
@@ -24,6 +26,13 @@ DATA = (
     (INPUTS[:9], INPUTS[:9, 0, 0, 0].gt(0.5).long()),
     (INPUTS[9:], INPUTS[9:, 0, 0, 0].gt(0.5).long()),
 )
+
+
+@pytest.fixture(autouse=True)
+def measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured on the CPU is executed as few times as the command ever does."""
+    brief = functools.partial(CostSettings, cpu_seconds=0)
+    monkeypatch.setattr("trainer.hardware.__main__.CostSettings", brief)
 
 
 @pytest.fixture(scope="module")
