@@ -174,7 +174,7 @@ def test_the_loss_scale_continues_after_an_interruption_between_two_phases():
 @pytest.mark.slow
 def test_three_ranks_stopped_anywhere_end_in_the_same_bits(changes):
     """The ranks are threads, which share torch's random state: they begin with given weights."""
-    cfg = config(**changes)
+    cfg = config(**changes, checkpoint={"every_steps": 1, "every_seconds": None})
 
     def on_three(*arguments):
         return run_ranks(3, lambda world: run(cfg, *arguments, world))[0]
