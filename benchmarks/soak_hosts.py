@@ -42,6 +42,7 @@ import psutil
 import ray
 import torch
 
+from trainer.engine.links import SILENT_S
 from trainer.testing.hosts import Hosts
 
 HOSTS = 4
@@ -143,12 +144,21 @@ def power_off(cluster: Cluster, host: int) -> Repair:
 
 def cut(seconds: float) -> Callable[[Cluster, int], Repair | None]:
     def fault(cluster: Cluster, host: int) -> Repair | None:
+        begun = time.monotonic()
         cluster.hosts.cut(host)
-        time.sleep(seconds)
-        cluster.hosts.mend(host)
-        if seconds < 10:
-            return None
-        return lambda: cluster.bring_back(host)  # Ray ends itself on a node that was given up
+
+        def repair() -> None:
+            time.sleep(max(0.0, begun + seconds - time.monotonic()))
+            cluster.hosts.mend(host)
+
+        def repair_and_bring_back() -> None:  # Ray ends itself on a node that was given up
+            repair()
+            cluster.bring_back(host)
+
+        if seconds > SILENT_S:
+            return repair_and_bring_back
+        repair()
+        return None
 
     return fault
 
