@@ -1,7 +1,12 @@
 """Small experiments for tests."""
 
+import contextlib
+import io
 from typing import Any
 
+import yaml
+
+from trainer.__main__ import main
 from trainer.experiment import Experiment
 
 SETTINGS: dict[str, Any] = {
@@ -17,3 +22,11 @@ SETTINGS: dict[str, Any] = {
 def experiment(**changes: Any) -> Experiment:
     """An experiment with other values for some sections of `SETTINGS`."""
     return Experiment.from_config({**SETTINGS, **changes})
+
+
+def printed(*arguments: str) -> dict[str, Any]:
+    """The configuration that the command prints for these arguments."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([*arguments, "--cfg"]) == 0
+    settings: dict[str, Any] = yaml.safe_load(out.getvalue())
+    return settings

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import nn
 
 import trainer
-from tests.test_main import capture
+from tests.experiments import printed
 from trainer.config.compose import conf_dir
 from trainer.engine.world import World
 from trainer.experiment import Experiment, check_model, initial_weights
@@ -60,7 +59,7 @@ def test_the_commands_of_a_page_run(written):
     world = World.single(torch.device("cpu"))
     for command in commands:
         arguments = shlex.split(command.replace("\\\n", " "))
-        found = Experiment.from_config(yaml.safe_load(capture([*arguments, "--cfg"])))
+        found = Experiment.from_config(printed(*arguments))
         check_model(found)
         check_compatible(found.build_model(), found.build_data(), found.build_runtime(world))
 
@@ -72,7 +71,7 @@ def test_the_examples_of_a_page_learn(written):
     for command in _commands(written):
         arguments = shlex.split(command.replace("\\\n", " "))
         arguments += ["phases.train.fit.epochs=1", "phases.train.fit.max_steps=60"]
-        found = Experiment.from_config(yaml.safe_load(capture([*arguments, "--cfg"])))
+        found = Experiment.from_config(printed(*arguments))
         messages = run_phases(World.single(torch.device("cpu")), found, Start(0))
         (record,) = (message.record for message in messages if isinstance(message, PhaseEnded))
         assert record.steps > 30
@@ -97,7 +96,7 @@ def test_the_tutorial_for_images_starts(written):
     given = trainer.models.ResNetCifar(depth=8, classes=10).state_dict()
     save_file(given, "pretrained.safetensors")
     (command,) = _commands(written)
-    found = Experiment.from_config(yaml.safe_load(capture([*shlex.split(command), "--cfg"])))
+    found = Experiment.from_config(printed(*shlex.split(command)))
     check_model(found)
     model, data = found.build_model(), found.build_data()
     assert [len(split) for split in vars(data).values()] == [18, 2, 5]

@@ -46,7 +46,7 @@ class TestWorkers:
         )
 
     def wait_until(self, run, condition):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not condition():
             assert run.poll() is None
             assert time.monotonic() < deadline

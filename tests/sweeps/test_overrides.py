@@ -3,12 +3,11 @@
 import shlex
 
 import pytest
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_main import capture
+from tests.experiments import printed
 from trainer.sweeps.overrides import hydra_text, override
 
 TEXTS = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=8)
@@ -66,5 +65,5 @@ def test_keys(key, value, written):
 @pytest.mark.slow
 def test_the_command_line_takes_awkward_values():
     text = 'it\'s "größe" = 1, true \\'
-    shown = capture(["+experiment=lenet300", override("data.root", text), "--cfg"])
-    assert yaml.safe_load(shown)["data"]["root"] == text
+    shown = printed("+experiment=lenet300", override("data.root", text))
+    assert shown["data"]["root"] == text

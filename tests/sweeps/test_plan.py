@@ -3,10 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from omegaconf import OmegaConf
 
-from tests.test_main import capture
+from tests.experiments import printed
 from tests.test_resume import FIT, config
 from trainer.config import Config, to_dataclass
 from trainer.errors import ConfigError
@@ -80,6 +79,6 @@ def test_an_analysis_that_fails_takes_no_results_along(tmp_path, monkeypatch) ->
 @pytest.mark.parametrize("name", ["interference", "sensitivity"])
 @pytest.mark.slow
 def test_the_shipped_experiments_can_answer_what_they_ask(name: str) -> None:
-    settings = yaml.safe_load(capture([f"+experiment={name}", "--cfg"]))
+    settings = printed(f"+experiment={name}")
     made = Plan(to_dataclass(Config, settings), OmegaConf.create(settings))
     assert made.cfg.sweep.analysis == name

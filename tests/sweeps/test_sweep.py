@@ -554,11 +554,11 @@ def test_budgets_end_a_sweep_and_leave_the_rest_for_later():
 @pytest.mark.integration
 @pytest.mark.usefixtures("shared_ray")
 def test_a_warm_worker_gives_the_bits_of_a_cold_one():
-    from tests.test_main import capture
+    from tests.experiments import printed
     from trainer.cluster import open_group
     from trainer.messages import PhaseEnded
 
-    plain = yaml.safe_load(capture([*ARGUMENTS, "cluster=local", "cluster.workers=1", "--cfg"]))
+    plain = printed(*ARGUMENTS, "cluster=local", "cluster.workers=1")
     cfg = Experiment.from_config(plain)
     other = Experiment.from_config({**plain, "seed": 9, "model": {**plain["model"], "depth": 1}})
 
