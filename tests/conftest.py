@@ -12,6 +12,11 @@ from trainer.cluster import open_group
 from trainer.cluster.environment import prepare_environment
 from trainer.config import ClusterConfig
 
+LONG = (  # files that take a minute or more
+    *("test_sweep.py", "test_resume_workers.py", "test_examples.py", "test_existing_cluster.py"),
+    *("test_site.py", "test_hosts.py", "test_main.py", "test_resume.py"),
+)
+
 gc.set_threshold(100_000, 20, 50)  # collecting garbage took a sixth of the time of all imports
 torch.set_num_threads(1)  # small tensors, and other processes beside this one
 
@@ -22,12 +27,12 @@ settings.load_profile("trainer")
 
 @pytest.hookimpl(tryfirst=True)  # before "-m" selects
 def pytest_collection_modifyitems(items):
-    """Files with tests that start processes come first: of three at a time, the long ones early."""
+    """Of three files at a time, the long ones come first, and then those with slow tests."""
     for item in items:
         if item.get_closest_marker("integration"):
             item.add_marker("slow")
-    first = {item.path for item in items if item.get_closest_marker("integration")}
-    items.sort(key=lambda item: item.path not in first)
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name not in LONG, item.path not in first))
 
 
 @pytest.fixture
