@@ -177,15 +177,7 @@ def slow_link(cluster: Cluster, host: int) -> Repair:
 
 
 def drain(cluster: Cluster, host: int) -> Repair:
-    (raylet,) = cluster.processes(host, "raylet/raylet")
-    word = next(word for word in raylet.cmdline() if word.startswith("--node_id="))
-    cluster.hosts.run(
-        *(1, Path(sys.executable).with_name("ray"), "drain-node"),
-        *(f"--address={cluster.hosts.address(1)}:6379", f"--node-id={word.partition('=')[2]}"),
-        *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=soak"),
-        "--deadline-remaining-seconds=600",
-        capture_output=True,
-    )
+    cluster.hosts.drain(host)
     return lambda: cluster.bring_back(host)
 
 

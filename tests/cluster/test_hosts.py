@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -17,7 +16,6 @@ from trainer.config.compose import conf_dir
 from trainer.testing.hosts import Hosts, why_not
 
 ROOT = conf_dir().parent
-RAY = Path(sys.executable).with_name("ray")
 SLOW_S = 0.15
 STEPS = 800
 ARGUMENTS = [
@@ -49,12 +47,6 @@ def data(gate: Path) -> list[str]:
         f"data.train={{{target}, samples: {2 * STEPS}, file: {gate}}}",
         *(f"data.{part}={{{target}, samples: 20}}" for part in ("validation", "test")),
     ]
-
-
-def node_id(hosts: Hosts, host: int) -> str:
-    """How Ray calls a host, from the command line of its raylet."""
-    words = [word for pid in hosts.processes(host) for word in psutil.Process(pid).cmdline()]
-    return next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
 
 
 def wait_for(condition: Callable[[], bool], run: subprocess.Popen[str]) -> None:
@@ -96,11 +88,7 @@ def test_a_host_leaves_and_returns_without_a_repeated_step(monkeypatch):
         hosts.start_ray(2)
         wait_for(lambda: sizes() == [2, 1, 2], run)
         assert "h2" in members()[1]["reason"]
-        drain = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"]
-        drain += [f"--address={hosts.address(1)}:6379", f"--node-id={node_id(hosts, 2)}"]
-        hosts.run(
-            1, RAY, "drain-node", *drain, "--deadline-remaining-seconds=600", capture_output=True
-        )
+        hosts.drain(2)
         wait_for(lambda: sizes() == [2, 1, 2, 1], run)
         gate.touch()
         assert run.wait(120) == 0, Path("shown").read_text()

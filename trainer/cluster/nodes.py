@@ -80,7 +80,7 @@ class NodeMonitor:
     def check(self) -> None:
         """Ask the head, and the silent hosts; forget those that answer or that Ray has removed.
 
-        Takes up to `PROBE_TIMEOUT_S`.
+        Blocks for up to `PROBE_TIMEOUT_S` seconds.
         """
         self.draining = draining_nodes()
         if checked := self.silent:

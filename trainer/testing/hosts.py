@@ -22,7 +22,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import psutil
+
+_RAY = Path(sys.executable).with_name("ray")
 
 # The first process of a host or switch. It lives until its standard input is closed; then the
 # kernel ends all others of the host and removes its interfaces. It also reaps processes without a
@@ -124,7 +128,7 @@ class Hosts:
             head = f"{self.address(1)}:6379"
             role = ["--head", "--port=6379", "--include-dashboard=false"]
             command = [
-                *(Path(sys.executable).with_name("ray"), "start"),
+                *(_RAY, "start"),
                 *(role if host == 1 else [f"--address={head}"]),
                 *(f"--node-ip-address={self.address(host)}", f"--num-cpus={cpus}", "--num-gpus=0"),
                 *("--object-store-memory=100000000", "--disable-usage-stats"),
@@ -185,7 +189,7 @@ class Hosts:
         return self._folder / str(host)
 
     def cut(self, host: int) -> None:
-        """Take a host's link off the switch: packets get lost, and nobody is told."""
+        """Take a host's link off the switch: its packets get lost, without an error for anybody."""
         self._in(0, "ip", "link", "set", f"h{host}", "nomaster")
 
     def mend(self, host: int) -> None:
@@ -214,6 +218,17 @@ class Hosts:
         self.cut(host)
         self._end(host)
 
+    def drain(self, host: int) -> None:
+        """Give Ray notice that a host will be preempted."""
+        words = [word for pid in self.processes(host) for word in psutil.Process(pid).cmdline()]
+        id_ = next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
+        self.run(
+            *(1, _RAY, "drain-node", f"--address={self.address(1)}:6379", f"--node-id={id_}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=notice"),
+            "--deadline-remaining-seconds=600",
+            capture_output=True,
+        )
+
     def processes(self, host: int) -> list[int]:
         """The processes of a host without its first one."""
         first = self._pids[host]
@@ -234,7 +249,8 @@ class Hosts:
             text=True,
             start_new_session=True,  # Ctrl-C is for this process
         )
-        if _pipe(process.stdout).readline() != "ready\n":
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
             _, said = process.communicate()
             raise subprocess.CalledProcessError(process.returncode, "unshare", stderr=said)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -250,8 +266,3 @@ class Hosts:
         """Run a command in the network of a host, or of the switch, with this machine's files."""
         enter = ["nsenter", "--target", str(self._pids[host]), "--net"]
         subprocess.run([*enter, *command], check=check, capture_output=True, text=True)
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
