@@ -127,200 +127,285 @@ def fit(
             step that was yielded, or as at the start.
         TimeoutError: Likewise, of a rank that is silent.
     """
-    per_epoch, total = steps_in(len(split), runtime.batch_size, cfg)
+    _, total = steps_in(len(split), runtime.batch_size, cfg)
     if total == 0:
         return
-    world, precision, task = runtime.world, runtime.mixed_precision, runtime.task
-    if world.size == 1:
-        local_steps = 1
-    objective = objective or Supervised(task)
-    freezing = Freezing(model, cfg.freeze, cfg.epochs)
-    parameters = freezing.trained
-    with runtime.world.heartbeat.busy():  # torch imports its compiler for the first optimizer
-        optimizer = runtime.optimizer.build(parameters, model)
-    peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
-    schedule = build_schedule(cfg, peak, total, per_epoch)
-    step = updates = 0
-    late = reads_late(world.device, world.size)
-    unchecked: _Loss | None = None  # of the last step, if losses are read late
-    loaded: Generator[Any] | None = None  # the pass over the split, which has one at a time
-    if start is not None:
-        step, updates = start["step"], start["updates"]
-        load_state(optimizer, start["optimizer"])
-        precision.load(start["scaler"])
+    fitting = _Fit(
+        model, split, cfg, runtime, epochs_before, start, request, objective, local_steps
+    )
+    try:
+        while fitting.step < total:
+            yield from fitting.run_epoch()
+    except (ConnectionError, TimeoutError):
+        fitting.restore_buffers()
+        raise
+    finally:
+        fitting.close()
 
-    def check(loss: _Loss) -> None:
-        """Raise an error if a loss is not finite."""
-        if math.isfinite(value := loss.read()):
+
+class _Fit:
+    """What `fit` keeps from step to step; `fit` explains the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        cfg: FitConfig,
+        runtime: Runtime,
+        epochs_before: int,
+        start: Mapping[str, Any] | None,
+        request: Request,
+        objective: Objective | None,
+        local_steps: int,
+    ) -> None:
+        world = runtime.world
+        self.model, self.split, self.cfg, self.runtime = model, split, cfg, runtime
+        self.world, self.precision = world, runtime.mixed_precision
+        self.epochs_before, self.request = epochs_before, request
+        self.objective = objective or Supervised(runtime.task)
+        self.local_steps = local_steps if world.size > 1 else 1
+        self.per_epoch, self.total = steps_in(len(split), runtime.batch_size, cfg)
+        self.units_per_sample = _units_per_sample(split, runtime)
+        self.freezing = Freezing(model, cfg.freeze, cfg.epochs)
+        self.parameters = self.freezing.trained
+        with world.heartbeat.busy():  # torch imports its compiler for the first optimizer
+            self.optimizer = runtime.optimizer.build(self.parameters, model)
+        peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
+        self.schedule = build_schedule(cfg, peak, self.total, self.per_epoch)
+        self.step = self.updates = 0  # steps done, and how many of them were applied
+        if start is not None:
+            self.step, self.updates = start["step"], start["updates"]
+            load_state(self.optimizer, start["optimizer"])
+            self.precision.load(start["scaler"])
+        self.late = reads_late(world.device, world.size)
+        self.unchecked: _Loss | None = None  # the last loss that all ranks have
+        self.samples: list[Tensor] = []  # of this rank since that loss
+        self.loaded: Generator[Any] | None = None  # the pass over the split, one at a time
+        self.synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
+        self.buffers = ForwardBuffers(model) if world.size > 1 else None
+        model.train()
+        self.freezing.begin_epoch(self.step // self.per_epoch)
+        self.reducer = self.build_reducer()
+        if start is not None and "reducer" in start and self.reducer.keeps_state:
+            self.reducer.load(start["reducer"], start.get("rank_reducer", {}))
+
+    def build_reducer(self) -> Reducer | LocalSteps:
+        """A reducer of the parameters that require a gradient now."""
+        reducer = self.runtime.reducer(self.parameters, extras=3)
+        if self.local_steps == 1:
+            return reducer
+        return LocalSteps(reducer, self.parameters, self.world, self.runtime.allreduce)
+
+    def run_epoch(self) -> Iterator[StepResult]:
+        """Take the remaining steps of the present epoch."""
+        epoch = self.step // self.per_epoch
+        if self.freezing.begin_epoch(epoch):
+            self.reducer.close()
+            self.reducer = self.build_reducer()
+        runtime, world, cfg = self.runtime, self.world, self.cfg
+        run_epoch = self.epochs_before + epoch
+        shuffled = stream_of(self.split) is None
+        batches = global_batches(
+            len(self.split), runtime.batch_size, runtime.seed, run_epoch, shuffled
+        )
+        batches = batches[self.step % self.per_epoch :][: self.total - self.step]
+        shares = [
+            micro_batches(b, world.rank, world.size, cfg.accumulate, runtime.sync_batchnorm)
+            for b in batches
+        ]
+        # An empty micro-batch is computed with a substitute, which does not count.
+        order = [
+            m if len(m) else _substitute(b, share[:number])
+            for b, share in zip(batches, shares, strict=True)
+            for number, m in enumerate(share)
+        ]
+        self.loaded = world.heartbeat.busy_until_first(self.split.batches(order, run_epoch))
+        for batch, share in zip(batches, shares, strict=True):
+            yield self.take_step(epoch, len(batch), share)
+
+    def take_step(self, epoch: int, samples: int, share: list[Tensor]) -> StepResult:
+        """Take an optimizer step.
+
+        Args:
+            epoch: Of the fit; 0 is the first.
+            samples: Size of the global batch.
+            share: This rank's micro-batches of it, as sample indices.
+        """
+        step, reducer = self.step + 1, self.reducer
+        in_epoch = self.step % self.per_epoch + 1
+        epoch_ends = in_epoch == self.per_epoch or step == self.total
+        reducer.synchronizes = epoch_ends or in_epoch % self.local_steps == 0
+        lr = self.schedule(self.updates)
+        set_lr(self.optimizer, lr)
+        _seed_step(self.runtime, self.epochs_before * self.per_epoch + self.step)
+        if self.buffers is not None:
+            self.buffers.begin_step()
+        read_loss, requested, counted = self.compute_gradients(samples, share)
+        self.samples += share
+        if reducer.synchronizes:
+            self.check_loss()
+            self.unchecked = _Loss(read_loss, step, lr, self.samples)
+            self.samples = []
+            if not self.late or epoch_ends:
+                self.check_loss()
+        if self.buffers is not None:
+            self.buffers.end_step()
+        applied = self.update_weights()
+        self.step = step
+        self.updates += applied
+        self.world.heartbeat.step = step
+        self.world.heartbeat.beat()
+        return StepResult(
+            step=step,
+            total=self.total,
+            epoch=epoch,
+            epoch_ends=epoch_ends,
+            samples=samples,
+            targets=counted,
+            lr=lr,
+            applied=applied,
+            sent_bytes=reducer.sent_bytes,
+            requested=requested,
+            state=self.state,
+            read_loss=read_loss,
+            rank_state=self.rank_state,
+            synchronized=reducer.synchronizes,
+        )
+
+    def compute_gradients(
+        self, samples: int, share: list[Tensor]
+    ) -> tuple[Callable[[], float], int, float]:
+        """Give the parameters the gradient of the mean loss over the units of the global batch.
+
+        Args:
+            samples: As for `take_step`.
+            share: Likewise.
+
+        Returns:
+            What reads the loss, the sum of the ranks' requests, and the units of loss.
+        """
+        reducer, ranks = self.reducer, self.world.size
+        reducer.zero_grad()
+        loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
+        request_slot.fill_(request := float(self.request()))
+        full = samples * self.units_per_sample  # units of loss, if no target is ignored
+        ignored = self.run_backward(share, full, loss_slot, ignored_slot)
+        reducer.finish()
+        if self.late:
+            read_loss: Callable[[], float] = LateValue(loss_slot)
+            mean_request, mean_ignored = request, ignored
+        else:
+            mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
+            read_loss = partial(float, mean_loss)
+        # So far the weights were those of a batch in which no target is ignored.
+        counted = max(0, full - mean_ignored * ranks)
+        if not self.runtime.task.fractional_units:
+            counted = round(counted)
+        if counted not in (0, full):
+            read_loss = _scaled(read_loss, full / counted)
+        # A rank that trains alone weights its gradients as if all shares were like its own.
+        own = counted if self.local_steps == 1 else max(0, full - ignored * ranks)
+        if own == 0:
+            reducer.zero_grad()
+        elif own != full:
+            _multiply_gradients(self.parameters, full / own)
+        return read_loss, round(mean_request * ranks), counted
+
+    def run_backward(
+        self, share: list[Tensor], full: int, loss_slot: Tensor, ignored_slot: Tensor
+    ) -> float:
+        """Run the forward and backward passes of this rank's micro-batches.
+
+        The reducer is armed, and its slots are set, before the last backward pass.
+
+        Args:
+            share: As for `take_step`.
+            full: Units of loss of the global batch, if no target is ignored.
+            loss_slot: Gets the weighted sum of the losses.
+            ignored_slot: Gets the units of loss that are missing, since targets are ignored.
+
+        Returns:
+            The units of loss that are missing.
+        """
+        task, ignored = self.runtime.task, 0.0
+        loss_slot.zero_()
+        ignored_slot.zero_()
+        assert self.loaded is not None
+        for number, indices in enumerate(share, start=1):
+            inputs, targets = next(self.loaded)
+            units = task.units(targets) if len(indices) else 0
+            ignored += len(indices) * self.units_per_sample - units
+            inputs, targets = self.runtime.place_batch(inputs, targets)
+            if self.synchronized is not None:
+                self.synchronized.counts = len(indices) > 0
+            with self.synchronized or nullcontext(), self.precision.autocast():
+                part = self.objective(self.model, inputs, targets, units)
+            weight = units * self.world.size / full
+            part = part if weight == 1 else part * weight
+            loss_slot += part.detach()
+            if number == len(share):
+                ignored_slot.fill_(ignored)
+                self.reducer.arm()
+            self.precision.backward(part)
+            self.world.heartbeat.beat()
+        return ignored
+
+    def update_weights(self) -> bool:
+        """Let the optimizer update the weights; returns whether it did (`Precision.step`)."""
+        reducer, precision = self.reducer, self.precision
+        scale = precision.scale if reducer.keeps_state else 1.0
+        update = precision.step(self.optimizer, self.parameters, self.cfg.clip)
+        if reducer.keeps_state:
+            reducer.rescale(precision.scale / scale)
+        reducer.end_step()
+        return update.applied
+
+    def check_loss(self) -> None:
+        """Raise an error if the last loss that all ranks have is unchecked, and is not finite."""
+        loss, self.unchecked = self.unchecked, None
+        if loss is None or math.isfinite(value := loss.read()):
             return
-        if loaded is not None:
-            loaded.close()
-        epoch = (loss.step - 1) // per_epoch
+        if self.loaded is not None:
+            self.loaded.close()
+        epoch = (loss.step - 1) // self.per_epoch
         samples = [indices for indices in loss.samples if len(indices)]
-        check_inputs(world, split, "train", samples, epochs_before + epoch)
+        check_inputs(self.world, self.split, "train", samples, self.epochs_before + epoch)
         raise Diverged(
             f"the loss is {value} in step {loss.step} (epoch {epoch + 1}) at a learning rate of "
             f"{loss.lr:g}: lower optimizer.lr, warm up, or clip"
         )
 
-    def state() -> dict[str, Any]:
-        if unchecked is not None:
-            check(unchecked)
+    def state(self) -> dict[str, Any]:
+        """`StepResult.state`: after the last step, whichever step is asked."""
+        self.check_loss()
         return {
-            "step": step,
-            "updates": updates,
-            "optimizer": optimizer.state_dict(),
-            "scaler": precision.state(),
-            **({"reducer": reducer.state()} if reducer.keeps_state else {}),
+            "step": self.step,
+            "updates": self.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.state(),
+            **({"reducer": self.reducer.state()} if self.reducer.keeps_state else {}),
         }
 
-    def rank_state() -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
+        """`StepResult.rank_state`."""
         own: dict[str, Any] = {}
-        if errors := reducer.rank_state():
+        if errors := self.reducer.rank_state():
             own["rank_reducer"] = errors
-        if local_steps > 1 and world.rank > 0:  # rank 0's are those of `state`
-            own.update(updates=updates, optimizer=optimizer.state_dict())
+        if self.local_steps > 1 and self.world.rank > 0:  # rank 0's are those of `state`
+            own.update(updates=self.updates, optimizer=self.optimizer.state_dict())
         return own
 
-    def build_reducer() -> Reducer | LocalSteps:
-        reducer = runtime.reducer(parameters, extras=3)
-        if local_steps == 1:
-            return reducer
-        return LocalSteps(reducer, parameters, world, runtime.allreduce)
+    def restore_buffers(self) -> None:
+        """Undo what the forward passes of a step that failed did to the model's buffers."""
+        if self.buffers is not None:
+            self.buffers.restore()
 
-    per_sample = _units_per_sample(split, runtime)
-    synchronized = SyncBatchNorm(world) if runtime.sync_batchnorm else None
-    reducer = build_reducer()
-    buffers = ForwardBuffers(model) if world.size > 1 else None
-    loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
-    model.train()
-    samples: list[Tensor] = []  # of this rank since the last loss that all ranks have
-    try:
-        for epoch in range(step // per_epoch, cfg.epochs):
-            if freezing.begin_epoch(epoch):
-                reducer.close()
-                reducer = build_reducer()
-                loss_slot, request_slot, ignored_slot = reducer.extra.unbind()
-            if start is not None and "reducer" in start and reducer.keeps_state:
-                reducer.load(start["reducer"], start.get("rank_reducer", {}))
-            start = None
-            run_epoch = epochs_before + epoch
-            batches = global_batches(
-                len(split), runtime.batch_size, runtime.seed, run_epoch, stream_of(split) is None
-            )
-            batches = batches[step % per_epoch :][: total - step]
-            shares = [
-                micro_batches(b, world.rank, world.size, cfg.accumulate, runtime.sync_batchnorm)
-                for b in batches
-            ]
-            # An empty micro-batch is computed with a substitute, which does not count.
-            order = [
-                m if len(m) else _substitute(b, share[:number])
-                for b, share in zip(batches, shares, strict=True)
-                for number, m in enumerate(share)
-            ]
-            loaded = world.heartbeat.busy_until_first(split.batches(order, run_epoch))
-            for batch, share in zip(batches, shares, strict=True):
-                lr = schedule(updates)
-                set_lr(optimizer, lr)
-                _seed_step(runtime, epochs_before * per_epoch + step)
-                if buffers is not None:
-                    buffers.begin_step()
-                reducer.zero_grad()
-                epoch_ends = (step + 1) % per_epoch == 0 or step + 1 == total
-                reducer.synchronizes = epoch_ends or (step % per_epoch + 1) % local_steps == 0
-                requested = float(request())
-                request_slot.fill_(requested)
-                loss = torch.zeros((), device=world.device)
-                full = len(batch) * per_sample  # units of loss, if no target is ignored
-                ignored = 0.0  # of them, on this rank
-                for number, indices in enumerate(share, start=1):
-                    inputs, targets = next(loaded)
-                    counted = task.units(targets) if len(indices) else 0
-                    ignored += len(indices) * per_sample - counted
-                    inputs, targets = runtime.place_batch(inputs, targets)
-                    if synchronized is not None:
-                        synchronized.counts = len(indices) > 0
-                    with synchronized or nullcontext(), precision.autocast():
-                        part = objective(model, inputs, targets, counted)
-                    weight = counted * world.size / full
-                    part = part if weight == 1 else part * weight
-                    loss = part.detach() if number == 1 else loss + part.detach()
-                    if number == len(share):
-                        loss_slot.copy_(loss)
-                        ignored_slot.fill_(ignored)
-                        reducer.arm()
-                    precision.backward(part)
-                    world.heartbeat.beat()
-                if not share:
-                    loss_slot.zero_()
-                    ignored_slot.zero_()
-                reducer.finish()
-                if late:
-                    mean_request, mean_ignored = requested, float(ignored)
-                    read_loss: Callable[[], float] = LateValue(loss_slot)
-                else:
-                    mean_loss, mean_request, mean_ignored = reducer.extra.tolist()
-                    read_loss = partial(float, mean_loss)
-                # So far the weights were those of a batch in which no target is ignored.
-                counted = max(0, full - mean_ignored * world.size)
-                if not task.fractional_units:
-                    counted = round(counted)
-                if counted not in (0, full):
-                    read_loss = _scaled(read_loss, full / counted)
-                # A rank that trains alone weights its gradients as if all shares were like its own.
-                own = counted if local_steps == 1 else max(0, full - ignored * world.size)
-                if own == 0:
-                    reducer.zero_grad()
-                elif own != full:
-                    _multiply_gradients(parameters, full / own)
-                samples += share
-                if reducer.synchronizes:
-                    if unchecked is not None:
-                        check(unchecked)
-                    unchecked = _Loss(read_loss, step + 1, lr, samples)
-                    samples = []
-                    if not late or epoch_ends:
-                        check(unchecked)
-                        unchecked = None
-                if buffers is not None:
-                    buffers.end_step()
-                scale = precision.scale if reducer.keeps_state else 1.0
-                update = precision.step(optimizer, parameters, cfg.clip)
-                if reducer.keeps_state:
-                    reducer.rescale(precision.scale / scale)
-                reducer.end_step()
-                step += 1
-                updates += update.applied
-                world.heartbeat.step = step
-                world.heartbeat.beat()
-                yield StepResult(
-                    step=step,
-                    total=total,
-                    epoch=epoch,
-                    epoch_ends=epoch_ends,
-                    samples=len(batch),
-                    targets=counted,
-                    lr=lr,
-                    applied=update.applied,
-                    sent_bytes=reducer.sent_bytes,
-                    requested=round(mean_request * world.size),
-                    state=state,
-                    read_loss=read_loss,
-                    rank_state=rank_state,
-                    synchronized=reducer.synchronizes,
-                )
-                if step == total:
-                    return
-    except (ConnectionError, TimeoutError):
-        if buffers is not None:
-            buffers.restore()
-        raise
-    finally:
-        if loaded is not None:  # results of steps, which the caller may keep, refer to it
-            loaded.close()
-        reducer.close()
-        freezing.release()
+    def close(self) -> None:
+        """End the pass over the split, close the reducer and unfreeze what was frozen."""
+        if self.loaded is not None:  # results of steps, which the caller may keep, refer to it
+            self.loaded.close()
+        self.reducer.close()
+        self.freezing.release()
 
 
 def micro_batches(
