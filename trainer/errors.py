@@ -5,9 +5,20 @@ from typing import Any
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or else the name of its class."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    """The first line of an error's message that is not empty, or else the name of its class.
+
+    A line that ends with a colon is followed by the next one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def described(error: BaseException) -> str:
+    """Class, first line and notes of an error, as one line."""
+    notes = "; ".join(note for note in getattr(error, "__notes__", []) if "\n" not in note)
+    return f"{type(error).__name__}: {first_line(error)}{notes and f' ({notes})'}"
 
 
 def one_line(text: str) -> str:

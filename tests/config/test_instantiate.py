@@ -1,5 +1,7 @@
 """Parts of an experiment, built from settings or passed as Python objects."""
 
+import threading
+
 import pytest
 from torch import nn
 
@@ -15,3 +17,15 @@ def test_an_object_of_another_type_is_refused():
         factory.build()
     with pytest.raises(ConfigError, match="of type int"):
         _ = factory.given
+
+
+def test_an_object_that_cannot_be_copied_is_refused():
+    net = nn.Linear(2, 2)
+    net.lock = threading.Lock()
+    factory = Factory("model", {"_object_": "net"}, nn.Module, {"net": net})
+    with pytest.raises(
+        ConfigError,
+        match=r"model: the Linear that was passed cannot be copied: TypeError: .*lock.*"
+        "pass the class or function that makes it",
+    ):
+        factory.build()

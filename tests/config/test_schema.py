@@ -115,3 +115,8 @@ def test_a_wrong_fit_is_named_with_its_phase(settings, said):
 def test_a_missing_mandatory_key_is_named():
     with pytest.raises(ConfigError, match="name"):
         to_dataclass(Config, {key: value for key, value in MINIMAL.items() if key != "name"})
+
+
+def test_what_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match=r"fit.lr='1e-3': it must be a number"):
+        FitConfig(lr="1e-3")

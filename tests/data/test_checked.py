@@ -8,9 +8,10 @@ from torch.utils.data import Subset
 
 from trainer.data.checked import CheckedSplit, TargetCheck, sample_name
 from trainer.data.datasets import DatasetSplit
+from trainer.data.sources import as_splits
 from trainer.data.split import TensorSplit
 from trainer.engine.profile import Profile, ProfiledSplit
-from trainer.errors import RunError
+from trainer.errors import RunError, described
 from trainer.tasks import Classification
 
 INPUTS = torch.arange(6.0)[:, None]
@@ -47,6 +48,23 @@ def test_a_target_of_a_sequence_is_named_by_its_sample() -> None:
     split = checked(torch.tensor([[0, 1], [-100, 2], [3, 3], [-100, 9], [0, 7], [0, 0]]))
     with pytest.raises(RunError, match="train sample 4: its target is 7,"):
         list(split.batches([torch.tensor([1, 4, 3])], 0))
+
+
+def test_samples_that_were_held_out_have_their_number_in_the_whole_data() -> None:
+    train = as_splits((INPUTS, torch.arange(6)), hold_out=0.2).train
+    (((value,), _),) = train.batches([torch.tensor([2])], None)
+    expected = f"sample 2 (number {value.item():.0f} of the data set that it was held out of)"
+    assert sample_name(train, 2) == expected
+
+
+def test_an_error_of_the_data_set_names_split_and_sample() -> None:
+    part = DatasetSplit(Subset([(torch.zeros(2), 0)], [0, 7]), seed=0)  # type: ignore[arg-type]
+    with pytest.raises(IndexError) as raised:
+        list(CheckedSplit(part, "train", check(4)).batches([torch.tensor([1])], None))
+    assert described(raised.value) == (
+        "IndexError: list index out of range (while sample 1 (number 7 of the data set that it was "
+        "held out of) was read; in the train data)"
+    )
 
 
 def test_an_unusable_sample_ends_the_run_with_its_name() -> None:

@@ -107,11 +107,18 @@ def test_loader_processes_give_the_same_batches_pass_after_pass() -> None:
 @pytest.mark.integration
 def test_an_error_in_a_loader_process_reaches_the_caller() -> None:
     items = [(torch.zeros(2), 0), (torch.zeros(3), 0)]
+    split = DatasetSplit(Listed(items), seed=0, loader_workers=1)
     with pytest.raises(
         ValueError,
         match=r"^sample 1: its inputs have the shape \[3\]",
     ):
-        read(DatasetSplit(Listed(items), seed=0, loader_workers=1), [[0, 1]])
+        read(split, [[0, 1]])
+    with pytest.raises(IndexError, match="list index out of range") as raised:
+        read(split, [[7]])
+    assert str(raised.value) == "list index out of range"
+    reading, original = raised.value.__notes__
+    assert reading == "while sample 7 was read"
+    assert original.startswith("Original Traceback (most recent call last):")
 
 
 @pytest.mark.integration

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ DATA = (samples(200), samples(50), samples(60))
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+class Locked(nn.Sequential):
+    """Cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4))
+        self.lock = threading.Lock()
 
 
 def run(**changes: Any) -> trainer.Result:
@@ -141,6 +150,12 @@ def test_data_in_many_forms(data: Any, sizes: list[int]) -> None:
         ({"phases": [Train]}, "pass objects of subclasses of Phase, such as Train"),
         ({"phases": [Prune(0.5), Train()]}, "phase 'train' .* would destroy the zeros"),
         ({"phases": []}, "phases: there are none"),
+        ({"phases": Train()}, r"phases is a Train: pass a list .*, such as \[Train"),
+        ({"phases": [Prune(0.5, include="0")]}, r"phases.prune.include: it must be a list, such"),
+        ({"model": torch.jit.script(net())}, "modules of torch.jit cannot be changed"),  # type: ignore[no-untyped-call]
+        ({"model": net().to("meta")}, "0.weight is on the meta device, so that it has no values"),
+        ({"model": Locked}, r"Locked cannot be copied \(copy.deepcopy\): .*remove what cannot be"),
+        ({"artifact": "yes"}, "artifact='yes': pass True, False, or a mapping"),
         ({"batch_size": 0}, "data.batch_size=0"),
         ({"precision": "int8"}, "precision=int8: it must be one of fp32"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, "optimizer: pass its class"),
@@ -154,6 +169,20 @@ def test_a_wrong_argument_is_one_line_and_leaves_nothing(
     with pytest.raises(ConfigError, match=message):
         run(**changes)
     assert not list(Path.cwd().iterdir())
+
+
+def test_settings_in_short_forms() -> None:
+    config = trainer.Experiment(
+        model=net,
+        data=DATA,
+        phases=PHASES,
+        artifact={"coder": "huffman"},
+        recompute="0",
+        init_from="weights.pt",
+        init_skip="0.*",
+    ).config
+    assert config.artifact.make
+    assert (config.recompute, config.init_skip) == (["0"], ["0.*"])
 
 
 def test_an_experiment_and_settings_exclude_each_other() -> None:

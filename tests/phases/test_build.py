@@ -174,6 +174,24 @@ def test_order() -> None:
         check_order({"share": Share(fit=FitConfig()), "own": Own(fit=FitConfig())})
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "advice"),
+    [
+        (Prune(0.5), Train(epochs=1), "use retrain instead, or move it"),
+        (Share(4), Train(epochs=1), r"use retrain with keep=\[zeros,sharing\] instead, or move it"),
+        (Share(4), Retrain(epochs=1), r"set its keep=\[zeros,sharing\], or move it"),
+        (Share(4), Quantize(), r"training: set its keep=\[zeros,sharing\], or move it"),
+        (Share(4), EntropyPenalty(), "training: move it"),
+        (Quantize(), Quantize(), "training: move it"),
+        (Quantize(), Train(epochs=1), "'first': move it"),
+        (Quantize(), Retrain(epochs=1), "'first': move it"),
+    ],
+)
+def test_the_advice_for_a_refused_order_works(first, second, advice):
+    with pytest.raises(ConfigError, match=f"{advice} before 'first'$"):
+        check_order({"first": first, "second": second})
+
+
 def test_settings_are_checked_against_the_model() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).to("meta")
     Prune(0.5, fit=TRAINING, overrides={"0": 0.2}, exempt=["1"]).check_model(model)

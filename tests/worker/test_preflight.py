@@ -169,6 +169,47 @@ def test_other_outputs_in_training_are_refused():
     check_compatible(Auxiliary(64, 3), IMAGES, runtime(WORLD), [FitConfig(epochs=0)])
 
 
+class Growing(nn.Module):
+    """Its buffer grows with each call."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.layer = net()
+        self.register_buffer("seen", torch.zeros(1), persistent=persistent)
+
+    def forward(self, images):
+        self.seen = torch.cat([self.seen, images.mean().reshape(1)])
+        return self.layer(images)
+
+
+def test_a_buffer_of_the_state_keeps_its_shape():
+    with pytest.raises(ConfigError, match=r"buffer seen changes in forward from \[1\] to \[2\], "):
+        check_compatible(Growing(persistent=True), IMAGES, runtime(WORLD))
+    model = Growing(persistent=False)
+    check_compatible(model, IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
+    assert model.seen.tolist() == [0]  # as it was
+
+
+class Detached(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images).detach()
+
+
+def test_a_loss_without_gradients_is_refused():
+    with pytest.raises(ConfigError, match=r"Detached .* does not depend on any parameter"):
+        check_compatible(Detached(net()), IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
+    check_compatible(Detached(net()), IMAGES, runtime(WORLD), [FitConfig(epochs=0)])
+
+
+def test_complex_parameters_are_not_trained():
+    model = net()
+    model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match="model: phase is complex, and parameters that are train"):
+        check_compatible(model, IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
+    model.phase.requires_grad_(False)
+    check_compatible(model, IMAGES, runtime(WORLD), [FitConfig(epochs=1)])
+
+
 class Images(Dataset):
     """Images like IMAGES; some have another label, or cannot be read."""
 

@@ -14,7 +14,7 @@ from trainer.cluster.group import Reformed, Step, WorkerFailed, WorkerFunction
 from trainer.cluster.memory import memory_released
 from trainer.config import ClusterConfig
 from trainer.engine.world import World, same_bits_on_cuda
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError, RunError, described
 
 
 class InlineGroup:
@@ -54,7 +54,7 @@ class InlineGroup:
             except (ConfigError, RunError):
                 raise
             except (Exception, SystemExit) as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = described(error)
                 detail = traceback.format_exc()
                 position = world.heartbeat.position
                 raise WorkerFailed(0, self.nodes[0], reason, detail, position) from error

@@ -18,7 +18,7 @@ from trainer.cluster.memory import memory_released
 from trainer.engine.rendezvous import RendezvousServer
 from trainer.engine.transport import PeerLost
 from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError, RunError, described
 from trainer.messages import Handover
 
 CONTROL = "control"
@@ -153,7 +153,7 @@ class Worker:
                 self._handover = state or self._handover
                 known = isinstance(error, ConfigError | RunError)
                 yield Failure(
-                    reason=str(error) if known else f"{type(error).__name__}: {error}",
+                    reason=str(error) if known else described(error),
                     detail=traceback.format_exc(),
                     is_config_error=isinstance(error, ConfigError),
                     is_permanent=isinstance(error, RunError),

@@ -17,7 +17,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, described, first_line
 
 T = TypeVar("T")
 
@@ -50,6 +50,8 @@ def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") ->
             message = f"{full_key}: there is no such setting; known keys: {known}"
         elif not error.full_key and (found := _not_a_mapping(schema, settings, key)):
             message = f"{found}: it must be a mapping"  # OmegaConf does not say where
+        elif "is not a ListConfig" in str(error):
+            message = f"{full_key}: it must be a list, such as [a, b]"
         else:
             message = ": ".join(part for part in (full_key, str(error).splitlines()[0]) if part)
         raise ConfigError(message) from error
@@ -159,10 +161,18 @@ class Factory(Generic[T]):
                 set them.
 
         Raises:
-            ConfigError: The target refuses a value, or returns an object of another type.
+            ConfigError: The target refuses a value, or returns an object of another type; or the
+                given object cannot be copied.
         """
         if self.is_object:
-            return copy.deepcopy(self.given)
+            given = self.given
+            try:
+                return copy.deepcopy(given)
+            except Exception as error:  # its class may raise anything
+                raise ConfigError(
+                    f"{self.key}: the {type(given).__name__} that was passed cannot be copied: "
+                    f"{described(error)}; pass the class or function that makes it instead"
+                ) from error
         return build_object(self.key, self.settings, self.expected, self.objects, context)
 
 

@@ -29,10 +29,12 @@ def check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
 def check_min(key: str, value: float | None, low: float, *, excluded: bool = False) -> None:
     """Raise ConfigError for a number below `low` (or equal to it if `excluded`), NaN or infinity.
 
-    None is accepted: it means that the setting is not set.
+    None is accepted: it means that the setting is not set. What is no number is refused.
     """
     if value is None:
         return
+    if not isinstance(value, int | float):
+        raise ConfigError(f"{key}={value!r}: it must be a number")
     if not math.isfinite(value) or value < low or (excluded and value == low):
         raise ConfigError(f"{key}={value}: it must be {'above' if excluded else 'at least'} {low}")
 

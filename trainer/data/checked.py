@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.data.datasets import DatasetSplit
 from trainer.data.split import SampleError, Split, unwrapped
 from trainer.errors import RunError
 
@@ -60,6 +59,9 @@ class CheckedSplit:
                 yield inputs, targets
         except SampleError as error:
             raise RunError(f"data: {self.describe(error)}") from error
+        except Exception as error:
+            error.add_note(f"in the {self.name} data")
+            raise
 
     def check_targets(self, indices: Tensor, targets: Tensor) -> None:
         """Raise SampleError for a target that cannot be used.
@@ -85,4 +87,5 @@ def describe_sample(name: str, split: Split, error: SampleError) -> str:
 def sample_name(split: Split, index: int) -> str:
     """A sample of a split in words, for messages."""
     split = unwrapped(split)
-    return split.sample_name(index) if isinstance(split, DatasetSplit) else f"sample {index}"
+    named: Callable[[int], str] = getattr(split, "sample_name", "sample {}".format)
+    return named(index)

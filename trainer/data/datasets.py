@@ -8,6 +8,7 @@ processes.
 import contextlib
 import pickle
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -23,7 +24,7 @@ from trainer.data.hashing import mix
 from trainer.data.loaders import fork_server, start_loader
 from trainer.data.order import permutation
 from trainer.data.prefetch import spare_cpus
-from trainer.data.split import SampleError, Split, Splits
+from trainer.data.split import SampleError, Split, Splits, name_sample
 from trainer.data.tree import map_tensors, merge, tensors
 from trainer.errors import ConfigError, first_line
 
@@ -41,6 +42,9 @@ NO_LOADER = (
     "is a DataLoader, but batches are made here: pass its dataset and batch_size, such as "
     "data=loader.dataset, batch_size=64"
 )
+
+_LOADER_TRACEBACK = "\nOriginal Traceback"  # torch writes it into errors of loader processes
+_READ_SAMPLE = re.compile(r"^while sample (\d+) was")  # a note of `SeededBatches`
 
 Request = tuple[int, list[int]]  # epoch, sample indices
 Batch = tuple[Any, Tensor]  # inputs (see Split.batches), targets
@@ -257,20 +261,43 @@ class DatasetSplit:
                 f"be sent to the loader processes: {first_line(error)}; let it open files and "
                 "connections with the first sample, or set data.loader_workers=0"
             ) from error
-        for batch in found:
+        while True:
+            try:
+                batch = next(found, None)
+            except Exception as error:
+                self._explain(error)
+                raise
+            if batch is None:
+                return
             if isinstance(batch, SampleError):
                 raise batch
             inputs, targets = batch
             yield inputs if self.prepare is None else self.prepare(inputs), targets
 
+    def _explain(self, error: Exception) -> None:
+        """Name the sample in the notes of an error, also in one of a loader process.
+
+        torch puts the traceback of a loader process into the message. It becomes a note, and the
+        message is that of the original error.
+        """
+        head, found, original = str(error).partition(_LOADER_TRACEBACK)
+        if found:
+            lines = original.rstrip().splitlines()
+            *_, last = [-1, *(i for i, line in enumerate(lines) if line.startswith(" "))]
+            message, *notes = lines[last + 1 :] or [head]
+            error.args = (message.removeprefix(f"{type(error).__name__}: "),)
+            error.__notes__ = [*notes, found.strip() + original]
+        error.__notes__ = [
+            _READ_SAMPLE.sub(lambda match: f"while {self.sample_name(int(match[1]))} was", note)
+            for note in getattr(error, "__notes__", [])
+        ]
+
     def sample_name(self, index: int) -> str:
-        """A sample in words; one that was held out also by its number in the whole Dataset."""
+        """A sample in words, for messages."""
         if hasattr(self.dataset, "sample_name"):  # of a stream
             return str(self.dataset.sample_name(index))
-        if isinstance(self.dataset, Subset):
-            number = self.dataset.indices[index]
-            return f"sample {index} (number {number} of the data set that it was held out of)"
-        return f"sample {index}"
+        held_out = isinstance(self.dataset, Subset)
+        return name_sample(index, self.dataset.indices[index] if held_out else None)  # type: ignore[attr-defined]
 
     def listed_targets(self) -> Tensor | None:
         """The targets that the Dataset lists beside its samples, int64 [n]; None: it lists none.

@@ -53,7 +53,9 @@ def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
         order = permutation(len(targets), SPLIT_SEED, 0)
         *held, rest = order.tensor_split([size * (i + 1) for i in range(len(missing))])
         parts |= {
-            name: (map_tensors(itemgetter(indices), inputs), targets[indices])
+            name: TensorSplit(
+                map_tensors(itemgetter(indices), inputs), targets[indices], numbers=indices
+            )
             for name, indices in zip([*missing, "train"], [*held, rest], strict=True)
         }
     elif missing:

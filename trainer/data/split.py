@@ -41,6 +41,14 @@ class SampleError(ValueError):
         return f"sample {self.index}: {self.reason}"
 
 
+def name_sample(index: int, number: int | None) -> str:
+    """A sample in words; one that was held out also by its number in the whole data set."""
+    held_out = (
+        "" if number is None else f" (number {number} of the data set that it was held out of)"
+    )
+    return f"sample {index}{held_out}"
+
+
 class Split(Protocol):
     """Samples that can be read in any order."""
 
@@ -92,6 +100,8 @@ class TensorSplit:
         augment: Changes the stored inputs of a training batch.
         prepare: Turns the inputs of any batch into those of the model, so that a compact form of
             them (bytes) can be stored.
+        numbers: int64 [n], the samples in the data that they were held out of, for messages; None:
+            they are all of the data.
 
     Raises:
         ValueError: `inputs` and `targets` differ in length.
@@ -103,6 +113,7 @@ class TensorSplit:
         targets: Tensor,
         augment: Augment | None = None,
         prepare: Callable[[Any], Any] | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         for tensor in tensors(inputs):
             if len(tensor) != len(targets):
@@ -113,9 +124,14 @@ class TensorSplit:
         self.targets = targets
         self.augment = augment
         self.prepare = prepare
+        self._numbers = numbers
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def sample_name(self, index: int) -> str:
+        """A sample in words, for messages."""
+        return name_sample(index, None if self._numbers is None else int(self._numbers[index]))
 
     def batches(self, order: Iterable[Tensor], epoch: int | None) -> Iterator[tuple[Any, Tensor]]:
         """As `Split.batches`.

@@ -91,6 +91,11 @@ def _by_name(phases: Sequence[Phase] | Mapping[str, Phase]) -> dict[str, Phase]:
     """Phases by name; in a sequence they are named after their kind: train, prune, prune_2."""
     if isinstance(phases, Mapping):
         return dict(phases)
+    if not isinstance(phases, Sequence) or isinstance(phases, str):
+        raise ConfigError(
+            f"phases is a {type(phases).__name__}: pass a list or a mapping of phases, such as "
+            "[Train(epochs=2)]"
+        )
     named: dict[str, Phase] = {}
     for phase in phases:
         kind = getattr(phase, "kind", type(phase).__name__.lower())
@@ -179,6 +184,12 @@ def _describe_artifact(
         artifact = {
             field.name: getattr(artifact, field.name) for field in dataclasses.fields(artifact)
         }
+    elif isinstance(artifact, Mapping):
+        artifact = {"make": True, **artifact}
+    else:
+        raise ConfigError(
+            f"artifact={artifact!r}: pass True, False, or a mapping of the settings of this section"
+        )
     coder = artifact.get("coder", "auto")
     described = coder if _is_plain(coder) else describe_object("artifact.coder", coder, objects)
     return {**artifact, "coder": described}

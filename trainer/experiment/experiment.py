@@ -122,8 +122,8 @@ class Experiment:
         export: Whether to write model.onnx.
         limits: What the result must reach.
         cost: What energy costs, and the power of what no counter measures.
-        artifact: Whether to write model.dcz, or the settings of that section, in which `coder` may
-            be an object of a class of your own (docs/own-coder.md).
+        artifact: Whether to write model.dcz, or the settings with which it is written, in which
+            `coder` may be an object of a class of your own (docs/own-coder.md).
         logger: Names, such as ["tensorboard", "csv"]; or sinks by name: mappings with a
             `_target_`, or objects that follow `trainer.report.Sink`.
 
@@ -202,14 +202,14 @@ class Experiment:
             "data": {**parts["data"], "batch_size": batch_size},
             "optimizer": chosen if lr is None else {**chosen, "lr": lr},
             "init_from": None if init_from is None else str(init_from),
-            "init_skip": [*init_skip],
+            "init_skip": _patterns(init_skip),
             "init_strict": init_strict,
             "seed": seed,
             "precision": precision,
             "channels_last": channels_last,
             "sync_batchnorm": sync_batchnorm,
             "compile": dict(compile) if isinstance(compile, Mapping) else compile,
-            "recompute": [*recompute],
+            "recompute": _patterns(recompute),
             "profile": profile,
             "cluster": describe_cluster(cluster, workers),
             "allreduce": describe_section("allreduce", allreduce),
@@ -318,8 +318,25 @@ class Experiment:
         return dense if any(phase.needs_dense_model for phase in remaining) else None
 
     def build_model(self) -> nn.Module:
-        """Build the model with its initial weights, drawn from torch's global random state."""
-        return self.model.build()
+        """Build the model with its initial weights, drawn from torch's global random state.
+
+        Raises:
+            ConfigError: It cannot be built, or is of a kind that cannot be trained.
+        """
+        model = self.model.build()
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ConfigError(
+                "model: modules of torch.jit cannot be changed or saved as state_dicts of their "
+                "own; pass the module that it was made from"
+            )
+        if torch.get_default_device().type != "meta":
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                if tensor.is_meta:
+                    raise ConfigError(
+                        f"model: {name} is on the meta device, so that it has no values; build the "
+                        "model on the CPU, or pass the class or function that builds it"
+                    )
+        return model
 
     def build_data(self) -> Splits:
         """Build the three splits. They are the same whenever and wherever they are built.
@@ -418,6 +435,11 @@ class Experiment:
             if isinstance(phase, StructuralPhase)
         }
         apply_changes(model, changes, kinds)
+
+
+def _patterns(given: str | Sequence[str]) -> list[str]:
+    """Patterns as a list; a text is one pattern."""
+    return [given] if isinstance(given, str) else [*given]
 
 
 def _without_sinks(objects: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Builds the phases of an experiment from settings, and validates them and their order."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
@@ -94,15 +95,26 @@ def check_order(phases: Mapping[str, Phase]) -> None:
         for what, maker in made.items():
             if what == STRUCTURE:
                 continue
-            problem = f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}"
-            if what in phase.destroys:
+            if what in phase.destroys or (phase.fit.epochs > 0 and what not in phase.keeps):
+                untrained = ", even without training" if what in phase.destroys else ""
                 raise ConfigError(
-                    f"{problem}, even without training: move it before {maker!r}, or keep the "
-                    f"{what} if it has a setting for that, such as keep=[zeros,sharing]"
+                    f"phase {name!r} ({phase.kind}) would destroy the {what} made by {maker!r}"
+                    f"{untrained}: {_remedy(phase, what)}move it before {maker!r}"
                 )
-            if phase.fit.epochs > 0 and what not in phase.keeps:
-                raise ConfigError(f"{problem}: use retrain instead, or move it before {maker!r}")
         made.update(dict.fromkeys(phase.makes, name))
+
+
+def _remedy(phase: Phase, what: str) -> str:
+    """How to keep a property that the phase would destroy, followed by "or"; "": not at all."""
+    if hasattr(phase, "keep"):
+        keeping = copy.copy(phase)
+        keeping.keep = ["zeros", "sharing"]
+        if what in keeping.keeps - keeping.destroys:
+            return "set its keep=[zeros,sharing], or "
+    elif what not in phase.destroys and what != "quantization":
+        sharing = " with keep=[zeros,sharing]" if what == "sharing" else ""
+        return f"use retrain{sharing} instead, or "
+    return ""
 
 
 def check_limits(limits: LimitsConfig, task: Task, has_dense_model: bool) -> None:

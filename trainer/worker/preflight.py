@@ -23,7 +23,7 @@ from trainer.engine.loop import micro_batches, steps_in
 from trainer.engine.runtime import Runtime
 from trainer.engine.schedules import check_schedule
 from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError, first_line
+from trainer.errors import ConfigError, RunError, described, first_line
 from trainer.tasks import output as outputs
 
 SCAN_SECONDS = 0.2  # time for finding unusable samples in a split that is not in memory
@@ -121,6 +121,12 @@ def _check_parameters(model: nn.Module, runtime: Runtime, trained: bool) -> None
             f"model: there is nothing to train, because no parameter of {kind} requires a "
             "gradient; unfreeze some, or set fit.epochs=0 in every phase"
         )
+    for name, parameter in model.named_parameters():
+        if trained and parameter.requires_grad and parameter.is_complex():
+            raise ConfigError(
+                f"model: {name} is complex, and parameters that are trained must be real: make it "
+                "of torch.view_as_real(...), and use torch.view_as_complex in forward"
+            )
     if trained and runtime.precision == "fp16" and any(p.dtype == torch.float16 for p in trainable):
         raise ConfigError(
             f"precision=fp16: parameters of {kind} are float16 themselves, which loss scaling "
@@ -268,11 +274,7 @@ def _readable(name: str, split: Split) -> Iterator[None]:
     except (ConfigError, RunError):
         raise
     except Exception as error:
-        note = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[-1:])
-        raise RunError(
-            f"data: the {name} data cannot be read: {type(error).__name__}: {first_line(error)}"
-            f"{note}"
-        ) from error
+        raise RunError(f"data: the {name} data cannot be read: {described(error)}") from error
 
 
 def _check_mixing(inputs: Any, targets: Tensor, fit: FitConfig) -> None:
@@ -334,17 +336,25 @@ def _check_smallest_batch(
     problem = (
         f"data.batch_size={batch_size} with cluster.workers={size} and "
         f"fit.accumulate={fit.accumulate}: {kind} cannot be trained on as little as {count} of "
-        f"the {samples} training samples at a time"
+        f"the {samples} training samples at a time; change data.batch_size if that is too few"
     )
     few, given = map_tensors(repeated, inputs), repeated(targets)
-    output = _forward(model, few, given, runtime, problem)
-    try:
-        task.training_loss(output, given.to(runtime.world.device), task.units(given))
-    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+    units = task.units(given)
+    with torch.enable_grad():
+        output = _forward(model, few, given, runtime, problem)
+        try:
+            loss = task.training_loss(output, given.to(runtime.world.device), units)
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"data and model: the loss of what {kind} returns in training mode, "
+                f"{outputs.describe(output)}, cannot be computed: {first_line(error)}"
+            ) from error
+    if units and not loss.requires_grad:
         raise ConfigError(
-            f"data and model: the loss of what {kind} returns in training mode, "
-            f"{outputs.describe(output)}, cannot be computed: {first_line(error)}"
-        ) from error
+            f"data and model: the loss of what {kind} returns in training mode does not depend on "
+            "any parameter that requires a gradient; look for detach(), no_grad() or argmax() in "
+            "forward and in the loss"
+        )
 
 
 def _forward(
@@ -353,11 +363,15 @@ def _forward(
     """The model's output for a batch; its buffers keep their values.
 
     Raises:
-        ConfigError: The model raised an error because of the inputs. The message begins with
-            `problem`.
+        ConfigError: The model raised an error because of the inputs; the message then begins with
+            `problem`. Or the shape of a buffer in its state_dict changed.
     """
     device = runtime.world.device
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (prefix, module, name, buffer, None if buffer is None else buffer.clone())
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+    ]
     try:
         placed = runtime.place_batch(inputs, targets)
         with runtime.mixed_precision.autocast():
@@ -371,8 +385,19 @@ def _forward(
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(f"{problem}: {reason}{_source_line(error)}") from error
-    for buffer, before in buffers:
-        buffer.copy_(before)
+    for prefix, module, name, buffer, before in buffers:
+        now = module._buffers.get(name)  # forward may have assigned another tensor
+        shapes = [None if tensor is None else [*tensor.shape] for tensor in (before, now)]
+        if shapes[0] != shapes[1] and name not in module._non_persistent_buffers_set:
+            raise ConfigError(
+                f"model: the shape of the buffer {prefix}{prefix and '.'}{name} changes in forward "
+                f"from {shapes[0]} to {shapes[1]}, so that a fresh model could not load it; keep "
+                "its shape, or register it with persistent=False"
+            )
+        module._buffers[name] = buffer
+        if buffer is not None and before is not None:
+            with torch.no_grad():
+                buffer.copy_(before)
     return output
 
 

@@ -21,7 +21,7 @@ from trainer.data.split import Splits
 from trainer.engine.loop import steps_in
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError, first_line
+from trainer.errors import ConfigError, RunError, described
 from trainer.experiment import Experiment, check_phases
 from trainer.messages import (
     STEP_COMPLETE,
@@ -276,8 +276,16 @@ def _check_restorable(experiment: Experiment, model: nn.Module) -> None:
     """Refuse a model whose weights cannot be loaded into a fresh one, as happens after training.
 
     Raises:
-        ConfigError: Loading them fails, or leaves other values than were stored.
+        ConfigError: Loading them fails, or leaves other values than were stored; or the model
+            cannot be copied, which many phases do.
     """
+    try:
+        copy.deepcopy(model)
+    except Exception as error:  # of the user's own code
+        raise ConfigError(
+            f"model: {type(model).__name__} cannot be copied (copy.deepcopy): {described(error)}; "
+            "remove what cannot be copied from its attributes, or define __deepcopy__"
+        ) from error
     stored = to_bytes(model_state(model))
     try:
         with preserved_generators():
@@ -285,7 +293,7 @@ def _check_restorable(experiment: Experiment, model: nn.Module) -> None:
     except Exception as error:  # of the user's own code
         raise ConfigError(
             f"model: a fresh {type(model).__name__} cannot load the weights of another one: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{described(error)}"
         ) from error
     if to_bytes(model_state(fresh)) != stored:
         raise ConfigError(
