@@ -29,6 +29,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -48,13 +49,30 @@ SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0005, "nes
 
 
 class StampedSGD(torch.optim.SGD):
-    """SGD whose every step leaves the time at which it was done in a file of the worker's."""
+    """SGD whose every step leaves its time and number in a file of the worker's, `HOST-PID`."""
+
+    @property
+    def steps(self) -> int:
+        """How many have been done, also by others before a state was loaded."""
+        return int(self.param_groups[0].get("steps", 0))
 
     def step(self, closure: Any = None) -> Any:
         result = super().step(closure)
-        with open(f"{os.environ[STAMPS]}/{os.getpid()}", "a", encoding="utf-8") as file:
-            file.write(f"{time.monotonic()}\n")
+        self.param_groups[0]["steps"] = self.steps + 1
+        if len(self.param_groups[0]["params"]) > 2:  # else ours only tries whether it can be used
+            name = f"{socket.gethostname()}-{os.getpid()}"
+            with open(f"{os.environ[STAMPS]}/{name}", "a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic()} {self.steps}\n")
         return result
+
+
+def read_stamps(folder: Path) -> dict[str, list[tuple[float, int]]]:
+    """Time and number of each step of each worker, without a line that is half written."""
+    found = {}
+    for file in folder.iterdir():
+        lines = file.read_text().rpartition("\n")[0].splitlines()
+        found[file.name] = [(float(a), int(b)) for a, b in map(str.split, lines)]
+    return {worker: steps for worker, steps in found.items() if steps}
 
 
 def ray_train() -> None:
@@ -125,7 +143,7 @@ def measure(command: list[str]) -> tuple[list[float], float]:
             )
             code = process.wait(LIMIT_S)
             ended = time.monotonic()
-            columns = [[*map(float, f.read_text().split())] for f in stamps.iterdir()]
+            columns = [[at for at, _ in steps] for steps in read_stamps(stamps).values()]
             if code or len(columns) != 2:
                 output.seek(0)
                 raise SystemExit(f"{' '.join(command)}: failed:\n{output.read()}")
