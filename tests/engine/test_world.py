@@ -359,17 +359,23 @@ def test_closing_in_another_thread_ends_all_waits(
 
 
 @pytest.mark.parametrize(
-    ("retransmits", "milliseconds", "silent"),
-    [(4, 10_500, True), (4, 9_000, False), (0, 99_000, False)],
+    ("retransmits", "probes", "milliseconds", "silent"),
+    [
+        (4, 0, 10_500, True),
+        (4, 0, 9_000, False),
+        (0, 5, 10_500, True),  # this kernel has no route: it probes instead of retransmitting
+        (0, 1, 99_000, False),  # the other process is suspended, and its buffer full
+        (0, 0, 99_000, False),
+    ],
 )
 def test_a_host_is_lost_only_if_its_kernel_does_not_answer(
-    retransmits: int, milliseconds: int, silent: bool
+    retransmits: int, probes: int, milliseconds: int, silent: bool
 ) -> None:
     class Socket:
         def setblocking(self, flag: bool) -> None: ...
 
         def getsockopt(self, level: int, option: int, length: int) -> bytes:
-            return struct.pack("2xB53xI44x", retransmits, milliseconds)
+            return struct.pack("2xBB52xI44x", retransmits, probes, milliseconds)
 
     link = TcpLink(1, Socket())  # type: ignore[arg-type]
     assert link.is_silent() == silent

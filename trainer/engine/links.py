@@ -133,11 +133,14 @@ class TcpLink:
         yield self.sock, events
 
     def is_silent(self) -> bool:
-        """Whether the other kernel has acknowledged nothing for `SILENT_S` of retransmissions.
+        """Whether the other kernel has acknowledged nothing for `SILENT_S` of attempts to send.
 
         The kernel of a host that runs acknowledges data also while the other process computes or is
         suspended, so that this tells a lost host or network from a slow process. (Linux only;
         without it, the kernel gives up after about 15 minutes.)
+
+        Attempts are retransmissions; or, if this kernel has no route, so that the data never left,
+        probes. These it also sends to a process that does not read, but each is answered then.
         """
         if not hasattr(socket, "TCP_INFO"):
             return False
@@ -145,9 +148,9 @@ class TcpLink:
             info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         except OSError:  # another thread has closed it: the next attempt to use it reports that
             return False
-        retransmits: int = info[2]
-        (milliseconds,) = struct.unpack_from("I", info, 56)  # since the last acknowledgment
-        return retransmits > 0 and milliseconds >= SILENT_S * 1000
+        retransmits, probes = info[2], info[3]  # since the last acknowledgment
+        (milliseconds,) = struct.unpack_from("I", info, 56)  # since then
+        return (retransmits > 0 or probes > 1) and milliseconds >= SILENT_S * 1000
 
     def close(self) -> None:
         _close(self.sock)
