@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.compress.counts import counts
+from trainer.compress.counts import Counts, counts
 from trainer.compress.state import load_state, model_state
 from trainer.config import CheckpointConfig
 from trainer.data.mixed import MixedSplit
@@ -130,27 +130,10 @@ class PhaseRun:
             resumed: State of a checkpoint within this phase to resume from; None: start the phase.
         """
         world, phase, model = self.runtime.world, self.phase, self.model
-        clock, rounds = self.clock, self.rounds
+        rounds = self.rounds
         if resumed is not None:
-            clock.load(resumed["clock"])
-            # One rank stands for all. Earlier versions did not measure energy.
-            share = resumed.get("workers", world.size) / world.size
-            self.meter.load(resumed.get("energy", {}), share)
-            rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
-            phase.load_state(resumed["phase"])
-            self.omitted = resumed.get("omitted", 0)  # earlier versions always trained all steps
-            if self._stream is not None and (state := resumed.get("stream")):
-                self._stream.load_state(state)
-        with world.heartbeat.busy():
-            if phase.samples:
-                world.barrier()  # no rank that is a thread may call a model while another traces
-                phase.observe(model, world, observed(self.data.train, phase.samples, self.runtime))
-            chosen = []
-            if resumed is None:
-                chosen = phase.search(model, world, self._evaluate, self.dense)
-            if isinstance(phase, StructuralPhase):
-                self._change_structure(phase, resumed)
-        for line in chosen:
+            self._load_state(resumed)
+        for line in self._prepare(resumed):
             yield Notice(f"phase {self.name}: {line}")
         while True:
             yield from self._round(resumed)
@@ -161,7 +144,7 @@ class PhaseRun:
             if self.last:
                 shown = self._over_rounds(self.last, len(rounds))
                 usage = self.meter.total(world)
-                yield clock.epoch(self.name, shown, metrics, after.sparsity, usage)
+                yield self.clock.epoch(self.name, shown, metrics, after.sparsity, usage)
             if not isinstance(phase, RoundPhase):
                 break
             rounds.append(phase.end_round(model, world, metrics))
@@ -171,6 +154,52 @@ class PhaseRun:
                 break
             resumed = None
         self._check_finite(metrics)
+        yield from self._end(metrics, after)
+
+    def handover(self) -> Handover | None:
+        """The latest state that this rank can hand over; None if it has none.
+
+        It is valid also after a collective has failed: see `fit` and `Phase.after_step`.
+        """
+        if self._step is None:
+            return self.earlier
+        content = self._content(self._step, self._stage)
+        return Handover(self._as_checkpoint(self._step, content), self._stage)
+
+    def _load_state(self, resumed: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint of this phase, as far as no round is concerned."""
+        self.clock.load(resumed["clock"])
+        # One rank stands for all. Earlier versions did not measure energy.
+        world = self.runtime.world
+        share = resumed.get("workers", world.size) / world.size
+        self.meter.load(resumed.get("energy", {}), share)
+        self.rounds.extend(from_json(RoundRecord, record) for record in resumed["rounds"])
+        self.phase.load_state(resumed["phase"])
+        self.omitted = resumed.get("omitted", 0)  # earlier versions always trained all steps
+        if self._stream is not None and (state := resumed.get("stream")):
+            self._stream.load_state(state)
+
+    def _prepare(self, resumed: Mapping[str, Any] | None) -> list[str]:
+        """Let the phase observe the model, choose its settings and change the structure.
+
+        Returns:
+            What was chosen, in lines for the user.
+        """
+        world, phase, model = self.runtime.world, self.phase, self.model
+        with world.heartbeat.busy():
+            if phase.samples:
+                world.barrier()  # no rank that is a thread may call a model while another traces
+                phase.observe(model, world, observed(self.data.train, phase.samples, self.runtime))
+            chosen = []
+            if resumed is None:
+                chosen = phase.search(model, world, self._evaluate, self.dense)
+            if isinstance(phase, StructuralPhase):
+                self._change_structure(phase, resumed)
+        return chosen
+
+    def _end(self, metrics: Metrics, after: Counts) -> Iterator[Message]:
+        """Report the phase, what the user should know about it, and its weights."""
+        world, phase, model, clock = self.runtime.world, self.phase, self.model, self.clock
         profile = None
         if self._profile is not None:
             profile, traces = all_profiles(self._profile, world)
@@ -179,7 +208,7 @@ class PhaseRun:
             name=self.name,
             kind=phase.kind,
             seconds=clock.seconds(),
-            steps=self._steps_per_round() * max(1, len(rounds)) - self.omitted,
+            steps=self._steps_per_round() * max(1, len(self.rounds)) - self.omitted,
             train_loss=clock.train_loss,
             metrics=metrics.values,
             loss=metrics.loss,
@@ -191,7 +220,7 @@ class PhaseRun:
             images_per_second=clock.overall(),
             data_wait=clock.data_wait(),
             macs=self._macs(),
-            rounds=rounds,
+            rounds=self.rounds,
             usage=self.meter.total(world),
             profile=profile,
         )
@@ -208,16 +237,6 @@ class PhaseRun:
                 metadata[LOSS_SCALE] = json.dumps(scale)
             weights = to_bytes(model_state(model), metadata) if world.rank == 0 else b""
             yield PhaseEnded(index=self.index, record=record, weights=weights)
-
-    def handover(self) -> Handover | None:
-        """The latest state that this rank can hand over; None if it has none.
-
-        It is valid also after a collective has failed: see `fit` and `Phase.after_step`.
-        """
-        if self._step is None:
-            return self.earlier
-        content = self._content(self._step, self._stage)
-        return Handover(self._as_checkpoint(self._step, content), self._stage)
 
     def _change_structure(self, phase: StructuralPhase, resumed: Mapping[str, Any] | None) -> None:
         """Plan the phase's permanent change, or take it from the checkpoint, and make it."""
