@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "trainer"
 
 FLOORS = {
     "errors": 0,
+    "imports": 0,
     "version": 0,
     "messages": 1,
     "metrics": 1,

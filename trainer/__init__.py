@@ -18,6 +18,7 @@ Names are imported when they are used, so that the command can start Ray before 
 from importlib import import_module
 from typing import Any
 
+from trainer.imports import collector_paused
 from trainer.version import __version__
 
 _LIBRARY = (
@@ -38,12 +39,13 @@ __all__ = ["__version__", *_ERRORS, *_LIBRARY, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"trainer.{name}")
-    if name in _LIBRARY:
-        return getattr(import_module("trainer.library"), name)
     if name in _ERRORS:
         return getattr(import_module("trainer.errors"), name)
+    with collector_paused():
+        if name in _MODULES:
+            return import_module(f"trainer.{name}")
+        if name in _LIBRARY:
+            return getattr(import_module("trainer.library"), name)
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")
 
 

@@ -23,6 +23,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -38,6 +39,7 @@ from trainer.config.renamed import rename_keys
 from trainer.config.resumed import check_code
 from trainer.driver import drive, resume
 from trainer.errors import ConfigError, Interrupted, LimitsMissed, RunError, one_line
+from trainer.imports import collector_paused
 from trainer.report.output import silence
 from trainer.signals import Signals
 from trainer.store.directory import RunDirectory
@@ -50,22 +52,10 @@ RESUMABLE = ("cluster.", "checkpoint.", "limits.", "cost.")
 
 def main(arguments: Sequence[str]) -> int:
     """Execute the command line and return the exit code."""
-    if arguments[:1] == ["artifact"]:
-        from trainer.artifact.__main__ import main as artifact
-
-        return artifact(arguments[1:])
-    if arguments[:1] == ["hardware"]:
-        from trainer.hardware.__main__ import main as hardware
-
-        return hardware(arguments[1:])
-    if arguments[:1] == ["inference"]:
-        from trainer.inference.__main__ import main as inference
-
-        return inference(arguments[1:])
-    if arguments[:1] == ["lecture"]:
-        from trainer.lecture.__main__ import main as lecture
-
-        return lecture(arguments[1:])
+    if arguments and arguments[0] in ("artifact", "hardware", "inference", "lecture"):
+        with collector_paused():
+            subcommand = import_module(f"trainer.{arguments[0]}.__main__").main
+        return int(subcommand(arguments[1:]))
     if arguments[:1] == ["--complete"]:
         from trainer.command.completion import complete
 
@@ -160,14 +150,16 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _build(config: Config) -> Any:
     """The experiment; imported when it is needed, since that imports torch."""
-    from trainer.experiment import Experiment
+    with collector_paused():
+        from trainer.experiment import Experiment
 
     return Experiment.from_config(config)
 
 
 def _sweep(config: Config, composed: Composed, arguments: list[str], signals: Signals) -> None:
     """Search, and then run the best trial in full if `sweep.refit` is set."""
-    from trainer.sweeps.driver import run_sweep  # imports Optuna
+    with collector_paused():
+        from trainer.sweeps.driver import run_sweep  # imports Optuna
 
     best = run_sweep(config, composed.tree, composed.folder, arguments, signals)
     if best is not None:

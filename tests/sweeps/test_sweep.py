@@ -667,7 +667,7 @@ def test_a_sweep_waits_for_resources_when_its_only_node_is_lost(tmp_path):
             env={
                 **os.environ,
                 "RAY_TMPDIR": short,
-                "RAY_health_check_period_ms": "300",  # a lost node is known sooner
+                "RAY_health_check_period_ms": "800",  # a lost node is known sooner
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
             },

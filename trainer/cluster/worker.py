@@ -8,18 +8,21 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
-import ray
-import torch
+from trainer.imports import collector_paused
 
-from trainer.cluster.group import Failure, WorkerFunction
-from trainer.cluster.heartbeat import HeartbeatStatus
-from trainer.cluster.memory import memory_released
-from trainer.engine.rendezvous import RendezvousServer
-from trainer.engine.transport import PeerLost
-from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError, described
-from trainer.messages import Handover
+with collector_paused():
+    import psutil
+    import ray
+    import torch
+
+    from trainer.cluster.group import Failure, WorkerFunction
+    from trainer.cluster.heartbeat import HeartbeatStatus
+    from trainer.cluster.memory import memory_released
+    from trainer.engine.rendezvous import RendezvousServer
+    from trainer.engine.transport import PeerLost
+    from trainer.engine.world import World
+    from trainer.errors import ConfigError, RunError, described
+    from trainer.messages import Handover
 
 CONTROL = "control"
 """Concurrency group of the methods that answer while a function runs."""

@@ -33,6 +33,7 @@ from trainer.engine.reducer import Reducer
 from trainer.engine.runtime import Runtime
 from trainer.engine.schedules import build_schedule
 from trainer.errors import Diverged
+from trainer.imports import collector_paused
 
 Request = Callable[[], int]
 """Returns what this rank requests of all ranks after the step: a small number, 0 for nothing."""
@@ -168,7 +169,8 @@ class _Fit:
         self.units_per_sample = _units_per_sample(split, runtime)
         self.freezing = Freezing(model, cfg.freeze, cfg.epochs)
         self.parameters = self.freezing.trained
-        with world.heartbeat.busy():  # torch imports its compiler for the first optimizer
+        # torch imports its compiler for the first optimizer.
+        with world.heartbeat.busy(), collector_paused():
             self.optimizer = runtime.optimizer.build(self.parameters, model)
         peak = cfg.lr if cfg.lr is not None else runtime.optimizer.lr
         self.schedule = build_schedule(cfg, peak, self.total, self.per_epoch)
