@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,45 @@ def test_settings_in_short_forms() -> None:
     ).config
     assert config.artifact.make
     assert (config.recompute, config.init_skip) == (["0"], ["0.*"])
+
+
+def test_inline_runs_of_two_threads_take_turns() -> None:
+    model = nn.Sequential(net(), nn.Dropout(0.5))
+    start = partial(run, model=model, phases=[Train(epochs=1)], cluster="inline", out="a")
+    with ThreadPoolExecutor(2) as threads:
+        one, other = [future.result() for future in [threads.submit(start) for _ in range(2)]]
+    assert one.summary["loss"] == other.summary["loss"]
+    assert {path.name for path in Path.cwd().iterdir()} == {"a", "a-2"}
+
+
+def test_an_argument_that_is_not_taken_is_refused() -> None:
+    with (
+        trainer.Session(cluster="inline") as session,
+        pytest.raises(ConfigError, match="workers: the workers are those of the session; pass it"),
+    ):
+        session.run(model=net, data=DATA, phases=PHASES, workers=2)
+    Path("config.yaml").write_text("name: a")
+    with pytest.raises(ConfigError, match=r"modle: resume takes no such argument; .*, logger, mod"):
+        trainer.resume(".", modle=net())
+    Path("config.yaml").write_text("a: 'b\n\nc")
+    with pytest.raises(
+        ConfigError, match=r"config\.yaml is damaged: while scanning .* line 1"
+    ) as raised:
+        trainer.resume(".")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"DCZ", b"hello", b"name: experiment\n", b"\2\0\0\0\0\0\0\0[]"]
+)
+def test_a_file_of_another_kind_is_not_loaded(content: bytes) -> None:
+    Path("model.bin").write_bytes(content)
+    with pytest.raises(trainer.artifact.ArtifactError, match=r"model.bin: neither a .dcz nor a"):
+        trainer.load("model.bin", net())
+    with pytest.raises(
+        ConfigError, match=r"model is a function: pass a module, such as LeNet5\(\)"
+    ):
+        trainer.load("model.bin", net)  # type: ignore[arg-type]
 
 
 def test_an_experiment_and_settings_exclude_each_other() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from trainer.errors import ConfigError
 
 _PRIMARY = "trainer_config"  # name of conf/config.yaml for Hydra, which no user's file has
 _STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # of a Hydra program, one object each
+_TURN = threading.Lock()  # that state belongs to the process
 _HYDRA_VALUE = re.compile(r"(?<!\\)\$\{hydra:([^${}]+)\}")  # not if it is escaped
 _ABSENT = object()
 
@@ -126,19 +128,22 @@ def _hydra(folders: Sequence[Path]) -> Iterator[None]:
     """Let Hydra compose the shipped conf/config.yaml with groups from `folders`.
 
     The caller may be a Hydra program itself, whose state is put aside meanwhile. It is not copied,
-    as by Singleton.get_state, since the program may hold references to it.
+    as by Singleton.get_state, since the program may hold references to it. Threads take turns.
     """
-    instances = Singleton._instances
-    before: dict[type, Any] = {kind: instances.pop(kind) for kind in _STATE if kind in instances}
-    try:
-        primary = OmegaConf.load(conf_dir() / "config.yaml")
-        ConfigStore.instance().store(_PRIMARY, primary)
-        with initialize_config_dir(str(folders[0]), job_name="trainer", version_base="1.3"):
-            yield
-    finally:
-        for kind in _STATE:
-            instances.pop(kind, None)
-        instances.update(before)
+    with _TURN:
+        instances = Singleton._instances
+        before: dict[type, Any] = {
+            kind: instances.pop(kind) for kind in _STATE if kind in instances
+        }
+        try:
+            primary = OmegaConf.load(conf_dir() / "config.yaml")
+            ConfigStore.instance().store(_PRIMARY, primary)
+            with initialize_config_dir(str(folders[0]), job_name="trainer", version_base="1.3"):
+                yield
+        finally:
+            for kind in _STATE:
+                instances.pop(kind, None)
+            instances.update(before)
 
 
 def _search_path(folders: Sequence[Path]) -> list[str]:

@@ -7,6 +7,7 @@ worker the run restarts from the last checkpoint; trainer.cluster.restart decide
 
 import contextlib
 import dataclasses
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,10 @@ from trainer.report.text import plural
 from trainer.signals import Signals
 from trainer.store.checkpoints import ResumePoint
 from trainer.store.directory import RunDirectory
+
+_INLINE = threading.RLock()
+"""Held by an inline run: others of the process wait, since torch's random generators and number of
+threads are those of the whole process."""
 
 Build = Callable[[], Any]
 """Returns the `Experiment` of the run. It is called while Ray starts, as it imports torch."""
@@ -143,7 +148,13 @@ def _drive(
     group: WorkerGroup | None,
     console: Console | None,
 ) -> None:
-    with _disk_errors(directory), console or Console() as shown, directory.locked(shown.say):
+    inline = config.cluster.backend == "inline"
+    with (
+        _disk_errors(directory),
+        console or Console() as shown,
+        directory.locked(shown.say),
+        _INLINE if inline else contextlib.nullcontext(),
+    ):
         run = _Run(config, build, directory, shown, signals, command, group)
         summary = run.execute()
         _show(summary, directory, shown)

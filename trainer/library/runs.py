@@ -19,7 +19,7 @@ from trainer.config.renamed import rename_keys
 from trainer.config.resumed import check_code
 from trainer.driver import drive
 from trainer.driver import resume as resume_run
-from trainer.errors import ConfigError, LimitsMissed, RunError
+from trainer.errors import ConfigError, LimitsMissed, RunError, first_line
 from trainer.experiment import (
     Experiment,
     describe_cluster,
@@ -35,6 +35,8 @@ from trainer.report.terminal import Console
 from trainer.signals import Signals
 from trainer.store.directory import RunDirectory
 from trainer.store.serialization import from_bytes
+
+_OBJECTS = ("artifact", "data", "logger", "model", "phases", "task")  # that `resume` takes
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Experiment:
@@ -177,6 +179,10 @@ def resume(
         "limits": describe_section("limits", limits),
         "cost": describe_section("cost", cost),
     }
+    if unknown := sorted(set(objects) - set(_OBJECTS)):
+        raise ConfigError(
+            f"{unknown[0]}: resume takes no such argument; objects are {', '.join(_OBJECTS)}"
+        )
     check_code(plain, directory.path, changes["cluster"])
     for section, values in changes.items():
         plain[section] = {**plain.get(section, {}), **values}
@@ -285,11 +291,16 @@ def load(
         The model in evaluation mode.
 
     Raises:
-        ConfigError: The file's model was changed by a phase that is not in `phases`.
-        trainer.artifact.ArtifactError: The file is damaged, or not a compressed model.
+        ConfigError: The file's model was changed by a phase that is not in `phases`, or `model` is
+            not a module.
+        trainer.artifact.ArtifactError: The file is damaged, or holds no model.
         OSError: The file cannot be read.
         RuntimeError: The weights do not fit the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model is a {type(model).__name__}: pass a module, such as LeNet5(), not its class"
+        )
     path = Path(path)
     if path.is_dir():
         names = [name for name in ("model.dcz", "model.safetensors") if (path / name).exists()]
@@ -297,11 +308,16 @@ def load(
             raise FileNotFoundError(f"{path}: there is neither model.dcz nor model.safetensors")
         path = path / names[0]
     content = path.read_bytes()
+    metadata: Mapping[str, Any]
     if path.suffix == ".dcz":
-        weights = artifact.loads(content, max_bytes, coder)
-        metadata: Mapping[str, Any] = artifact.read_about(content)
+        weights, metadata = artifact.loads(content, max_bytes, coder), artifact.read_about(content)
     else:
-        weights, metadata = from_bytes(content)
+        try:
+            weights, metadata = from_bytes(content)
+        except Exception as error:  # safetensors and struct have errors of their own
+            raise artifact.ArtifactError(
+                f"{path}: neither a .dcz nor a .safetensors file, or damaged: {first_line(error)}"
+            ) from error
     known: tuple[type[StructuralPhase], ...] = (StructuredPrune, *phases)
     kinds = {class_path(kind): kind for kind in known}
     apply_changes(model, from_metadata(metadata), kinds)

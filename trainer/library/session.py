@@ -58,6 +58,8 @@ class Session:
         """Run an experiment on the session's workers. Arguments as of `trainer.run`."""
         if self._closed:
             raise RuntimeError("this session is closed: open another one")
+        if own := sorted({"cluster", "workers"} & set(settings)):
+            raise ConfigError(f"{own[0]}: the workers are those of the session; pass it to Session")
         if experiment is None:
             experiment = Experiment(**settings, cluster=self.cluster)
         elif settings:

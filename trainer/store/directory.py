@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import yaml
 
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError, RunError, one_line
 from trainer.store.files import atomic_write
 
 T = TypeVar("T")
@@ -102,8 +102,11 @@ class RunDirectory:
         path = self.path / "config.yaml"
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except OSError as error:
             raise ConfigError(f"resume={self.path}: there is no run to resume: {error}") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = one_line(str(error))
+            raise ConfigError(f"resume={self.path}: config.yaml is damaged: {reason}") from error
         if not isinstance(config, dict):
             raise ConfigError(f"resume={self.path}: {path} is not a configuration")
         return config
