@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a fixture
 from trainer import artifact
-from trainer.__main__ import main
+from trainer.__main__ import _exit, main
 from trainer.compress.quantize import is_quantizer_entry
 from trainer.config.compose import compose_config, conf_dir
 from trainer.data.idx import mnist
@@ -416,3 +416,12 @@ def test_the_command_answers_before_slow_libraries_are_imported():
     imported = set(done.stdout.split())
     assert "trainer.driver.run" in imported
     assert not imported & {"torch", "ray", "optuna", "matplotlib", "numba", "pandas"}
+
+
+def test_the_exit_code_survives_closed_streams(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    _exit(3)
+    assert codes == [3]

@@ -292,7 +292,7 @@ def _exit(code: int) -> NoReturn:
     """End the process without exit handlers: everything is written and closed, and handlers of
     native threads that libraries leave behind could abort the process and change the exit code.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the parent (>&-)
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)

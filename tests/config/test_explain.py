@@ -27,6 +27,10 @@ from trainer.errors import ConfigError
         ("bogus=3", "bogus: there is no such setting; --help lists the settings"),
         ("seed=1,2", "seed=1,2: these are several values; write seed=[1,2] for a list, "),
         ("smoke", "smoke: it is not of the form key=value; an experiment is +experiment=NAME"),
+        ("dotcor", "dotcor: it is not of the form key=value; did you mean doctor? an experiment"),
+        ("resume", "resume: it is not of the form key=value; did you mean resume=RUN_DIR? an exp"),
+        ("modle=lenet5", "modle: there is no such setting; did you mean model?"),
+        ("+experiment=qat", "experiment is chosen twice: write +experiment=NAME once"),
         ("a=b=c", "a=b=c: it cannot be read (mismatched input '='); put a text with special"),
         (
             "model=lenet",

@@ -19,6 +19,11 @@ def test_an_object_of_another_type_is_refused():
         _ = factory.given
 
 
+def test_a_class_that_its_module_does_not_have_is_named():
+    with pytest.raises(ConfigError, match=r"trainer\.models has no LeNet50; did you mean LeNet5"):
+        Factory("model", {"_target_": "trainer.models.LeNet50"}, nn.Module)
+
+
 def test_an_object_that_cannot_be_copied_is_refused():
     net = nn.Linear(2, 2)
     net.lock = threading.Lock()

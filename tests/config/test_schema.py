@@ -46,6 +46,8 @@ def test_plain_settings_become_nested_dataclasses():
             ["cluster.min_workers=1", "in a sweep"],
         ),
         ({"phases": {"a/b": {}}}, ["phases='a/b'"]),
+        ({"phases": {"a": None}}, ["phases.a=null: it must have a value"]),
+        ({"seed": None}, ["seed=null: it must have a value"]),
         ({"seed": 2**63}, ["seed="]),
         ({"cluster": {"nice": 20}}, ["cluster.nice=20", "between 0 and 19"]),
         ({"cluster": {"hang_timeout_s": float("nan")}}, ["cluster.hang_timeout_s=nan"]),
@@ -120,3 +122,8 @@ def test_a_missing_mandatory_key_is_named():
 def test_what_is_no_number_is_refused():
     with pytest.raises(ConfigError, match=r"fit.lr='1e-3': it must be a number"):
         FitConfig(lr="1e-3")
+
+
+def test_a_setting_that_is_missing_is_named():
+    with pytest.raises(ConfigError, match=r"^model is missing$"):
+        to_dataclass(Config, {key: value for key, value in MINIMAL.items() if key != "model"})

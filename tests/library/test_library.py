@@ -212,6 +212,15 @@ def test_an_argument_that_is_not_taken_is_refused() -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_what_is_no_experiment_is_refused() -> None:
+    for call in (trainer.run, partial(trainer.sweep, params={"seed": "range(2)"})):
+        with pytest.raises(ConfigError, match=r"experiment is a Sequential: pass a trainer\.Exp"):
+            call(net())  # type: ignore[arg-type]
+    experiment = trainer.Experiment(model=net(), data=DATA, phases=PHASES, cluster="inline")
+    with pytest.raises(ConfigError, match=r"no model\.0; it was passed as an object: pass"):
+        trainer.sweep(experiment, {"model.0": "choice(1,2)"})
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"DCZ", b"hello", b"name: experiment\n", b"\2\0\0\0\0\0\0\0[]"]
 )

@@ -174,6 +174,11 @@ def test_order() -> None:
         check_order({"share": Share(fit=FitConfig()), "own": Own(fit=FitConfig())})
 
 
+def test_a_phase_without_a_kind_is_refused():
+    with pytest.raises(ConfigError, match=r"phases.own has no _target_.*; \+phase@phases.own=KIND"):
+        experiment(phases={"own": {"sparsity": 0.5}})
+
+
 @pytest.mark.parametrize(
     ("first", "second", "advice"),
     [

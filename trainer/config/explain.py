@@ -13,7 +13,9 @@ _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 _UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '([^']+)/([^'/]*)'")
 _SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '([^=']+)=(.*)'\n")
 _MISSING = re.compile(r"Missing mandatory value: (\S+)")
+_CHOSEN_TWICE = re.compile(r"Multiple values for (\w+)\. To override")
 _NO_EQUALS = re.compile(r"Error parsing override '([^=']*)'\nmissing EQUAL")
+_COMMANDS = ("doctor", "artifact", "hardware", "inference", "lecture", "resume=RUN_DIR", "--help")
 
 
 def explain(error: Exception, keys: Callable[[], list[str]], folders: Sequence[Path] = ()) -> str:
@@ -48,7 +50,13 @@ def explain(error: Exception, keys: Callable[[], list[str]], folders: Sequence[P
             return f"{full_key} is missing: set {full_key}=..."
         return f"{key} is missing: choose an experiment with +experiment=NAME, or set {key}=..."
     if match := _NO_EQUALS.match(text):
-        return f"{match[1]}: it is not of the form key=value; an experiment is +experiment=NAME"
+        close = difflib.get_close_matches(match[1], _COMMANDS, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return (
+            f"{match[1]}: it is not of the form key=value; {hint}an experiment is +experiment=NAME"
+        )
+    if match := _CHOSEN_TWICE.match(text):
+        return f"{match[1]} is chosen twice: write +{match[1]}=NAME once"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: it cannot be read ({_parser_message(error)}); put a text with "
@@ -75,7 +83,8 @@ def with_cause(error: Exception) -> str:
 def _advice(key: str, known: Iterable[str]) -> str:
     """A suggestion for a key that does not exist."""
     keys = [*known]
-    close = difflib.get_close_matches(key, keys, 1, cutoff=0.75)
+    sections = {name[: match.start()] for name in keys for match in re.finditer(r"\.", name)}
+    close = difflib.get_close_matches(key, [*keys, *sections], 1, cutoff=0.75)
     last = key.rpartition(".")[2]
     if not close:  # the right name in the wrong section
         close = [name for name in keys if name.rpartition(".")[2] == last][:1]

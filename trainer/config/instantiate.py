@@ -4,9 +4,11 @@ Every mistake is a ConfigError that names the key, its value and what is expecte
 """
 
 import copy
+import difflib
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -15,7 +17,7 @@ from typing import Any, Generic, TypeVar, cast, get_type_hints
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from trainer.errors import ConfigError, described, first_line
 
@@ -52,6 +54,10 @@ def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") ->
             message = f"{found}: it must be a mapping"  # OmegaConf does not say where
         elif "is not a ListConfig" in str(error):
             message = f"{full_key}: it must be a list, such as [a, b]"
+        elif "is not Optional" in str(error) or "Incompatible value 'None'" in str(error):
+            message = f"{full_key}=null: it must have a value"
+        elif isinstance(error, MissingMandatoryValue) and full_key:
+            message = f"{full_key} is missing"
         else:
             message = ": ".join(part for part in (full_key, str(error).splitlines()[0]) if part)
         raise ConfigError(message) from error
@@ -105,6 +111,10 @@ def locate(key: str, settings: Mapping[str, Any], objects: Mapping[str, Any]) ->
         return get_method(str(path))
     except Exception as error:
         reason = first_line(error.__cause__ or error)
+        module, _, name = str(path).rpartition(".")
+        if module in sys.modules and not hasattr(sys.modules[module], name):
+            close = difflib.get_close_matches(name, dir(sys.modules[module]), 1)
+            reason = f"{module} has no {name}" + (f"; did you mean {close[0]}?" if close else "")
         raise ConfigError(f"{key}._target_={path}: it cannot be imported: {reason}") from error
 
 

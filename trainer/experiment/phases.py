@@ -71,6 +71,11 @@ def _build_phase(name: str, settings: Mapping[str, Any], objects: Mapping[str, A
     fit = settings.get("fit", {})
     if not isinstance(fit, Mapping):
         raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
+    if "_target_" not in settings:
+        raise ConfigError(
+            f"{key} has no _target_, so it is unknown what it does; +phase@{key}=KIND adds a phase "
+            "of a kind, such as prune"
+        )
     kind = locate(key, settings, objects)
     if not (isinstance(kind, type) and issubclass(kind, Phase) and dataclasses.is_dataclass(kind)):
         raise ConfigError(

@@ -96,12 +96,22 @@ def run(
     """
     if experiment is None:
         experiment = Experiment(**settings)
-    elif settings:
-        names = ", ".join(settings)
-        raise ConfigError(f"pass an experiment or its settings, not both: {names}")
+    else:
+        check_experiment(experiment, settings)
     signals = Signals()
     with signals.installed():
         return execute(experiment, out, progress, signals, None)
+
+
+def check_experiment(given: object, settings: Mapping[str, Any] | None = None) -> None:
+    """Refuse what is no experiment, or settings beside one. Raises ConfigError."""
+    if not isinstance(given, Experiment):
+        raise ConfigError(
+            f"experiment is a {type(given).__name__}: pass a trainer.Experiment, or to run also "
+            "its settings by name: model=..., data=..., phases=..."
+        )
+    if settings:
+        raise ConfigError(f"pass an experiment or its settings, not both: {', '.join(settings)}")
 
 
 def execute(
@@ -237,6 +247,7 @@ def sweep(
     """
     from trainer.sweeps.driver import run_sweep  # imports Optuna
 
+    check_experiment(experiment)
     settings = experiment.settings()
     objects = dict(experiment.objects)
     for key in ("sampler", "pruner"):
@@ -249,7 +260,11 @@ def sweep(
     }
     config = to_dataclass(Config, settings)
     folder = Path(out) if out is not None else Path("outputs") / config.name / config.sweep.name
-    tree = OmegaConf.create(dataclasses.asdict(config))
+    plain = dataclasses.asdict(config)
+    for name, phase in plain["phases"].items():
+        if f"phases.{name}.enabled" in params:
+            phase["enabled"] = True  # all that an experiment has are
+    tree = OmegaConf.create(plain)
     signals = Signals()
     with signals.installed():
         best = run_sweep(config, tree, folder, None, signals, objects)

@@ -9,7 +9,7 @@ from trainer.config import ClusterConfig, to_dataclass
 from trainer.errors import ConfigError
 from trainer.experiment import Experiment, describe_cluster
 from trainer.library.result import Result
-from trainer.library.runs import execute
+from trainer.library.runs import check_experiment, execute
 from trainer.signals import Signals
 
 
@@ -62,11 +62,8 @@ class Session:
             raise ConfigError(f"{own[0]}: the workers are those of the session; pass it to Session")
         if experiment is None:
             experiment = Experiment(**settings, cluster=self.cluster)
-        elif settings:
-            raise ConfigError(
-                f"pass an experiment or its settings, not both: {', '.join(settings)}"
-            )
         else:
+            check_experiment(experiment, settings)
             experiment = experiment.with_cluster(self.cluster)
         signals = Signals()
         with signals.installed():

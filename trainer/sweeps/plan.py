@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Config
+from trainer.config.instantiate import OBJECT
 from trainer.errors import ConfigError, first_line
 from trainer.sweeps.algorithms import own_pruner, own_sampler
 from trainer.sweeps.analysis import check_analysis
@@ -202,6 +203,8 @@ def _check_key(where: str, key: str, settings: Mapping[str, Any]) -> None:
             known = (
                 f"; known here: {', '.join(map(str, here))}" if isinstance(here, Mapping) else ""
             )
+            if isinstance(here, Mapping) and OBJECT in here:
+                known = "; it was passed as an object: pass the class or function that makes it"
             raise ConfigError(f"{where}: the configuration has no {key}{known}")
         here = here[part]
     if isinstance(here, Mapping):
