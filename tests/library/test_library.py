@@ -380,7 +380,7 @@ def test_a_sweep_over_objects() -> None:
         phases=[Train(epochs=1), Prune(0.5)],
         cluster=INLINE["cluster"],
     )
-    params = {"phases.prune.sparsity": "choice(0.3,0.9)", "model.classes": "choice(4,5)"}
+    params = {"phases.prune.enabled": "choice(true,false)", "model.classes": "choice(4,5)"}
     found = trainer.sweep(experiment, params, sampler="grid", slots=1, out="s", refit=True)
     assert len(found.trials) == 4
     assert set(found.best_params) == set(params)
