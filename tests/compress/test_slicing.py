@@ -83,6 +83,18 @@ class Block(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+class Recurrent(nn.Module):
+    """Only features between the linear layer and the recurrent one can be removed."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.a, self.rnn = nn.Linear(3, 6), kind(6, 4, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.rnn(self.a(x))[0]
+        return output
+
+
 def half(units: list[Any]) -> list[Any]:
     """Every second unit of each layer."""
     layers: dict[Any, list[Any]] = {}
@@ -99,13 +111,16 @@ def half(units: list[Any]) -> list[Any]:
         (lambda: ResNetCifar(8), (2, 3, 8, 8)),
         (lambda: nn.TransformerEncoderLayer(8, 4, 6, batch_first=True), (2, 3, 8)),
         (Block, (2, 3, 8)),
+        (lambda: Recurrent(nn.LSTM), (2, 5, 3)),
+        (lambda: Recurrent(nn.GRU), (2, 5, 3)),
     ],
-    ids=["example", "mixed", "resnet", "transformer", "gpt"],
+    ids=["example", "mixed", "resnet", "transformer", "gpt", "lstm", "gru"],
 )
 def test_the_smaller_model_computes_the_same_as_the_zeroed_one(build: Any, shape: Any) -> None:
     torch.manual_seed(0)
     model, x = build().eval(), torch.randn(shape)
     rebuilt, units, refused = find_units(model, x)
+    assert units
     assert not refused
     removed = half(units)
     change = json.loads(json.dumps(to_change(rebuilt, removed, units)))

@@ -254,6 +254,9 @@ def _update_sizes(module: nn.Module, before: Tensor | None) -> None:
     if isinstance(module, _BatchNorm):
         vector = weight if weight is not None else layer.running_mean
         layer.num_features = layer.num_features if vector is None else len(vector)
+    if isinstance(module, nn.RNNBase):
+        layer.input_size = layer.weight_ih_l0.shape[1]
+        layer._init_flat_weights()
     if weight is None or before is None or weight is before:
         return
     if isinstance(module, nn.Linear):

@@ -178,12 +178,12 @@ class _Search:
             if not exempt & {part.name for part in unit.parts}:
                 self._layers.setdefault(unit.dimensions, []).append(unit)
         if not self._layers:
-            tried = (
-                f"; of {len(refused)} that were tried, the first: " + refused[0] if refused else ""
-            )
+            why = "; others belong to inputs, outputs, or layers that cannot become smaller"
+            if refused:
+                why = f"; of {len(refused)} that were tried, the first: {refused[0]}"
             raise ConfigError(
                 f"no channel of {type(model).__name__} can be removed with "
-                f"include={[*phase.include]}, exempt={[*phase.exempt]}{tried}"
+                f"include={[*phase.include]}, exempt={[*phase.exempt]}{why}"
             )
         self._sizes = [len(found) for found in self._layers.values()]
         self._order = self._by_score()

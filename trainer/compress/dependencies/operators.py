@@ -347,6 +347,15 @@ def _attention(table: LabelTable, args: Any, kwargs: Any, result: Any) -> None:
     table.set(output, [*queries[:3], values[3]])
 
 
+def _lstm(table: LabelTable, args: Any, kwargs: Any, result: Any) -> None:
+    """Only features of the inputs [length, samples, features] can be removed."""
+    table.merge(table.of(args[0])[-1], table.of(args[1])[-1])
+    for labels in (*table.of(args[0])[:-1], *table.of(args[1])[:-1]):
+        table.fix(labels)
+    for part in args[2:7]:
+        table.fix_tensor(part)
+
+
 def _varying(grid: Labels) -> int | None:
     """The only dimension along which the labels differ; None if there are several."""
     found = [axis for axis in range(grid.ndim) if bool((np.take(grid, [0], axis) != grid).any())]
@@ -417,6 +426,7 @@ _KINDS: dict[Any, tuple[str, ...]] = {
     _reduce: ("mean", "sum", "amax", "amin", "var", "std", "max", "min"),
     _along: ("_softmax", "_log_softmax", "_safe_softmax", "cumsum"),
     _embedding: ("embedding",),
+    _lstm: ("mkldnn_rnn_layer",),
     _attention: (
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention",
