@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -312,7 +313,12 @@ class _Search:
             return _latency_ratio(model, self._model, self._sample)
         if self._phase.cost == "parameters":
             return counts(model).parameters / counts(self._model).parameters
-        return macs(model, self._sample) / macs(self._model, self._sample)
+        return macs(model, self._sample) / self._macs
+
+    @cached_property
+    def _macs(self) -> int:
+        """Multiply-accumulates of the model without any removal."""
+        return macs(self._model, self._sample)
 
 
 def _norms(units: Sequence[Unit], values: Mapping[str, Tensor]) -> Tensor:
