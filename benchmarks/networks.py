@@ -116,6 +116,7 @@ class Network:
         task: The task.
         package: What it needs besides PyTorch.
         mask: Whether the model is called with input_ids and attention_mask.
+        lr: The learning rate.
     """
 
     model: Any
@@ -123,6 +124,7 @@ class Network:
     task: Callable[[], Task] = Classification
     package: str | None = None
     mask: bool = False
+    lr: float = 1e-3
 
     def batch(self, number: int) -> tuple[Any, Tensor]:
         """Inputs and targets of random samples."""
@@ -249,7 +251,7 @@ def networks() -> Iterator[tuple[str, Network]]:
         "EfficientNet-B0": Network(vision("efficientnet_b0")),
         "DenseNet": Network(vision("DenseNet", num_init_features=16, **dense)),
         "RegNet": Network(partial(small, kind="RegNet")),
-        "MNASNet": Network(vision("MNASNet", alpha=0.25)),
+        "MNASNet": Network(vision("MNASNet", alpha=0.25), lr=1e-5),  # diverges at 1e-3
         "ConvNeXt": Network(partial(small, kind="ConvNeXt")),
         "ViT": Network(
             vision(
@@ -357,7 +359,7 @@ def attempt(network: Network, chain: Chain, folder: Path) -> str:
             task=network.task(),
             phases=chain.phases(),
             optimizer=chain.optimizer,
-            lr=1e-3,
+            lr=network.lr,
             batch_size=BATCH,
             artifact={"make": chain.file, "max_seconds": 0.5},
             export={"onnx": chain.onnx},

@@ -88,7 +88,7 @@ def test_small_units_go_first_and_limits_hold() -> None:
     [
         (
             StructuredPrune(0.5, min_kept=1),
-            "remaining=0.5: with min_kept=1 and .* 1 of the macs rem",
+            "remaining=0.5: with min_kept=1 and .* 100.0% of the macs rem",
         ),
         (StructuredPrune(0.5, exempt=["*"]), "no weight is left"),
         (StructuredPrune(0.5, exempt=["fc1"]), "no channel of ExampleNet can be removed"),

@@ -81,6 +81,13 @@ def test_errors_of_the_run_are_reported_in_the_same_words() -> None:
         list(try_export(WORLD, chosen(_target_="trainer.models.LeNet300", classes=9)))
 
 
+def test_a_structure_that_cannot_be_reached_is_refused_with_the_name_of_its_phase() -> None:
+    target = {"_target_": "trainer.phases.StructuredPrune", "remaining": 0.5, "min_kept": 1}
+    model = {"_target_": "trainer.models.LeNet300"}
+    with pytest.raises(ConfigError, match=r"phases\.small: remaining=0\.5: .* raise remaining"):
+        list(try_export(WORLD, config(model=model, phases={"small": target})))
+
+
 def test_only_the_rank_that_exports_needs_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert list(try_export(second(), chosen())) == []

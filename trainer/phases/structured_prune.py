@@ -261,7 +261,7 @@ class _Search:
     def _unreachable(self, least: float) -> str:
         return (
             f"remaining={self._phase.remaining}: with min_kept={self._phase.min_kept} and "
-            f"multiple={self._phase.multiple}, {least:.3g} of the {self._phase.cost} remain; "
+            f"multiple={self._phase.multiple}, {least:.1%} of the {self._phase.cost} remain; "
             "raise remaining, or lower min_kept"
         )
 

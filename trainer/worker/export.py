@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.data.split import Split
 from trainer.data.tree import map_tensors
 from trainer.engine.world import World
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, RunError, first_line
 from trainer.experiment import Experiment, check_phases
 from trainer.export import check_installed
 from trainer.export.onnx import is_quantized, to_onnx
@@ -54,11 +54,14 @@ def _try(experiment: Experiment) -> None:
     check_phases(experiment, model)
     check_compatible(model, data, experiment.build_runtime(alone))
     sample = _inputs(data.validation, 2)
-    for phase in experiment.phases.values():
+    for name, phase in experiment.phases.items():
         if phase.samples:
             phase.observe(model, alone, [sample])
         if isinstance(phase, StructuralPhase):
-            phase.apply_change(model, phase.plan_change(model, alone))
+            try:
+                phase.apply_change(model, phase.plan_change(model, alone))
+            except (ConfigError, RunError) as error:
+                raise ConfigError(f"phases.{name}: {error}") from error
         if isinstance(phase, Quantize):
             phase.enter(model, alone)
             experiment.task.call(model.train(), sample)
