@@ -1,7 +1,10 @@
 """Rounding by the inputs of a layer: on the grid, and better for its outputs."""
 
+import pytest
 import torch
+from torch import nn
 
+from trainer.compress.layer_inputs import LayerStatistics
 from trainer.compress.quantize import WeightQuantizer
 from trainer.compress.second_order import round_second_order
 
@@ -32,3 +35,33 @@ def test_uncorrelated_inputs_and_inputs_that_are_always_zero() -> None:
     nearest = (weight / scale).round().clamp(-7, 7) * scale
     for gram in (torch.eye(10), torch.zeros(10, 10)):
         assert torch.equal(round_second_order(weight, gram.double(), scale, 7), nearest)
+
+
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-3])
+def test_inputs_that_hardly_vary(spread: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 4)
+    statistics = LayerStatistics(layer, products=True, together=1)
+    statistics.add(3 + 10 * torch.rand(16) + spread * torch.randn(60, 16))
+    statistics.center()
+    weight = layer.weight.detach().clone()
+    statistics.replace(
+        weight, lambda block, gram, _: round_second_order(block, gram, torch.tensor(0.1), 7)
+    )
+    assert bool(((weight - layer.weight).abs() < 1).all())
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_products_of_inputs_are_summed(centered: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 2), 2 + torch.randn(50, 6)
+    statistics = LayerStatistics(layer, products=True, together=1)
+    for part in (x[:0], x[:20], x[20:]):  # a layer may get no input, as an expert of a mixture
+        statistics.add(part)
+    exact = x.double()
+    if centered:
+        statistics.center()
+        exact = exact - exact.mean(0)
+    found = []
+    statistics.replace(layer.weight.detach(), lambda block, gram, _: found.append(gram) or block)
+    torch.testing.assert_close(found[0], exact.t() @ exact, rtol=1e-5, atol=1e-4)

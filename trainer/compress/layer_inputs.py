@@ -162,7 +162,6 @@ class LayerStatistics:
         count: Number of input vectors.
         sums: Of the inputs of each group of channels [groups, columns], float64.
         squares: Of their squares, likewise.
-        grams: Of the products x x^T of the inputs, for each group and each block of its columns.
     """
 
     def __init__(self, layer: nn.Module, products: bool, together: int) -> None:
@@ -174,50 +173,71 @@ class LayerStatistics:
         self.count = 0
         self.sums = torch.zeros(groups, columns, dtype=torch.float64, device=weight.device)
         self.squares = self.sums.clone()
-        self.grams: list[list[Tensor]] = []
+        # The first input. The products are those of the others less this one: where inputs hardly
+        # vary, nothing but rounding errors would remain of products without their mean.
+        self._origin: Tensor | None = None
+        self._centered = False
+        self._products: list[list[Tensor]] = []  # of each group and each block of its columns
         if products:
             sizes = [len(part) for part in torch.arange(columns).split(self._block)]
-            self.grams = [
+            self._products = [
                 [self.sums.new_zeros(size, size) for size in sizes] for _ in range(groups)
             ]
 
     def add(self, x: Tensor) -> None:
         """Args: x: An input of the layer."""
         for rows in _columns(self._layer, x):  # [inputs, groups, columns]
+            if not len(rows):
+                continue
+            if self._origin is None:
+                self._origin = rows[0].clone()
             self.count += len(rows)
             exact = rows.double()
             self.sums += exact.sum(0)
             self.squares += exact.square().sum(0)
-            for group, parts in enumerate(self.grams):
-                for gram, part in zip(parts, rows[:, group].split(self._block, 1), strict=True):
-                    gram += (part.t() @ part).double()
+            for group, found in enumerate(self._products):
+                shifted = rows[:, group] - self._origin[group]
+                for total, part in zip(found, shifted.split(self._block, 1), strict=True):
+                    total += (part.t() @ part).double()
 
     def replace(self, weight: Tensor, new: Callable[[Tensor, Tensor, int], Tensor]) -> None:
         """Replace the weight of the layer, in place, by blocks of its matrix.
 
         Args:
             weight: [outputs, ...].
-            new: Called with a block [outputs of a group, columns], the products of its inputs
-                [columns, columns] and the number of the group; returns the new block.
+            new: Called with a block [outputs of a group, columns], the sum of the products x x^T of
+                its inputs [columns, columns] and the number of the group; returns the new block.
         """
         rows = weight.reshape(len(self.sums), -1, self.sums.shape[1])
         made = [
             torch.cat(
                 [
-                    new(block, gram, group)
-                    for block, gram in zip(rows[group].split(self._block, 1), grams, strict=True)
+                    new(block, self._gram(group, number), group)
+                    for number, block in enumerate(rows[group].split(self._block, 1))
                 ],
                 1,
             )
-            for group, grams in enumerate(self.grams)
+            for group in range(len(rows))
         ]
         weight.copy_(torch.cat(made).reshape(weight.shape))
 
     def center(self) -> None:
-        """Turn the products into those of the inputs without their mean, which a bias restores."""
-        for sums, parts in zip(self.sums, self.grams, strict=False):
-            for gram, part in zip(parts, sums.split(self._block), strict=True):
-                gram -= torch.outer(part, part) / max(1, self.count)
+        """Let the products be those of the inputs without their mean, which a bias restores."""
+        self._centered = True
+
+    def _gram(self, group: int, number: int) -> Tensor:
+        """The products of the inputs of a block of columns."""
+        gram = self._products[group][number]
+        if self._origin is None:
+            return gram
+        count = max(1, self.count)
+        sums = self.sums[group].split(self._block)[number]
+        origin = self._origin[group].split(self._block)[number].double()
+        difference = sums - count * origin  # sum of x - origin
+        if self._centered:
+            return gram - torch.outer(difference, difference) / count
+        cross = torch.outer(origin, difference)
+        return gram + cross + cross.t() + count * torch.outer(origin, origin)
 
 
 def _columns(layer: nn.Module, x: Tensor) -> list[Tensor]:
