@@ -5,7 +5,6 @@ Linear layers (trainer.compress.layers), and layers get quantizers. The names in
 which changes were made, so that `apply_structure` needs nothing else.
 """
 
-import copy
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from trainer.compress.quantize import (
 )
 from trainer.compress.state import load_state
 from trainer.errors import ConfigError, first_line
+from trainer.models.copying import copy_model
 
 # Which batch norm can be folded into which layer. A subclass may compute something else.
 _FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
@@ -257,4 +257,4 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(meta, parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return copy_model(model, memo)

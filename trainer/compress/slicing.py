@@ -1,6 +1,5 @@
 """Removes slices of parameters from a model, so that its layers become smaller."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from trainer.compress.dependencies import Unit, output_tensors, removable_units
 from trainer.compress.layers import is_transposed, rebuild_attention
 from trainer.errors import ConfigError, first_line
+from trainer.models.copying import copy_model
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 """Attributes that count the heads of an attention, whose projections are layers in it."""
@@ -118,7 +118,7 @@ def find_units(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Unit], li
         ConfigError: The model cannot be copied.
     """
     try:
-        rebuilt = copy.deepcopy(model)
+        rebuilt = copy_model(model)
     except Exception as error:
         raise ConfigError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {first_line(error)}"
@@ -144,7 +144,7 @@ def find_units(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Unit], li
 def _trains(model: nn.Module, inputs: Any) -> bool:
     """Whether a model can be called with its inputs alone in training mode."""
     try:
-        output_tensors(copy.deepcopy(model).train(), inputs)
+        output_tensors(copy_model(model).train(), inputs)
     except Exception:  # of the user's own code, which may need the targets
         return False
     return True
@@ -159,7 +159,7 @@ def _problem(
     Args:
         trains: Whether the model is also called in training mode.
     """
-    zeroed, smaller = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    zeroed, smaller = copy_model(model).eval(), copy_model(model).eval()
     tensors = _tensors(zeroed)
     for unit in removed:
         for part in unit.parts:

@@ -54,6 +54,7 @@ from trainer.experiment.phases import (
     check_schedules,
     stages_of,
 )
+from trainer.models.copying import copy_model
 from trainer.phases import Phase, StructuralPhase
 from trainer.phases.structure import (
     StructureChange,
@@ -320,10 +321,12 @@ class Experiment:
     def build_model(self) -> nn.Module:
         """Build the model with its initial weights, drawn from torch's global random state.
 
+        Of a model that was given, it is a copy.
+
         Raises:
             ConfigError: It cannot be built, or is of a kind that cannot be trained.
         """
-        model = self.model.build()
+        model = copy_model(self.model.given) if self.model.is_object else self.model.build()
         if isinstance(model, torch.jit.ScriptModule):
             raise ConfigError(
                 "model: modules of torch.jit cannot be changed or saved as state_dicts of their "

@@ -9,7 +9,6 @@ help: onnxruntime converts it to such integers, and wraps those that are too lar
 weights in the file are chosen so that biases are exact: see `_fitted`.
 """
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, broadcast_scale
 from trainer.data.tree import call_with
 from trainer.errors import RunError, first_line
+from trainer.models.copying import copy_model
 
 OPSET = 21  # the first version with quantization to all integer types used here
 INPUT, OUTPUT = "input", "logits"
@@ -47,7 +47,7 @@ def to_onnx(model: nn.Module, sample: Any, predict: Predict | None = None) -> by
     Raises:
         RunError: PyTorch cannot export the model, or a weight is no longer on its grid.
     """
-    exported = copy.deepcopy(model).cpu().float().eval()
+    exported = copy_model(model).cpu().float().eval()
     for name, layer in list(exported.named_modules()):
         _put_integers(name, layer)
     batch = torch.export.Dim("batch")

@@ -13,7 +13,6 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments.
 """
 
 import argparse
-import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from trainer.hardware.energy import TABLES, EnergyTable
 from trainer.inference import compile, layer_kernels
 from trainer.library.subject import Subject, find_subject
 from trainer.library.subject_command import exit_code, positive, show, subject_parser
+from trainer.models.copying import copy_model
 from trainer.report.hardware import table
 from trainer.store.directory import RunDirectory
 
@@ -104,7 +104,7 @@ def _with_engine(costs: NetworkCosts, subject: Subject) -> NetworkCosts:
     """The costs with the measured time of the engine, if it replaces any layer."""
     settings = costs.settings
     batch = subject.samples[: settings.batch]
-    model = compile(copy.deepcopy(subject.model), samples=batch, threads=settings.threads)
+    model = compile(copy_model(subject.model), samples=batch, threads=settings.threads)
     if not layer_kernels(model):
         return costs
     watts, seconds = settings.cpu_watts, settings.cpu_seconds

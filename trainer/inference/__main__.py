@@ -12,7 +12,6 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments.
 """
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from trainer.export.onnx import is_quantized
 from trainer.inference.latency import ENGINE, Latencies, measure_latencies
 from trainer.library.subject import find_subject, quantized_copy
 from trainer.library.subject_command import exit_code, positive, show, subject_parser
+from trainer.models.copying import copy_model
 from trainer.report.table import Table
 
 
@@ -38,7 +38,7 @@ def _measure(options: argparse.Namespace) -> None:
         options.what, options.overrides, options.config_dir, max(2, options.batch)
     )
     model, samples = subject.model, subject.samples[: options.batch]
-    dense = copy.deepcopy(subject.dense)
+    dense = copy_model(subject.dense)
     weights = model.state_dict()
     dense.load_state_dict({k: v for k, v in weights.items() if k in dense.state_dict()}, False)
     quantized = None

@@ -1,6 +1,5 @@
 """Measures the latency of a model in the engine, PyTorch and onnxruntime, in turn."""
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from trainer.export.runtime import OnnxModel
 from trainer.inference.build import compile, layer_kernels
 from trainer.inference.layers import INT8, LayerKernel
 from trainer.inference.measure import alternate, medians
+from trainer.models.copying import copy_model
 
 ENGINE, TORCH, TORCH_INT8 = "engine", "PyTorch fp32", "PyTorch int8"
 ONNX, ONNX_INT8 = "onnxruntime fp32", "onnxruntime int8"
@@ -78,9 +78,9 @@ def _measure(
 ) -> Latencies:
     missing: dict[str, str] = {}
     # Kernels are chosen at the first call, which is not part of the measurement.
-    engine = compile(copy.deepcopy(model), samples=samples, threads=threads)
+    engine = compile(copy_model(model), samples=samples, threads=threads)
     has_grid = any(isinstance(module, WeightQuantizer) for module in model.modules())
-    plain = copy.deepcopy(dense).eval()
+    plain = copy_model(dense).eval()
     calls: dict[str, Callable[[], object]] = {
         ENGINE: lambda: engine(samples),
         TORCH: lambda: plain(samples),
@@ -110,7 +110,7 @@ def _measure(
 
 def _with_integers(model: nn.Module, threads: int) -> nn.Module | None:
     """The model with integers in all layers that can use them; None if there are none."""
-    found = copy.deepcopy(model)
+    found = copy_model(model)
     names = {
         name: INT8
         for name, module in found.named_modules()

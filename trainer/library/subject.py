@@ -1,6 +1,5 @@
 """The model and samples that a command is given: by a run directory, model file or experiment."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from trainer.experiment import Experiment
 from trainer.hardware.costs import random_samples
 from trainer.hardware.figures import Evidence
 from trainer.library.objects import load_objects
+from trainer.models.copying import copy_model
 from trainer.phases import Phase, Quantize, RoundPhase, StructuralPhase, StructuredPrune
 from trainer.phases.structure import apply_changes, class_path, from_metadata
 from trainer.store.directory import RunDirectory
@@ -195,7 +195,7 @@ def _apply(phase: Phase, model: nn.Module, dense: nn.Module, world: World, sampl
 
 def quantized_copy(model: nn.Module, samples: Tensor) -> nn.Module:
     """The model with untrained 8-bit quantizers: as fast as with trained ones, less accurate."""
-    made = copy.deepcopy(model)
+    made = copy_model(model)
     _apply(Quantize(), made, made, World.single(torch.device("cpu")), samples)
     return made.eval()
 

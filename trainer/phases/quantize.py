@@ -1,6 +1,5 @@
 """Quantization: weights and layer inputs are rounded, before or while the model trains."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -39,6 +38,7 @@ from trainer.config.instantiate import locate
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError
+from trainer.models.copying import copy_model
 from trainer.phases.auto import AUTO, MAX_BITS, check_auto, limit_for, search_bits
 from trainer.phases.base import Evaluate, Phase
 from trainer.phases.retrain import surviving
@@ -199,7 +199,7 @@ class Quantize(Phase):
         if not self.searches:
             return []
         limit = limit_for(model, evaluate, dense, self.max_drop)
-        exact = copy.deepcopy(model)
+        exact = copy_model(model)
         quantizers = self._rewrite(exact)
         world.barrier()  # no rank that is a thread may call a model while another one traces
         if self.equalize:
@@ -208,7 +208,7 @@ class Quantize(Phase):
         fixed = match_patterns(self.overrides, sizes)
 
         def measure(bits: Mapping[str, int]) -> Metrics:
-            rounded = copy.deepcopy(exact)
+            rounded = copy_model(exact)
             places = parameters(rounded)
             made = {
                 name: self._quantizer(places[name][0].value, number)

@@ -1,6 +1,5 @@
 """Structured pruning: whole channels, hidden units and attention heads are removed."""
 
-import copy
 import math
 import statistics
 import time
@@ -28,6 +27,7 @@ from trainer.engine.cost import macs
 from trainer.engine.world import World
 from trainer.errors import ConfigError, Diverged, RunError
 from trainer.metrics import format_metric
+from trainer.models.copying import copy_model
 from trainer.phases.auto import AUTO, check_auto, limit_for
 from trainer.phases.auto_prune import PROBES
 from trainer.phases.base import STRUCTURE, Evaluate, StructuralPhase
@@ -246,7 +246,7 @@ class _Search:
 
     def _without(self, kept: Mapping[int, int]) -> nn.Module:
         """A copy of the model whose layers keep so many units."""
-        model = copy.deepcopy(self._model)
+        model = copy_model(self._model)
         remove(model, to_change(self._model, self._units_beyond(kept), self._units))
         return model
 
@@ -307,7 +307,7 @@ class _Search:
 
     def _fraction(self, removed: Sequence[Unit]) -> float:
         """The fraction of the cost that remains without these units."""
-        model = copy.deepcopy(self._model)
+        model = copy_model(self._model)
         remove(model, to_change(self._model, removed, self._units))
         if self._phase.cost == "latency":
             return _latency_ratio(model, self._model, self._sample)

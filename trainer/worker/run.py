@@ -32,6 +32,7 @@ from trainer.messages import (
     RunStarted,
     RunStopped,
 )
+from trainer.models.copying import copy_model
 from trainer.phases import Phase, RoundPhase
 from trainer.phases.structure import StructureChange, from_metadata
 from trainer.store.checkpoints import ResumePoint
@@ -123,7 +124,7 @@ def run_phases(
                 _check_inputs(model, data, runtime, phases)
             dense = None
             if start.dense is not None:
-                _restore(dense := copy.deepcopy(model), experiment, start.dense)
+                _restore(dense := copy_model(model), experiment, start.dense)
             changes: list[StructureChange] = []
             if start.weights is not None:
                 metadata = _restore(model, experiment, start.weights)
@@ -168,7 +169,7 @@ def run_phases(
                     return
                 rest = list(phases.values())[index:]
                 if index == last_dense + 1 and any(p.needs_dense_model for p in rest):
-                    dense = copy.deepcopy(model)
+                    dense = copy_model(model)
                 run = PhaseRun(
                     index=index,
                     name=name,
