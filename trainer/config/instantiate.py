@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar, cast, get_type_hints
@@ -142,6 +142,7 @@ class Factory(Generic[T]):
     settings: Mapping[str, Any]
     expected: type[T]  # class of the built object
     objects: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    copy: Callable[[Any], Any] = field(default=copy.deepcopy, repr=False)  # of a given object
 
     def __post_init__(self) -> None:
         if not self.is_object:
@@ -177,7 +178,8 @@ class Factory(Generic[T]):
         if self.is_object:
             given = self.given
             try:
-                return copy.deepcopy(given)
+                copied: T = self.copy(given)
+                return copied
             except Exception as error:  # its class may raise anything
                 raise ConfigError(
                     f"{self.key}: the {type(given).__name__} that was passed cannot be copied: "

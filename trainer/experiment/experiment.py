@@ -249,7 +249,9 @@ class Experiment:
             for name, settings in config.logger.items()
         }
         objects = _without_sinks(objects)
-        self.model: Factory[nn.Module] = Factory("model", config.model, nn.Module, objects)
+        self.model: Factory[nn.Module] = Factory(
+            "model", config.model, nn.Module, objects, copy_model
+        )
         settings = {key: value for key, value in config.data.items() if key != "batch_size"}
         self.data: Factory[Splits] = Factory("data", settings, Splits, objects)
         task: Factory[Task] = Factory("task", config.task, Task, objects)
@@ -326,7 +328,7 @@ class Experiment:
         Raises:
             ConfigError: It cannot be built, or is of a kind that cannot be trained.
         """
-        model = copy_model(self.model.given) if self.model.is_object else self.model.build()
+        model = self.model.build()
         if isinstance(model, torch.jit.ScriptModule):
             raise ConfigError(
                 "model: modules of torch.jit cannot be changed or saved as state_dicts of their "

@@ -281,7 +281,7 @@ def _check_restorable(experiment: Experiment, model: nn.Module) -> None:
             cannot be copied, which many phases do.
     """
     try:
-        copy.deepcopy(model)
+        copy_model(model)
     except Exception as error:  # of the user's own code
         raise ConfigError(
             f"model: {type(model).__name__} cannot be copied (copy.deepcopy): {described(error)}; "
