@@ -43,6 +43,12 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
+def hooked() -> nn.Module:
+    model = net()
+    next(model.parameters()).register_hook(lambda gradient: gradient * 0)
+    return model
+
+
 class Locked(nn.Sequential):
     """Cannot be copied."""
 
@@ -155,6 +161,7 @@ def test_data_in_many_forms(data: Any, sizes: list[int]) -> None:
         ({"phases": [Prune(0.5, include="0")]}, r"phases.prune.include: it must be a list, such"),
         ({"model": torch.jit.script(net())}, "modules of torch.jit cannot be changed"),  # type: ignore[no-untyped-call]
         ({"model": net().to("meta")}, "0.weight is on the meta device, so that it has no values"),
+        ({"model": hooked()}, r"0\.weight has a hook \(register_hook\), which the copies"),
         ({"model": Locked}, r"Locked cannot be copied \(copy.deepcopy\): .*remove what cannot be"),
         ({"artifact": "yes"}, "artifact='yes': pass True, False, or a mapping"),
         ({"batch_size": 0}, "data.batch_size=0"),

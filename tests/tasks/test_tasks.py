@@ -381,3 +381,10 @@ def test_metrics_are_written_as_usual() -> None:
     assert format_metric("top5_accuracy", 0.98765) == "98.77%"
     assert format_metric("mae", 0.0123456) == "0.01235"
     assert format_metric("mse", 123456.7) == "123,457"
+
+
+def test_a_function_is_no_metric():
+    with pytest.raises(
+        ConfigError, match=r"it lacks update; .* trainer\.tasks\.Average\(function, "
+    ):
+        TorchMetric(max)

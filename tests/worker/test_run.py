@@ -16,6 +16,7 @@ from trainer.experiment import Experiment
 from trainer.messages import Checkpoint, Notice, PhaseEnded, RunStarted
 from trainer.models import LeNet300
 from trainer.phases import Phase
+from trainer.store.serialization import to_bytes
 from trainer.worker.run import Start, run_phases
 
 TRAIN = {"train": {"_target_": "trainer.phases.Train", "fit": {**FIT, "accumulate": 2}}}
@@ -88,6 +89,17 @@ def test_a_model_that_cannot_be_restored_is_refused_before_it_trains(model, said
     cfg = config(phases=TRAIN, model={"_target_": f"{__name__}.{model.__name__}"})
     messages = run_phases(World.single(torch.device("cpu")), cfg, Start(0))
     with pytest.raises(ConfigError, match=f"model: a fresh {model.__name__} .*{said}"):
+        next(messages)
+
+
+def test_weights_of_another_model_are_refused():
+    weights = to_bytes({"other.weight": torch.zeros(2)})
+    messages = run_phases(
+        World.single(torch.device("cpu")), config(phases=TRAIN), Start(0, weights)
+    )
+    with pytest.raises(
+        ConfigError, match=r"ConvNet does not fit the weights .*Missing key.*; resume"
+    ):
         next(messages)
 
 

@@ -334,6 +334,14 @@ class Experiment:
                 "model: modules of torch.jit cannot be changed or saved as state_dicts of their "
                 "own; pass the module that it was made from"
             )
+        if self.model.is_object:
+            for name, given in self.model.given.named_parameters():
+                if given._backward_hooks or given._post_accumulate_grad_hooks:
+                    raise ConfigError(
+                        f"model: {name} has a hook (register_hook), which the copies of the model "
+                        "on the workers would not have; freeze parameters with fit.freeze, and "
+                        "change gradients in a module of your own"
+                    )
         if torch.get_default_device().type != "meta":
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 if tensor.is_meta:

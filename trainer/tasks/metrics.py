@@ -124,6 +124,7 @@ class TorchMetric:
             if not callable(getattr(metric, method, None)):
                 raise ConfigError(
                     f"a {type(metric).__name__} is not a metric of torchmetrics: it lacks {method}"
+                    '; a function is passed as trainer.tasks.Average(function, "maximize")'
                 )
         if direction is None:
             better = getattr(metric, "higher_is_better", None)

@@ -21,7 +21,7 @@ from trainer.data.split import Splits
 from trainer.engine.loop import steps_in
 from trainer.engine.runtime import Runtime
 from trainer.engine.world import World
-from trainer.errors import ConfigError, RunError, described
+from trainer.errors import ConfigError, RunError, described, first_line
 from trainer.experiment import Experiment, check_phases
 from trainer.messages import (
     STEP_COMPLETE,
@@ -266,10 +266,19 @@ def _receive_state(world: World) -> Handover:
 
 
 def _restore(model: nn.Module, experiment: Experiment, content: bytes) -> dict[str, str]:
-    """Load structure and weights of a safetensors file into a fresh model; return its metadata."""
+    """Load structure and weights of a safetensors file into a fresh model; return its metadata.
+
+    Raises ConfigError if they do not fit.
+    """
     weights, metadata = from_bytes(content)
     experiment.apply_changes(model, from_metadata(metadata))
-    restore(model, weights)
+    try:
+        restore(model, weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model: {type(model).__name__} does not fit the weights with which the run continues: "
+            f"{first_line(error)}; resume with the model with which the run was started"
+        ) from error
     return metadata
 
 
