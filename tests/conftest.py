@@ -5,6 +5,10 @@ import os
 import signal
 
 import pytest
+
+# Of processes that tests start, too: threads that wait for one another cost more than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from hypothesis import settings
 

@@ -19,9 +19,9 @@ from trainer.data.idx import mnist
 ROOT = conf_dir().parent
 EXAMPLES = ROOT / "examples"
 PARAMETERS: dict[str, dict[str, int]] = {
-    "compress_your_model": {"samples": 1500, "rounds": 1},
+    "compress_your_model": {"samples": 1500, "rounds": 1, "workers": 1},
     "read_a_report": {"images": 1500},
-    "sweep": {"images": 600, "trials": 2},
+    "sweep": {"images": 600, "trials": 2, "workers": 1},
 }
 ACCURACY = {  # run directories, and what their models must reach; chance is 0.25 for signals
     "compress_your_model": {"signals": 0.8},
