@@ -122,6 +122,7 @@ class PhaseRun:
         self._profile = Profile(self.runtime.world.device) if self.profile else None
         self._step: StepResult | None = None  # the last step whose update was applied to the model
         self._stage = STEP_COMPLETE  # of that step
+        self._ended = 0.0  # when the last epoch was over
 
     def messages(self, resumed: Mapping[str, Any] | None) -> Iterator[Message]:
         """Run the phase and yield its reports.
@@ -274,52 +275,57 @@ class PhaseRun:
                 sparsity=entered.sparsity,
             )
         self.last = None
-        due = False  # a checkpoint, once all ranks have the same weights
-        ended = 0.0  # when the last epoch was over
         try:
-            for step in self._steps(number, resumed):
-                self.last = step
-                self.meter.read(READ_EVERY_S)
-                if clock.progress_due():
-                    shown = self._over_rounds(step, number)
-                    yield clock.progress(self.name, fit_config.epochs * self._max_rounds, shown)
-                if step.epoch_ends:
-                    ended = time.monotonic()
-                if step.step == step.total:
-                    continue
-                if step.epoch_ends:
-                    # A rank may be lost meanwhile: the epoch is incomplete.
-                    with self.average.applied() if self.average else contextlib.nullcontext():
-                        metrics = self._evaluate(model)
-                        if self.selection.add(step.epoch, metrics, model):
-                            break
-                    usage = self.meter.total(world)  # likewise
-                    clock.end_epoch(ended)
-                    shown = self._over_rounds(step, number)
-                    yield clock.epoch(self.name, shown, metrics, counts(model).sparsity, usage)
-                self._reach(STEP_COMPLETE)
-                every = self.checkpoint.every_steps
-                due = due or step.requested != CONTINUE or bool(every and step.step % every == 0)
-                if due and step.synchronized:
-                    due = False
-                    with world.heartbeat.busy():
-                        yield self._checkpoint(step)
-                    clock.checkpointed = time.monotonic()
-                if step.requested in (STOP, CHANGE):
-                    yield from self._stop(changes_members=step.requested == CHANGE)
-                    return
+            yield from self._train(number, resumed)
         except _Leave:
             yield from self._stop(changes_members=True)
-            return
         except Diverged as error:
             raise Diverged(f"phase {self.name}: {error}") from error
+        if self.stopped:
+            return
         if self.last:
             # From here on the model changes, and a rank may be lost meanwhile.
             self.earlier, self._step = self._needed_handover(), None
-            clock.end_epoch(ended)
+            clock.end_epoch(self._ended)
             yield from self._choose_weights(self.last)
         with world.heartbeat.busy():
             phase.leave(model)
+
+    def _train(self, number: int, resumed: Mapping[str, Any] | None) -> Iterator[Message]:
+        """Take the steps of a round; evaluate, report and save between them."""
+        clock, model, world = self.clock, self.model, self.runtime.world
+        every = self.checkpoint.every_steps
+        due = False  # a checkpoint, once all ranks have the same weights
+        for step in self._steps(number, resumed):
+            self.last = step
+            self.meter.read(READ_EVERY_S)
+            if clock.progress_due():
+                shown = self._over_rounds(step, number)
+                yield clock.progress(self.name, self.phase.fit.epochs * self._max_rounds, shown)
+            if step.epoch_ends:
+                self._ended = time.monotonic()
+            if step.step == step.total:
+                continue
+            if step.epoch_ends:
+                # A rank may be lost meanwhile: the epoch is incomplete.
+                with self.average.applied() if self.average else contextlib.nullcontext():
+                    metrics = self._evaluate(model)
+                    if self.selection.add(step.epoch, metrics, model):
+                        break
+                usage = self.meter.total(world)  # likewise
+                clock.end_epoch(self._ended)
+                shown = self._over_rounds(step, number)
+                yield clock.epoch(self.name, shown, metrics, counts(model).sparsity, usage)
+            self._reach(STEP_COMPLETE)
+            due = due or step.requested != CONTINUE or bool(every and step.step % every == 0)
+            if due and step.synchronized:
+                due = False
+                with world.heartbeat.busy():
+                    yield self._checkpoint(step)
+                clock.checkpointed = time.monotonic()
+            if step.requested in (STOP, CHANGE):
+                yield from self._stop(changes_members=step.requested == CHANGE)
+                return
 
     def _begin_round(self, resumed: Mapping[str, Any] | None) -> None:
         """Begin the average and the selection of weights, or continue those of the checkpoint."""

@@ -108,53 +108,12 @@ def run_phases(
         with world.heartbeat.busy():
             if continues:
                 handover = _receive_state(world)
-            torch.manual_seed(experiment.config.seed)
-            data = experiment.build_data()
-            phases = copy.deepcopy(experiment.phases)  # phases have state, experiments have none
-            runtime = experiment.build_runtime(world)
-            model = runtime.place(experiment.build_model())
-            check_state(model)
-            if start.phase == 0 and handover is None and world.rank == 0:
-                _check_restorable(experiment, model)
-            check_phases(experiment, model)
-            remaining = list(phases.values())[start.phase :]
-            fits = [phase.fit for phase in remaining]
-            data, target_shape = check_compatible(model, data, runtime, fits)
-            if start.phase == 0 and handover is None:
-                _check_inputs(model, data, runtime, phases)
-            dense = None
-            if start.dense is not None:
-                _restore(dense := copy_model(model), experiment, start.dense)
-            changes: list[StructureChange] = []
-            if start.weights is not None:
-                metadata = _restore(model, experiment, start.weights)
-                changes = from_metadata(metadata)
-                if LOSS_SCALE in metadata:
-                    runtime.mixed_precision.load(json.loads(metadata[LOSS_SCALE]))
-            world.broadcast(_tensors(model))
-        yield RunStarted(
-            workers=world.size,
-            device=_device_name(world.device),
-            parameters=counts(model).parameters,
-            train=len(data.train),
-            validation=len(data.validation),
-            test=len(data.test),
-            phase_steps=tuple(
-                planned_steps(phase, len(data.train), runtime.batch_size)
-                for phase in phases.values()
-            ),
-            sequence_targets=runtime.task.kind == "classification" and len(target_shape) == 1,
-            task=runtime.task.kind,
-            directions=runtime.task.directions,
-        )
-        if start.phase == 0 and handover is None:
-            if runtime.batch_size > len(data.train):
-                yield Notice(
-                    f"data.batch_size={runtime.batch_size} is larger than the training set of "
-                    f"{len(data.train)} samples, which is one batch"
-                )
-            for name, phase in phases.items():
-                yield from (Notice(f"phases.{name}: {line}") for line in phase.notices(model))
+            is_new = start.phase == 0 and handover is None
+            built = _build(world, experiment, start, is_new)
+        yield built.started(world)
+        if is_new:
+            yield from built.notices()
+        phases, model, runtime, dense = built.phases, built.model, built.runtime, built.dense
         epochs_before = 0
         last_dense = experiment.stages[0].phase
         for index, (name, phase) in enumerate(phases.items()):
@@ -176,11 +135,11 @@ def run_phases(
                     phase=phase,
                     model=model,
                     dense=dense,
-                    data=data,
+                    data=built.data,
                     runtime=runtime,
                     epochs_before=epochs_before,
                     checkpoint=experiment.config.checkpoint,
-                    changes=changes,
+                    changes=built.changes,
                     earlier=handover,
                     profile=experiment.config.profile,
                     elastic=experiment.config.cluster.is_elastic,
@@ -200,6 +159,85 @@ def run_phases(
                 if latest is not None:
                     yield latest
         raise
+
+
+@dataclass
+class _Built:
+    """What a worker builds of an experiment before the first phase."""
+
+    phases: dict[str, Phase]
+    runtime: Runtime
+    model: nn.Module  # with the weights with which the run starts
+    dense: nn.Module | None  # the dense model, if it is known and a phase needs it
+    data: Splits
+    target_shape: tuple[int, ...]  # of one sample
+    changes: list[StructureChange]  # of the phases before the first one
+
+    def started(self, world: World) -> RunStarted:
+        """The report that the run has started."""
+        data, task = self.data, self.runtime.task
+        return RunStarted(
+            workers=world.size,
+            device=_device_name(world.device),
+            parameters=counts(self.model).parameters,
+            train=len(data.train),
+            validation=len(data.validation),
+            test=len(data.test),
+            phase_steps=tuple(
+                planned_steps(phase, len(data.train), self.runtime.batch_size)
+                for phase in self.phases.values()
+            ),
+            sequence_targets=task.kind == "classification" and len(self.target_shape) == 1,
+            task=task.kind,
+            directions=task.directions,
+        )
+
+    def notices(self) -> Iterator[Notice]:
+        """What the user should know before a new run."""
+        batch_size, samples = self.runtime.batch_size, len(self.data.train)
+        if batch_size > samples:
+            yield Notice(
+                f"data.batch_size={batch_size} is larger than the training set of {samples} "
+                "samples, which is one batch"
+            )
+        for name, phase in self.phases.items():
+            yield from (Notice(f"phases.{name}: {line}") for line in phase.notices(self.model))
+
+
+def _build(world: World, experiment: Experiment, start: Start, is_new: bool) -> _Built:
+    """Build and check model, data and phases, and load the weights. A collective call.
+
+    Args:
+        world: The group of workers.
+        experiment: The experiment to run.
+        start: Where it starts.
+        is_new: Whether nothing of the run has been done yet; the checks that take longest are for
+            new runs.
+    """
+    torch.manual_seed(experiment.config.seed)
+    data = experiment.build_data()
+    phases = copy.deepcopy(experiment.phases)  # phases have state, experiments have none
+    runtime = experiment.build_runtime(world)
+    model = runtime.place(experiment.build_model())
+    check_state(model)
+    if is_new and world.rank == 0:
+        _check_restorable(experiment, model)
+    check_phases(experiment, model)
+    fits = [phase.fit for phase in list(phases.values())[start.phase :]]
+    data, target_shape = check_compatible(model, data, runtime, fits)
+    if is_new:
+        _check_inputs(model, data, runtime, phases)
+    dense = None
+    if start.dense is not None:
+        _restore(dense := copy_model(model), experiment, start.dense)
+    changes: list[StructureChange] = []
+    if start.weights is not None:
+        metadata = _restore(model, experiment, start.weights)
+        changes = from_metadata(metadata)
+        if LOSS_SCALE in metadata:
+            runtime.mixed_precision.load(json.loads(metadata[LOSS_SCALE]))
+    world.broadcast(_tensors(model))
+    return _Built(phases, runtime, model, dense, data, target_shape, changes)
 
 
 def _check_inputs(
