@@ -28,6 +28,7 @@ import datetime
 import importlib.util
 import os
 import platform
+import secrets
 import shutil
 import socket
 import statistics
@@ -45,11 +46,12 @@ import torch
 HERE = Path(__file__).resolve()
 STAMPS = "STARTUP_STAMPS"  # environment: the folder of the time stamps; also marks our processes
 LIMIT_S = 300.0
+PROCESS = secrets.token_hex(4)  # a host that starts again uses the same process ids again
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0005, "nesterov": True}
 
 
 class StampedSGD(torch.optim.SGD):
-    """SGD whose every step leaves its time and number in a file of the worker's, `HOST-PID`."""
+    """SGD whose every step leaves its time and number in a file of the worker's."""
 
     @property
     def steps(self) -> int:
@@ -60,14 +62,14 @@ class StampedSGD(torch.optim.SGD):
         result = super().step(closure)
         self.param_groups[0]["steps"] = self.steps + 1
         if len(self.param_groups[0]["params"]) > 2:  # else ours only tries whether it can be used
-            name = f"{socket.gethostname()}-{os.getpid()}"
+            name = f"{socket.gethostname()}-{os.getpid()}-{PROCESS}"
             with open(f"{os.environ[STAMPS]}/{name}", "a", encoding="utf-8") as file:
                 file.write(f"{time.monotonic()} {self.steps}\n")
         return result
 
 
 def read_stamps(folder: Path) -> dict[str, list[tuple[float, int]]]:
-    """Time and number of each step of each worker, without a line that is half written."""
+    """Time and number of each step, by worker (HOST-PID-...), without a line half written."""
     found = {}
     for file in folder.iterdir():
         lines = file.read_text().rpartition("\n")[0].splitlines()

