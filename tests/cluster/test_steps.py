@@ -186,6 +186,13 @@ def test_errors_of_ray_are_failures_of_workers_that_died(monkeypatch, error, exp
     assert (failure.reason, failure.has_died, failure.has_left) == expected
 
 
+def test_a_worker_is_up_only_when_it_has_what_torch_imports_for_an_optimizer(monkeypatch):
+    """The import takes about a second, during which the group that it joins would wait for it."""
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    with pytest.raises(ModuleNotFoundError, match=r"torch\._dynamo"):
+        Worker(1, 0, [])
+
+
 @pytest.mark.parametrize(("error", "has_died"), [(SystemExit, True), (ValueError, False)])
 def test_a_worker_that_is_told_to_end_counts_as_dead(error, has_died):
     """Ray raises SystemExit in the function if the process receives SIGTERM."""

@@ -6,6 +6,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from trainer.imports import collector_paused
@@ -35,6 +36,9 @@ class Worker:
         self._rank = 0  # in the current group
         self._threads = threads
         sys.path.extend(path for path in paths if path not in sys.path)
+        # torch needs it for the first optimizer: others would wait for a worker that joins them.
+        with collector_paused():
+            import_module("torch._dynamo")
         with contextlib.suppress(PermissionError):  # the niceness is already higher
             os.setpriority(os.PRIO_PROCESS, 0, nice)
         self._server: RendezvousServer | None = None
