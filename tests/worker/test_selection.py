@@ -9,7 +9,7 @@ import torch
 from tests.engine import bodies
 from tests.engine.conftest import run_ranks
 from trainer.config import FitConfig
-from trainer.data.split import Splits
+from trainer.data.split import Splits, TensorSplit
 from trainer.engine.average import WeightAverage
 from trainer.engine.evaluate import Metrics
 from trainer.engine.loop import fit
@@ -56,6 +56,17 @@ def of(kind, found):
 
 def weights(found):
     return [from_bytes(message.weights)[0] for message in of(PhaseEnded, found)]
+
+
+def test_a_run_is_not_resumed_with_other_data():
+    cfg = experiment(Train(epochs=2))
+    checkpoint = of(Checkpoint, messages(cfg))[2]
+    start = Start(0, initial_weights(cfg, None), checkpoint.content)
+    split, model = bodies.problem()
+    train = TensorSplit(split.inputs[:40], split.targets[:40])
+    other = Experiment(model=model, data=Splits(train, split, split), phases=[Train(epochs=2)])
+    with pytest.raises(ConfigError, match="the training set has 40 samples, but 70 when the run"):
+        messages(other, start=start)
 
 
 def test_a_phase_ends_with_the_average_of_its_weights():

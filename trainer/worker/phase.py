@@ -36,7 +36,7 @@ from trainer.engine.profile import (
 )
 from trainer.engine.recompute import recomputed
 from trainer.engine.runtime import Runtime
-from trainer.errors import Diverged
+from trainer.errors import ConfigError, Diverged
 from trainer.messages import (
     STEP_COMPLETE,
     STEP_COUNTED,
@@ -169,6 +169,12 @@ class PhaseRun:
 
     def _load_state(self, resumed: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of this phase, as far as no round is concerned."""
+        samples = len(self.data.train)
+        if (before := resumed.get("samples", samples)) != samples:
+            raise ConfigError(
+                f"data: the training set has {samples} samples, but {before} when the run was "
+                "interrupted: resume it with the same data, or start a new run"
+            )
         self.clock.load(resumed["clock"])
         # One rank stands for all. Earlier versions did not measure energy.
         world = self.runtime.world
@@ -540,6 +546,7 @@ class PhaseRun:
             "clock": self.clock.state(),
             "energy": self.meter.state(),
             "workers": self.runtime.world.size,
+            "samples": len(self.data.train),
             "fit": step.state(),
             "unfinished": unfinished,
             "phase": phase.state(),
