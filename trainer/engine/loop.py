@@ -135,6 +135,7 @@ def fit(
         model, split, cfg, runtime, epochs_before, start, request, objective, local_steps
     )
     try:
+        fitting.load_reducer(start or {})
         while fitting.step < total:
             yield from fitting.run_epoch()
     except (ConnectionError, TimeoutError):
@@ -188,8 +189,6 @@ class _Fit:
         model.train()
         self.freezing.begin_epoch(self.step // self.per_epoch)
         self.reducer = self.build_reducer()
-        if start is not None and "reducer" in start and self.reducer.keeps_state:
-            self.reducer.load(start["reducer"], start.get("rank_reducer", {}))
 
     def build_reducer(self) -> Reducer | LocalSteps:
         """A reducer of the parameters that require a gradient now."""
@@ -197,6 +196,11 @@ class _Fit:
         if self.local_steps == 1:
             return reducer
         return LocalSteps(reducer, self.parameters, self.world, self.runtime.allreduce)
+
+    def load_reducer(self, start: Mapping[str, Any]) -> None:
+        """Let the reducer continue from the state of another fit, if it keeps one."""
+        if "reducer" in start and self.reducer.keeps_state:
+            self.reducer.load(start["reducer"], start.get("rank_reducer", {}))
 
     def run_epoch(self) -> Iterator[StepResult]:
         """Take the remaining steps of the present epoch."""
