@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from trainer.data.checked import CheckedSplit, TargetCheck, sample_name
 from trainer.data.datasets import DatasetSplit
@@ -64,6 +64,25 @@ def test_an_error_of_the_data_set_names_split_and_sample() -> None:
     assert described(raised.value) == (
         "IndexError: list index out of range (while sample 1 (number 7 of the data set that it was "
         "held out of) was read; in the train data)"
+    )
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, TimeoutError])
+def test_a_lost_connection_of_the_data_is_not_that_of_a_rank(kind: type[OSError]) -> None:
+    class Remote(Dataset[tuple[torch.Tensor, int]]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            raise kind("the storage does not answer")
+
+    split = CheckedSplit(DatasetSplit(Remote(), seed=0), "train", check(4))
+    with pytest.raises(OSError) as raised:
+        list(split.batches([torch.tensor([1])], None))
+    assert not isinstance(raised.value, ConnectionError | TimeoutError)
+    assert described(raised.value) == (
+        f"OSError: {kind.__name__}: the storage does not answer (while sample 1 was read; in the "
+        "train data)"
     )
 
 

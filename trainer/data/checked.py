@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.data.split import SampleError, Split, unwrapped
-from trainer.errors import RunError
+from trainer.errors import RunError, described
 
 TargetCheck = Callable[[Tensor], tuple[int, str] | None]
 """From targets [n, ...] to the position of one that cannot be used and the reason, or None."""
@@ -61,6 +61,8 @@ class CheckedSplit:
             raise RunError(f"data: {self.describe(error)}") from error
         except Exception as error:
             error.add_note(f"in the {self.name} data")
+            if isinstance(error, ConnectionError | TimeoutError):  # not that of a lost rank
+                raise OSError(described(error)) from error
             raise
 
     def check_targets(self, indices: Tensor, targets: Tensor) -> None:
