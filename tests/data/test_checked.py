@@ -77,7 +77,7 @@ def test_a_lost_connection_of_the_data_is_not_that_of_a_rank(kind: type[OSError]
             raise kind("the storage does not answer")
 
     split = CheckedSplit(DatasetSplit(Remote(), seed=0), "train", check(4))
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(OSError, match="does not answer") as raised:
         list(split.batches([torch.tensor([1])], None))
     assert not isinstance(raised.value, ConnectionError | TimeoutError)
     assert described(raised.value) == (

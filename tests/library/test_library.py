@@ -14,6 +14,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.version import VersionBase
+from optuna.distributions import IntDistribution
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -380,15 +381,19 @@ def test_the_command_refuses_a_run_with_objects(capsys: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_over_objects() -> None:
+def test_a_sweep_over_objects(capsys: Any) -> None:
     experiment = trainer.Experiment(
         model=partial(LeNet300, classes=4),
         data={"_target_": f"{__name__}.flat"},
         phases=[Train(epochs=1), Prune(0.5)],
         cluster=INLINE["cluster"],
     )
-    params = {"phases.prune.enabled": "choice(true,false)", "model.classes": "choice(4,5)"}
-    found = trainer.sweep(experiment, params, sampler="grid", slots=1, out="s", refit=True)
+    params = {"phases.prune.enabled": [True, False], "model.classes": IntDistribution(4, 5)}
+    capsys.readouterr()
+    found = trainer.sweep(
+        experiment, params, sampler="grid", slots=1, out="s", refit=True, progress=False
+    )
+    assert capsys.readouterr().out == ""
     assert len(found.trials) == 4
     assert set(found.best_params) == set(params)
     assert found.best[0]["command"] is None

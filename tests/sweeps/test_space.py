@@ -2,11 +2,13 @@
 
 import optuna
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from trainer.config import SweepConfig
 from trainer.errors import ConfigError
-from trainer.sweeps.ranges import parse_range
+from trainer.sweeps.ranges import parse_range, range_text
 from trainer.sweeps.space import parse_space
 from trainer.sweeps.study import SweepStudy
 
@@ -52,6 +54,40 @@ def test_ranges(text, ends, values):
     assert found.ends() == ends
     assert found.all() == values
     assert getattr(found.distribution, "log", False) == ("log" in text)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        IntDistribution(8, 128, log=True),
+        IntDistribution(1, 5),
+        IntDistribution(1, 7, step=3),
+        IntDistribution(-4, -4),
+        FloatDistribution(1e-5, 1e-1, log=True),
+        FloatDistribution(0, 1),
+        FloatDistribution(0.1, 0.4, step=0.1),
+        FloatDistribution(-0.3, 0.7, step=0.25),
+        FloatDistribution(0.5, 0.5),
+        CategoricalDistribution([True, None, 2, 0.5, "a, b", "null"]),
+    ],
+)
+def test_a_distribution_of_optuna_is_the_range_of_its_text(given):
+    found = parse_range("key", range_text("key", given)).distribution
+    if given.single():
+        assert found == CategoricalDistribution([given.low])
+    else:
+        assert found == given
+
+
+def test_a_list_of_python_is_a_choice():
+    found = parse_range("key", range_text("key", [(3, 3), [5], {"a": 1.0}, "x"]))
+    assert [found.value(stored) for stored in found.all()] == [[3, 3], [5], {"a": 1.0}, "x"]
+    assert range_text("key", "choice(1,2)") == "choice(1,2)"
+    assert range_text("optimizer", {"lr": (1, 2)}) == {"lr": "1,2"}
+    with pytest.raises(ConfigError, match=r"sweep\.params\.m\.act: .*ReLU.*choose among numbers"):
+        range_text("m", {"act": [torch.nn.ReLU]})
+    with pytest.raises(ConfigError, match=r"sweep\.params\.key"):
+        parse_range("key", range_text("key", []))
 
 
 @pytest.mark.parametrize(

@@ -213,16 +213,17 @@ def resume(
 
 def sweep(
     experiment: Experiment,
-    params: Mapping[str, str],
+    params: Mapping[str, Any],
     *,
     out: str | Path | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> SweepResult:
     """Search settings of an experiment with many trials, several at a time.
 
         trainer.sweep(
             trainer.compose("lenet300"),
-            {"optimizer.lr": "tag(log, interval(1e-3, 1e-1))", "seed": "range(0,3)"},
+            {"optimizer.lr": FloatDistribution(1e-3, 1e-1, log=True), "seed": [0, 1, 2]},
             trials=20,
         )
 
@@ -230,10 +231,12 @@ def sweep(
 
     Args:
         experiment: The experiment; settings that are not searched keep its values.
-        params: Dotted keys of settings and their ranges: choice(...), range(...), interval(...),
-            tag(log, ...). Settings of a model or data that were passed as objects cannot be
-            searched; pass the class instead.
+        params: Dotted keys of settings and their ranges. A range is a list of values, one of
+            `optuna.distributions`, or a text as on the command line: "choice(3,5)", "range(1,5)",
+            "interval(0.1,0.5)", "tag(log, interval(1e-4,1e-1))". Settings of a model or data that
+            were passed as objects cannot be searched; pass the class instead.
         out: The sweep's folder. By default outputs/NAME/sweep.
+        progress: Whether to print the progress.
         options: Other settings of the section `sweep`: trials, seconds, objectives, constraints,
             sampler, pruner (a name, or an object of a class of your own), slots, refit, ...
 
@@ -246,6 +249,7 @@ def sweep(
         Interrupted: The sweep was interrupted; the same call continues it.
     """
     from trainer.sweeps.driver import run_sweep  # imports Optuna
+    from trainer.sweeps.ranges import range_text
 
     check_experiment(experiment)
     settings = experiment.settings()
@@ -256,7 +260,7 @@ def sweep(
     settings["sweep"] = {
         **dataclasses.asdict(SweepConfig(objectives={"accuracy": "maximize"})),
         **options,
-        "params": dict(params),
+        "params": {key: range_text(key, given) for key, given in params.items()},
     }
     config = to_dataclass(Config, settings)
     folder = Path(out) if out is not None else Path("outputs") / config.name / config.sweep.name
@@ -267,16 +271,16 @@ def sweep(
     tree = OmegaConf.create(plain)
     signals = Signals()
     with signals.installed():
-        best = run_sweep(config, tree, folder, None, signals, objects)
+        best = run_sweep(config, tree, folder, None, signals, objects, progress)
     refit = None
     if best is not None:
-        refit = _refit(Experiment.from_config(best, experiment.objects), folder / "best")
+        refit = _refit(Experiment.from_config(best, experiment.objects), folder / "best", progress)
     return SweepResult(folder, refit)
 
 
-def _refit(experiment: Experiment, folder: Path) -> Result:
+def _refit(experiment: Experiment, folder: Path, progress: bool) -> Result:
     try:
-        return run(experiment, out=folder)
+        return run(experiment, out=folder, progress=progress)
     except ConfigError as error:  # no exit code 2 after a whole search
         raise RunError(f"the best trial cannot be run in full: {error}") from error
 

@@ -34,6 +34,7 @@ def run_sweep(
     arguments: list[str] | None,
     signals: Signals,
     objects: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> dict[str, Any] | None:
     """Search `cfg.sweep.params`, or continue the sweep in `folder`.
 
@@ -45,6 +46,7 @@ def run_sweep(
             started from Python.
         signals: The first signal saves and ends the sweep, the second ends it at once.
         objects: What was passed from Python, by name.
+        progress: Whether to print the progress.
 
     Returns:
         With `sweep.refit`, the plain configuration of the best trial; else None.
@@ -64,7 +66,7 @@ def run_sweep(
             directory.write_command(arguments)
             directory.write_config(plan.unresolved())
         with ExitStack() as locks:
-            return _Sweep(plan, directory, arguments, signals, locks).execute()
+            return _Sweep(plan, directory, arguments, signals, locks, progress).execute()
     except ConfigError:
         if new:
             directory.discard()
@@ -81,11 +83,13 @@ class _Sweep:
         arguments: list[str] | None,
         signals: Signals,
         locks: ExitStack,
+        progress: bool,
     ) -> None:
         self.plan, self.cfg, self.sweep = plan, plan.cfg, plan.cfg.sweep
         self.directory, self.signals, self.locks = directory, signals, locks
         self.arguments = arguments
-        self.table = LiveTable(self.sweep, directory, total_trials(self.sweep, plan.space))
+        total = total_trials(self.sweep, plan.space)
+        self.table = LiveTable(self.sweep, directory, total, quiet=not progress)
         self.pool = Pool(self.cfg, self.table.say)
         self.interrupted = False  # by the first signal
         self.saved = False  # whether the results were saved since the signal

@@ -151,6 +151,63 @@ def parse_range(key: str, text: Any) -> Range:
         raise ConfigError(f"{where}: {first_line(error)}") from error
 
 
+def range_text(key: str, given: Any) -> Any:
+    """The text of a range that was given in Python; anything else is returned as it is.
+
+    Args:
+        key: Of the parameter, for messages.
+        given: One of Optuna's distributions, a list or tuple of values to choose from, or a mapping
+            of these by the last parts of their keys.
+
+    Raises:
+        ConfigError: It holds a value that a configuration cannot hold.
+    """
+    match given:
+        case Mapping():
+            return {part: range_text(f"{key}.{part}", inner) for part, inner in given.items()}
+        case CategoricalDistribution(choices=choices):
+            return _choice_text(key, choices)
+        case list() | tuple():
+            return _choice_text(key, given)
+        case IntDistribution() | FloatDistribution() if given.single():
+            return _choice_text(key, [given.low])
+        case (
+            IntDistribution(low=low, high=high, step=1)
+            | FloatDistribution(low=low, high=high, step=None)
+        ):
+            text = f"interval({low!r},{high!r})"
+            text = f"int({text})" if isinstance(low, int) else text
+            return f"tag(log, {text})" if given.log else text
+        case (
+            IntDistribution(low=low, high=high, step=step)
+            | FloatDistribution(low=low, high=high, step=step)
+        ):
+            end = Decimal(str(high)) + Decimal(str(step))  # a range does not include its end
+            return f"range({low!r},{end},{step!r})"
+    return given
+
+
+def _choice_text(key: str, values: Iterable[Any]) -> str:
+    values = list(values)
+    for value in values:
+        if not _is_plain(value):
+            raise ConfigError(
+                f"sweep.params.{key}: {value!r} is a {type(value).__name__}; choose among numbers, "
+                "texts, bools, None, and lists and mappings of these"
+            )
+    text = ",".join(hydra_text(value) for value in values)
+    return text if len(values) > 1 else f"choice({text})"  # choice() does not take null
+
+
+def _is_plain(value: Any) -> bool:
+    match value:
+        case list() | tuple():
+            return all(_is_plain(item) for item in value)
+        case dict():
+            return all(isinstance(k, str) and _is_plain(item) for k, item in value.items())
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def _range(parsed: Sweep, log: bool) -> Range:
     match parsed:
         case ChoiceSweep():

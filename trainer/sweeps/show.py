@@ -28,9 +28,23 @@ class LiveTable:
 
     A context manager: the live table disappears at its end."""
 
-    def __init__(self, cfg: SweepConfig, directory: RunDirectory, total: int | None = None) -> None:
-        """Args: total: trials that the sweep makes (`total_trials`); None: no fixed number."""
+    def __init__(
+        self,
+        cfg: SweepConfig,
+        directory: RunDirectory,
+        total: int | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """Prepare the display.
+
+        Args:
+            cfg: the section `sweep`.
+            directory: the sweep's folder, with the log.
+            total: trials that the sweep makes (`total_trials`); None: no fixed number.
+            quiet: print nothing; the log is the same.
+        """
         self.terminal = Terminal()
+        self.terminal.quiet = quiet
         self._cfg, self._directory, self._total = cfg, directory, total
         self._live = live_display(self.terminal)
         self._speed = _Speed()
