@@ -10,7 +10,7 @@ ResNet-20 on random samples, 32 per process and step, with SGD and momentum in f
     DDP             torch's DistributedDataParallel, gloo
     dense           `Train`
     pruned          `Retrain` after `Prune(0.9)`: only weights that are not zero are trained
-    shared          `Share(bits=4)`: only the shared values are trained
+    shared          `Share(bits=4)` after `Prune(0.9)`: only the shared values are trained
     wire=...        as dense, with 16 or 8 bits for each number that is sent
     powersgd        as dense, with gradients of rank 4
     local_steps     as dense, with an average of the weights every 10 steps (DiLoCo)
@@ -66,6 +66,7 @@ def pruned(model: nn.Module, world: World) -> None:
 
 
 def shared(model: nn.Module, world: World) -> None:
+    Prune(0.9, fit=FitConfig()).enter(model, world)
     Share(bits=4, fit=ONCE).enter(model, world)
 
 
@@ -87,7 +88,7 @@ METHODS = {
     "shared": Method(enter=shared),
     "wire=bf16": Method({"wire": "bf16"}),
     "wire=int8": Method({"wire": "int8"}),
-    "powersgd": Method({"compression": "powersgd", "rank": 4}),
+    "powersgd": Method({"compression": "powersgd", "rank": 4, "whole_steps": 0}),
     "local_steps": Method({"local_steps": LOCAL_STEPS}),
 }
 Steps = Iterator[int]
