@@ -1,6 +1,7 @@
 """Compiled models compute the same as dense ones, with each kernel."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,53 @@ def test_refuses() -> None:
         compiled(torch.rand(2, 20, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="no gradients"):
         compiled(torch.rand(2, 20, requires_grad=True))
+    with pytest.raises(ConfigError, match=r"^0 has weights in torch.bfloat16 .* model.float\(\)"):
+        compile(nn.Sequential(nn.Linear(20, 30)).bfloat16())
+    broken = nn.Sequential(nn.Linear(20, 30))
+    nn.init.constant_(broken[0].weight, torch.nan)
+    with pytest.raises(ConfigError, match=r"^0: the weights have NaN"):
+        compile(broken)
+
+
+def test_refuses_a_damaged_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"nothing of that kind")
+    with pytest.raises(artifact.ArtifactError, match=r"model.safetensors: no .safetensors file"):
+        compile(LeNet5(), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kernel", "message"),
+    [
+        ("linear", (2, 5), "columns", "last dimension must be 40"),
+        ("linear", (9, 99), "rows", "last dimension must be 40"),
+        ("linear", (), "rows", "last dimension must be 40"),
+        ("plain", (2, 9, 20, 20), "rows", r"\[N, 3, height, width\]"),
+        ("plain", (3, 20), "rows", r"\[N, 3, height, width\]"),
+        ("sequence", (1, 1, 20), "rows", r"\[N, 3, length\]"),
+        ("lstm", (7, 2, 8), "rows", "last dimension must be 9"),
+        ("lstm", (7, 2, 1, 9), "rows", "2 or 3 dimensions"),
+    ],
+)
+@torch.no_grad()
+def test_inputs_of_another_size_are_refused(
+    everything: nn.Module, name: str, size: tuple[int, ...], kernel: str, message: str
+) -> None:
+    """Kernels do not check it: they would read other memory."""
+    layers = [f"{name}.layers.{i}" for i in (0, 1)] if name == "lstm" else [name]
+    layer = compile(everything, kernels=dict.fromkeys(layers, kernel)).get_submodule(name)
+    with pytest.raises(RuntimeError, match=message):
+        layer(torch.rand(size))
+
+
+@torch.no_grad()
+def test_states_of_another_shape_are_refused(everything: nn.Module) -> None:
+    lstm, x = compile(everything).lstm, torch.rand(7, 3, 9)
+    for shape in ((1, 3, 24), (2, 4, 24), (2, 3, 25)):
+        with pytest.raises(RuntimeError, match=r"layers, N, hidden\], here \[2, 3, 24\]"):
+            lstm(x, (torch.zeros(shape), torch.zeros(shape)))
+    with pytest.raises(TypeError, match="float32"):
+        lstm(x, (torch.zeros(2, 3, 24).double(),) * 2)
 
 
 def test_a_weight_can_be_read(everything: nn.Module) -> None:
@@ -202,6 +250,81 @@ def test_hooks_are_kept() -> None:
     model[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
     compile(model, kernels={"0": "rows"})(torch.rand(2, 20))
     assert seen == [(2, 30)]
+
+
+@torch.no_grad()
+def test_hooks_with_keywords_are_kept() -> None:
+    model, x = sparse(nn.Sequential(nn.Linear(20, 30))), torch.rand(2, 20)
+    model[0].register_forward_pre_hook(
+        lambda _, args, named: ((args[0] + 1,), named), with_kwargs=True
+    )
+    model[0].register_forward_hook(lambda _, args, named, out: 2 * out, with_kwargs=True)
+    expected = model(x)
+    torch.testing.assert_close(compile(model, kernels={"0": "rows"})(x), expected)
+
+
+class _ReadsSettings(nn.Module):
+    """Reads the settings of its layers, and calls them by keyword, as the code of others does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(9, 24, 2, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lstm.flatten_parameters()
+        directions = 2 if self.lstm.bidirectional else 1
+        zero = x.new_zeros(directions * self.lstm.num_layers, len(x), self.lstm.hidden_size)
+        h, _ = self.lstm(input=x.view(len(x), -1, self.lstm.input_size), hx=(zero, zero))
+        return self.fc(input=h.reshape(-1, self.fc.in_features))
+
+
+@torch.no_grad()
+def test_settings_and_keywords_are_those_of_torch() -> None:
+    model, x = sparse(_ReadsSettings()), torch.rand(3, 36)
+    expected = model(x)
+    torch.testing.assert_close(compile(model)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_masks_of_torch_are_taken_over() -> None:
+    """Those of torch.nn.utils.prune, which hooks apply. Other hooks that make weights stay."""
+    model, x = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 9), nn.LSTM(9, 8)), torch.rand(4, 20)
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.8)
+    nn.utils.prune.l1_unstructured(model[0], "bias", 0.5)
+    nn.utils.prune.l1_unstructured(model[2], "weight_hh_l0", 0.8)
+    model[1].weight[:, 1:] = 0
+    nn.utils.spectral_norm(model[1])
+    expected = model.eval()(x)[0]
+    compiled = compile(model)
+    torch.testing.assert_close(compiled(x)[0], expected)
+    assert [row.layer for row in layer_kernels(compiled)] == ["0", "2.layers.0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@torch.no_grad()
+def test_encoder_layers_of_torch_use_the_kernels() -> None:
+    """Their fused kernel in evaluation would decode the weights at each call."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = sparse(nn.TransformerEncoder(layer, 1)), torch.rand(2, 3, 8)
+    padded = torch.tensor([[False, False, False], [False, True, True]])
+    expected = model(x), model(x, src_key_padding_mask=padded)
+    kernels = {f"layers.0.linear{i}": "rows" for i in (1, 2)}
+    measured = compile(pickle.loads(pickle.dumps(model)), samples=x)
+    assert chosen_kernels(measured).keys() == kernels.keys()  # so they were called
+    compiled = compile(model, kernels=kernels)
+    found = compiled(x), compiled(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_threads_may_make_the_first_call_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = sparse(nn.Sequential(nn.Linear(20, 30))), torch.rand(1, 20)
+    monkeypatch.setattr("trainer.inference.layers._SECONDS", 0.0)
+    for _ in range(5):
+        compiled = compile(pickle.loads(pickle.dumps(model)))
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(compiled, [x] * 4))
+        assert all(torch.equal(out, found[0]) for out in found)
 
 
 def test_alternating() -> None:

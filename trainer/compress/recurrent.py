@@ -15,6 +15,9 @@ from torch.nn.functional import dropout, linear
 State = tuple[Tensor, ...]
 """Hidden state [N, hidden] of one layer; for an LSTM followed by its cell state."""
 
+# Attributes of a recurrent layer that models read, to build a state for instance.
+_SETTINGS = ("input_size", "num_layers", "bidirectional", "proj_size")
+
 
 class LinearRecurrent(nn.Module):
     """Base class: layers in sequence, with dropout between them.
@@ -38,6 +41,8 @@ class LinearRecurrent(nn.Module):
         super().__init__()
         if not self.accepts(source):
             raise ValueError(f"a {type(source).__name__} cannot be built from Linear layers here")
+        for name in _SETTINGS:
+            setattr(self, name, getattr(source, name))
         self.batch_first = source.batch_first
         self.dropout = float(source.dropout)
         self.hidden_size = source.hidden_size
@@ -63,22 +68,34 @@ class LinearRecurrent(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Raises TypeError for a packed sequence."""
-        if not isinstance(inputs, Tensor):
+    def flatten_parameters(self) -> None:
+        """Does nothing: models call this method of torch's layers before they run them."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """Raises TypeError for a packed sequence, RuntimeError for tensors of other shapes."""
+        if not isinstance(input, Tensor):
             raise TypeError(
-                f"a quantized {self.source.__name__} takes a padded tensor, not a packed sequence"
+                f"a quantized or compiled {self.source.__name__} takes a padded tensor, not a "
+                "packed sequence"
             )
-        batched = inputs.ndim == 3
-        x = inputs if batched else inputs.unsqueeze(1)
+        if input.ndim not in (2, 3):
+            raise RuntimeError(f"an input of {list(input.shape)}: it must have 2 or 3 dimensions")
+        batched = input.ndim == 3
+        x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        if state is None:
-            zero = x.new_zeros(len(self.layers), x.shape[1], self.hidden_size)
-            initial: State = (zero,) * self.states
+        shape = (len(self.layers), x.shape[1], self.hidden_size)
+        if hx is None:
+            initial: State = (x.new_zeros(shape),) * self.states
         else:
-            initial = (state,) if self.states == 1 else tuple(state)
+            initial = (hx,) if self.states == 1 else tuple(hx)
             initial = initial if batched else tuple(part.unsqueeze(1) for part in initial)
+            for part in initial:
+                if part.shape != shape:
+                    raise RuntimeError(
+                        f"a state of {list(part.shape)}: it must be [layers, N, hidden], here "
+                        f"{list(shape)}"
+                    )
         ends: list[State] = []
         layers: list[Any] = list(self.layers)
         for number, layer in enumerate(layers):

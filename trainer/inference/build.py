@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from trainer import artifact
 from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, broadcast_scale
@@ -29,6 +31,14 @@ from trainer.inference.recurrent import FUSED, CompiledSteps, FusedSteps
 COLUMNS: Order = "columns"
 ROWS: Order = "rows"
 _ORDERS = (COLUMNS, ROWS)
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+_REPLACED = (nn.Linear, nn.Conv1d, nn.Conv2d, *FUSED)
 MAX_DENSITY = 0.5
 """Fraction of nonzero weights above which compressed kernels are not tried."""
 
@@ -66,13 +76,18 @@ def compile(
         The model in evaluation mode. It can be pickled, and has no weights to train.
 
     Raises:
-        ConfigError: `kernels` names a layer or kernel that does not exist.
+        ConfigError: `kernels` names a layer or kernel that does not exist, or weights are not
+            float32 on the CPU, or NaN.
         trainer.artifact.ArtifactError: The file is damaged.
         OSError: The file cannot be read.
         RuntimeError: The weights do not fit the model.
     """
     if weights is not None:
         model = restore(model, weights if isinstance(weights, Mapping) else _read(Path(weights)))
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # its mask stays in the weight
     model.eval().requires_grad_(False)
     chosen = dict(kernels or {})
     count = torch.get_num_threads() if threads is None else threads
@@ -90,6 +105,10 @@ def compile(
                 model = new
             else:
                 model.set_submodule(name, new)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _choices(module):
+            # Its fused kernel would read the weights, which decodes them at each call.
+            module.activation_relu_or_gelu = 0
     unknown = set(chosen) - {layer.about.layer for layer in _choices(model)}
     if unknown:
         there = ", ".join(layer.about.layer for layer in _choices(model)) or "none"
@@ -117,7 +136,10 @@ def _choices(model: nn.Module) -> list[Choice]:
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise artifact.ArtifactError(f"{path}: no .safetensors file, or damaged") from error
     return artifact.load(path)
 
 
@@ -125,13 +147,25 @@ def _compiled(
     name: str, module: nn.Module, chosen: Mapping[str, str], threads: int
 ) -> nn.Module | None:
     """The replacement of a layer; None if it is not replaced."""
-    if type(module) is nn.Linear:
-        return _linear(name, module, chosen, threads)
-    if type(module) in (nn.Conv1d, nn.Conv2d):
-        return _convolution(name, module, chosen, threads)
-    if type(module) in FUSED:
+    kind = type(module)
+    if kind not in _REPLACED:
+        return None
+    for key in getattr(module, "_flat_weights_names", ["weight"]):
+        weight = module._parameters.get(key)
+        if weight is None:
+            return None  # a hook computes it, such as that of the old weight_norm
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            raise ConfigError(
+                f"{name or kind.__name__} has weights in {weight.dtype} on {weight.device.type}: a "
+                "compiled model computes float32 on the CPU; call model.float().cpu() before"
+            )
+        if weight.isnan().any():
+            raise ConfigError(f"{name or kind.__name__}: the weights have NaN")
+    if kind is nn.Linear:
+        return _linear(name, cast(nn.Linear, module), chosen, threads)
+    if kind in FUSED:
         return _recurrent(name, module, chosen, threads)
-    return None
+    return _convolution(name, module, chosen, threads)
 
 
 def _linear(
@@ -192,7 +226,7 @@ def _layer(
         _chosen(name, candidates, chosen),
         quantizer,
     )
-    _keep_hooks(module, made)
+    _carry_over(module, made)
     return made
 
 
@@ -229,7 +263,7 @@ def _recurrent(
             about, type(module), candidates, picked, (ih.bias, hh.bias)
         )
     made.eval()
-    _keep_hooks(module, made)
+    _carry_over(module, made)
     return made
 
 
@@ -287,11 +321,17 @@ def _shape(module: Any) -> ConvolutionShape | None:
     )
 
 
-def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Move hooks to the new layer, except that of the input quantizer, which it calls itself."""
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Move hooks and settings to the new layer, but not the hook of the input quantizer.
+
+    The new layer calls that quantizer itself.
+    """
+    for name, value in vars(old).items():
+        if not name.startswith("_") and not hasattr(new, name):
+            setattr(new, name, value)  # such as in_features, which the model's code may read
     quantizer = getattr(old, "input_quantizer", None)
     own = {handle.id for handle in getattr(quantizer, "handles", ())}
-    for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
+    for kind in _HOOKS:
         kept = {key: hook for key, hook in getattr(old, kind).items() if key not in own}
         getattr(new, kind).update(kept)
     output = getattr(old, "output_quantizer", None)

@@ -1,5 +1,6 @@
 """Layers that compute with compressed weights, each with its fastest kernel."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from trainer.inference.products import (
 DENSE, INT8 = "dense", "int8"
 
 _SECONDS = 0.03  # for the choice among the kernels of a layer
+_CHOICE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Choice(nn.Module):
 
     def choose(self, *args: Any) -> Any:
         """Measure the candidates on the arguments of `call`, and keep the fastest."""
+        with _CHOICE:  # other threads may call the model at the same time
+            return self.product or self._choose(*args)
+
+    def _choose(self, *args: Any) -> Any:
         candidates = {name: of or self.candidate(name) for name, of in self._candidates.items()}
         calls = {
             name: (lambda product=product: self.call(product, *args))
@@ -145,16 +151,18 @@ class CompiledLayer(Choice):
             x = self.input_quantizer(x)
         return product(x, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the layer that this one replaces; evaluation only.
 
         Raises:
-            TypeError: `x` is not float32.
-            RuntimeError: `x` needs a gradient.
+            TypeError: `input` is not float32.
+            RuntimeError: `input` needs a gradient, or has a shape that the layer cannot take.
         """
-        check_input(x)
-        product = self.product or self.choose(x)
-        return self.call(product, x)
+        if input.is_nested:  # in an nn.TransformerEncoder with a padding mask
+            return torch.nested.as_nested_tensor([self(sample) for sample in input.unbind()])
+        check_input(input)
+        product = self.product or self.choose(input)
+        return self.call(product, input)
 
 
 def check_input(x: Tensor) -> None:

@@ -62,7 +62,10 @@ class CompressedLinear:
         return weight if self.scale is None else weight * self.scale[:, None]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        inputs = self.matrix.shape[1]
+        if x.shape[-1:] != (inputs,):  # kernels do not check it
+            raise RuntimeError(f"an input of {list(x.shape)}: its last dimension must be {inputs}")
+        flat = x if x.ndim == 2 else x.reshape(-1, inputs)
         own = None if self.scale is not None else bias
         if self.matrix.order == "rows" and len(flat) >= _FEW:
             out = self._planes(flat)
@@ -192,6 +195,13 @@ class CompressedConvolution:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         batched = x.ndim == len(self.weight_shape)
         images = x if batched else x.unsqueeze(0)
+        channels = self.shape.channels
+        if images.ndim != len(self.weight_shape) or images.shape[1] != channels:
+            sizes = "length" if len(self.weight_shape) == 3 else "height, width"
+            raise RuntimeError(
+                f"an input of {list(x.shape)}: it must be [N, {channels}, {sizes}], or one sample "
+                "without N"
+            )
         flat = images.ndim == 3
         out = self._images(images.unsqueeze(2) if flat else images, bias)
         out = out.squeeze(2) if flat else out

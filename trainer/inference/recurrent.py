@@ -114,7 +114,8 @@ class CompiledSteps(Choice):
         Args:
             step: Not used: the kernels compute the same.
         """
-        check_input(inputs)
+        for tensor in (inputs, *state):
+            check_input(tensor)
         product = self.product or self.choose(inputs, state)
         return self.call(product, inputs, state)
 
