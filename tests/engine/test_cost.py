@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from trainer.engine.cost import macs
+from trainer.hardware import workloads
 from trainer.models import LeNet5, LeNet300, LSTMLanguageModel
 
 
@@ -59,6 +60,22 @@ class Reader(nn.Module):
 @pytest.mark.parametrize("how", ["packed", "by name", "unbatched"])
 def test_an_lstm_counts_however_it_is_called(how):
     assert macs(Reader(how), torch.zeros(1, 7, 4)) == 7 * 4 * 6 * (4 + 6)
+
+
+def test_every_sequence_of_a_sample_counts():
+    """A sample may be several sequences, such as the sentences of a text."""
+
+    class Sentences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x.flatten(0, 1))[0]
+
+    assert macs(Sentences(), torch.zeros(1, 3, 7, 4)) == 3 * 7 * 4 * 6 * (4 + 6)
+    found = workloads(Sentences(), torch.zeros(2, 3, 7, 4))
+    assert [x.rows for x in found] == [3 * 7, 3 * 7]
 
 
 class Call(nn.Module):

@@ -185,6 +185,9 @@ def test_an_energy_table_of_ones_own(
     table.write_text("multiply: {fp32: 1}\nplus: 3\n")
     assert main(["mine", config_dir, f"--energy={table}"]) == 2
     assert "it needs multiply" in capsys.readouterr().err
+    table.write_text("multiply: 3\nadd: {}\non_chip_word: 1\noff_chip_word: 100\n")
+    assert main(["mine", config_dir, f"--energy={table}"]) == 2
+    assert "it needs multiply" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,9 @@ def test_an_energy_table_of_ones_own(
         (["seed=3"], "seed=3: name an experiment first"),
         (["mine", "--batch=0"], "--batch=0: it must be above 0"),
         (["mine", "--cpu-watts=-1"], "--cpu-watts=-1: it must be above 0"),
+        (["mine", "--cpu-watts=0"], "--cpu-watts=0: it must be above 0"),
+        (["mine", "--buffer-kib=inf"], "--buffer-kib=inf: it must be above 0"),
+        (["mine", "--buffer-kib=nan"], "--buffer-kib=nan: it must be above 0"),
         (["mine", "--energy=gas"], "--energy=gas: neither a file nor one of horowitz, eie"),
         (["."], "no run directory, since it has no config.yaml"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.hardware.test_workloads import compressed
 from tests.hardware.tpu.models import quantized
 from trainer import artifact
 from trainer.errors import ConfigError
-from trainer.hardware import cpu, stored_weights, workloads
+from trainer.hardware import HOROWITZ, cpu, stored_weights, workloads
 from trainer.hardware.costs import CostSettings, network_costs, random_samples
 from trainer.hardware.eie import EieSettings, encode, random_activations, shared_matrix, simulate
 from trainer.hardware.figures import Figure
@@ -132,3 +133,38 @@ def test_the_table_marks_how_figures_were_found() -> None:
     total = report.total_energy(costs["stages"][0])
     assert total["value"] == sum(x["value"] for x in costs["stages"][0]["energy"].values())
     assert total["evidence"] == "modelled"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 0}, "batch=0: it must be at least 1"),
+        ({"threads": -1}, "threads=-1: it must be at least 1"),
+        ({"buffer_bytes": -1}, "buffer_bytes=-1: it must not be negative"),
+        ({"cpu_watts": 0.0}, "cpu_watts=0.0: it must be above 0"),
+        ({"cpu_watts": float("nan")}, "cpu_watts=nan: it must be above 0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CostSettings(**settings)
+
+
+def test_weights_that_a_hook_or_parametrization_computes() -> None:
+    first, second = nn.Linear(40, 30), nn.Linear(30, 10)
+    nn.utils.prune.l1_unstructured(first, "weight", 0.9)
+    nn.init.constant_(second.weight, 0.5)
+    nn.utils.parametrizations.weight_norm(second)
+    last = nn.Linear(10, 10)
+    nn.init.constant_(last.weight, 0.5)
+    costs = network_costs(nn.Sequential(first, second, last), torch.rand(1, 40), settings=QUICK)
+    assert costs.stages[-1].eie is not None
+    assert costs.stages[-1].macs.value == 120 + 300 + 100
+
+
+def test_an_embedding_moves_only_the_rows_of_its_tokens() -> None:
+    model = nn.Sequential(nn.Embedding(10_000, 64), nn.Flatten(), nn.Linear(128, 2))
+    settings = CostSettings(cpu_seconds=0, table=HOROWITZ, buffer_bytes=0)
+    weights = network_costs(model, torch.tensor([[1, 7]]), settings=settings).stages[0]
+    read = 4 * (2 * 64 + 2 * 128 + 2)  # bytes
+    assert weights.energy["weights"].value == pytest.approx(read / 4 * (640 + 5) / 1e6)

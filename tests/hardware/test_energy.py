@@ -1,6 +1,7 @@
 """Energy tables: the published figures, and what is missing in them."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,3 +35,19 @@ def test_a_table_of_ones_own() -> None:
         mine.mac("fp32")
     with pytest.raises(ConfigError, match="'mine': add has no entry 'int32'"):
         replace(mine, add={}).mac("int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"multiply": {"int8": "cheap"}}, "multiply.int8 must be a number, not 'cheap'"),
+        ({"add": {"int32": -1.0}}, "add.int32 must be a number, not -1.0"),
+        ({"on_chip_word": float("nan")}, "on_chip_word must be a number, not nan"),
+        ({"off_chip_word": None}, "off_chip_word must be a number, not None"),
+        ({"assumed": {"of_chip_word"}}, "assumed names 'of_chip_word'; there are multiply.int8, "),
+    ],
+)
+def test_entries_that_are_no_energies(change: dict[str, Any], message: str) -> None:
+    mine = EnergyTable("mine", "none", {"int8": 1.0}, {"int32": 2.0}, 4.0, 40.0)
+    with pytest.raises(ConfigError, match=f"^energy table 'mine': {message}"):
+        replace(mine, **change)

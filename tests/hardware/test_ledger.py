@@ -53,6 +53,13 @@ def test_weights_beyond_the_buffer_come_from_off_chip_memory() -> None:
     assert dense.total_picojoules == 2100 + 35600 + 4700
 
 
+def test_only_the_rows_that_are_read_move() -> None:
+    """Of an embedding, for instance."""
+    cost = inference_costs(NETWORK, [DENSE], UNITS, buffer_bytes=0, read={"a": 0.1})[0]
+    assert cost.weight_bytes.value == 4200
+    assert cost.on_chip.weights == cost.off_chip.weights == 400 + 200
+
+
 def test_everything_stays_on_a_chip_that_is_large_enough() -> None:
     cost = inference_costs(NETWORK, [DENSE], UNITS, buffer_bytes=10_000)[0]
     assert cost.off_chip.weights == 0

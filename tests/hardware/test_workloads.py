@@ -15,6 +15,7 @@ from trainer.errors import ConfigError
 from trainer.hardware import (
     STAGES,
     artifact_workloads,
+    read_fractions,
     stored_weights,
     uncounted_macs,
     workloads,
@@ -41,12 +42,21 @@ def test_lenet5_layer_by_layer() -> None:
     assert sum(x.dense_macs for x in found.values()) == 2_293_000
 
 
+class TimeFirst(nn.Module):
+    def __init__(self, rnn: nn.GRU) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x.transpose(0, 1))[0]
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_products_of_a_recurrent_layer(batch_first: bool) -> None:
     lstm = nn.GRU(3, 5, num_layers=2, batch_first=batch_first)
-    samples = torch.ones(4, 7, 3) if batch_first else torch.ones(7, 4, 3)
-    found = workloads(nn.ModuleDict({"rnn": lstm})["rnn"], samples)
-    assert [(x.weight, x.rows, x.inputs, x.outputs) for x in found] == [
+    model = lstm if batch_first else TimeFirst(lstm)
+    found = workloads(model, torch.ones(4, 7, 3))
+    assert [(x.weight.removeprefix("rnn."), x.rows, x.inputs, x.outputs) for x in found] == [
         ("weight_ih_l0", 7, 3, 15),
         ("weight_hh_l0", 7, 5, 15),
         ("weight_ih_l1", 7, 5, 15),
@@ -192,3 +202,41 @@ def test_workloads_of_a_file(tmp_path) -> None:
     found = artifact_workloads(path, LeNet300(), samples)
     assert found == workloads(model, samples)
     assert math.isclose(found[0].nonzero / found[0].weights, 0.1, abs_tol=0.01)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions(groups: int) -> None:
+    """A product for each position of the input: 5 x 6 of them, and 4 x 3 x 3 weights for each."""
+    model = nn.Sequential(nn.ConvTranspose2d(8, 4, 3, stride=2, groups=groups))
+    samples = torch.rand(2, 8, 5, 6)
+    found = workloads(model, samples)[0]
+    assert (found.rows, found.inputs, found.outputs) == (30, 8 // groups, 4 // groups * 9)
+    assert (found.input_values, found.output_values) == (8 * 30, 4 * 11 * 13)
+    assert found.macs == macs(model, samples[:1]) == 30 * 8 * 4 // groups * 9
+    assert uncounted_macs(model, samples[:1], [found]) == 0
+
+
+def test_costs_need_samples() -> None:
+    with pytest.raises(ConfigError, match="at least one"):
+        workloads(small(), torch.rand(0, 40))
+
+
+def test_rows_of_embeddings_that_are_read() -> None:
+    model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 20))
+    tokens = torch.tensor([[3, 3, 7], [7, 7, 9]])
+    assert read_fractions(model, tokens) == {"0.weight": 3 / 20}
+    model[1].weight = model[0].weight  # the decoder reads all of it
+    assert read_fractions(model, tokens) == {}
+
+
+def test_arithmetic_is_in_integers_only_if_inputs_are_quantized() -> None:
+    state = quantized(small(), torch.rand(3, 40), activations=None).state_dict()
+    assert [x.number for x in stored_weights(state, names(small()))] == ["fp32", "fp32"]
+
+
+def test_a_file_of_another_model() -> None:
+    model = small()
+    with pytest.raises(ConfigError, match=r"another model: it has no 0.weight"):
+        stored_weights(
+            model.state_dict(), names(model), artifact.encode(nn.Linear(2, 3).state_dict())
+        )

@@ -55,7 +55,7 @@ def _sizes(tensor: Tensor, bits: int) -> tuple[float, float]:
     book = codebook_of(tensor) if tensor.ndim > 1 else None
     if not max_size or tensor.ndim < 2 or (book is None and not sparse):
         return max_size, max_size
-    gap_bits = han.CONV_BITS if tensor.ndim == 4 else han.FC_BITS
+    gap_bits = han.CONV_BITS if tensor.ndim > 2 else han.FC_BITS
     levels = (tensor != 0).int() if book is None else book.codes
     flat = levels.flatten().numpy().astype(np.uint16)
     if book is None:

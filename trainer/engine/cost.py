@@ -42,8 +42,8 @@ def macs(model: nn.Module, sample: Any, call: Callable[[nn.Module, Any], Any] = 
     Every operator that torch runs is looked at (as `torch.utils.flop_counter` does), whatever layer
     calls it: attention, transposed convolutions and products of two activations included. An
     operand that does not depend on the sample is a weight, and only its nonzero values count. A
-    weight of an LSTM, GRU or RNN counts once per time step. Elementwise operations, and products
-    that do not depend on the sample, are free.
+    weight of an LSTM, GRU or RNN counts once per time step of each sequence. Elementwise
+    operations, and products that do not depend on the sample, are free.
 
     Args:
         model: With plain weights; its mode is restored afterwards.
@@ -84,7 +84,7 @@ class _Counter(TorchDispatchMode):
 
     def enter_recurrent(self, module: nn.RNNBase, args: tuple[Any, ...], named: Any) -> None:
         """Forward pre-hook: count the weights of a recurrent layer, which run as one operator."""
-        steps = _time_steps(module, args[0] if args else named["input"])
+        steps = _time_steps(args[0] if args else named["input"])
         weights = [p for name, p in module.named_parameters() if name.startswith("weight")]
         self.total += steps * sum(int(weight.count_nonzero()) for weight in weights)
         self._in_recurrent += 1
@@ -174,8 +174,7 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout == torch.strided else tensor.values()
 
 
-def _time_steps(module: nn.RNNBase, inputs: Tensor | PackedSequence) -> int:
-    if isinstance(inputs, PackedSequence):
-        return len(inputs.batch_sizes)
-    batched = inputs.dim() == 3
-    return inputs.shape[1 if batched and module.batch_first else 0]
+def _time_steps(inputs: Tensor | PackedSequence) -> int:
+    """Of all sequences that a recurrent layer gets for the sample."""
+    values = inputs.data if isinstance(inputs, PackedSequence) else inputs
+    return prod(values.shape[:-1])

@@ -23,6 +23,7 @@ from trainer.hardware.storage import STAGES, StoredWeights, stored_weights
 from trainer.hardware.workloads import (
     Workload,
     artifact_workloads,
+    read_fractions,
     uncounted_macs,
     workloads,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "artifact_workloads",
     "inference_costs",
     "network_costs",
+    "read_fractions",
     "ring_bytes",
     "stored_weights",
     "training_cost",

@@ -44,12 +44,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _calculate(options: argparse.Namespace) -> None:
+    watts = options.cpu_watts
     settings = CostSettings(
         table=_energy_table(options.energy),
         buffer_bytes=int(1024 * positive("--buffer-kib", options.buffer_kib)),
         batch=int(positive("--batch", options.batch)),
         threads=int(positive("--threads", options.threads)),
-        cpu_watts=options.cpu_watts and positive("--cpu-watts", options.cpu_watts),
+        cpu_watts=watts if watts is None else positive("--cpu-watts", watts),
     )
     count = max(_SAMPLES, settings.batch)
     subject = find_subject(options.what, options.overrides, options.config_dir, count)
@@ -93,7 +94,7 @@ def _energy_table(name: str) -> EnergyTable:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         fields["assumed"] = frozenset(fields.get("assumed", ()))
         return EnergyTable(**{"name": path.stem, "source": str(path), **fields})
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
             f"--energy={name}: {first_line(error)}; it needs multiply: {{int8: pJ, fp32: pJ}}, "
             "add: {int32: pJ, fp32: pJ}, on_chip_word: pJ and off_chip_word: pJ"

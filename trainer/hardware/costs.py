@@ -7,6 +7,7 @@
 `python -m trainer.hardware` prints them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from trainer.hardware.ledger import Cause, StageCost, inference_costs
 from trainer.hardware.storage import STAGES, Stage, stored_weights
 from trainer.hardware.tpu import TpuCycles, compile_network, count_cycles, lower
 from trainer.hardware.tpu.applications import Application, Shape, application_cycles
-from trainer.hardware.workloads import Workload, uncounted_macs, workloads
+from trainer.hardware.workloads import Workload, read_fractions, uncounted_macs, workloads
 
 CAUSES: tuple[Cause, ...] = ("arithmetic", "weights", "activations")
 """Of the energy of inference."""
@@ -50,6 +51,15 @@ class CostSettings:
     """Power of the busy CPU; None: an assumption for each thread."""
     cpu_seconds: float = 0.5
     """How long to repeat the measurement of the CPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: it must be at least 1")
+        if self.buffer_bytes < 0:
+            raise ConfigError(f"buffer_bytes={self.buffer_bytes}: it must not be negative")
+        if self.cpu_watts is not None and not 0 < self.cpu_watts < math.inf:
+            raise ConfigError(f"cpu_watts={self.cpu_watts}: it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,8 @@ def network_costs(
         dense: The model without quantizers, with any weights, which the CPU runs; None: `model`.
 
     Raises:
-        ConfigError: There are too few samples, or a recurrent layer gets a packed sequence.
+        ConfigError: There are too few samples, a recurrent layer gets a packed sequence, or the
+            file is that of another model.
         trainer.artifact.ArtifactError: The file is damaged.
     """
     settings = settings or CostSettings()
@@ -141,7 +152,14 @@ def network_costs(
     found = workloads(model, samples)
     parameters = [name for name, _ in model.named_parameters()]
     stages = stored_weights(model.state_dict(), parameters, file)
-    ledger = inference_costs(found, stages, settings.table, settings.buffer_bytes, settings.batch)
+    ledger = inference_costs(
+        found,
+        stages,
+        settings.table,
+        settings.buffer_bytes,
+        settings.batch,
+        read=read_fractions(model, batch),
+    )
     notes = []
     elsewhere = uncounted_macs(model, samples[:1], found)
     if elsewhere > 0:
@@ -237,14 +255,14 @@ def _on_eie(
     EIE has no batches: samples are computed one after the other.
     """
     eie = EieSettings()
-    state = model.state_dict()
     seconds, executed, left_out = 0.0, 0, []
     how: list[Evidence] = ["modelled", evidence]
     for x in found:
         try:
             if x.kind == "convolution":
                 raise ConfigError("a convolution")
-            matrix = shared_matrix(state[x.weight])
+            layer, _, parameter = x.weight.rpartition(".")
+            matrix = shared_matrix(getattr(model.get_submodule(layer), parameter))
             bits = max(eie.code_bits, int(matrix.codes.max(initial=0)).bit_length())
             if bits > _MAX_CODE_BITS:
                 raise ConfigError(f"{len(matrix.codebook) - 1:,} values")

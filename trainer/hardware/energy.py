@@ -5,6 +5,7 @@ operation, to fetch, decode and schedule its instructions: no sum of these figur
 a CPU.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -47,6 +48,25 @@ class EnergyTable:
     """To read or write 32 bits in off-chip memory."""
     assumed: frozenset[str] = field(default_factory=frozenset)
     """Entries that the source does not give, such as "multiply.int8" or "off_chip_word"."""
+
+    def __post_init__(self) -> None:
+        figures: dict[str, object] = {
+            **{f"multiply.{key}": value for key, value in self.multiply.items()},
+            **{f"add.{key}": value for key, value in self.add.items()},
+            "on_chip_word": self.on_chip_word,
+            "off_chip_word": self.off_chip_word,
+        }
+        for key, value in figures.items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(
+                    f"energy table {self.name!r}: {key} must be a number, not {value!r}"
+                )
+        unknown = min(set(self.assumed) - set(figures), default=None)
+        if unknown is not None:
+            raise ConfigError(
+                f"energy table {self.name!r}: assumed names {unknown!r}; there are "
+                f"{', '.join(figures)}"
+            )
 
     def mac(self, number: NumberFormat) -> float:
         """Picojoules of a multiply-accumulate. Raises ConfigError if the table has no entry."""

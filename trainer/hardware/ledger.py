@@ -3,7 +3,8 @@
 The memory is a model: an on-chip buffer holds the activations of the layer at work, and with the
 rest as much of the weights as fits; what does not fit is read from off-chip memory for each batch.
 Within a layer, reuse is perfect: each weight and each activation moves once between the buffer and
-the arithmetic units. So the traffic is a lower bound. The energy is that of arithmetic units and
+the arithmetic units; of an embedding, only the rows that are looked up. So the traffic is a lower
+bound. The energy is that of arithmetic units and
 memories, not that of a CPU; see trainer.hardware.energy.
 """
 
@@ -65,6 +66,7 @@ def inference_costs(
     buffer_bytes: float = 8 << 20,
     batch: int = 1,
     skip_zero_activations: bool = False,
+    read: Mapping[str, float] = MappingProxyType({}),
 ) -> list[StageCost]:
     """The cost of the forward pass of a batch, stage by stage.
 
@@ -76,9 +78,11 @@ def inference_costs(
         batch: Samples that are computed together.
         skip_zero_activations: Whether the hardware leaves out products with activations that are
             zero, as EIE does.
+        read: The fraction of a parameter that a batch reads, by name; all others are read as a
+            whole. `read_fractions` finds it for embeddings.
     """
     return [
-        _cost(workloads, stored, table, buffer_bytes, batch, skip_zero_activations)
+        _cost(workloads, stored, table, buffer_bytes, batch, skip_zero_activations, read)
         for stored in stages
     ]
 
@@ -147,6 +151,7 @@ def _cost(
     buffer_bytes: float,
     batch: int,
     skip_zero_activations: bool,
+    read: Mapping[str, float],
 ) -> StageCost:
     size = _VALUE_BYTES[stored.number] * batch
     macs, evidence = 0.0, list[Evidence](["measured"])
@@ -161,8 +166,9 @@ def _cost(
     # The samples and the results of the network come from outside and go there.
     ends = size * (workloads[0].input_values + workloads[-1].output_values) if workloads else 0
     spilled = sum(max(0.0, layer - buffer_bytes) for layer in layers)
-    off_chip = Traffic(max(0.0, stored.size - room), ends + spilled)
-    on_chip = Traffic(stored.size, sum(layers))
+    weights = sum(own * read.get(name, 1.0) for name, own in stored.layers.items())
+    off_chip = Traffic(max(0.0, weights - room), ends + spilled)
+    on_chip = Traffic(weights, sum(layers))
     found = weakest(evidence)
     return StageCost(
         stage=stored.stage,

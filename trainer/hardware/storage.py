@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer import artifact
 from trainer.compress.codebooks import codebook_of
 from trainer.compress.coding import han
+from trainer.errors import ConfigError
 from trainer.hardware.energy import NumberFormat
 
 Stage = Literal["dense", "pruned", "shared", "quantized", "coded"]
@@ -53,9 +54,12 @@ def stored_weights(
         file: Content of the model's .dcz file, for the coded stage.
 
     Raises:
+        ConfigError: The file is that of another model.
         trainer.artifact.ArtifactError: The file is damaged.
     """
-    quantized = any(name + _WIDTH in state for name in parameters)
+    # Where only weights are quantized, arithmetic stays in fp32.
+    integers = any(name.endswith("input_quantizer.width") for name in state)
+    number: NumberFormat = "int8" if integers else "fp32"
     sizes = {name: _sizes(name, state) for name in parameters}
     found = []
     for stage in STAGES[:-1]:
@@ -64,14 +68,16 @@ def stored_weights(
             found.append(
                 StoredWeights(
                     stage,
-                    "int8" if stage == "quantized" else "fp32",
+                    number if stage == "quantized" else "fp32",
                     {name: _at(stage, own) for name, own in sizes.items()},
                 )
             )
     if file is not None:
         rows = {layer["name"]: layer["bytes"] for layer in artifact.describe(file).layers}
+        missing = next((name for name in parameters if name not in rows), None)
+        if missing is not None:
+            raise ConfigError(f"the file is that of another model: it has no {missing}")
         coded = {name: float(rows[name] + rows.get(name + _SCALE, 0)) for name in parameters}
-        number: NumberFormat = "int8" if quantized else "fp32"
         found.append(StoredWeights("coded", number, coded))
     return found
 
@@ -90,7 +96,7 @@ def _sizes(name: str, state: Mapping[str, Tensor]) -> dict[Stage, float]:
         return sizes
     # Values to store, and bits to say where each belongs.
     entries, index = tensor.numel(), 0
-    gap_bits = han.CONV_BITS if tensor.ndim == 4 else han.FC_BITS
+    gap_bits = han.CONV_BITS if tensor.ndim > 2 else han.FC_BITS
     kept = (tensor != 0).flatten().cpu().numpy().astype(np.uint16)
     pruned_entries = len(han.entries(kept, gap_bits)[0])
     pruned = pruned_entries * (gap_bits + 8 * _FLOAT) / 8

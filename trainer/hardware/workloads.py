@@ -1,5 +1,6 @@
 """The matrix products of a model's forward pass: sizes, densities and activations of each."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,23 @@ from trainer.engine.cost import macs
 from trainer.errors import ConfigError
 from trainer.hardware.figures import Figure
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
 class Workload:
     """The products with one weight, for one sample.
 
-    A convolution is the product of its patches (im2col), a row for each position of the result.
+    A convolution is the product of its patches (im2col), a row for each position of the result; a
+    transposed one has a row for each position of its input, whose products are added up (col2im).
     """
 
     weight: str
@@ -30,7 +40,7 @@ class Workload:
     kind: str
     """linear, convolution, or recurrent."""
     rows: int
-    """Rows of the product: positions, or time steps."""
+    """Rows of the product: positions, or time steps of all sequences."""
     inputs: int
     """Length of the inner dimension."""
     outputs: int
@@ -73,8 +83,10 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
         samples: Inputs [N, ...] on the model's device; densities are averages over them.
 
     Raises:
-        ConfigError: A recurrent layer gets a packed sequence.
+        ConfigError: There are no samples, or a recurrent layer gets a packed sequence.
     """
+    if not len(samples):
+        raise ConfigError("samples: the costs of a model need at least one")
     found: dict[str, Workload] = {}
     names = {module: name for name, module in model.named_modules()}
     count = len(samples)
@@ -118,6 +130,42 @@ def uncounted_macs(model: nn.Module, sample: Tensor, found: Sequence[Workload]) 
     return macs(model, sample) - sum(x.macs for x in found)
 
 
+@torch.no_grad()
+def read_fractions(model: nn.Module, samples: Tensor) -> dict[str, float]:
+    """The fraction of each embedding's rows that a batch looks up, by the name of its weight.
+
+    Embeddings whose weight is also that of another layer, which reads all of it, are left out.
+
+    Args:
+        model: As for `workloads`.
+        samples: The batch.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    embeddings = [module for module in names if isinstance(module, _EMBEDDINGS)]
+    elsewhere = {id(p) for m in names if m not in embeddings for p in m._parameters.values()}
+    seen: dict[str, set[int]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens = args[0] if args else next(iter(named.values()))
+        name = f"{names[module]}.weight".removeprefix(".")
+        seen.setdefault(name, set()).update(tokens.unique().tolist())
+
+    hooks = [
+        module.register_forward_pre_hook(record, with_kwargs=True)
+        for module in embeddings
+        if id(module.weight) not in elsewhere
+    ]
+    training = model.training
+    model.eval()
+    try:
+        model(samples)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {name: len(rows) / len(model.get_parameter(name)) for name, rows in seen.items()}
+
+
 def artifact_workloads(
     path: str | os.PathLike[str], model: nn.Module, samples: Tensor
 ) -> list[Workload]:
@@ -139,18 +187,21 @@ def _products(
     name: str, module: nn.Module, source: Any, output: Any, samples: int
 ) -> Sequence[Workload]:
     if isinstance(module, nn.RNNBase):
-        return _recurrent(name, module, source)
+        return _recurrent(name, module, source, samples)
     layer = cast(nn.Linear, module)  # or a convolution
     weight = layer.weight
     groups = getattr(module, "groups", 1)
-    outputs = len(weight)
+    if getattr(module, "transposed", False):
+        positions, inputs, outputs = source, len(weight) // groups, weight[0].numel()
+    else:
+        positions, inputs, outputs = output, weight[0].numel(), len(weight) // groups
     return [
         Workload(
             weight=f"{name}.weight".removeprefix("."),
             kind="linear" if isinstance(module, nn.Linear) else "convolution",
-            rows=output.numel() // outputs // samples,
-            inputs=weight[0].numel(),
-            outputs=outputs // groups,
+            rows=positions.numel() // len(weight) // samples,
+            inputs=inputs,
+            outputs=outputs,
             groups=groups,
             nonzero=int(weight.count_nonzero()),
             input_values=source.numel() // samples,
@@ -160,11 +211,11 @@ def _products(
     ]
 
 
-def _recurrent(name: str, module: nn.RNNBase, source: Any) -> list[Workload]:
+def _recurrent(name: str, module: nn.RNNBase, source: Any, samples: int) -> list[Workload]:
     """The products with the inputs and with the previous results, of each layer and direction."""
     if isinstance(source, PackedSequence):
         raise ConfigError(f"{name}: workloads are counted on padded tensors, not packed sequences")
-    steps = source.shape[1 if module.batch_first and source.dim() == 3 else 0]
+    steps = math.prod(source.shape[:-1]) // samples
     found = []
     for parameter, weight in module.named_parameters():
         if not parameter.startswith("weight"):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,8 +47,8 @@ def subject_parser(
 
 
 def positive(name: str, value: float) -> float:
-    """The value of a positive argument. Raises ConfigError if it is not."""
-    if value <= 0:
+    """The value of a positive argument. Raises ConfigError if it is not, or not finite."""
+    if not 0 < value < math.inf:
         raise ConfigError(f"{name}={value:g}: it must be above 0")
     return value
 
