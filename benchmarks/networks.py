@@ -248,7 +248,8 @@ def networks() -> Iterator[tuple[str, Network]]:
         "Inception v3": Network(vision("inception_v3", init_weights=False), (3, 299, 299)),
         "GoogLeNet": Network(vision("googlenet", init_weights=False), (3, 64, 64)),
         "MobileNet v3": Network(vision("mobilenet_v3_small", width_mult=0.25)),
-        "EfficientNet-B0": Network(vision("efficientnet_b0")),
+        # In evaluation it gives NaN for smaller images.
+        "EfficientNet-B0": Network(vision("efficientnet_b0"), (3, 64, 64)),
         "DenseNet": Network(vision("DenseNet", num_init_features=16, **dense)),
         "RegNet": Network(partial(small, kind="RegNet")),
         "MNASNet": Network(vision("MNASNet", alpha=0.25), lr=1e-5),  # diverges at 1e-3
