@@ -15,6 +15,7 @@ these happens; what was broken is repaired up to 15 seconds after the run has co
     slow link                       a host has 20 Mbit/s
     notice                          a host is drained, and then ended
     driver killed, head lost        the command or Ray's head is killed; `resume=` continues the run
+    disk full                       nothing can be written to the run directory; likewise
 
 The table shows how long it took from each fault until an epoch (20 steps) was done; for the last
 row, from the repair. A run that is done is repeated on this machine with `cluster.replay`, and must
@@ -57,6 +58,7 @@ SETTINGS = [
     *("checkpoint.every_seconds=5", "cluster.max_restarts=1000", "cluster.threads=1"),
     "cluster.workers=3",
 ]
+DISK_MB = 300  # of the file system with the run directory
 Repair = Callable[[], None]
 
 
@@ -181,6 +183,14 @@ def drain(cluster: Cluster, host: int) -> Repair:
     return lambda: cluster.bring_back(host)
 
 
+def fill_disk(cluster: Cluster, host: int) -> Repair:
+    filler = cluster.folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    return filler.unlink
+
+
 def kill_driver(cluster: Cluster, host: int) -> None:
     for process in cluster.processes(1, "-m trainer"):
         process.kill()
@@ -211,8 +221,13 @@ FAULTS: dict[str, Callable[[Cluster, int], Repair | None]] = {
     "notice": drain,
     "driver killed": kill_driver,
     "head lost": lose_head,
+    "disk full": fill_disk,
 }
-ENDS = {"driver killed": {-9, 137}, "head lost": {1, 143}}  # exit codes of the command
+ENDS = {  # exit codes of the command
+    "driver killed": {-9, 137},
+    "head lost": {1, 143},
+    "disk full": {1},
+}
 
 
 class Table:
@@ -318,6 +333,8 @@ def main() -> None:
     while time.monotonic() < until:
         folder = base / f"run-{runs}"
         folder.mkdir()
+        size = f"size={DISK_MB}m"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "soak", folder], check=True)
         with Hosts(HOSTS, "1gbit") as hosts:
             hosts.start_ray(*hosts)
             done = soak(Cluster(hosts, folder), args.only, until, args.seed + runs, table)
@@ -327,6 +344,8 @@ def main() -> None:
         if done and not same:
             table.fail(f"the replay of {folder} ended with other weights")
         print(f"run {runs}: done: {done}, replay equal: {same}", flush=True)
+        if same:
+            subprocess.run(["umount", folder], check=True)
     table.show()
     print(f"\n{equal} of {runs} runs ended with the weights of their replay", flush=True)
     if table.problems:

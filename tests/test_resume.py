@@ -364,7 +364,8 @@ def test_a_full_disk_is_reported_and_the_run_can_be_resumed_later(finished, smal
     run, filler = small_disk / "run", small_disk / "filler"
     with once("disk/run/checkpoints/01-train-step*.safetensors", lambda: fill(filler)):
         assert main([*SMALL, f"hydra.run.dir={run}"]) == 1
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert f"resume with: python -m trainer resume={run}" in out
     assert "No space left" in said
     assert said.count("\n") == 1
     assert list(run.glob("checkpoints/*step*.safetensors"))
@@ -384,7 +385,8 @@ def test_a_deleted_run_directory_is_reported(tmp_path, monkeypatch, capsys):
         "run/checkpoints/01-train-step*.safetensors", lambda: shutil.rmtree(tmp_path / "run")
     ):
         assert main([*SMALL, "hydra.run.dir=run"]) == 1
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert "resume with" not in out
     assert said.startswith("failed: ")
     assert "No such file or directory" in said
     assert said.count("\n") == 1

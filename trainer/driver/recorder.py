@@ -35,6 +35,7 @@ class Recorder:
         checkpoints: Of the run.
         summary: The sink that makes the summary.
         head_lost: The message that the head node is lost, until it recovers.
+        resume_command: The command that resumes the run.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Recorder:
             arguments.append(f"cluster.working_dir={config.cluster.working_dir}")
         if config.cluster.py_modules:
             arguments.append(f"cluster.py_modules=[{','.join(config.cluster.py_modules)}]")
-        self._resume = shlex.join(["python", "-m", "trainer", *arguments])
+        self.resume_command = shlex.join(["python", "-m", "trainer", *arguments])
 
     def open_loggers(self, experiment: Any) -> None:
         """Open the sinks that the experiment names. Raises as `Experiment.build_loggers`."""
@@ -107,7 +108,7 @@ class Recorder:
 
     def notify_resume(self) -> None:
         """Show and log the command that resumes the run."""
-        self.notify(f"resume with: {self._resume}")
+        self.notify(f"resume with: {self.resume_command}")
 
     def end(self, status: str, error: str) -> None:
         """Write the summary of a run that did not succeed, and say how to resume it."""

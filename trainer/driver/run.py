@@ -156,7 +156,12 @@ def _drive(
         _INLINE if inline else contextlib.nullcontext(),
     ):
         run = _Run(config, build, directory, shown, signals, command, group)
-        summary = run.execute()
+        try:
+            summary = run.execute()
+        except OSError:  # the log cannot be written to, either
+            if directory.has_config():
+                shown.say(f"when it can be written to, resume with: {run.record.resume_command}")
+            raise
         _show(summary, directory, shown)
 
 

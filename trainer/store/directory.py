@@ -97,6 +97,10 @@ class RunDirectory:
                 raise
             return path.open("rb")
 
+    def has_config(self) -> bool:
+        """Whether config.yaml is there, without which nothing can be resumed."""
+        return (self.path / "config.yaml").exists()
+
     def read_config(self) -> dict[str, Any]:
         """The content of config.yaml. Raises ConfigError if there is no run."""
         path = self.path / "config.yaml"

@@ -62,7 +62,7 @@ def run_sweep(
     new = not os.path.exists(folder)
     directory = RunDirectory.claim(folder) if new else RunDirectory(folder)
     try:
-        if new or not (folder / "config.yaml").exists():
+        if new or not directory.has_config():
             directory.write_command(arguments)
             directory.write_config(plan.unresolved())
         with ExitStack() as locks:
