@@ -6,7 +6,7 @@ from torch import nn
 
 from trainer.compress.layer_inputs import LayerStatistics
 from trainer.compress.quantize import WeightQuantizer
-from trainer.compress.second_order import round_second_order
+from trainer.compress.second_order import inverse_factor, round_second_order
 
 
 def correlated(columns: int, count: int = 400) -> torch.Tensor:
@@ -27,6 +27,16 @@ def test_outputs_change_less_than_with_the_nearest_values() -> None:
     exact, nearest = x @ weight.t(), x @ quantizer(weight).t()
     error, before = (x @ rounded.t() - exact).norm(), (nearest - exact).norm()
     assert error < 0.35 * before
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 700])
+def test_the_factor_of_the_inverse(size: int) -> None:
+    inputs = torch.randn(size + 20, size, generator=torch.Generator().manual_seed(0)).double()
+    matrix = inputs.T @ inputs + torch.eye(size)
+    factor = inverse_factor(matrix)
+    assert torch.equal(factor, factor.triu())
+    assert (factor.diagonal() > 0).all()
+    torch.testing.assert_close(factor.T @ factor @ matrix, torch.eye(size).double())
 
 
 def test_uncorrelated_inputs_and_inputs_that_are_always_zero() -> None:
