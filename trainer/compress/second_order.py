@@ -7,6 +7,7 @@ surgeon). Frantar et al., GPTQ, ICLR 2023, arXiv:2210.17323; Frantar & Alistarh,
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def _inverse_of_lower(matrix: Tensor) -> Tensor:
     size = len(matrix)
     if size <= 2 * _BLOCK:
         one = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(matrix, one, upper=False)
+        return cast(Tensor, torch.linalg.solve_triangular(matrix, one, upper=False))
     half = size // 2
     result = torch.zeros_like(matrix)
     first = _inverse_of_lower(matrix[:half, :half])
