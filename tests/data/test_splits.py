@@ -7,6 +7,7 @@ import torch
 
 from trainer.data.datasets import DatasetSplit
 from trainer.data.idx import normalise
+from trainer.data.sources import as_splits
 from trainer.data.split import Split, TensorSplit
 
 
@@ -94,3 +95,5 @@ def test_tensor_split_augments_training_batches_and_prepares_all() -> None:
 def test_tensor_split_wants_a_target_for_each_input() -> None:
     with pytest.raises(ValueError, match="3 inputs with 2 targets"):
         TensorSplit(torch.zeros(3, 1), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="30 inputs with 20 targets"):
+        as_splits((torch.zeros(30, 1), torch.zeros(20, dtype=torch.int64)))

@@ -24,7 +24,7 @@ from trainer.engine.optim import OptimizerSpec
 from trainer.engine.schedules import lr_factor
 from trainer.engine.world import World
 from trainer.errors import Diverged, RunError
-from trainer.tasks import Classification
+from trainer.tasks import Classification, Custom
 
 ALONE = World.single(torch.device("cpu"))
 
@@ -246,6 +246,15 @@ def test_an_input_that_is_not_finite_is_named_on_all_ranks(ranks, size, value):
             evaluate(model, split, run, "test")
 
     ranks(size, body)
+
+
+def test_a_target_that_is_not_finite_is_named():
+    split, _ = bodies.problem()
+    targets = torch.zeros(len(split), 3)
+    targets[57, 2] = torch.nan
+    run = bodies.runtime(World.single(torch.device("cpu")), task=Custom(nn.MSELoss()))
+    with pytest.raises(RunError, match=r"the target of train sample 57 is NaN or infinite"):
+        list(fit(nn.Linear(6, 3), TensorSplit(split.inputs, targets), FitConfig(epochs=1), run))
 
 
 def test_a_held_out_sample_is_named_by_its_number_in_the_data_set():

@@ -161,6 +161,7 @@ def test_data_in_many_forms(data: Any, sizes: list[int]) -> None:
         ({"phases": Train()}, r"phases is a Train: pass a list .*, such as \[Train"),
         ({"phases": [Prune(0.5, include="0")]}, r"phases.prune.include: it must be a list, such"),
         ({"model": torch.jit.script(net())}, "modules of torch.jit cannot be changed"),  # type: ignore[no-untyped-call]
+        ({"model": nn.Sequential(torch.jit.script(net()))}, "model.0: modules of torch.jit"),  # type: ignore[no-untyped-call]
         ({"model": net().to("meta")}, "0.weight is on the meta device, so that it has no values"),
         ({"model": hooked()}, r"0\.weight has a hook \(register_hook\), which the copies"),
         ({"model": Locked}, r"Locked cannot be copied \(copy.deepcopy\): .*remove what cannot be"),

@@ -12,6 +12,7 @@ import torch
 from trainer.report.distributions import Distribution, distributions
 from trainer.report.html import environment
 from trainer.report.page import page
+from trainer.report.plots import losses
 from trainer.report.svg import text_width
 from trainer.report.table import Table
 from trainer.report.tables import layers, phases, stages, step_times
@@ -323,6 +324,14 @@ def test_names_of_phases_do_not_overlap():
         for one, other in itertools.combinations(boxes, 2):
             beside = one[0] >= other[1] or other[0] >= one[1]
             assert beside or abs(one[2] - other[2]) > 9
+
+
+@pytest.mark.filterwarnings("error")
+def test_losses_may_be_negative():
+    metrics = epochs("train", 3)
+    for entry, loss in zip(metrics, (5.0, 0.1, -2.0), strict=True):
+        entry["train_loss"] = entry["loss"] = loss
+    assert "<svg" in losses([record("train", 3)], metrics)
 
 
 def test_a_run_without_training_shows_what_each_phase_left():

@@ -204,6 +204,12 @@ def test_own_metrics() -> None:
     half = [(LABELS[0][:2], LABELS[1][:2]), (LABELS[0][2:], LABELS[1][2:])]
     expected = (LABELS[0].sigmoid() - LABELS[1]).abs().amax(1).mean().item()
     assert measured(task, *half)["worst"] == pytest.approx(expected)
+    each = Regression(metrics={"distance": Average(lambda p, t: (p - t).abs())})
+    expected = (LABELS[0] - LABELS[1]).abs().mean().item()
+    assert measured(each, *half)["distance"] == pytest.approx(expected)
+    keeps_a_dimension = Average(lambda p, t: (p - t).mean().reshape(1))
+    with pytest.raises(ValueError, match=r"returned \[1\] for 5 targets"):
+        keeps_a_dimension.statistics(*LABELS)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
@@ -295,8 +301,36 @@ def test_batches_become_calls() -> None:
     assert own.call_with_targets(Recorder(), a, b)["args"] == (a,)
     assert own.training_loss(output, b, 1) == 2
     assert own.evaluation_loss(output, b, 3) == 6
-    with pytest.raises(ValueError, match=r"set.*target_argument"):
+    with pytest.raises(
+        ValueError, match=r"in training and in evaluation; .*target_argument is set"
+    ):
         own.training_loss(LOGITS, b, 1)
+    with pytest.raises(ValueError, match=r"a loss \[2\]; it must be the mean"):
+        own.training_loss({"loss": torch.ones(2)}, b, 1)
+
+
+def test_a_model_that_computes_its_loss_needs_a_prediction_for_metrics_alone() -> None:
+    output = {"loss": torch.tensor(2.0)}
+    assert Custom("model").prediction(output) is output["loss"]
+    assert Custom("model").prediction({**output, "logits": LOGITS}) is LOGITS
+    with pytest.raises(ValueError, match=r"dict \(boxes\) without a loss, which must be in it in"):
+        Custom("model").prediction({"boxes": LOGITS})
+    with pytest.raises(ValueError, match=r"dict \(loss\); set task.output"):
+        Custom("model", metrics={"mean": Average(F.mse_loss)}).prediction(output)
+    with pytest.raises(
+        ValueError, match=r"set task.output .*; a loss of several .*task.loss=model"
+    ):
+        Custom(F.mse_loss).prediction({"start": LOGITS, "end": LOGITS})
+
+
+def test_losses_of_another_number_than_the_units_are_refused() -> None:
+    prediction, targets = torch.zeros(6, 2), torch.ones(6, 2)
+    each = nn.MSELoss(reduction="none")
+    assert Custom(each, count="targets").mean_loss(prediction, targets, 12) == 1
+    assert Custom(lambda p, t: each(p, t).sum(1)).mean_loss(prediction, targets, 6) == 2
+    for loss, shape in ((each, r"\[6, 2\]"), (lambda p, t: F.mse_loss(p, t)[None], r"\[1\]")):
+        with pytest.raises(ValueError, match=rf"returned {shape} .* for each unit: 6"):
+            Custom(loss).mean_loss(prediction, targets, 6)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +406,8 @@ def test_wrong_values() -> None:
     position, reason = Classification().check_values(torch.tensor([1.0, 0.5]), (1, 3)) or (0, "")
     assert (position, reason) == (1, "its target must be an integer class, not float32")
     assert "int64" in (Classification().check_type(torch.zeros(1)) or "")
+    _, reason = Classification().check_values(torch.tensor([0, 1]), (1, 1)) or (0, "")
+    assert "one output; task=multilabel" in reason
     found = Segmentation(ignore_index=255).check_values(torch.tensor([[0, 255], [3, 0]]), (1, 3, 2))
     assert found is not None
     assert found[0] == 1

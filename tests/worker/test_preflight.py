@@ -16,6 +16,7 @@ from trainer.data.split import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
 from trainer.models import LSTMLanguageModel
+from trainer.tasks import Custom
 from trainer.worker.preflight import check_compatible
 
 WORLD = World.single(torch.device("cpu"))
@@ -71,6 +72,11 @@ def test_language_models_fit_by_their_vocabulary():
             r"sample \(float64 \[1, 8, 8\]\); convert inputs to float32: RuntimeError",
         ),
         (
+            net().half(),
+            IMAGES,
+            r"sample \(float32 \[1, 8, 8\]\); convert the model with \.float\(\), since",
+        ),
+        (
             net(),
             splits(IMAGES.train.inputs, nn.functional.one_hot(IMAGES.train.targets, 3)),
             r"one-hot targets become classes by targets\.argmax\(-1\)",
@@ -100,7 +106,7 @@ def test_language_models_fit_by_their_vocabulary():
         ),
     ],
     ids=[
-        *("shape", "label", "logits", "float64", "one-hot", "column"),
+        *("shape", "label", "logits", "float64", "half", "one-hot", "column"),
         *("test-label", "validation-shape"),
     ],
 )  # fmt: skip
@@ -108,6 +114,14 @@ def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
     with pytest.raises(ConfigError, match=said):
         check_compatible(model, data, runtime(WORLD))
     assert model.training
+
+
+def test_a_loss_of_several_outputs_is_the_models():
+    twice = nn.ModuleList([net()])
+    twice.forward = lambda images: (twice[0](images), twice[0](-images))
+    task = Custom(lambda both, targets: (both[0] - both[1]).square().mean())
+    with pytest.raises(ConfigError, match=r"with \[1, 3\] of the output alone: .*task.loss=model"):
+        check_compatible(twice, IMAGES, runtime(WORLD, task=task))
 
 
 def test_classes_that_are_not_int64_are_refused():

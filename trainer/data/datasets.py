@@ -137,7 +137,9 @@ class SeededBatches(Dataset[Batch | SampleError]):
         if lengths != {len(pairs)}:
             raise SampleError(
                 indices[0],
-                f"collate must return tensors of {len(pairs)} samples, not {sorted(lengths)}",
+                "the first dimension of all tensors of collate must be that of the samples, here "
+                f"{len(pairs)}, not {sorted(lengths)}; pad what differs in length, such as the "
+                "nodes and edges of graphs, and pass a mask to the model",
             )
         return inputs, targets
 

@@ -48,7 +48,8 @@ def as_splits(data: Any, seed: int = 0, hold_out: float = 0.1) -> Splits:
     missing = [name for name in _PARTS[1:] if parts.get(name) is None]
     train = parts["train"]
     if _is_pair(train) and missing:
-        inputs, targets = map(_tensors, train)
+        whole = TensorSplit(*map(_tensors, train))
+        inputs, targets = whole.inputs, whole.targets
         size = held_out_size(len(targets), hold_out, len(missing))
         order = permutation(len(targets), SPLIT_SEED, 0)
         *held, rest = order.tensor_split([size * (i + 1) for i in range(len(missing))])

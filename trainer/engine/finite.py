@@ -1,4 +1,4 @@
-"""Finds the sample whose input is the reason for a loss that is NaN or infinite."""
+"""Finds the sample that is the reason for a loss that is NaN or infinite."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ from trainer.errors import RunError
 def check_inputs(
     world: World, split: Split, name: str, order: Iterable[Tensor], epoch: int | None
 ) -> None:
-    """Read samples once more and raise an error if an input holds NaN or infinity.
+    """Read samples once more and raise an error if one holds NaN or infinity.
 
     A collective call: all ranks raise the same error. For use after a loss that is not finite;
     looking at every input beforehand would cost a pass over the memory of each batch.
@@ -31,20 +31,23 @@ def check_inputs(
         RunError: Names the split and the sample.
     """
     order = list(order)
-    found = torch.zeros(world.size, dtype=torch.int64)  # a sample's index + 1, or 0
-    for indices, (inputs, _) in zip(order, split.batches(order, epoch), strict=True):
-        broken = torch.zeros(len(indices), dtype=torch.bool)
-        for tensor in tensors(inputs):
-            if tensor.is_floating_point() and len(tensor):
-                own = tensor[: len(indices)]  # the partners of mixed samples may follow
-                broken |= ~own.isfinite().reshape(len(own), -1).all(1)
-        if bool(broken.any()):
-            found[world.rank] = indices[broken][0] + 1
+    found = torch.zeros(2, world.size, dtype=torch.int64)  # a sample's index + 1, or 0
+    for indices, batch in zip(order, split.batches(order, epoch), strict=True):
+        for part, values in zip(found, batch, strict=True):
+            broken = torch.zeros(len(indices), dtype=torch.bool)
+            for tensor in tensors(values):
+                if tensor.is_floating_point() and len(tensor):
+                    own = tensor[: len(indices)]  # the partners of mixed samples may follow
+                    broken |= ~own.isfinite().reshape(len(own), -1).all(1)
+            if bool(broken.any()):
+                part[world.rank] = indices[broken][0] + 1
+        if bool(found.any()):
             break
         world.heartbeat.beat()
     world.all_reduce(found)
-    for index in found[found > 0].tolist():
-        sample = sample_name(split, index - 1)
-        raise RunError(
-            f"data: the input of {name} {sample} is NaN or infinite; correct or remove it"
-        )
+    for part, what in zip(found, ("input", "target"), strict=True):
+        for index in part[part > 0].tolist():
+            sample = sample_name(split, index - 1)
+            raise RunError(
+                f"data: the {what} of {name} {sample} is NaN or infinite; correct or remove it"
+            )

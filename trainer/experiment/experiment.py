@@ -329,11 +329,12 @@ class Experiment:
             ConfigError: It cannot be built, or is of a kind that cannot be trained.
         """
         model = self.model.build()
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ConfigError(
-                "model: modules of torch.jit cannot be changed or saved as state_dicts of their "
-                "own; pass the module that it was made from"
-            )
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ConfigError(
+                    f"model{name and '.'}{name}: modules of torch.jit cannot be changed or saved "
+                    "as state_dicts of their own; pass the module that it was made from"
+                )
         if self.model.is_object:
             for name, given in self.model.given.named_parameters():
                 if given._backward_hooks or given._post_accumulate_grad_hooks:

@@ -52,7 +52,7 @@ def losses(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
         axes.set_ylabel("loss")
         values = [entry[key] for entry in metrics for key in ("train_loss", "loss")]
         positive = [value for value in values if value]
-        if positive and max(positive) > 20 * min(positive):
+        if positive and 0 < 20 * min(positive) < max(positive):
             axes.set_yscale("log")
             log_ticks(axes.yaxis, 10)
         legend(figure, axes, columns=2)

@@ -156,7 +156,14 @@ class Task:
                 f"the loss must return a tensor of losses or their mean, not a "
                 f"{type(found).__name__}"
             )
-        return found.sum() / units if found.ndim else found
+        if not found.ndim:
+            return found
+        if found.numel() not in (units, self.full_units(targets)):
+            raise ValueError(
+                f"the loss returned {[*found.shape]} for targets {[*targets.shape]}; it must "
+                f"return their mean, of no dimension, or one loss for each unit: {units:g}"
+            )
+        return found.sum() / units
 
     def sum_loss(self, prediction: Tensor, targets: Tensor, units: float) -> Tensor:
         """The sum of the losses of the units, for evaluation."""

@@ -137,7 +137,8 @@ class Classification(Task):
             return None
         return (
             "they must be classes, int64: targets.long(), or targets.argmax(1) if they are "
-            "one-hot; or choose another task"
+            "one-hot; or choose another task: regression for numbers, multilabel for labels of 0 "
+            "or 1, custom with loss=torch.nn.CrossEntropyLoss() for probabilities"
         )
 
     def check(self, prediction: Tensor, targets: Tensor) -> str | None:
@@ -170,6 +171,11 @@ class Classification(Task):
             return None
         position = first_wrong(wrong)
         label = targets[position][wrong[position]].flatten()[0]
+        if classes == 1:
+            return position, (
+                f"its target is {int(label)}, but the model has one output; task=multilabel takes "
+                "one output for targets of 0 and 1"
+            )
         return position, (
             f"its target is {int(label)}, but the model has {classes} outputs, for targets from 0 "
             f"to {classes - 1} (and {self.ignore_index}, which is ignored)"

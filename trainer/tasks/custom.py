@@ -12,6 +12,7 @@ from trainer.tasks import output as outputs
 from trainer.tasks.base import Task
 
 MODEL = "model"
+SEVERAL_OUTPUTS = "a loss of several outputs is one that the model computes, task.loss=model"
 _COUNTS = ("samples", "targets")
 
 
@@ -53,6 +54,17 @@ class Custom(Task):
         if isinstance(inputs, Mapping):
             return model(**inputs, **named)
         return model(*(inputs if isinstance(inputs, tuple | list) else (inputs,)), **named)
+
+    def prediction(self, output: Any) -> Tensor:
+        """As in `Task`; the loss, if only that is there, and no metric needs more."""
+        try:
+            return super().prediction(output)
+        except ValueError as error:
+            if self.has_own_loss:
+                raise ValueError(f"{error}; {SEVERAL_OUTPUTS}") from None
+            if self.measured or self.output is not None:
+                raise
+            return outputs.model_loss(output)
 
     def units(self, targets: Tensor) -> float:
         if self.count == "samples":

@@ -89,8 +89,8 @@ class Average(Metric):
     """The mean of a function over the samples.
 
     Args:
-        function: From prediction and targets of a batch to one value per sample [n], or to the mean
-            of the batch, 0-dim.
+        function: From prediction and targets of a batch to values of each sample [n, ...], or to
+            the mean of the batch, 0-dim.
         direction: "maximize" or "minimize".
     """
 
@@ -102,8 +102,14 @@ class Average(Metric):
 
     def statistics(self, prediction: Tensor, targets: Tensor) -> Tensor:
         found = torch.as_tensor(self.function(prediction, targets), device=targets.device).double()
-        total = found.sum() if found.ndim else found * len(targets)
-        return torch.stack([total, total.new_tensor(len(targets))])
+        if found.ndim and len(found) != len(targets):
+            raise ValueError(
+                f"the function returned {[*found.shape]} for {len(targets)} targets; it must "
+                "return a value for each, or their mean, of no dimension"
+            )
+        count = found.numel() if found.ndim else len(targets)
+        total = found.sum() if found.ndim else found * count
+        return torch.stack([total, total.new_tensor(count)])
 
     def value(self, sums: Tensor) -> float:
         return float(sums[0] / sums[1])

@@ -50,13 +50,19 @@ def model_loss(output: Any) -> Tensor:
     """The loss that a model computed itself: `loss` of its output.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is not 0-dim.
     """
     found = dict(_named(output)).get("loss")
     if found is None:
         raise ValueError(
-            f"{describe(output)} without a loss; pass the targets to the model by setting "
-            "task.target_argument, such as labels"
+            f"{describe(output)} without a loss, which must be in it in training and in "
+            "evaluation; the model gets the targets if task.target_argument is set, such as to "
+            "labels"
+        )
+    if found.ndim:
+        raise ValueError(
+            f"{describe(output)} with a loss {[*found.shape]}; it must be the mean of the batch, "
+            "of no dimension"
         )
     return found
 

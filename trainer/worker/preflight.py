@@ -25,6 +25,7 @@ from trainer.engine.schedules import check_schedule
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError, described, first_line
 from trainer.tasks import output as outputs
+from trainer.tasks.custom import SEVERAL_OUTPUTS
 
 SCAN_SECONDS = 0.2  # time for finding unusable samples in a split that is not in memory
 _SCAN_BATCH = 16  # samples
@@ -146,10 +147,12 @@ def _check_split(
             f"data: the targets of {name} are {str(targets.dtype).removeprefix('torch.')}; {wrong}"
         )
     problem = f"data and model: {kind} cannot take a {name} sample ({describe(inputs)})"
-    if any(x.dtype == torch.float64 for x in tensors(inputs)) and not any(
-        p.dtype == torch.float64 for p in model.parameters()
-    ):
+    given = {x.dtype for x in tensors(inputs)}
+    held = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if torch.float64 in given - held:
         problem += "; convert inputs to float32"
+    elif held and torch.float32 in given - held:
+        problem += "; convert the model with .float(), since inputs are float32"
     output = _forward(model, inputs, targets, runtime, problem)
     try:
         prediction = task.prediction(output)
@@ -199,10 +202,14 @@ def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         if "CUDA error" in str(error):
             raise
+        advice = ""
+        if what == "loss" and task.has_own_loss and not isinstance(output, Tensor):
+            shown = outputs.describe(task.prediction(output))
+            advice = f"; it is called with {shown} of the output alone: {SEVERAL_OUTPUTS}"
         raise ConfigError(
             f"task.{what}: it cannot be computed for a {name} sample (output "
             f"{outputs.describe(output)}, target {describe(targets) or 'a number'}): "
-            f"{type(error).__name__}: {first_line(error)}{_source_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}{_source_line(error)}{advice}"
         ) from error
 
 
