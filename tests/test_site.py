@@ -19,6 +19,7 @@ from trainer.__main__ import main
 from trainer.config.compose import conf_dir
 from trainer.data.idx import mnist
 from trainer.experiment import Experiment, check_model
+from trainer.testing import check_task
 
 ROOT = conf_dir().parent
 DOCS = ROOT / "docs"
@@ -155,13 +156,15 @@ def test_examples_run(
 
 def test_examples_of_a_task_run(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)  # the examples draw their data and weights at random
-    run, task, check = blocks(DOCS / "own-task.md")
+    run, several, task, check = blocks(DOCS / "own-task.md")
     Path("quantile.py").write_text(task)
     monkeypatch.syspath_prepend(Path.cwd())
     names: dict[str, Any] = {"__name__": "__main__"}
-    for block in (run, check):
+    for block in (run, several, check):
         exec(compile(block, "own-task.md", "exec"), names)
     assert names["result"].metrics["mae"] < 0.3
+    pairs, same = (torch.rand(8, 16), torch.rand(8, 16)), (torch.rand(8) > 0.5).float()
+    check_task(names["task"], names["Siamese"](), pairs, same)
 
 
 @pytest.mark.integration

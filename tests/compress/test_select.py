@@ -8,7 +8,7 @@ from torch import nn
 
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import Packed
-from trainer.compress.select import match_patterns, vectors, weights
+from trainer.compress.select import match_patterns, select_weights, vectors, weights
 from trainer.errors import ConfigError
 
 
@@ -168,3 +168,9 @@ def test_match() -> None:
         ConfigError, match=r"'fc2' matches no weight; there are conv1\.weight, conv2"
     ):
         match_patterns({"fc2": 1}, names)
+
+
+def test_a_model_whose_layers_have_parametrizations_has_no_weights():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    with pytest.raises(ConfigError, match="no weights that can be compressed; layers with"):
+        select_weights(model, ["*"], [])

@@ -167,6 +167,11 @@ def select_weights(
         ConfigError: a pattern that matches no weight, or no weight is left.
     """
     places = weights(model)
+    if not places:
+        raise ConfigError(
+            "the model has no weights that can be compressed; layers with "
+            "torch.nn.utils.parametrizations, such as weight_norm, are left as they are"
+        )
     wanted = match_patterns(dict.fromkeys(include, True) | dict.fromkeys(exempt, False), places)
     chosen = {name: found for name, found in places.items() if wanted.get(name)}
     if not chosen:
