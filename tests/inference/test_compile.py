@@ -166,6 +166,9 @@ def test_integers() -> None:
         # An input between two integers may be rounded to the other one.
         torch.testing.assert_close(compiled(images), expected, rtol=0.01, atol=0.05)
         assert torch.equal(pickle.loads(pickle.dumps(compiled))(images), compiled(images))
+    convolution = compile(pickle.loads(pickle.dumps(model)), kernels={"0": "int8"})[0]
+    with pytest.raises(RuntimeError, match="0 x 1 are smaller than the kernel, 3 x 3"):
+        convolution(torch.rand(1, 3, 0, 1))
     compressed = layer_kernels(compile(model, kernels={"0": "rows", "2": "columns"}))
     assert all(row.code_bits is not None and row.code_bits <= 8 for row in compressed)
 

@@ -159,17 +159,23 @@ class ConvolutionShape:
         left, right, top, bottom = self.padding
         (sy, sx), (ky, kx), (dy, dx) = self.stride, self.kernel, self.dilation
         rows, columns = -(-(height + top + bottom) // sy), -(-(width + left + right) // sx)
-        high = (height + top + bottom - dy * (ky - 1) - 1) // sy + 1
-        wide = (width + left + right - dx * (kx - 1) - 1) // sx + 1
-        if high < 1 or wide < 1:
-            raise RuntimeError(f"{height} x {width} are smaller than the kernel, {ky} x {kx}")
         channel, y, x = np.ix_(*map(np.arange, (self.channels // self.groups, ky, kx)))
         y, x = y * dy, x * dx
         plane = (channel * sy + y % sy) * sx + x % sx
         offsets = (plane * rows + y // sy) * columns + x // sx
         geometry = (sy, sx, rows, columns, top, left, self.groups)
         flat = np.ascontiguousarray(offsets.reshape(-1), dtype=np.int32)
-        return _Plan((high, wide), geometry, flat)
+        return _Plan(self.output_size(height, width), geometry, flat)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of the result. Raises RuntimeError if the kernel is larger than the images."""
+        left, right, top, bottom = self.padding
+        (sy, sx), (ky, kx), (dy, dx) = self.stride, self.kernel, self.dilation
+        high = (height + top + bottom - dy * (ky - 1) - 1) // sy + 1
+        wide = (width + left + right - dx * (kx - 1) - 1) // sx + 1
+        if high < 1 or wide < 1:
+            raise RuntimeError(f"{height} x {width} are smaller than the kernel, {ky} x {kx}")
+        return high, wide
 
 
 @dataclass(frozen=True)
@@ -357,6 +363,7 @@ class Int8:
 
     def _images(self, x: Tensor, bias: Tensor | None) -> Tensor:
         s = self.shape
+        s.output_size(*x.shape[-2:])  # oneDNN does not check it
         batched = x if x.ndim == 4 else x.unsqueeze(0)
         geometry = [
             list(s.stride),

@@ -56,7 +56,9 @@ def test_a_codebook_that_is_too_large_is_refused() -> None:
     assert encode(np.array([[16]]), EieSettings(code_bits=5)).codes.tolist() == [16]
 
 
-@pytest.mark.parametrize("settings", [{"elements": 0}, {"queue_depth": -1}, {"clock": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{"elements": 0}, {"queue_depth": -1}, {"clock": float("nan")}]
+)
 def test_impossible_settings_are_refused(settings) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         EieSettings(**settings)

@@ -148,7 +148,9 @@ def test_what_does_not_fit_is_refused() -> None:
         small_program(inputs=70_000)
 
 
-@pytest.mark.parametrize("settings", [{"array_size": 0}, {"clock": -1.0}, {"accumulators": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"array_size": 0}, {"clock": -1.0}, {"clock": float("nan")}, {"accumulators": 1}]
+)
 def test_impossible_settings_are_refused(settings) -> None:
     with pytest.raises(ConfigError, match="must be"):
         TpuSettings(**settings)

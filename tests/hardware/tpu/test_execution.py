@@ -93,6 +93,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], float]] =
             nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2),
             nn.Tanh(),
             nn.MaxPool2d(3, stride=1, padding=1),
+            nn.Conv2d(8, 8, 3, padding="same"),
             nn.Conv2d(8, 40, (3, 1), dilation=(2, 1), bias=False),
             nn.Sigmoid(),
             nn.AvgPool2d(2),
@@ -161,6 +162,12 @@ def test_other_batches_need_another_program() -> None:
         execute(program, samples[:3])
 
 
+def test_no_samples() -> None:
+    model = quantized(LeNet300(), images(2, 1, 28, 28))
+    with pytest.raises(ConfigError, match="at least one"):
+        lower(model, images(0, 1, 28, 28))
+
+
 def test_compiling_leaves_the_model_as_it_is() -> None:
     samples = images(2, 1, 28, 28)
     model = quantized(LeNet300(), samples).train()
@@ -190,7 +197,9 @@ def chain(*layers: nn.Module) -> nn.Sequential:
         (chain(nn.AdaptiveAvgPool2d(2)), "to more than one pixel"),
         (chain(nn.Linear(8, 2)), "of images that are not flattened"),
         (chain(nn.MaxPool2d(2), nn.Tanh()), r"2 \(Tanh\) of what is not the result of a matrix"),
-        (nn.Sequential(nn.Conv2d(1, 4, 3, padding="same")), "whose padding is not a number"),
+        (chain(nn.AvgPool2d(2, divisor_override=3)), "a divisor of your own"),
+        (nn.Sequential(nn.Conv2d(1, 4, 4, padding="same")), "whose padding is uneven"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(100, 8), nn.GRU(8, 4)), r"2 \(LinearGRU\)"),
         (chain(Branching()), "torch.fx cannot follow it"),
     ],
 )

@@ -34,7 +34,7 @@ class EieSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value <= 0:
+            if not value > 0:
                 raise ConfigError(f"{name}={value}: it must be above 0")
         if self.entries_per_word < 1:
             raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from trainer.compress.recurrent import LinearLSTM
+from trainer.compress.recurrent import LinearLSTM, LinearRecurrent
 from trainer.errors import ConfigError, first_line
 
 # What a call does, from the modules, functions and methods that do it.
@@ -94,6 +94,8 @@ def trace(model: nn.Module, samples: Tensor) -> Trace:
     Raises:
         ConfigError: torch.fx cannot follow the model, or it cannot take the samples.
     """
+    if not len(samples):
+        raise ConfigError("samples: the TPU needs at least one")
     training = model.training
     model.eval()
     try:
@@ -123,7 +125,7 @@ def trace(model: nn.Module, samples: Tensor) -> Trace:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LinearLSTM) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LinearRecurrent) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Recorder(fx.Interpreter):

@@ -68,7 +68,7 @@ class _Lowering:
         for node in self._trace.nodes:
             if node.op == "output":
                 return self._output(node)
-            if node in self._trace.results or self._trace.kind(node) == "lstm":
+            if node in self._trace.results or node.op == "call_module":
                 self._lower(node)
         raise AssertionError("a graph has an output")
 
@@ -150,13 +150,14 @@ class _Lowering:
 
     def _convolution(self, node: fx.Node) -> Sums:
         module = cast(nn.Conv2d, self._trace.module(node))
-        if isinstance(module.padding, str) or module.padding_mode != "zeros":
-            raise self._trace.refusal(node, "whose padding is not a number of zeros")
+        left, right, top, bottom = module._reversed_padding_repeated_twice
+        if (left, top) != (right, bottom) or module.padding_mode != "zeros":
+            raise self._trace.refusal(node, "whose padding is uneven, or not zeros")
         source = self._value(self._source(node))
         window = Window(
             pair(module.kernel_size),
             pair(module.stride),
-            pair(module.padding),
+            (top, left),
             source.grid.zero_point,
             pair(module.dilation),
         )

@@ -69,7 +69,10 @@ def input_grid(name: str, layer: nn.Module) -> Grid:
     """The grid of a layer's input. Raises ConfigError if it is not quantized."""
     quantizer = getattr(layer, "input_quantizer", None)
     if not isinstance(quantizer, ActivationQuantizer) or not quantizer.ready:
-        raise ConfigError(f"the input of {name} is not quantized: quantize with activations=8")
+        raise ConfigError(
+            f"the input of {name} is not quantized: quantize with activations=8 (an input that is "
+            "always zero gets no range)"
+        )
     scale, zero_point = quantizer.grid()
     return Grid(float(scale), int(zero_point), quantizer.max_integer)
 

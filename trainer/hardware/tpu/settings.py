@@ -34,7 +34,7 @@ class TpuSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, bool) and value <= 0:
+            if not isinstance(value, bool) and not value > 0:
                 raise ConfigError(f"{name}={value}: it must be above 0")
         if self.accumulators < 2:
             raise ConfigError(f"accumulators={self.accumulators}: there must be two at least")

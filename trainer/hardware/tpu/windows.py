@@ -47,6 +47,9 @@ def pooling_window(trace: Trace, node: fx.Node, source: Value) -> Window:
         unusual = unusual or pair(argument(node, "dilation", 4, 1)) != (1, 1)
     else:
         unusual = argument(node, "ceil_mode", 4, False) or padding != (0, 0)
+        unusual = unusual or argument(node, "divisor_override", 6) is not None
     if unusual:
-        raise trace.refusal(node, "with ceil_mode, dilation or padded averages")
+        raise trace.refusal(
+            node, "with ceil_mode, dilation, padded averages or a divisor of your own"
+        )
     return Window(pair(kernel), pair(stride or kernel), padding, 0)
