@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tests.hardware.test_workloads import compressed
 from tests.hardware.tpu.models import quantized
@@ -152,7 +153,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 
 def test_weights_that_a_hook_or_parametrization_computes() -> None:
     first, second = nn.Linear(40, 30), nn.Linear(30, 10)
-    nn.utils.prune.l1_unstructured(first, "weight", 0.9)
+    prune.l1_unstructured(first, "weight", 0.9)
     nn.init.constant_(second.weight, 0.5)
     nn.utils.parametrizations.weight_norm(second)
     last = nn.Linear(10, 10)

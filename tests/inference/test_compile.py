@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import trainer
 from tests.inference.test_matrix import random_weight
@@ -292,9 +293,9 @@ def test_settings_and_keywords_are_those_of_torch() -> None:
 def test_masks_of_torch_are_taken_over() -> None:
     """Those of torch.nn.utils.prune, which hooks apply. Other hooks that make weights stay."""
     model, x = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 9), nn.LSTM(9, 8)), torch.rand(4, 20)
-    nn.utils.prune.l1_unstructured(model[0], "weight", 0.8)
-    nn.utils.prune.l1_unstructured(model[0], "bias", 0.5)
-    nn.utils.prune.l1_unstructured(model[2], "weight_hh_l0", 0.8)
+    prune.l1_unstructured(model[0], "weight", 0.8)
+    prune.l1_unstructured(model[0], "bias", 0.5)
+    prune.l1_unstructured(model[2], "weight_hh_l0", 0.8)
     model[1].weight[:, 1:] = 0
     nn.utils.spectral_norm(model[1])
     expected = model.eval()(x)[0]

@@ -57,10 +57,17 @@ def test_a_codebook_that_is_too_large_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"elements": 0}, {"queue_depth": -1}, {"clock": float("nan")}]
+    "settings",
+    [
+        {"elements": 0},
+        {"queue_depth": -1},
+        {"index_bits": 9},
+        {"code_bits": 17},
+        {"clock": float("nan")},
+    ],
 )
 def test_impossible_settings_are_refused(settings) -> None:
-    with pytest.raises(ConfigError, match="must be above 0"):
+    with pytest.raises(ConfigError, match=r"must be (above 0|at most)"):
         EieSettings(**settings)
 
 

@@ -19,6 +19,7 @@ from trainer.hardware.eie import (
     random_activations,
     random_codes,
     shared_matrix,
+    simulate,
 )
 
 SETTINGS = EieSettings(elements=8)
@@ -107,3 +108,17 @@ def test_the_format_of_a_range() -> None:
     formats = Formats(FixedPoint(1), FixedPoint(1), FixedPoint(3))
     with pytest.raises(ValueError, match="finer"):
         fixed_point_product(encode(np.ones((1, 1)), SETTINGS), np.ones(2), np.ones(1), formats)
+
+
+def test_vectors_and_codebooks_of_another_length_are_refused() -> None:
+    """The loops would read other memory."""
+    matrix, codebook = encode(random_codes(50, 70, 0.1), EieSettings()), np.zeros(16)
+    for length in (7, 7000):
+        with pytest.raises(ValueError, match=r"it must be \[70\]"):
+            product(matrix, codebook, np.ones(length))
+        with pytest.raises(ValueError, match=r"it must be \[70\]"):
+            simulate(matrix, np.ones(length), EieSettings())
+    with pytest.raises(ValueError, match="a codebook of 15 values: the matrix has codes up to 15"):
+        product(matrix, codebook[:15], np.ones(70))
+    with pytest.raises(ValueError, match="none may be negative"):
+        encode(np.full((3, 3), -1), EieSettings())

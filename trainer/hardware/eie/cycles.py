@@ -65,7 +65,9 @@ def simulate(
     Raises:
         ConfigError: The matrix is encoded for another number of elements, or an element's memory
             cannot hold its entries.
+        ValueError: The vector has not one value for each column.
     """
+    matrix.check_activations(activations)
     if matrix.elements != settings.elements:
         raise ConfigError(
             f"elements={settings.elements}: the matrix is encoded for {matrix.elements}"

@@ -44,6 +44,14 @@ class EncodedMatrix:
         """Entries that represent no weight (padding)."""
         return int(np.count_nonzero(self.codes == 0))
 
+    def check_activations(self, activations: NDArray[np.floating]) -> None:
+        """Raises ValueError if a vector has not one value for each column."""
+        if activations.shape != (self.columns,):
+            raise ValueError(
+                f"activations of shape {list(activations.shape)}: it must be [{self.columns}], as "
+                "the matrix has columns"
+            )
+
     def counts(self) -> Ints:
         """[elements, columns]: the entries of each element in each column."""
         return np.diff(self.pointers, axis=1)
@@ -63,7 +71,10 @@ def encode(codes: NDArray[np.integer], settings: EieSettings) -> EncodedMatrix:
 
     Raises:
         ConfigError: A code has more bits than the settings allow.
+        ValueError: A code is negative.
     """
+    if codes.min(initial=0) < 0:
+        raise ValueError("codes are indices into a codebook: none may be negative")
     highest = int(codes.max(initial=0))
     if highest >> settings.code_bits:
         raise ConfigError(

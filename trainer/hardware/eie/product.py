@@ -30,7 +30,11 @@ def product(
 
     Returns:
         [rows].
+
+    Raises:
+        ValueError: The activations or the codebook are too short or too long for the matrix.
     """
+    _check(matrix, codebook, activations)
     sums = np.zeros(matrix.rows)
     _accumulate(
         matrix.pointers,
@@ -93,8 +97,9 @@ def fixed_point_product(
         [rows] in the format of the sums.
 
     Raises:
-        ValueError: The sums have more fraction bits than the products.
+        ValueError: The sums have more fraction bits than the products, or as for `product`.
     """
+    _check(matrix, codebook, activations)
     shift = formats.weights.fraction + formats.activations.fraction - formats.sums.fraction
     if shift < 0:
         raise ValueError("the format of the sums is finer than that of the products")
@@ -109,6 +114,18 @@ def fixed_point_product(
         sums,
     )
     return sums.astype(np.int16)
+
+
+def _check(
+    matrix: EncodedMatrix, codebook: NDArray[np.floating], activations: NDArray[np.floating]
+) -> None:
+    """The loops below would read other memory."""
+    matrix.check_activations(activations)
+    highest = int(matrix.codes.max(initial=0))
+    if highest >= len(codebook):
+        raise ValueError(
+            f"a codebook of {len(codebook)} values: the matrix has codes up to {highest}"
+        )
 
 
 @jit

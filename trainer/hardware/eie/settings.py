@@ -36,6 +36,9 @@ class EieSettings:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ConfigError(f"{name}={value}: it must be above 0")
+        for name, largest in (("index_bits", 8), ("code_bits", 16)):
+            if getattr(self, name) > largest:
+                raise ConfigError(f"{name}={getattr(self, name)}: it must be at most {largest}")
         if self.entries_per_word < 1:
             raise ConfigError(
                 f"word_bits={self.word_bits}: it must hold an entry of {self.entry_bits} bits"
