@@ -45,6 +45,17 @@ def test_autocast_computes_in_the_type_it_says(name, dtype):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_transformers_evaluate_padded_batches(name):
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    model, padding = nn.TransformerEncoder(layer, 1).eval(), torch.tensor([[False, False, True]])
+    precision = Precision(name, torch.device("cpu"))
+    with torch.no_grad(), precision.autocast():
+        found = model(torch.ones(1, 3, 8), src_key_padding_mask=padding)
+    assert found[:, :2].isfinite().all()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_fp16_on_cpus_sums_in_fp32_and_rounds_like_tensor_cores():
     """2048 ones and 2048 times 2^-10: fp16 sums would stop growing at 2048."""
     weight = torch.ones(1, 4096, requires_grad=True)

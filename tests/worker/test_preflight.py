@@ -116,6 +116,12 @@ def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
     assert model.training
 
 
+def test_a_loss_that_broadcasts_the_targets_is_refused():
+    data = splits(IMAGES.train.inputs, torch.randn(5))
+    with pytest.raises(ConfigError, match=r"task.loss: .* Using a target size \(torch.Size\(\[1\]"):
+        check_compatible(net(classes=1), data, runtime(WORLD, task=Custom(nn.MSELoss())))
+
+
 def test_a_loss_of_several_outputs_is_the_models():
     twice = nn.ModuleList([net()])
     twice.forward = lambda images: (twice[0](images), twice[0](-images))

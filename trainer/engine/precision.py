@@ -57,8 +57,8 @@ class Precision:
         """Context for the forward pass and the loss."""
         if self.name == "fp32":
             return nullcontext()
-        if self.name == "fp16" and self.device.type == "cpu":
-            return _half_on_cpu()
+        if self.device.type == "cpu":
+            return _half_on_cpu() if self.name == "fp16" else _bf16_on_cpu()
         return torch.autocast(self.device.type, dtype=DTYPES[self.name])
 
     def state(self) -> dict[str, Any]:
@@ -118,6 +118,19 @@ class Precision:
 def _half_on_cpu() -> Iterator[None]:
     with torch.autocast("cpu", torch.float16), HalfProducts():
         yield
+
+
+@contextmanager
+def _bf16_on_cpu() -> Iterator[None]:
+    # In evaluation nn.TransformerEncoder packs padded batches, which fails under autocast on CPUs
+    # (torch 2.14). On CUDA torch does not use this fast path either.
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def set_tf32(enabled: bool) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import math
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from trainer.tasks.custom import SEVERAL_OUTPUTS
 SCAN_SECONDS = 0.2  # time for finding unusable samples in a split that is not in memory
 _SCAN_BATCH = 16  # samples
 _COMPARED = 4  # samples of a stream that are read twice
+_OF_THE_USER = (RuntimeError, IndexError, KeyError, TypeError, ValueError)  # errors in their code
 _LIBRARY = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[1]
 
@@ -190,7 +192,10 @@ def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime
     placed = targets.to(runtime.world.device)
     what = "loss"
     try:
-        loss = task.evaluation_loss(output, placed, units)
+        with warnings.catch_warnings():
+            # torch's warning that prediction and target are broadcast, such as [n, 1] and [n]
+            warnings.filterwarnings("error", "Using a target size")
+            loss = task.evaluation_loss(output, placed, units)
         if loss.numel() != 1:
             raise ValueError(f"it returned {outputs.describe(loss)} for one sample")
         if task.measured:
@@ -199,7 +204,7 @@ def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime
         for metric_name, metric in task.measured.items():
             what = f"metrics.{metric_name}"
             metric.start().add(*inputs)
-    except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (*_OF_THE_USER, AttributeError, UserWarning) as error:
         if "CUDA error" in str(error):
             raise
         advice = ""
@@ -351,7 +356,7 @@ def _check_smallest_batch(
         output = _forward(model, few, given, runtime, problem)
         try:
             loss = task.training_loss(output, given.to(runtime.world.device), units)
-        except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except _OF_THE_USER as error:
             raise ConfigError(
                 f"data and model: the loss of what {kind} returns in training mode, "
                 f"{outputs.describe(output)}, cannot be computed: {first_line(error)}"
@@ -387,7 +392,7 @@ def _forward(
             torch.cuda.synchronize(device)  # errors of kernels appear here, not later
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except _OF_THE_USER as error:
         if "CUDA error" in str(error):  # the process cannot use its GPU any more
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
