@@ -19,6 +19,7 @@ from trainer.hardware.tpu.applications import (
     APPLICATIONS,
     ASSUMPTIONS,
     Application,
+    Pooling,
     Shape,
     application_cycles,
     application_network,
@@ -201,16 +202,30 @@ def test_assumed_shapes_are_consistent_with_table_1(
 ) -> None:
     application = APPLICATIONS[name]
     assert application.batch == batch
-    # CNN1: 69 of 72 convolutions.
-    assert len(application.layers) == (layers if name != "CNN1" else 73)
+    # CNN1: 69 of 72 convolutions, and all poolings.
+    matrices = [x for x in application.layers if isinstance(x, Shape)]
+    assert len(matrices) == (layers if name != "CNN1" else 73)
+    assert len(application.layers) - len(matrices) == (0 if name != "CNN1" else 13)
     assert application.weights == pytest.approx(weights, rel=0.08)
     assert application.intensity == pytest.approx(intensity, rel=0.005)
     assert name in ASSUMPTIONS
 
 
+def test_a_pooling_takes_the_activation_unit_and_the_next_layer_waits() -> None:
+    """A cycle for 256 bytes that are read or written."""
+    first, second = Shape(1000, 64, 64), Shape(250, 64, 64)
+    found = [
+        application_cycles(Application(8, layers, 64))
+        for layers in ((first, second), (first, Pooling(1000, 250, 64), second))
+    ]
+    cycles = 8 * (1000 + 250) * 64 / 256
+    assert found[1].result_wait - found[0].result_wait == pytest.approx(cycles)
+    assert found[1].macs == found[0].macs
+
+
 def test_inception_has_its_published_size() -> None:
     """About 2 billion multiply-accumulates at 224 pixels, and a last module of 1024 channels."""
-    layers = inception(224)
+    layers = [x for x in inception(224) if isinstance(x, Shape)]
     assert len(layers) == 69
     assert sum(x.rows * x.weights for x in layers) == pytest.approx(2.0e9, rel=0.03)
     assert (

@@ -15,7 +15,7 @@ import torch
 from trainer.hardware.tpu.arithmetic import raw_sums
 from trainer.hardware.tpu.compiler import compile_network
 from trainer.hardware.tpu.cycles import TpuCycles, count_cycles
-from trainer.hardware.tpu.network import Network, Product, Rows, Value, Window
+from trainer.hardware.tpu.network import Layer, Network, Pool, Product, Rows, Value, Window
 from trainer.hardware.tpu.settings import TPU_V1, TpuSettings
 
 ASSUMPTIONS: Mapping[str, str] = MappingProxyType(
@@ -61,11 +61,23 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """A pooling without values, by the activation unit."""
+
+    before: int
+    """Positions of a sample that are read."""
+    rows: int
+    """Positions of a sample in the result."""
+    channels: int
+    weights: int = 0
+
+
+@dataclass(frozen=True)
 class Application:
     """An application of table 1."""
 
     batch: int
-    layers: tuple[Shape, ...]
+    layers: tuple[Shape | Pooling, ...]
     input_bytes: int
     """Bytes of a sample."""
     activation_bytes: int = 1
@@ -81,8 +93,8 @@ class Application:
         return self.batch * sum(x.rows * x.weights for x in self.layers) / self.weights
 
 
-def inception(side: int) -> tuple[Shape, ...]:
-    """The convolutions of Inception with batch norm on images of `side` pixels.
+def inception(side: int) -> tuple[Shape | Pooling, ...]:
+    """The convolutions and poolings of Inception with batch norm on images of `side` pixels.
 
     Ioffe & Szegedy 2015, arXiv:1502.03167, figure 5.
     """
@@ -90,7 +102,8 @@ def inception(side: int) -> tuple[Shape, ...]:
     for _ in range(5):
         sides.append(-(-sides[-1] // 2))
     _, half, quarter, eighth, sixteenth, last = (n * n for n in sides)
-    layers = [Shape(half, 3, 64, 7), Shape(quarter, 64, 64), Shape(quarter, 64, 192, 3)]
+    layers: list[Shape | Pooling] = [Shape(half, 3, 64, 7), Pooling(half, quarter, 64)]
+    layers += [Shape(quarter, 64, 64), Shape(quarter, 64, 192, 3), Pooling(quarter, eighth, 192)]
     # Channels of: source, 1x1, reduction and 3x3, reduction and double 3x3, projection.
     modules = (
         (eighth, eighth, 192, 64, 64, 64, 64, 96, 32),
@@ -108,9 +121,9 @@ def inception(side: int) -> tuple[Shape, ...]:
         layers += [Shape(before, source, single)] if single else []
         layers += [Shape(before, source, reduced), Shape(after, reduced, three, 3)]
         layers += [Shape(before, source, reduced2), Shape(before, reduced2, double, 3)]
-        layers += [Shape(after, double, double, 3)]
+        layers += [Shape(after, double, double, 3), Pooling(before, after, source)]
         layers += [Shape(before, source, projection)] if projection else []
-    return tuple(layers)
+    return (*layers, Pooling(last, 1, 1024))
 
 
 _POINTS = 19 * 19  # of a Go board
@@ -149,8 +162,16 @@ def application_network(application: Application) -> Network:
     dtype = np.dtype(np.uint8 if application.activation_bytes == 1 else np.uint16)
     value = Value("input", (application.batch, application.input_bytes), np.dtype(np.uint8))
     first = value
-    layers = []
+    layers: list[Layer] = []
     for number, shape in enumerate(application.layers):
+        if isinstance(shape, Pooling):
+            # The branches of a module are layers in turn here: a pooling reads the module's input.
+            source = replace(value, shape=(application.batch * shape.before, shape.channels))
+            value = Value(
+                f"result {number}", (application.batch * shape.rows, shape.channels), dtype
+            )
+            layers.append(Pool(f"pooling {number}", source, value, _window(3), 0, None))
+            continue
         outputs = shape.matrices * shape.outputs
         rows = application.batch * shape.rows
         result = Value(f"result {number}", (rows, outputs), dtype)
