@@ -216,6 +216,14 @@ def test_wrong_arguments(
     assert message in lines[0]
 
 
+def test_a_damaged_safetensors_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.safetensors"
+    for content in (b"", b"nothing of that kind", 20 * b"\0"):
+        path.write_bytes(content)
+        assert main([str(path)]) == 1
+        assert "model.safetensors: no .safetensors file, or damaged" in capsys.readouterr().err
+
+
 def test_what_cannot_be_read(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_dir), "seed=1"]) == 2
     assert "seed=1: a run has its settings" in capsys.readouterr().err

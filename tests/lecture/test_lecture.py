@@ -227,6 +227,9 @@ def test_an_interrupted_run_continues_and_a_finished_one_is_not_repeated(
     assert command.main([*arguments[:-1], "seed=4"]) == 2
     assert "lstm has other settings there" in capsys.readouterr().err
     assert command.main([*arguments[1:-1], "seed=3"]) == 2  # not the short version
+    (tmp_path / "runs.json").write_text("{")
+    assert command.main(arguments) == 2
+    assert "runs.json is damaged: delete it" in capsys.readouterr().err
 
 
 def test_the_settings_of_trials_are_those_of_the_configuration(tmp_path: Path) -> None:

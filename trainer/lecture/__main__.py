@@ -133,7 +133,12 @@ class _Lecture:
     def _claim(self, exhibits: Iterable[Exhibit]) -> None:
         """Note the settings of all runs. Raises ConfigError if a run had other ones before."""
         path = self.results.folder / "runs.json"
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is damaged: delete it, and give the settings of before again"
+            ) from error
         now = {job.name: self._arguments(job) for exhibit in exhibits for job in exhibit.jobs}
         version = {"short": self.short}
         for name, arguments in {"version": version, **now}.items():

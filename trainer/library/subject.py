@@ -113,9 +113,15 @@ def _of_file(path: Path, experiment: Experiment | None, count: int) -> Subject:
     """A model file, with the model and the data of an experiment if there is one."""
     content = path.read_bytes()
     coded = path.suffix != ".safetensors"
-    weights, metadata = (
-        (artifact.loads(content), artifact.read_about(content)) if coded else from_bytes(content)
-    )
+    if coded:
+        weights, metadata = artifact.loads(content), artifact.read_about(content)
+    else:
+        try:
+            weights, metadata = from_bytes(content)
+        except Exception as error:  # safetensors and struct have errors of their own
+            raise artifact.ArtifactError(
+                f"no .safetensors file, or damaged: {first_line(error)}"
+            ) from error
     file = content if coded else None
     if experiment is None:
         return _without_experiment(path, weights, metadata, file, count)
