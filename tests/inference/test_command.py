@@ -1,12 +1,14 @@
 """python -m trainer.inference: tables, JSON, and refused arguments."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.hardware.tpu.models import quantized
 from tests.inference.test_compile import sparse
 from trainer import artifact
 from trainer.inference.__main__ import main
@@ -48,6 +50,17 @@ def test_a_model_without_zeros_is_measured_all_the_same() -> None:
     found = measure_latencies(model, model, torch.rand(1, 5), onnx=False, seconds=0)
     assert found.layers == []
     assert set(found.missing) == {TORCH_INT8}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_layers_without_integers_stay_as_they_are() -> None:
+    """Those whose padding is uneven, for instance, or whose inputs are not quantized."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 2, padding="same"), nn.Flatten(), nn.Linear(32, 3))
+    samples = torch.rand(2, 1, 4, 4)
+    for activations, missing in ((8, set()), (None, {TORCH_INT8})):
+        made = quantized(pickle.loads(pickle.dumps(model)), samples, activations=activations)
+        found = measure_latencies(made, model, samples, onnx=False, seconds=0)
+        assert set(found.missing) == missing
 
 
 @pytest.mark.parametrize(

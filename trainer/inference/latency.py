@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer
+from trainer.compress.quantize import WeightQuantizer
 from trainer.errors import RunError
 from trainer.export.onnx import to_onnx
 from trainer.export.runtime import OnnxModel
 from trainer.inference.build import compile, layer_kernels
-from trainer.inference.layers import INT8, LayerKernel
+from trainer.inference.layers import INT8, Choice, LayerKernel
 from trainer.inference.measure import alternate, medians
 from trainer.models.copying import copy_model
 
@@ -87,7 +87,8 @@ def _measure(
     }
     integers = _with_integers(model, threads) if has_grid else None
     if integers is None:
-        missing[TORCH_INT8] = "the model is not quantized"
+        without = "no layer has integers that oneDNN can multiply"
+        missing[TORCH_INT8] = without if has_grid else "the model is not quantized"
     else:
         calls[TORCH_INT8] = lambda: integers(samples)
     if onnx:
@@ -110,15 +111,9 @@ def _measure(
 
 def _with_integers(model: nn.Module, threads: int) -> nn.Module | None:
     """The model with integers in all layers that can use them; None if there are none."""
-    found = copy_model(model)
-    names = {
-        name: INT8
-        for name, module in found.named_modules()
-        if type(module) in (nn.Linear, nn.Conv2d)
-        and isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer)
-        and isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer)
-    }
-    return compile(found, kernels=names, threads=threads) if names else None
+    found = compile(copy_model(model), threads=threads)
+    kept = [module.keep(INT8) for module in found.modules() if isinstance(module, Choice)]
+    return found if any(kept) else None
 
 
 def _session(model: nn.Module, samples: Tensor, threads: int) -> OnnxModel:

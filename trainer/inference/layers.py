@@ -101,6 +101,12 @@ class Choice(nn.Module):
         self._keep(min(taken, key=lambda name: taken[name]), taken)
         return self.product
 
+    def keep(self, name: str) -> bool:
+        """Keep a candidate without measuring, if there is one of that name; return whether."""
+        if name in self._candidates:
+            self._keep(name, {})
+        return self.about.kernel == name
+
     def _keep(self, name: str, taken: Mapping[str, float]) -> None:
         product = self._candidates[name] or self.candidate(name)
         microseconds = {kernel: 1e6 * seconds for kernel, seconds in taken.items()}
