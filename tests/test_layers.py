@@ -7,6 +7,7 @@ need is a cycle all the same, so TYPE_CHECKING is refused.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,17 @@ def test_checker_refuses(module: str, source: str) -> None:
 )
 def test_checker_accepts(module: str, source: str, is_package: bool) -> None:
     assert violations(module, source, is_package) == []
+
+
+WALL_CLOCK = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|today|utcnow)\(")
+SHOWN = {"report/sinks/mlflow.py", "sweeps/study.py"}  # times of day that others store
+
+
+def test_no_duration_is_measured_with_a_clock_that_can_jump() -> None:
+    """A host whose clock is corrected must not take a worker for silent, or a limit for over."""
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if WALL_CLOCK.search(path.read_text())
+    }
+    assert found == SHOWN
