@@ -24,6 +24,11 @@ from trainer.errors import ConfigError
             "limits.speed=1",
             "limits.speed: there is no such setting; limits has max_accuracy_drop, ",
         ),
+        (
+            "limits={max_accuracy_dropp: 0.01}",
+            "limits.max_accuracy_dropp: there is no such setting; did you mean limits.max_acc",
+        ),
+        ("data={trein: 5}", "data.trein: there is no such setting; did you mean data.train?"),
         ("bogus=3", "bogus: there is no such setting; --help lists the settings"),
         ("seed=1,2", "seed=1,2: these are several values; write seed=[1,2] for a list, "),
         ("smoke", "smoke: it is not of the form key=value; an experiment is +experiment=NAME"),

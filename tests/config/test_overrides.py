@@ -2,8 +2,10 @@
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from trainer.__main__ import main
+from trainer.config.compose import compose_config
 from trainer.config.overrides import as_hydra
 
 
@@ -36,6 +38,26 @@ def test_other_keys_with_dots_do_too(capsys):
     assert found == {"data.train": 50, "phases.train.fit.epochs": 4}
     text = "sweep.params.phases.share.overrides.conv*=range(3,8)"
     assert as_hydra(text) == "++sweep.params={phases.share.overrides.conv*: 'range(3,8)'}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "section"),
+    [
+        ("phases.train.fit.freeze={conv1: 4}", "phases.train.fit.freeze"),
+        ("phases.share.overrides.fc1=3", "phases.share.overrides"),
+        ("phases.share.clusters={fc1: 5}", "phases.share.clusters"),
+        ("optimizer.groups.plain={kind: vectors}", "optimizer.groups"),
+        ("optimizer.groups.plain.lr_factor=0.1", "optimizer.groups"),
+    ],
+)
+def test_a_mapping_with_free_keys_takes_new_ones_without_a_plus(argument, section):
+    before = OmegaConf.select(compose_config(["+experiment=smoke"]).tree, section) or {}
+    plain, added = (
+        OmegaConf.select(compose_config(["+experiment=smoke", plus + argument]).tree, section)
+        for plus in ("", "++")
+    )
+    assert plain == added
+    assert len(plain) == len(before) + 1
 
 
 def test_a_key_that_a_file_has_nested_is_replaced_too(capsys, tmp_path):

@@ -155,7 +155,12 @@ def _search_path(folders: Sequence[Path]) -> list[str]:
 def _known_keys(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """Dotted keys of the configuration that is composed from the groups among the overrides."""
     names = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
-    groups = [o for o in overrides if o.lstrip("+").partition("=")[0].split("@")[0] in names]
+    parts = {override: override.lstrip("+").partition("=") for override in overrides}
+    groups = [
+        override
+        for override, (key, _, value) in parts.items()
+        if key.split("@")[0] in names and not value.startswith("{")  # settings, not a choice
+    ]
     try:
         with _hydra(folders):
             composed = compose(_PRIMARY, [*groups, *_search_path(folders)])

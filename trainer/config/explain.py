@@ -10,6 +10,7 @@ from hydra.errors import OverrideParseException
 from trainer.errors import first_line
 
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
+_INNER_KEY = re.compile(r"full_key: (\S+)")
 _UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '([^']+)/([^'/]*)'")
 _SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '([^=']+)=(.*)'\n")
 _MISSING = re.compile(r"Missing mandatory value: (\S+)")
@@ -31,6 +32,9 @@ def explain(error: Exception, keys: Callable[[], list[str]], folders: Sequence[P
         key = match[1]
         if "No match in the defaults list" in text:
             return f"{key}=...: an experiment does not set this group yet: write +{key}=..."
+        inner = _INNER_KEY.search(str(error.__cause__))
+        if inner and inner[1].startswith(f"{key}."):  # the override is a mapping: limits={speed: 1}
+            key = inner[1]
         return f"{key}: there is no such setting{_advice(key, keys())}"
     if match := _UNKNOWN_CHOICE.search(text):
         group, name = match.groups()

@@ -1,7 +1,9 @@
-"""A sweep's settings on the command line, such as sweep.params.model.depth=range(1,5).
+"""Settings whose keys are free, on the command line: sweep.params.model.depth=range(1,5).
 
-The keys of `sweep.params` are themselves dotted keys of the configuration, and Hydra would treat
-their values as a sweep of its own. So such arguments are rewritten before Hydra reads them.
+Hydra asks for a + before a key that is not there yet. In a mapping whose keys are names of layers
+or settings, that helps nobody. The keys of `sweep.params` are themselves dotted keys of the
+configuration, and Hydra would treat their values as a sweep of its own. So such arguments are
+rewritten before Hydra reads them.
 """
 
 import re
@@ -16,7 +18,10 @@ from omegaconf import DictConfig
 from trainer.errors import ConfigError
 
 # These mappings have no fixed keys: a new key needs no +.
-_OPEN = re.compile(r"sweep\.(params|lengths|conditions|trial_overrides|objectives|constraints)[.=]")
+_OPEN = re.compile(
+    r"(sweep\.(params|lengths|conditions|trial_overrides|objectives|constraints)"
+    r"|phases\.[^.=]+\.(overrides|clusters|fit\.freeze)|optimizer\.groups)[.=]"
+)
 # The keys of these have dots.
 _DOTTED = re.compile(
     r"\+{0,2}sweep\.(params|lengths|conditions|trial_overrides)\.([^=]+)=(.*)", re.DOTALL
