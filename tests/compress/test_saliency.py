@@ -106,3 +106,18 @@ def test_weights_of_inputs_that_are_always_zero_go_first() -> None:
         found = pruned(layer, x, 80, "sparsegpt")
         error = (found(x) - layer(x)).norm() / (layer(x) - layer.bias).norm()
     assert error < 0.1
+
+
+def test_a_transformer_is_pruned_by_padded_inputs() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1)
+    padding = torch.tensor([[False, False, True]]).expand(4, 3)
+    inputs = {"src": torch.randn(4, 3, 8), "src_key_padding_mask": padding}
+    places = weights(model)
+    halves: dict[str, Target] = {
+        name: found[0].value.numel() // 2 for name, found in places.items()
+    }
+    prune_by_inputs(model, places, halves, [inputs], "wanda")
+    for found in places.values():
+        assert int((found[0].value == 0).sum()) == found[0].value.numel() // 2
+    assert torch.backends.mha.get_fastpath_enabled()

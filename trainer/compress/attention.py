@@ -177,14 +177,22 @@ def unfused_attention() -> Iterator[None]:
     PyTorch's settings belong to the process, so one thread at a time is in such a block: trials of
     a sweep may run in several.
     """
-    with _settings:
-        enabled = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(enabled)
+    with _settings, without_fast_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Let transformers of torch.nn in evaluation call their layers with ordinary tensors.
+
+    Otherwise nn.TransformerEncoder packs padded batches into nested tensors.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def disable_nested_tensors(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from trainer.compress.attention import without_fast_path
 from trainer.compress.select import ParameterRef
 from trainer.data.tree import call_with
 
@@ -314,10 +315,11 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Context in which a model is in evaluation mode."""
+    """Context in which a model is in evaluation mode, and layers get ordinary tensors."""
     training = model.training
     model.eval()
     try:
-        yield
+        with without_fast_path():
+            yield
     finally:
         model.train(training)

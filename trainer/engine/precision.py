@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from trainer.compress.attention import without_fast_path
 from trainer.engine.half import HalfProducts
 from trainer.errors import Diverged
 
@@ -122,15 +123,9 @@ def _half_on_cpu() -> Iterator[None]:
 
 @contextmanager
 def _bf16_on_cpu() -> Iterator[None]:
-    # In evaluation nn.TransformerEncoder packs padded batches, which fails under autocast on CPUs
-    # (torch 2.14). On CUDA torch does not use this fast path either.
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+    # Nested tensors fail under autocast on CPUs (torch 2.14), and on CUDA torch avoids them.
+    with torch.autocast("cpu", torch.bfloat16), without_fast_path():
+        yield
 
 
 def set_tf32(enabled: bool) -> None:
