@@ -18,7 +18,7 @@ from trainer.hardware.costs import CostSettings, network_costs, random_samples
 from trainer.hardware.eie import EieSettings, encode, random_activations, shared_matrix, simulate
 from trainer.hardware.figures import Figure
 from trainer.hardware.tpu import compile_network, count_cycles, lower
-from trainer.models import LeNet5, LeNet300
+from trainer.models import LeNet5, LeNet300, LSTMLanguageModel
 from trainer.report import hardware as report
 
 QUICK = CostSettings(cpu_seconds=0)
@@ -169,3 +169,14 @@ def test_an_embedding_moves_only_the_rows_of_its_tokens() -> None:
     weights = network_costs(model, torch.tensor([[1, 7]]), settings=settings).stages[0]
     read = 4 * (2 * 64 + 2 * 128 + 2)  # bytes
     assert weights.energy["weights"].value == pytest.approx(read / 4 * (640 + 5) / 1e6)
+
+
+def test_an_lstm_takes_as_long_on_the_tpu_by_its_shapes_as_compiled() -> None:
+    """Products with the inputs are made for all steps at once, others step by step."""
+    samples = torch.randint(0, 20, (1, 6))
+    model = LSTMLanguageModel(vocabulary=20, embedding=300, hidden=300)
+    by_shapes = network_costs(model, samples, settings=QUICK).stages[0].tpu.microseconds
+    compiled = network_costs(quantized(model, samples), samples, settings=QUICK).stages
+    assert [x.stage for x in compiled] == ["dense", "quantized"]
+    assert compiled[0].tpu.microseconds.value == pytest.approx(by_shapes.value)
+    assert compiled[1].tpu.microseconds.value == pytest.approx(by_shapes.value, rel=0.1)

@@ -62,6 +62,7 @@ def test_products_of_a_recurrent_layer(batch_first: bool) -> None:
         ("weight_ih_l1", 7, 5, 15),
         ("weight_hh_l1", 7, 5, 15),
     ]
+    assert [x.calls for x in found] == [1, 7, 1, 7]
     assert found[0].activation_density == Figure(1.0, "measured")
     assert found[1].activation_density == Figure(1.0, "assumed")
 
@@ -94,7 +95,9 @@ def test_an_lstm_of_linears_counts_each_step() -> None:
     before = sum(x.dense_macs for x in workloads(model, samples))
     found = workloads(quantized(model, samples), samples)
     assert sum(x.dense_macs for x in found) == before
-    assert {x.weight: x.rows for x in found}["lstm.layers.0.hh.weight"] == 5
+    found_calls = {x.weight: (x.rows, x.calls) for x in found}
+    assert found_calls["lstm.layers.0.ih.weight"] == (5, 1)
+    assert found_calls["lstm.layers.0.hh.weight"] == (5, 5)
 
 
 def test_densities_of_activations_are_measured() -> None:
@@ -240,3 +243,16 @@ def test_a_file_of_another_model() -> None:
         stored_weights(
             model.state_dict(), names(model), artifact.encode(nn.Linear(2, 3).state_dict())
         )
+
+
+def test_a_layer_that_is_called_for_each_sample() -> None:
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self.fc(sample) for sample in x])
+
+    found = workloads(OneByOne(), torch.rand(8, 4))[0]
+    assert (found.rows, found.input_values, found.output_values, found.calls) == (1, 4, 3, 1)

@@ -227,12 +227,12 @@ def _at_least(figure: Figure, evidence: Evidence) -> Figure:
 def _cycles_of_shapes(found: Sequence[Workload], batch: int) -> TpuCycles:
     """Cycles of the matrix products of all layers together, as if they were quantized.
 
-    Each time step of a recurrent layer is a product of its own, since it needs the one before.
+    Each call of a layer is a product of its own, and so is each time step, which needs the one
+    before.
     """
     layers: list[Shape] = []
     for x in found:
-        steps, rows = (x.rows, 1) if x.kind == "recurrent" else (1, x.rows)
-        layers += steps * [Shape(rows, x.inputs, x.outputs, matrices=x.groups)]
+        layers += x.calls * [Shape(x.rows // x.calls, x.inputs, x.outputs, matrices=x.groups)]
     source = found[0].input_values if found else 1
     return application_cycles(Application(batch, tuple(layers), source))
 

@@ -55,6 +55,9 @@ class Workload:
     """Activations that are written."""
     activation_density: Figure
     """Fraction of the activations that are not zero."""
+    calls: int = 1
+    """Parts of the rows that are computed one after the other: calls of the layer, or time steps of
+    a product with the previous results."""
 
     @property
     def weights(self) -> int:
@@ -95,7 +98,7 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
         module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
         source = args[0] if args else next(iter(named.values()))
-        for new in _products(names[module], module, source, output, count):
+        for new in _products(names[module], module, source, output):
             old = found.get(new.weight)
             found[new.weight] = new if old is None else _together(old, new)
 
@@ -113,7 +116,7 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return list(found.values())
+    return [_for_one_sample(x, count) for x in found.values()]
 
 
 def uncounted_macs(model: nn.Module, sample: Tensor, found: Sequence[Workload]) -> int:
@@ -183,11 +186,10 @@ def artifact_workloads(
     return workloads(restore(model, artifact.load(path)), samples)
 
 
-def _products(
-    name: str, module: nn.Module, source: Any, output: Any, samples: int
-) -> Sequence[Workload]:
+def _products(name: str, module: nn.Module, source: Any, output: Any) -> Sequence[Workload]:
+    """The products of one call, for all samples."""
     if isinstance(module, nn.RNNBase):
-        return _recurrent(name, module, source, samples)
+        return _recurrent(name, module, source)
     layer = cast(nn.Linear, module)  # or a convolution
     weight = layer.weight
     groups = getattr(module, "groups", 1)
@@ -199,23 +201,24 @@ def _products(
         Workload(
             weight=f"{name}.weight".removeprefix("."),
             kind="linear" if isinstance(module, nn.Linear) else "convolution",
-            rows=positions.numel() // len(weight) // samples,
+            rows=positions.numel() // len(weight),
             inputs=inputs,
             outputs=outputs,
             groups=groups,
             nonzero=int(weight.count_nonzero()),
-            input_values=source.numel() // samples,
-            output_values=output.numel() // samples,
+            input_values=source.numel(),
+            output_values=output.numel(),
             activation_density=_density(source),
         )
     ]
 
 
-def _recurrent(name: str, module: nn.RNNBase, source: Any, samples: int) -> list[Workload]:
+def _recurrent(name: str, module: nn.RNNBase, source: Any) -> list[Workload]:
     """The products with the inputs and with the previous results, of each layer and direction."""
     if isinstance(source, PackedSequence):
         raise ConfigError(f"{name}: workloads are counted on padded tensors, not packed sequences")
-    steps = math.prod(source.shape[:-1]) // samples
+    steps = math.prod(source.shape[:-1])
+    length = source.shape[1 if module.batch_first and source.dim() == 3 else 0]
     found = []
     for parameter, weight in module.named_parameters():
         if not parameter.startswith("weight"):
@@ -234,9 +237,22 @@ def _recurrent(name: str, module: nn.RNNBase, source: Any, samples: int) -> list
                 input_values=steps * inputs,
                 output_values=steps * outputs,
                 activation_density=_density(source) if first else Figure(1.0, "assumed"),
+                calls=1 if parameter.startswith("weight_ih") else length,
             )
         )
     return found
+
+
+def _for_one_sample(x: Workload, samples: int) -> Workload:
+    """A workload of several samples as the average of one, rounded up."""
+    rows = math.ceil(x.rows / samples)
+    return replace(
+        x,
+        rows=rows,
+        input_values=math.ceil(x.input_values / samples),
+        output_values=math.ceil(x.output_values / samples),
+        calls=max(1, min(x.calls, rows)),
+    )
 
 
 def _density(source: Tensor) -> Figure:
@@ -256,4 +272,5 @@ def _together(first: Workload, second: Workload) -> Workload:
         input_values=inputs,
         output_values=first.output_values + second.output_values,
         activation_density=Figure(density, first.activation_density.evidence),
+        calls=first.calls + second.calls,
     )
