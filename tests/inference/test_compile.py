@@ -3,6 +3,7 @@
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -265,6 +266,21 @@ def test_hooks_with_keywords_are_kept() -> None:
     model[0].register_forward_hook(lambda _, args, named, out: 2 * out, with_kwargs=True)
     expected = model(x)
     torch.testing.assert_close(compile(model, kernels={"0": "rows"})(x), expected)
+
+
+@pytest.mark.parametrize(
+    "samples", [(X[:2, :40], X[:2, 40:80]), {"x": X[:2, :40], "y": X[:2, 40:80]}]
+)
+def test_samples_of_several_inputs(samples: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(40, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.fc(x + y)
+
+    assert chosen_kernels(compile(sparse(Two()), samples=samples)).keys() == {"fc"}
 
 
 class _ReadsSettings(nn.Module):

@@ -15,6 +15,7 @@ from trainer import artifact
 from trainer.compress.quantize import ActivationQuantizer, WeightQuantizer, broadcast_scale
 from trainer.compress.recurrent import LinearRecurrent
 from trainer.compress.rewrite import restore
+from trainer.data.tree import call_with
 from trainer.errors import ConfigError
 from trainer.inference.layers import DENSE, INT8, Choice, CompiledLayer, LayerKernel
 from trainer.inference.matrix import Order, compress
@@ -66,8 +67,9 @@ def compile(
         model: A model of the same class and settings as the one compressed. It is changed.
         weights: A model.dcz or model.safetensors file, or a state_dict; None: the model has its
             weights, as after `trainer.load`.
-        samples: A typical batch, the argument of the model. The kernels are measured on it now.
-            None: on the batch of the first call.
+        samples: A typical batch, on which the kernels are measured now: a tensor is the model's
+            argument, a tuple the positional ones, a mapping those by keyword. None: they are
+            measured on the batch of the first call.
         kernels: The kernels of layers by name, as `chosen_kernels` returned them; they are not
             measured. Results have the same bits only if the kernels are the same.
         threads: Threads of the compressed kernels; None: as many as torch uses now.
@@ -115,7 +117,7 @@ def compile(
         raise ConfigError(f"kernels: {min(unknown)!r} is not a compressed layer; there are {there}")
     if samples is not None:
         with torch.inference_mode():
-            model(samples)
+            call_with(model, samples)
     return model
 
 

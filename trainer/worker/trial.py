@@ -64,8 +64,8 @@ def _latency(experiment: Experiment, content: bytes) -> float:
     try:
         with torch.inference_mode():
             model = experiment.load_model(weights, from_metadata(metadata))
-            model = compile(model, samples=sample, threads=1)
-            calls = {"": lambda: model(sample)}
+            model = compile(model, threads=1)
+            calls = {"": lambda: experiment.task.call(model, sample)}
             return medians(alternate(calls, _SECONDS, clock=time.thread_time))[""]
     finally:
         torch.set_num_threads(threads)
