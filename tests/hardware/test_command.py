@@ -15,8 +15,9 @@ from tests.hardware.test_workloads import compressed
 from trainer import artifact
 from trainer.data.sources import as_splits
 from trainer.data.split import Splits
-from trainer.hardware.__main__ import main
-from trainer.hardware.costs import CostSettings
+from trainer.hardware.__main__ import _with_engine, main
+from trainer.hardware.costs import CostSettings, network_costs
+from trainer.library.subject import Subject
 from trainer.models import LeNet300
 from trainer.phases import Prune, Share, Train
 
@@ -234,3 +235,10 @@ def test_what_cannot_be_read(run_dir: Path, capsys: pytest.CaptureFixture[str]) 
     (run_dir / "model.safetensors").unlink()
     assert main([str(run_dir)]) == 2
     assert "has not finished" in capsys.readouterr().err
+
+
+def test_a_model_that_the_engine_refuses_has_its_other_costs() -> None:
+    model, samples = nn.Sequential(nn.Linear(8, 4)).double(), torch.rand(1, 8).double()
+    costs = network_costs(model, samples, settings=CostSettings(cpu_seconds=0))
+    subject = Subject(model, model, samples, None)
+    assert "engine: 0 has weights in torch.float64" in _with_engine(costs, subject).notes[-1]

@@ -105,7 +105,10 @@ def _with_engine(costs: NetworkCosts, subject: Subject) -> NetworkCosts:
     """The costs with the measured time of the engine, if it replaces any layer."""
     settings = costs.settings
     batch = subject.samples[: settings.batch]
-    model = compile(copy_model(subject.model), samples=batch, threads=settings.threads)
+    try:
+        model = compile(copy_model(subject.model), samples=batch, threads=settings.threads)
+    except ConfigError as error:  # such as weights that are not float32
+        return replace(costs, notes=(*costs.notes, f"engine: {error}"))
     if not layer_kernels(model):
         return costs
     watts, seconds = settings.cpu_watts, settings.cpu_seconds
