@@ -128,6 +128,9 @@ def test_the_images_of_cifar10_are_asked_for(
     assert "give --cifar10 DIR" in capsys.readouterr().err
     assert command.main([*out, "precision", "--cifar10", str(tmp_path)]) == 2
     assert "there is no train.zip" in capsys.readouterr().err
+    (tmp_path / "train.zip").touch()
+    assert command.main([*out, "precision", "--cifar10", str(tmp_path)]) == 2
+    assert "there is no test.zip" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -226,7 +229,8 @@ def test_an_interrupted_run_continues_and_a_finished_one_is_not_repeated(
     (tmp_path / "runs" / "lstm" / "summary.json").unlink()
     assert command.main([*arguments[:-1], "seed=4"]) == 2
     assert "lstm has other settings there" in capsys.readouterr().err
-    assert command.main([*arguments[1:-1], "seed=3"]) == 2  # not the short version
+    assert command.main([*arguments[1:-1], "seed=3"]) == 2
+    assert "has the results of the short version" in capsys.readouterr().err
     (tmp_path / "runs.json").write_text("{")
     assert command.main(arguments) == 2
     assert "runs.json is damaged: delete it" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,13 @@ class _Lecture:
 
     def _check_cifar10(self) -> None:
         folder = self.cifar10
-        if folder is None or any((folder / name).exists() for name in ("train.zip", "train")):
+        if folder is None:
             return
-        raise ConfigError(f"--cifar10={folder}: there is no train.zip, nor a folder train")
+        for part in ("train", "test"):
+            if not any((folder / name).exists() for name in (f"{part}.zip", part)):
+                raise ConfigError(
+                    f"--cifar10={folder}: there is no {part}.zip, nor a folder {part}"
+                )
 
     def _wanted(self) -> Sequence[Exhibit]:
         if self.options.only is None:
@@ -141,11 +145,18 @@ class _Lecture:
             ) from error
         now = {job.name: self._arguments(job) for exhibit in exhibits for job in exhibit.jobs}
         version = {"short": self.short}
-        for name, arguments in {"version": version, **now}.items():
+        if known.get("version", version) != version:
+            other = "full" if self.short else "short"
+            raise ConfigError(
+                f"{self.results.folder} has the results of the {other} version; choose another "
+                "folder with --out, or delete that one"
+            )
+        for name, arguments in now.items():
             if known.get(name, arguments) != arguments:
                 raise ConfigError(
                     f"{self.results.folder}: {name} has other settings there, "
-                    f"{_text(known[name])}; choose another folder with --out, or delete that one"
+                    f"{shlex.join(known[name])}; choose another folder with --out, or delete that "
+                    "one"
                 )
         content = json.dumps({**known, "version": version, **now}, indent=1).encode()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,10 +206,6 @@ class _Lecture:
         path = self.results.folder / "lecture.html"
         atomic_write(path, lambda file: file.write(text.encode()))
         return path
-
-
-def _text(noted: Mapping[str, Any] | list[str]) -> str:
-    return shlex.join(noted) if isinstance(noted, list) else json.dumps(noted)
 
 
 if __name__ == "__main__":
