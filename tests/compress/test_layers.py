@@ -91,7 +91,7 @@ def test_other_recurrent_networks_are_left() -> None:
         with pytest.raises(ValueError, match="cannot be built from Linear layers"):
             LinearLSTM(module)
     for kind in (LinearLSTM, LinearGRU, LinearRNN):
-        with pytest.raises(TypeError, match=f"{kind.source.__name__} .* not a packed sequence"):
+        with pytest.raises(TypeError, match=f"{kind.source.__name__} .* not packed sequences"):
             kind(kind.source(3, 4))(nn.utils.rnn.pack_sequence([torch.randn(2, 3)]))
 
 

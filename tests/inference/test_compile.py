@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.rnn import pack_sequence
 
 import trainer
 from tests.inference.test_matrix import random_weight
@@ -233,6 +234,26 @@ def test_inputs_of_another_size_are_refused(
     layer = compile(everything, kernels=dict.fromkeys(layers, kernel)).get_submodule(name)
     with pytest.raises(RuntimeError, match=message):
         layer(torch.rand(size))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kernel", ["rows", "dense"])
+@torch.no_grad()
+def test_packed_sequences(kind: type[nn.LSTM | nn.GRU], kernel: str) -> None:
+    model = sparse(kind(9, 24, 2))
+    packed = pack_sequence([torch.rand(n, 9) for n in (2, 5, 1, 5)], enforce_sorted=False)
+    state: Any = torch.rand(2, 4, 24)
+    state = (state, torch.rand(2, 4, 24)) if kind is nn.LSTM else state
+    expected = model(packed), model(packed, state)
+    compiled = compile(model, kernels={f"layers.{i}": kernel for i in (0, 1)})
+    found = compiled(packed), compiled(packed, state)
+    for (out, end), (expected_out, expected_end) in zip(found, expected, strict=True):
+        torch.testing.assert_close(out.data, expected_out.data, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(end, expected_end, rtol=1e-5, atol=1e-5)
+        assert torch.equal(out.batch_sizes, packed.batch_sizes)
+        assert torch.equal(out.unsorted_indices, packed.unsorted_indices)
+    in_order = pack_sequence([torch.rand(n, 9) for n in (5, 2)])
+    torch.testing.assert_close(compiled(in_order)[0].data, sparse(kind(9, 24, 2))(in_order)[0].data)
 
 
 @torch.no_grad()

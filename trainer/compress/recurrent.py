@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 State = tuple[Tensor, ...]
 """Hidden state [N, hidden] of one layer; for an LSTM followed by its cell state."""
@@ -71,13 +72,10 @@ class LinearRecurrent(nn.Module):
     def flatten_parameters(self) -> None:
         """Does nothing: models call this method of torch's layers before they run them."""
 
-    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """Raises TypeError for a packed sequence, RuntimeError for tensors of other shapes."""
-        if not isinstance(input, Tensor):
-            raise TypeError(
-                f"a quantized or compiled {self.source.__name__} takes a padded tensor, not a "
-                "packed sequence"
-            )
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """Raises TypeError for a packed sequence in training, RuntimeError for other shapes."""
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx)
         if input.ndim not in (2, 3):
             raise RuntimeError(f"an input of {list(input.shape)}: it must have 2 or 3 dimensions")
         batched = input.ndim == 3
@@ -109,6 +107,26 @@ class LinearRecurrent(nn.Module):
         elif self.batch_first:
             x = x.transpose(0, 1)
         return x, (final[0] if self.states == 1 else final)
+
+    def _packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        """Each sequence by itself: correct, but slower than a padded batch."""
+        if self.training:
+            raise TypeError(
+                f"a quantized {self.source.__name__} is trained with padded tensors, not packed "
+                "sequences"
+            )
+        outputs, ends = [], []
+        for number, sequence in enumerate(unpack_sequence(packed)):
+            state = None
+            if hx is not None:
+                state = hx[:, number] if self.states == 1 else tuple(x[:, number] for x in hx)
+            output, end = self.forward(sequence, state)
+            outputs.append(output)
+            ends.append((end,) if self.states == 1 else end)
+        order = range(len(outputs)) if packed.sorted_indices is None else packed.sorted_indices
+        data = pack_sequence([outputs[number] for number in order]).data
+        final = tuple(torch.stack(parts, 1) for parts in zip(*ends, strict=True))
+        return packed._replace(data=data), (final[0] if self.states == 1 else final)
 
 
 class LinearLSTM(LinearRecurrent):
