@@ -80,13 +80,38 @@ def test_counts_are_those_of_the_engine() -> None:
 
 
 def test_products_outside_of_layers_are_counted_separately() -> None:
-    """Attention: its projections of the input, the products of activations, and its own output."""
+    """Attention: the products of activations."""
     model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
     sample = torch.rand(1, 5, 8)
     found = workloads(model, sample)
-    assert {x.weight for x in found} == {"linear1.weight", "linear2.weight"}
-    projections = 5 * 8 * (24 + 8)
-    assert uncounted_macs(model, sample, found) == projections + 2 * 5 * 5 * 8
+    listed = {x.weight: (x.rows, x.inputs, x.outputs) for x in found}
+    attention = {"self_attn.in_proj_weight": (5, 8, 24), "self_attn.out_proj.weight": (5, 8, 8)}
+    assert listed == {**attention, "linear1.weight": (5, 8, 16), "linear2.weight": (5, 16, 8)}
+    assert uncounted_macs(model, sample, found) == 2 * 5 * 5 * 8
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 3}])
+def test_attention_to_another_sequence(widths: dict[str, int]) -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
+            self.register_buffer("keys", torch.rand(7, widths.get("kdim", 8)))
+            self.register_buffer("values", torch.rand(7, widths.get("vdim", 8)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            zero = x[:, :1, :1] * 0  # so that keys and values depend on the sample
+            keys, values = self.keys + zero, self.values + zero
+            return self.attention(x, value=values, key=keys)[0]
+
+    found = {x.weight.partition(".")[2]: x for x in workloads(Cross(), torch.rand(2, 5, 8))}
+    own = {"q_proj_weight": 5 * 8 * 8, "k_proj_weight": 7 * 6 * 8, "v_proj_weight": 7 * 3 * 8}
+    assert {name: x.macs for name, x in found.items()} == {
+        **(own if widths else {}),
+        "out_proj.weight": 5 * 8 * 8,
+    }
+    rest = 2 * 5 * 7 * 8 + (0 if widths else 5 * 8 * 8 + 2 * 7 * 8 * 8)
+    assert uncounted_macs(Cross(), torch.rand(1, 5, 8), list(found.values())) == rest
 
 
 def test_an_lstm_of_linears_counts_each_step() -> None:
@@ -256,3 +281,20 @@ def test_a_layer_that_is_called_for_each_sample() -> None:
 
     found = workloads(OneByOne(), torch.rand(8, 4))[0]
     assert (found.rows, found.input_values, found.output_values, found.calls) == (1, 4, 3, 1)
+
+
+def test_padded_sequences_in_an_encoder_of_torch() -> None:
+    """In evaluation, it would give its layers nested tensors."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.encoder(x, src_key_padding_mask=x[..., 0] == 0)
+
+    samples = torch.rand(2, 5, 8)
+    samples[1, 3:] = 0
+    assert [x.rows for x in workloads(Padded(), samples)] == 4 * [5]

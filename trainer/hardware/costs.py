@@ -165,7 +165,8 @@ def network_costs(
     if elsewhere > 0:
         notes.append(
             f"{elsewhere:,} multiply-accumulates a sample belong to no linear, convolutional or "
-            "recurrent layer, such as those of attention; only the CPU's figures contain them"
+            "recurrent layer, such as those of queries and keys in attention; only the CPU's "
+            "figures contain them"
         )
     cpu = measure_model(
         dense or model, batch, settings.threads, settings.cpu_watts, settings.cpu_seconds

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from trainer import artifact
+from trainer.compress.attention import without_fast_path
 from trainer.compress.rewrite import restore
 from trainer.engine.cost import macs
 from trainer.errors import ConfigError
@@ -79,7 +80,8 @@ class Workload:
 def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
     """Run a model and list the products of its linear, convolutional and recurrent layers.
 
-    Other products, such as those of attention, are not listed; see `uncounted_macs`.
+    Of attention, the projections are listed. Products of two activations, and others, are not; see
+    `uncounted_macs`.
 
     Args:
         model: With plain weights; it comes back in the mode that it was in.
@@ -97,12 +99,11 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
     def record(
         module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
-        source = args[0] if args else next(iter(named.values()))
-        for new in _products(names[module], module, source, output):
+        for new in _products(names[module], module, args, named, output):
             old = found.get(new.weight)
             found[new.weight] = new if old is None else _together(old, new)
 
-    kinds = (nn.Linear, nn.RNNBase, *_CONVOLUTIONS)
+    kinds = (nn.Linear, nn.RNNBase, nn.MultiheadAttention, *_CONVOLUTIONS)
     hooks = [
         module.register_forward_hook(record, with_kwargs=True)
         for module in model.modules()
@@ -111,7 +112,8 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
     training = model.training
     model.eval()
     try:
-        model(samples)
+        with without_fast_path():
+            model(samples)
     finally:
         model.train(training)
         for hook in hooks:
@@ -123,7 +125,7 @@ def uncounted_macs(model: nn.Module, sample: Tensor, found: Sequence[Workload]) 
     """Multiply-accumulates for a sample that belong to no workload.
 
     These are products that no linear, convolutional or recurrent layer computes, such as those of
-    attention: the costs of the workloads do not contain them.
+    queries and keys in attention: the costs of the workloads do not contain them.
 
     Args:
         model: The model that the workloads were listed of.
@@ -186,8 +188,14 @@ def artifact_workloads(
     return workloads(restore(model, artifact.load(path)), samples)
 
 
-def _products(name: str, module: nn.Module, source: Any, output: Any) -> Sequence[Workload]:
+def _products(
+    name: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any
+) -> Sequence[Workload]:
     """The products of one call, for all samples."""
+    source = args[0] if args else next(iter(named.values()))
+    if isinstance(module, nn.MultiheadAttention):
+        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **named}
+        return _projections(name, module, given["query"], given["key"], given["value"])
     if isinstance(module, nn.RNNBase):
         return _recurrent(name, module, source)
     layer = cast(nn.Linear, module)  # or a convolution
@@ -211,6 +219,42 @@ def _products(name: str, module: nn.Module, source: Any, output: Any) -> Sequenc
             activation_density=_density(source),
         )
     ]
+
+
+def _projections(
+    name: str, module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
+) -> list[Workload]:
+    """The products of attention with its weights.
+
+    Not listed: those of `in_proj_weight` where queries and keys have different shapes, since its
+    thirds then have different numbers of rows.
+    """
+    if module.in_proj_weight is None:
+        weights = {"q_proj_weight": query, "k_proj_weight": key, "v_proj_weight": value}
+    else:
+        weights = {"in_proj_weight": query} if query.shape == key.shape else {}
+    weights["out_proj.weight"] = query  # its input is one of queries, with other values
+    found = []
+    for parameter, source in weights.items():
+        weight = module.get_parameter(parameter)
+        outputs, inputs = weight.shape
+        rows = math.prod(source.shape[:-1])
+        inside = parameter == "out_proj.weight"
+        found.append(
+            Workload(
+                weight=f"{name}.{parameter}".removeprefix("."),
+                kind="linear",
+                rows=rows,
+                inputs=inputs,
+                outputs=outputs,
+                groups=1,
+                nonzero=int(weight.count_nonzero()),
+                input_values=rows * inputs,
+                output_values=rows * outputs,
+                activation_density=Figure(1.0, "assumed") if inside else _density(source),
+            )
+        )
+    return found
 
 
 def _recurrent(name: str, module: nn.RNNBase, source: Any) -> list[Workload]:
