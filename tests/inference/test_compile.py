@@ -151,6 +151,15 @@ def test_chosen_at_the_first_call() -> None:
 
 
 @torch.no_grad()
+def test_an_empty_batch_chooses_nothing() -> None:
+    compiled = compile(sparse(nn.Sequential(nn.Linear(20, 30))), samples=torch.rand(0, 20))
+    assert compiled(torch.rand(0, 20)).shape == (0, 30)
+    assert chosen_kernels(compiled) == {}
+    compiled(torch.rand(1, 20))
+    assert set(chosen_kernels(compiled)) == {"0"}
+
+
+@torch.no_grad()
 def test_integers() -> None:
     """Where quantization left a grid, and inputs have a range."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(3200, 10))

@@ -86,8 +86,10 @@ class Choice(nn.Module):
         return weight
 
     def choose(self, *args: Any) -> Any:
-        """Measure the candidates on the arguments of `call`, and keep the fastest."""
+        """Measure the candidates on the arguments of `call`, and keep and return the fastest."""
         with _CHOICE:  # other threads may call the model at the same time
+            if self.product is None and not args[0].numel():  # nothing to measure: not chosen yet
+                return next(of for of in self._candidates.values() if of is not None)
             return self.product or self._choose(*args)
 
     def _choose(self, *args: Any) -> Any:
