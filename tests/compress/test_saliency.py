@@ -121,3 +121,29 @@ def test_a_transformer_is_pruned_by_padded_inputs() -> None:
     for found in places.values():
         assert int((found[0].value == 0).sum()) == found[0].value.numel() // 2
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class OneByOne(nn.Module):
+    """Calls its layer with each sample, without a dimension for samples."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(sample) for sample in x])
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(lambda: nn.Linear(24, 10), (64, 24)), (lambda: nn.Conv2d(16, 8, 3), (16, 16, 10, 10))],
+)
+def test_layers_may_be_called_without_a_dimension_for_samples(
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    x = correlated(*shape)  # seeds the weights
+    layer = build()
+    found = pruned(OneByOne(layer), x, 100, "wanda").state_dict()
+    expected = pruned(nn.Sequential(layer), x, 100, "wanda").state_dict()
+    for actual, wanted in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(actual, wanted)

@@ -152,6 +152,7 @@ def test_data_in_many_forms(data: Any, sizes: list[int]) -> None:
         ({"logger": ["csv", "disk"]}, "logger/disk: there is no such file; there are csv, mlflow"),
         ({"optimizer": "adamax"}, "optimizer/adamax: there is no such file; .*there are adam, "),
         ({"task": "custom"}, "task='custom' has no task.loss: pass an object or a mapping"),
+        ({"task": {"loss": "model"}}, r"task is a dict: .*trainer\.tasks\.Custom\(loss="),
         ({"task": nn.MSELoss()}, r"a loss is passed as trainer\.tasks\.Custom\(loss=\.\.\.\)"),
         ({"data": {"train": Points(9), "valid": Points(9)}}, "data: unknown keys valid"),
         ({"data": samples(3)}, "2 times 0 of 3 training samples cannot be held out"),

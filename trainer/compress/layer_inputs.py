@@ -65,7 +65,9 @@ class ObservedLayer:
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Forward hook."""
-        flat = output.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+        # Counted from the end: a layer may be called without a dimension for samples.
+        channels = -1 - (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
+        flat = output.movedim(channels, 0).unsqueeze(-1).flatten(1)
         if len(flat) != self.outputs:
             self.partial = True
         else:

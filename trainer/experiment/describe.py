@@ -143,7 +143,8 @@ def _describe_task(task: Any, objects: dict[str, Any]) -> dict[str, Any]:
     if isinstance(task, str):
         return choose("task", task)
     if not isinstance(task, Task):
-        if isinstance(task, nn.Module) or not (callable(task) or isinstance(task, Mapping)):
+        settings = isinstance(task, Mapping) and "_target_" in task
+        if isinstance(task, nn.Module) or not (settings or callable(task)):
             raise ConfigError(
                 f"task is a {type(task).__name__}: pass a name, such as 'regression', an object "
                 "of a class of trainer.tasks, or a mapping with a _target_; a loss is passed as "
