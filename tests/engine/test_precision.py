@@ -1,5 +1,7 @@
 """Autocast and loss scaling on the CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -49,7 +51,7 @@ def test_autocast_computes_in_the_type_it_says(name, dtype):
 def test_transformers_evaluate_padded_batches(name):
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
     model, padding = nn.TransformerEncoder(layer, 1).eval(), torch.tensor([[False, False, True]])
-    precision = Precision(name, torch.device("cpu"))
+    precision = Precision(name, CPU)
     with torch.no_grad(), precision.autocast():
         found = model(torch.ones(1, 3, 8), src_key_padding_mask=padding)
     assert found[:, :2].isfinite().all()
@@ -166,3 +168,14 @@ def test_a_rank_that_had_nothing_to_scale_steps_all_the_same():
     weight.grad = torch.full((2,), 8.0)  # what the other ranks sent, scaled
     assert precision.step(torch.optim.SGD([weight], lr=0.5), [weight], None).applied
     assert weight.tolist() == [0.5, 0.5]
+
+
+def test_threads_that_overlap_restore_the_fast_path_of_attention():
+    first, second = (Precision("bf16", CPU).autocast() for _ in range(2))
+    first.__enter__()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert not torch.backends.mha.get_fastpath_enabled()
+        thread.submit(second.__exit__, None, None, None).result()
+    assert torch.backends.mha.get_fastpath_enabled()

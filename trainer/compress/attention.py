@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 _settings = RLock()
+_fast_path = Lock()
+_enabled: list[bool] = []  # what each block found: after the first one, False
 
 
 class LinearAttention(nn.Module):
@@ -185,14 +187,17 @@ def unfused_attention() -> Iterator[None]:
 def without_fast_path() -> Iterator[None]:
     """Let transformers of torch.nn in evaluation call their layers with ordinary tensors.
 
-    Otherwise nn.TransformerEncoder packs padded batches into nested tensors.
+    Otherwise nn.TransformerEncoder packs padded batches into nested tensors. The setting belongs to
+    the process. Several threads may be in such a block, and the last one to leave restores it.
     """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _fast_path:
+        _enabled.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        with _fast_path:
+            torch.backends.mha.set_fastpath_enabled(_enabled.pop())
 
 
 def disable_nested_tensors(model: nn.Module) -> None:
