@@ -28,6 +28,19 @@ from trainer.errors import ConfigError
             "limits={max_accuracy_dropp: 0.01}",
             "limits.max_accuracy_dropp: there is no such setting; did you mean limits.max_acc",
         ),
+        (
+            "phases.train.lr=1",
+            "phases.train.lr: there is no such setting; did you mean phases.train.fit.lr?",
+        ),
+        (
+            "phases.train.fit.warmup=1",
+            "phases.train.fit.warmup: there is no such setting; did you mean phases.train.fit.warm",
+        ),
+        (
+            "phases.quantize.bits=8",
+            "phases.quantize.bits: there is no such setting; the phases of this experiment are "
+            "train, prune, retrain, share; +phase@phases.quantize=KIND adds one at the end",
+        ),
         ("data={trein: 5}", "data.trein: there is no such setting; did you mean data.train?"),
         ("bogus=3", "bogus: there is no such setting; --help lists the settings"),
         ("seed=1,2", "seed=1,2: these are several values; write seed=[1,2] for a list, "),

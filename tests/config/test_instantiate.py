@@ -5,7 +5,8 @@ import threading
 import pytest
 from torch import nn
 
-from trainer.config.instantiate import Factory
+from trainer.config import ClusterConfig, Config
+from trainer.config.instantiate import Factory, to_dataclass
 from trainer.errors import ConfigError
 
 
@@ -34,3 +35,24 @@ def test_an_object_that_cannot_be_copied_is_refused():
         "pass the class or function that makes it",
     ):
         factory.build()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": "auto"}, "cluster.workers=auto: it must be a whole number"),
+        ({"workers": 1.5}, "cluster.workers=1.5: it must be a whole number"),
+        ({"start_timeout_s": "1 min"}, "cluster.start_timeout_s=1 min: it must be a number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(settings, message):
+    with pytest.raises(ConfigError) as error:
+        to_dataclass(ClusterConfig, settings, "cluster")
+    assert str(error.value) == message
+
+
+def test_a_section_that_is_no_mapping_is_refused_with_its_settings():
+    with pytest.raises(ConfigError, match=r"^artifact=True: .* with settings among make, dtype"):
+        to_dataclass(Config, {"artifact": True})
+    with pytest.raises(ConfigError, match=r"^channels_last=maybe: it must be true or false$"):
+        to_dataclass(Config, {"channels_last": "maybe"})

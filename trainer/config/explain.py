@@ -87,14 +87,19 @@ def with_cause(error: Exception) -> str:
 def _advice(key: str, known: Iterable[str]) -> str:
     """A suggestion for a key that does not exist."""
     keys = [*known]
+    if key.startswith("phases.") and (advice := _advice_on_phase(key, keys)):
+        return advice
+    section, _, last = key.rpartition(".")
+    inner = [name for name in keys if name.startswith(f"{section}.") and name.endswith(f".{last}")]
+    longer = [name for name in keys if name.startswith(f"{key}_")]
+    if section and (inner or longer):
+        return f"; did you mean {(inner or longer)[0]}?"
     sections = {name[: match.start()] for name in keys for match in re.finditer(r"\.", name)}
     close = difflib.get_close_matches(key, [*keys, *sections], 1, cutoff=0.75)
-    last = key.rpartition(".")[2]
     if not close:  # the right name in the wrong section
         close = [name for name in keys if name.rpartition(".")[2] == last][:1]
     if close:
         return f"; did you mean {close[0]}?"
-    section, _, _ = key.rpartition(".")
     siblings = [name for name in keys if name.rpartition(".")[0] == section]
     if siblings and section:
         names = [name.rpartition(".")[2] for name in siblings]
@@ -102,3 +107,17 @@ def _advice(key: str, known: Iterable[str]) -> str:
         more = f"; +{key}=... passes a further argument" if "_target_" in names else ""
         return f"; {section} has {known}{more}"
     return "; --help lists the settings of an experiment"
+
+
+def _advice_on_phase(key: str, keys: Sequence[str]) -> str:
+    """A suggestion for a setting of a phase that the experiment does not have; "" if it has it."""
+    _, phase, *rest = key.split(".")
+    names = dict.fromkeys(name.split(".")[1] for name in keys if name.startswith("phases."))
+    if phase in names or not names:
+        return ""
+    if close := difflib.get_close_matches(phase, names, 1):
+        return f"; did you mean {'.'.join(['phases', close[0], *rest])}?"
+    return (
+        f"; the phases of this experiment are {', '.join(names)}; "
+        f"+phase@phases.{phase}=KIND adds one at the end"
+    )

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -28,6 +29,14 @@ logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 OBJECT = "_object_"
 """Settings `{_object_: NAME}` stand for a Python object that was passed to the library."""
+
+
+# Messages of OmegaConf.
+_WRONG_TYPE = re.compile(
+    r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<kind>Integer|Float)"
+    r"|Value '(?P<bool>.*)' is not a valid bool"
+)
+_KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
 
 def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") -> T:
@@ -51,13 +60,18 @@ def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") ->
             known = ", ".join(_field_names(error.object_type))
             message = f"{full_key}: there is no such setting; known keys: {known}"
         elif not error.full_key and (found := _not_a_mapping(schema, settings, key)):
-            message = f"{found}: it must be a mapping"  # OmegaConf does not say where
+            message = found  # OmegaConf does not say where
         elif "is not a ListConfig" in str(error):
             message = f"{full_key}: it must be a list, such as [a, b]"
         elif "is not Optional" in str(error) or "Incompatible value 'None'" in str(error):
             message = f"{full_key}=null: it must have a value"
         elif isinstance(error, MissingMandatoryValue) and full_key:
             message = f"{full_key} is missing"
+        elif str(error).startswith("Cannot assign ") and " to Dict[" in str(error):
+            message = f"{full_key}: it must be a mapping"
+        elif full_key and (wrong := _WRONG_TYPE.match(str(error))):
+            value, kind = wrong["value"] or wrong["bool"], wrong["kind"] or "bool"
+            message = f"{full_key}={value}: it must be {_KINDS[kind]}"
         else:
             message = ": ".join(part for part in (full_key, str(error).splitlines()[0]) if part)
         raise ConfigError(message) from error
@@ -72,13 +86,14 @@ def _structured(schema: Hashable) -> Any:
 
 
 def _not_a_mapping(schema: Any, settings: Mapping[str, Any], key: str) -> str:
-    """KEY=VALUE of a setting that must be a mapping and is none; "" if there is no such setting."""
+    """The message about a setting that must be a mapping and is none; "" if there is none."""
     types = get_type_hints(schema)
     for name, value in settings.items():
         path = f"{key}.{name}" if key else name
         if is_dataclass(types.get(name)):
             if not isinstance(value, Mapping):
-                return f"{path}={value}"
+                known = ", ".join(_field_names(types[name]))
+                return f"{path}={value}: it must be a mapping with settings among {known}"
             if found := _not_a_mapping(types[name], value, path):
                 return found
     return ""
