@@ -209,17 +209,11 @@ class Evaluated(_Measured):
 
 
 @dataclass(frozen=True)
-class FileEncoded:
-    """The final model of a trial was encoded as model.dcz, to measure its size."""
+class TrialMeasured:
+    """A worker measured the final model of a trial."""
 
-    size: int  # bytes
-
-
-@dataclass(frozen=True)
-class LatencyMeasured:
-    """The final model of a trial computed one sample with the engine for compressed weights."""
-
-    microseconds: float  # CPU time on one thread, median
+    name: str  # of the measure: see trainer.worker.trial
+    value: float
 
 
 @dataclass(frozen=True)
@@ -352,8 +346,7 @@ Message = (
     | Checkpoint
     | PhaseEnded
     | Traced
-    | FileEncoded
-    | LatencyMeasured
+    | TrialMeasured
     | Handover
     | RunStopped
     | Evaluated

@@ -202,6 +202,44 @@ def network_costs(
     return NetworkCosts(settings, rows, found, measure_limits(settings.threads), notes)
 
 
+def modelled_costs(
+    model: nn.Module, samples: Tensor, settings: CostSettings | None = None
+) -> dict[str, float]:
+    """The costs of one sample that follow from models of hardware, without a measurement.
+
+    Args:
+        model: With plain weights, perhaps quantized, at the end of its phases.
+        samples: Inputs [N, ...], of which densities of activations are averages.
+        settings: What the costs are computed for.
+
+    Returns:
+        `energy`: microjoules of arithmetic and memory accesses in the last stage; `tpu_cycles`, of
+        the compiled model if it is quantized, or else of the layers' shapes; and `eie_cycles`,
+        unless no matrix-vector product can be executed by EIE.
+
+    Raises:
+        ConfigError: A recurrent layer gets a packed sequence.
+    """
+    settings = settings or CostSettings()
+    sample = samples[:1]
+    found = workloads(model, samples)
+    stages = stored_weights(model.state_dict(), [name for name, _ in model.named_parameters()])
+    read = read_fractions(model, sample)
+    *_, last = inference_costs(found, stages, settings.table, settings.buffer_bytes, read=read)
+    try:
+        cycles = count_cycles(compile_network(lower(model, sample)))
+    except ConfigError:
+        cycles = _cycles_of_shapes(found, 1)
+    costs = {
+        "energy": sum(last.picojoules[cause].value for cause in CAUSES) / 1e6,
+        "tpu_cycles": cycles.total,
+    }
+    eie = _on_eie(model, found, replace(settings, batch=1), "measured", [])
+    if eie is not None:
+        costs["eie_cycles"] = eie.microseconds.value * EieSettings().clock / 1e6
+    return costs
+
+
 def add_engine(costs: NetworkCosts, cost: CpuCost) -> NetworkCosts:
     """The costs with those of the engine for compressed weights, in the last stage."""
     *before, last = costs.stages

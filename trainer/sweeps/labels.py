@@ -36,7 +36,7 @@ def format_measure(name: str, value: float) -> str:
     if name.endswith("accuracy"):
         return f"{value:.2%}"
     match name:
-        case "bytes" | "parameters" | "nonzero" | "macs":
+        case "bytes" | "parameters" | "nonzero" | "macs" | "tpu_cycles" | "eie_cycles":
             return f"{value:,.0f}"
         case "seconds":
             return f"{value:.1f} s"

@@ -22,6 +22,10 @@ MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
     "bytes": lambda records: records[-1].get("bytes"),  # of model.dcz; None: not encoded
     # CPU microseconds of a sample on one thread, by the engine; None: not measured
     "latency": lambda records: records[-1].get("latency"),
+    # Of a sample, by the models of trainer.hardware; None: not computed
+    "energy": lambda records: records[-1].get("energy"),  # microjoules
+    "tpu_cycles": lambda records: records[-1].get("tpu_cycles"),
+    "eie_cycles": lambda records: records[-1].get("eie_cycles"),
     "seconds": lambda records: sum(record["seconds"] for record in records),
 }
 """Each measure as a function of the records of a trial's phases.
@@ -29,7 +33,7 @@ MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
 The other metrics of the task are measures as well, on validation data after the last phase.
 """
 
-ON_REQUEST = ("bytes", "latency")
+ON_REQUEST = ("bytes", "latency", "energy", "tpu_cycles", "eie_cycles")
 """Measures that take time, and are made only if a sweep requests them."""
 
 _NO_METRICS = {field.name for field in dataclasses.fields(PhaseRecord)} | {*ON_REQUEST}

@@ -12,13 +12,12 @@ from trainer.errors import RunError
 from trainer.messages import (
     Checkpoint,
     EpochEnded,
-    FileEncoded,
-    LatencyMeasured,
     Message,
     PhaseEnded,
     Resumed,
     RunStarted,
     RunStopped,
+    TrialMeasured,
 )
 from trainer.store.checkpoints import Checkpoints
 from trainer.store.directory import as_json
@@ -55,8 +54,7 @@ class Trial:
         self._checkpoints: Checkpoints | None = None
         self.resumed: Resumed | None = None  # the message with which the last attempt began
         self._parameters = 0
-        self._file_bytes: int | None = None
-        self._latency: float | None = None
+        self._measured: dict[str, float] = {}  # by workers
         self.usage: dict[str, Any] = {}  # of each phase that it trained itself (PhaseRecord.usage)
 
     def start(self, say: Callable[[str], None]) -> Any:
@@ -84,7 +82,7 @@ class Trial:
         point = self._checkpoints.latest(self._names, say)
         self.records = [dict(record) for record in point.records]
         self.resumed = Resumed(point.phase, point.step, self._names, point.records, point.progress)
-        self._file_bytes = self._latency = None
+        self._measured = {}
         self.stopped, self.error = False, None
         return start_at(
             self.experiment, point, partial(self._checkpoints.weights_after, self._names)
@@ -92,10 +90,7 @@ class Trial:
 
     def measured(self) -> dict[str, float]:
         """All measures, once it has ended."""
-        if self._file_bytes is not None:
-            self.records[-1]["bytes"] = self._file_bytes
-        if self._latency is not None:
-            self.records[-1]["latency"] = self._latency
+        self.records[-1].update(self._measured)
         return measure(self.records)
 
     @property
@@ -114,10 +109,8 @@ class Trial:
             case Checkpoint() if not self.pruned:
                 name = self._names[message.phase]
                 self._checkpoints.save_within(message.phase, name, message.step, message.content)
-            case FileEncoded():
-                self._file_bytes = message.size
-            case LatencyMeasured():
-                self._latency = message.microseconds
+            case TrialMeasured():
+                self._measured[message.name] = message.value
             case PhaseEnded():
                 record = as_json(message.record)
                 self.usage[record["name"]] = record["usage"]

@@ -1,20 +1,25 @@
 """The function that workers execute for a trial of a sweep."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
 from trainer.engine.world import World
+from trainer.errors import ConfigError, RunError
 from trainer.experiment import Experiment, encode_artifact
 from trainer.inference import compile
 from trainer.inference.measure import alternate, medians
-from trainer.messages import FileEncoded, LatencyMeasured, Message, PhaseEnded
+from trainer.messages import Message, PhaseEnded, TrialMeasured
 from trainer.phases.structure import from_metadata
 from trainer.store.serialization import from_bytes
 from trainer.worker.run import Start, run_phases
 
+MODELLED = ("energy", "tpu_cycles", "eie_cycles")
+"""Measures that follow from models of hardware: see trainer.hardware.costs.modelled_costs."""
+
 _SECONDS = 0.3  # duration of a latency measurement
+_SAMPLES = 32  # of which densities of activations are averages
 
 
 def run_trial(
@@ -28,8 +33,12 @@ def run_trial(
         world: The ranks.
         experiment: The trial.
         start: Where it begins or continues.
-        measures: Of "bytes" and "latency": whether to yield FileEncoded and LatencyMeasured, before
-            the end of the last phase.
+        measures: What to yield as TrialMeasured before the end of the last phase: `bytes` of
+            model.dcz; `latency`, the microseconds of CPU time that the engine for compressed
+            weights takes for one sample on one thread; and those of MODELLED.
+
+    Raises:
+        RunError: The model cannot be measured so.
     """
     last = len(experiment.phases) - 1
     if start.phase > last and start.weights is not None:
@@ -48,11 +57,39 @@ def _measure(
     if "bytes" in measures:
         with world.heartbeat.busy():
             size = len(encode_artifact(experiment, weights))
-        yield FileEncoded(size)
+        yield TrialMeasured("bytes", size)
     if "latency" in measures:
         with world.heartbeat.busy():
             microseconds = 1e6 * _latency(experiment, weights)
-        yield LatencyMeasured(microseconds)
+        yield TrialMeasured("latency", microseconds)
+    if wanted := [name for name in MODELLED if name in measures]:
+        with world.heartbeat.busy():
+            found = _modelled(experiment, weights, wanted)
+        for name in wanted:
+            yield TrialMeasured(name, found[name])
+
+
+def _modelled(experiment: Experiment, content: bytes, wanted: Sequence[str]) -> Mapping[str, float]:
+    """The wanted costs of one validation sample that follow from models of hardware."""
+    from trainer.hardware.costs import modelled_costs  # slow to import
+
+    weights, metadata = from_bytes(content)
+    validation = experiment.build_data().validation
+    order = torch.arange(min(_SAMPLES, len(validation)))
+    ((samples, _),) = validation.batches([order], None)
+    if not isinstance(samples, torch.Tensor):
+        raise RunError(f"{wanted[0]}: it can be computed for a model with one input only")
+    model = experiment.load_model(weights, from_metadata(metadata))
+    try:
+        found = modelled_costs(model, samples)
+    except ConfigError as error:
+        raise RunError(f"{wanted[0]}: {error}") from error
+    if "eie_cycles" in wanted and "eie_cycles" not in found:
+        raise RunError(
+            "eie_cycles: EIE executes linear and recurrent layers with shared values, and the "
+            "model has none"
+        )
+    return found
 
 
 def _latency(experiment: Experiment, content: bytes) -> float:
