@@ -60,3 +60,41 @@ def test_the_cache_knows_all_sources_of_the_package() -> None:
     if cache is None:
         pytest.skip("there is no place for a cache here")
     assert cache._source_stamp[1] == jit._sources(Path(jit.__file__).parent)
+
+
+def cache_file(folder: Path, sources: str) -> jit._CacheFile:
+    return jit._CacheFile(str(folder), "twice-1.py311", sources)
+
+
+def test_a_variant_of_other_sources_is_never_found(tmp_path) -> None:
+    """Not even if a process was killed after writing the index of its first variant."""
+    cache_file(tmp_path, "old").save("ints", "old variant")
+    new = cache_file(tmp_path, "new")
+    assert new.load("ints") is None
+    new._save_data = lambda *_: None  # killed
+    new.save("floats", "new variant")
+    assert cache_file(tmp_path, "new").load("floats") is None
+    cache_file(tmp_path, "new").save("floats", "new variant")
+    assert cache_file(tmp_path, "new").load("floats") == "new variant"
+
+
+def test_processes_that_compile_at_once_keep_all_variants(tmp_path) -> None:
+    """Each waits until the other one has written its index and its variant."""
+    index, data = threading.Event(), threading.Event()
+    first, second = cache_file(tmp_path, "new"), cache_file(tmp_path, "new")
+    save = first._save_data
+
+    def slow(name: str, content: str) -> None:
+        index.set()
+        assert not data.wait(0.2)
+        save(name, content)
+
+    first._save_data = slow
+    thread = threading.Thread(target=first.save, args=("ints", "of ints"))
+    thread.start()
+    assert index.wait(10)
+    second.save("floats", "of floats")
+    data.set()
+    thread.join()
+    assert second.load("ints") == "of ints"
+    assert second.load("floats") == "of floats"

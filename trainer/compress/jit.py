@@ -1,12 +1,16 @@
 """Compiled functions whose disk cache can be trusted."""
 
+import fcntl
 import functools
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from numba import njit
+from numba.core.caching import IndexDataCacheFile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,6 +28,43 @@ def _folder(function: Callable[..., Any]) -> Path:
     return here if own.is_relative_to(here) else own
 
 
+class _CacheFile(IndexDataCacheFile):
+    """Numba's index of the compiled variants of a function, and their files.
+
+    Numba's own lets processes that compile at the same time exchange each other's variants, and
+    finds outdated ones between the moments at which a new index and a new variant are written.
+    """
+
+    def load(self, key: Any) -> Any:
+        """The compiled variant for a signature; None: there is none."""
+        with self._locked():
+            return super().load(key)
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep the compiled variant for a signature."""
+        with self._locked():
+            if not self._load_index():  # variants that are there belong to other sources
+                prefix = self._index_name.removesuffix("nbi")
+                for path in Path(self._cache_path).iterdir():
+                    if path.name.startswith(prefix) and path.suffix == ".nbc":
+                        path.unlink(missing_ok=True)
+            super().save(key, data)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Context in which no other process reads or writes the folder of the cache."""
+        if not os.path.isdir(self._cache_path):
+            yield
+            return
+        folder = os.open(self._cache_path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # NFS locks no folders
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
 def jit(function: F) -> F:
     """numba.njit with a cache on disk that is valid until a file in `_folder` changes.
 
@@ -35,8 +76,9 @@ def jit(function: F) -> F:
     compiler: Any = functools.partial(njit, nogil=True)
     try:
         compiled = compiler(cache=True)(function)
-        index = compiled._cache._cache_file
-        index._source_stamp = (index._source_stamp, _sources(_folder(function)))
-    except (RuntimeError, AttributeError):
+        cache = compiled._cache
+        stamp = (cache._cache_file._source_stamp, _sources(_folder(function)))
+        cache._cache_file = _CacheFile(cache._cache_path, cache._impl.filename_base, stamp)
+    except (RuntimeError, AttributeError, TypeError):
         return compiler()(function)  # type: ignore[no-any-return]
     return compiled  # type: ignore[no-any-return]
