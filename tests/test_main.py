@@ -96,7 +96,7 @@ def test_a_working_directory_that_was_deleted(tmp_path, capsys):
     [
         (["+experiment=nonsense"], ["experiment/nonsense", "smoke"]),
         (["+experiment=smoke", "sed=1"], ["sed"]),
-        (["+experiment=smoke", "seed=one"], ["seed", "'one'"]),
+        (["+experiment=smoke", "seed=one"], ["seed=one: it must be a whole number"]),
         (["+experiment=smoke", "precision=fp8"], ["precision/fp8", "bf16"]),
         (["+experiment=smoke", "cluster.workers=0"], ["cluster.workers=0"]),
         (["+experiment=smoke", "cluster.wokers=1"], ["wokers"]),

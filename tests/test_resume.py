@@ -381,9 +381,9 @@ def test_a_full_disk_is_reported_and_the_run_can_be_resumed_later(finished, smal
 @pytest.mark.slow
 def test_a_deleted_run_directory_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with once(
-        "run/checkpoints/01-train-step*.safetensors", lambda: shutil.rmtree(tmp_path / "run")
-    ):
+    run, gone = tmp_path / "run", tmp_path / "gone"
+    # At once, and not file by file, while others are written.
+    with once("run/checkpoints/01-train-step*.safetensors", lambda: run.rename(gone)):
         assert main([*SMALL, "hydra.run.dir=run"]) == 1
     out, said = capsys.readouterr()
     assert "resume with" not in out

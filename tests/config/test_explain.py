@@ -41,6 +41,7 @@ from trainer.errors import ConfigError
             "phases.quantize.bits: there is no such setting; the phases of this experiment are "
             "train, prune, retrain, share; +phase@phases.quantize=KIND adds one at the end",
         ),
+        ("sweep.trial=5", "sweep.trial: there is no such setting; did you mean sweep.trials?"),
         ("data={trein: 5}", "data.trein: there is no such setting; did you mean data.train?"),
         ("bogus=3", "bogus: there is no such setting; --help lists the settings"),
         ("seed=1,2", "seed=1,2: these are several values; write seed=[1,2] for a list, "),

@@ -1,5 +1,6 @@
 """The space of a sweep: drawn values, conditions, and refused texts."""
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -83,6 +84,8 @@ def test_a_list_of_python_is_a_choice():
     found = parse_range("key", range_text("key", [(3, 3), [5], {"a": 1.0}, "x"]))
     assert [found.value(stored) for stored in found.all()] == [[3, 3], [5], {"a": 1.0}, "x"]
     assert range_text("key", "choice(1,2)") == "choice(1,2)"
+    assert range_text("key", range(3)) == "0,1,2"
+    assert range_text("key", list(np.array([0.5, 2.0]))) == "0.5,2.0"
     assert range_text("optimizer", {"lr": (1, 2)}) == {"lr": "1,2"}
     with pytest.raises(ConfigError, match=r"sweep\.params\.m\.act: .*ReLU.*choose among numbers"):
         range_text("m", {"act": [torch.nn.ReLU]})

@@ -53,16 +53,19 @@ class _CacheFile(IndexDataCacheFile):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Context in which no other process reads or writes the folder of the cache."""
-        if not os.path.isdir(self._cache_path):
+        try:
+            file = os.open(os.path.join(self._cache_path, "numba.lock"), os.O_RDWR | os.O_CREAT)
+        except OSError:  # there is no folder yet, or it cannot be written to
             yield
             return
-        folder = os.open(self._cache_path, os.O_RDONLY)
         try:
-            with suppress(OSError):  # NFS locks no folders
-                fcntl.flock(folder, fcntl.LOCK_EX)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(folder)
+            with suppress(OSError):  # a process that was forked meanwhile would keep it
+                fcntl.flock(file, fcntl.LOCK_UN)
+            os.close(file)
 
 
 def jit(function: F) -> F:

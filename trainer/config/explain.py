@@ -91,9 +91,10 @@ def _advice(key: str, known: Iterable[str]) -> str:
         return advice
     section, _, last = key.rpartition(".")
     inner = [name for name in keys if name.startswith(f"{section}.") and name.endswith(f".{last}")]
+    almost = difflib.get_close_matches(key, keys, 1, cutoff=0.95)
     longer = [name for name in keys if name.startswith(f"{key}_")]
-    if section and (inner or longer):
-        return f"; did you mean {(inner or longer)[0]}?"
+    if section and (likely := inner or almost or longer):
+        return f"; did you mean {likely[0]}?"
     sections = {name[: match.start()] for name in keys for match in re.finditer(r"\.", name)}
     close = difflib.get_close_matches(key, [*keys, *sections], 1, cutoff=0.75)
     if not close:  # the right name in the wrong section

@@ -33,8 +33,8 @@ OBJECT = "_object_"
 
 # Messages of OmegaConf.
 _WRONG_TYPE = re.compile(
-    r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<kind>Integer|Float)"
-    r"|Value '(?P<bool>.*)' is not a valid bool"
+    r"Value '(?P<value>.*)' "
+    r"(?:of type '\w+' could not be converted to (?P<kind>Integer|Float)|is not a valid bool)"
 )
 _KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
@@ -70,8 +70,7 @@ def to_dataclass(schema: type[T], settings: Mapping[str, Any], key: str = "") ->
         elif str(error).startswith("Cannot assign ") and " to Dict[" in str(error):
             message = f"{full_key}: it must be a mapping"
         elif full_key and (wrong := _WRONG_TYPE.match(str(error))):
-            value, kind = wrong["value"] or wrong["bool"], wrong["kind"] or "bool"
-            message = f"{full_key}={value}: it must be {_KINDS[kind]}"
+            message = f"{full_key}={wrong['value']}: it must be {_KINDS[wrong['kind'] or 'bool']}"
         else:
             message = ": ".join(part for part in (full_key, str(error).splitlines()[0]) if part)
         raise ConfigError(message) from error

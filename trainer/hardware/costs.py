@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.hardware.cpu import CpuCost, CpuLimits, measure_limits, measure_model
-from trainer.hardware.eie import EieSettings, encode, random_activations, shared_matrix, simulate
+from trainer.hardware.eie import (
+    EieCycles,
+    EieSettings,
+    encode,
+    random_activations,
+    shared_matrix,
+    simulate,
+)
 from trainer.hardware.eie.power import watts
 from trainer.hardware.energy import EIE_TABLE_I, EnergyTable
 from trainer.hardware.figures import Evidence, Figure, weakest
@@ -202,42 +209,35 @@ def network_costs(
     return NetworkCosts(settings, rows, found, measure_limits(settings.threads), notes)
 
 
-def modelled_costs(
-    model: nn.Module, samples: Tensor, settings: CostSettings | None = None
-) -> dict[str, float]:
-    """The costs of one sample that follow from models of hardware, without a measurement.
+def modelled_cost(
+    name: str, model: nn.Module, samples: Tensor, settings: CostSettings | None = None
+) -> float:
+    """A cost of one sample that follows from a model of hardware, without a measurement.
 
     Args:
+        name: `energy`: microjoules of arithmetic and memory accesses in the last stage;
+            `tpu_cycles`: of the layers' shapes, taken as 8-bit matrices one by one; `eie_cycles`:
+            of all linear and recurrent layers, without convolutions.
         model: With plain weights, perhaps quantized, at the end of its phases.
         samples: Inputs [N, ...], of which densities of activations are averages.
-        settings: What the costs are computed for.
-
-    Returns:
-        `energy`: microjoules of arithmetic and memory accesses in the last stage; `tpu_cycles`, of
-        the compiled model if it is quantized, or else of the layers' shapes; and `eie_cycles`,
-        unless no matrix-vector product can be executed by EIE.
+        settings: What the cost is computed for.
 
     Raises:
-        ConfigError: A recurrent layer gets a packed sequence.
+        ConfigError: EIE cannot execute a layer, or a recurrent layer gets a packed sequence.
     """
     settings = settings or CostSettings()
-    sample = samples[:1]
     found = workloads(model, samples)
+    if name == "tpu_cycles":
+        return _cycles_of_shapes(found, 1).total
+    if name == "eie_cycles":
+        matrices = [x for x in found if x.kind != "convolution"]
+        if not matrices:
+            raise ConfigError("the model has no linear or recurrent layer")
+        return float(sum(x.rows * _eie_product(model, x)[0].cycles for x in matrices))
     stages = stored_weights(model.state_dict(), [name for name, _ in model.named_parameters()])
-    read = read_fractions(model, sample)
+    read = read_fractions(model, samples[:1])
     *_, last = inference_costs(found, stages, settings.table, settings.buffer_bytes, read=read)
-    try:
-        cycles = count_cycles(compile_network(lower(model, sample)))
-    except ConfigError:
-        cycles = _cycles_of_shapes(found, 1)
-    costs = {
-        "energy": sum(last.picojoules[cause].value for cause in CAUSES) / 1e6,
-        "tpu_cycles": cycles.total,
-    }
-    eie = _on_eie(model, found, replace(settings, batch=1), "measured", [])
-    if eie is not None:
-        costs["eie_cycles"] = eie.microseconds.value * EieSettings().clock / 1e6
-    return costs
+    return sum(last.picojoules[cause].value for cause in CAUSES) / 1e6
 
 
 def add_engine(costs: NetworkCosts, cost: CpuCost) -> NetworkCosts:
@@ -300,14 +300,7 @@ def _on_eie(
         try:
             if x.kind == "convolution":
                 raise ConfigError("a convolution")
-            layer, _, parameter = x.weight.rpartition(".")
-            matrix = shared_matrix(getattr(model.get_submodule(layer), parameter))
-            bits = max(eie.code_bits, int(matrix.codes.max(initial=0)).bit_length())
-            if bits > _MAX_CODE_BITS:
-                raise ConfigError(f"{len(matrix.codebook) - 1:,} values")
-            own = replace(eie, code_bits=bits)
-            activations = random_activations(x.inputs, x.activation_density.value)
-            cycles = simulate(encode(matrix.codes, own), activations, own)
+            cycles, bits = _eie_product(model, x)
         except ConfigError as error:
             left_out.append(f"{x.weight} ({str(error).partition(':')[0]})")
             continue
@@ -330,6 +323,23 @@ def _on_eie(
         Figure(seconds * 1e6 * watts(eie.elements), how_found),
         float(settings.batch * executed),
     )
+
+
+def _eie_product(model: nn.Module, x: Workload) -> tuple[EieCycles, int]:
+    """The cycles of a matrix-vector product on EIE, and the bits of its codes.
+
+    Raises:
+        ConfigError: The weights have too many values.
+    """
+    eie = EieSettings()
+    layer, _, parameter = x.weight.rpartition(".")
+    matrix = shared_matrix(getattr(model.get_submodule(layer), parameter))
+    bits = max(eie.code_bits, int(matrix.codes.max(initial=0)).bit_length())
+    if bits > _MAX_CODE_BITS:
+        raise ConfigError(f"{len(matrix.codebook) - 1:,} values")
+    own = replace(eie, code_bits=bits)
+    activations = random_activations(x.inputs, x.activation_density.value)
+    return simulate(encode(matrix.codes, own), activations, own), bits
 
 
 def random_samples(shape: Sequence[int], tokens: int | None, count: int) -> Tensor:

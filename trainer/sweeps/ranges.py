@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -167,7 +168,7 @@ def range_text(key: str, given: Any) -> Any:
             return {part: range_text(f"{key}.{part}", inner) for part, inner in given.items()}
         case CategoricalDistribution(choices=choices):
             return _choice_text(key, choices)
-        case list() | tuple():
+        case list() | tuple() | range():
             return _choice_text(key, given)
         case IntDistribution() | FloatDistribution() if given.single():
             return _choice_text(key, [given.low])
@@ -188,7 +189,7 @@ def range_text(key: str, given: Any) -> Any:
 
 
 def _choice_text(key: str, values: Iterable[Any]) -> str:
-    values = list(values)
+    values = [value.item() if isinstance(value, np.generic) else value for value in values]
     for value in values:
         if not _is_plain(value):
             raise ConfigError(

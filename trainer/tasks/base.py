@@ -19,7 +19,10 @@ _RESERVED = frozenset(
     field.name
     for record in (EpochEnded, Evaluated, PhaseRecord, RoundRecord)
     for field in dataclasses.fields(record)
-) | {"bytes", "ratio", "published", "status", "error", "layers", "stages", "path", "workers"}
+) | {
+    *("bytes", "ratio", "published", "status", "error", "layers", "stages", "path", "workers"),
+    *("latency", "energy", "tpu_cycles", "eie_cycles"),
+}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The function that workers execute for a trial of a sweep."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -16,7 +16,7 @@ from trainer.store.serialization import from_bytes
 from trainer.worker.run import Start, run_phases
 
 MODELLED = ("energy", "tpu_cycles", "eie_cycles")
-"""Measures that follow from models of hardware: see trainer.hardware.costs.modelled_costs."""
+"""Measures that follow from models of hardware: see trainer.hardware.costs.modelled_cost."""
 
 _SECONDS = 0.3  # duration of a latency measurement
 _SAMPLES = 32  # of which densities of activations are averages
@@ -62,34 +62,27 @@ def _measure(
         with world.heartbeat.busy():
             microseconds = 1e6 * _latency(experiment, weights)
         yield TrialMeasured("latency", microseconds)
-    if wanted := [name for name in MODELLED if name in measures]:
-        with world.heartbeat.busy():
-            found = _modelled(experiment, weights, wanted)
-        for name in wanted:
-            yield TrialMeasured(name, found[name])
+    for name in MODELLED:
+        if name in measures:
+            with world.heartbeat.busy():
+                cost = _modelled(name, experiment, weights)
+            yield TrialMeasured(name, cost)
 
 
-def _modelled(experiment: Experiment, content: bytes, wanted: Sequence[str]) -> Mapping[str, float]:
-    """The wanted costs of one validation sample that follow from models of hardware."""
-    from trainer.hardware.costs import modelled_costs  # slow to import
+def _modelled(name: str, experiment: Experiment, content: bytes) -> float:
+    """A cost of a validation sample that follows from a model of hardware."""
+    from trainer.hardware.costs import modelled_cost  # slow to import
 
     weights, metadata = from_bytes(content)
     validation = experiment.build_data().validation
-    order = torch.arange(min(_SAMPLES, len(validation)))
-    ((samples, _),) = validation.batches([order], None)
+    ((samples, _),) = validation.batches([torch.arange(min(_SAMPLES, len(validation)))], None)
     if not isinstance(samples, torch.Tensor):
-        raise RunError(f"{wanted[0]}: it can be computed for a model with one input only")
+        raise RunError(f"{name}: it can be computed for a model with one input only")
     model = experiment.load_model(weights, from_metadata(metadata))
     try:
-        found = modelled_costs(model, samples)
+        return modelled_cost(name, model, samples)
     except ConfigError as error:
-        raise RunError(f"{wanted[0]}: {error}") from error
-    if "eie_cycles" in wanted and "eie_cycles" not in found:
-        raise RunError(
-            "eie_cycles: EIE executes linear and recurrent layers with shared values, and the "
-            "model has none"
-        )
-    return found
+        raise RunError(f"{name}: {error}") from error
 
 
 def _latency(experiment: Experiment, content: bytes) -> float:
