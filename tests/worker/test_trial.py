@@ -58,7 +58,7 @@ def test_costs_on_modelled_hardware_fall_with_the_density() -> None:
 
 
 def test_a_model_without_shared_values_has_no_eie_cycles() -> None:
-    with pytest.raises(RunError, match="^eie_cycles: the weights are not shared"):
+    with pytest.raises(RunError, match=r"^eie_cycles: the weights are not shared"):
         run(config(phases={"prune": PRUNE}), ["eie_cycles"])
 
 
