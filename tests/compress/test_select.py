@@ -174,3 +174,5 @@ def test_a_model_whose_layers_have_parametrizations_has_no_weights():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
     with pytest.raises(ConfigError, match="no weights that can be compressed; layers with"):
         select_weights(model, ["*"], [])
+    with pytest.raises(ConfigError, match=r"no weights that can be compressed$"):
+        select_weights(nn.ReLU(), ["*"], [])

@@ -46,7 +46,10 @@ def test_random_numbers_of_collate_are_seeded_by_the_batch():
     ("collate", "said"),
     [
         (lambda samples: torch.stack([x for x, _ in samples]), "collate raised RuntimeError"),
-        (lambda samples: (torch.zeros(1), torch.zeros(1)), r"samples, here 2, not \[1\]; pad"),
+        (
+            lambda samples: (torch.zeros(1), torch.zeros(1)),
+            r"entry for each sample: 2, not \[1\]; pad",
+        ),
     ],
 )
 def test_a_wrong_function_is_named(collate, said):

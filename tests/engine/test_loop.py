@@ -18,6 +18,7 @@ from trainer.data.datasets import DatasetSplit
 from trainer.data.order import global_batches
 from trainer.data.split import TensorSplit
 from trainer.engine.evaluate import evaluate
+from trainer.engine.finite import check_samples
 from trainer.engine.loop import fit, steps_in
 from trainer.engine.objective import Distilled, Supervised
 from trainer.engine.optim import OptimizerSpec
@@ -248,13 +249,19 @@ def test_an_input_that_is_not_finite_is_named_on_all_ranks(ranks, size, value):
     ranks(size, body)
 
 
-def test_a_target_that_is_not_finite_is_named():
+def test_a_target_that_is_not_finite_is_a_hint_and_an_input_the_reason():
     split, _ = bodies.problem()
     targets = torch.zeros(len(split), 3)
     targets[57, 2] = torch.nan
     run = bodies.runtime(World.single(torch.device("cpu")), task=Custom(nn.MSELoss()))
-    with pytest.raises(RunError, match=r"the target of train sample 57 is NaN or infinite"):
-        list(fit(nn.Linear(6, 3), TensorSplit(split.inputs, targets), FitConfig(epochs=1), run))
+    data = TensorSplit(split.inputs, targets)
+    with pytest.raises(
+        Diverged, match=r"clip; the target of train sample 57 is NaN or infinite: the"
+    ):
+        list(fit(nn.Linear(6, 3), data, FitConfig(epochs=1), run))
+    split.inputs[60] = torch.nan
+    with pytest.raises(RunError, match=r"the input of test sample 60 is NaN or infinite"):
+        check_samples(ALONE, data, "test", [torch.tensor([57]), torch.tensor([60])], None)
 
 
 def test_a_held_out_sample_is_named_by_its_number_in_the_data_set():

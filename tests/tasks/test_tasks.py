@@ -311,12 +311,15 @@ def test_batches_become_calls() -> None:
 
 def test_a_model_that_computes_its_loss_needs_a_prediction_for_metrics_alone() -> None:
     output = {"loss": torch.tensor(2.0)}
-    assert Custom("model").prediction(output) is output["loss"]
+    task = Custom("model")
+    assert not task.needs_prediction
+    assert task.evaluation_loss(output, LOGITS, 6) == 12
     assert Custom("model").prediction({**output, "logits": LOGITS}) is LOGITS
     with pytest.raises(ValueError, match=r"dict \(boxes\) without a loss, which must be in it in"):
-        Custom("model").prediction({"boxes": LOGITS})
-    with pytest.raises(ValueError, match=r"dict \(loss\); set task.output"):
-        Custom("model", metrics={"mean": Average(F.mse_loss)}).prediction(output)
+        task.evaluation_loss({"boxes": LOGITS}, LOGITS, 6)
+    with pytest.raises(ValueError, match=r"dict \(loss\); set task.output"):  # as for ONNX
+        task.prediction(output)
+    assert Custom("model", metrics={"mean": Average(F.mse_loss)}).needs_prediction
     with pytest.raises(
         ValueError, match=r"set task.output .*; a loss of several .*task.loss=model"
     ):
@@ -328,9 +331,15 @@ def test_losses_of_another_number_than_the_units_are_refused() -> None:
     each = nn.MSELoss(reduction="none")
     assert Custom(each, count="targets").mean_loss(prediction, targets, 12) == 1
     assert Custom(lambda p, t: each(p, t).sum(1)).mean_loss(prediction, targets, 6) == 2
+    # The partners of mixed samples: one more target is ignored than among the samples themselves.
+    own = Classification(nn.CrossEntropyLoss(reduction="none"))
+    expected = F.cross_entropy(LOGITS, CLASSES, reduction="sum") / 6
+    torch.testing.assert_close(own.mean_loss(LOGITS, CLASSES, 6), expected)
     for loss, shape in ((each, r"\[6, 2\]"), (lambda p, t: F.mse_loss(p, t)[None], r"\[1\]")):
         with pytest.raises(ValueError, match=rf"returned {shape} .* for each unit: 6"):
             Custom(loss).mean_loss(prediction, targets, 6)
+    with pytest.raises(ValueError, match=r"returned \[6\] .* for each unit: 12"):
+        Regression(lambda p, t: each(p, t).sum(1)).mean_loss(prediction, targets, 12)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +417,8 @@ def test_wrong_values() -> None:
     assert "int64" in (Classification().check_type(torch.zeros(1)) or "")
     _, reason = Classification().check_values(torch.tensor([0, 1]), (1, 1)) or (0, "")
     assert "one output; task=multilabel" in reason
+    _, reason = Classification().check_values(torch.tensor([0, 2]), (1, 1)) or (0, "")
+    assert "its target is 2, but the model has 1 output, for targets from 0 to 0" in reason
     found = Segmentation(ignore_index=255).check_values(torch.tensor([[0, 255], [3, 0]]), (1, 3, 2))
     assert found is not None
     assert found[0] == 1

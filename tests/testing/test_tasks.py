@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.tasks import Classification, LanguageModel, Metric, MultiLabel, Regression, Task
+from trainer.tasks import (
+    Classification,
+    Custom,
+    LanguageModel,
+    Metric,
+    MultiLabel,
+    Regression,
+    Task,
+)
 from trainer.testing import check_task
 
 torch.manual_seed(0)
@@ -78,6 +86,12 @@ class WrongUnits(Quantile):
 
 
 @dataclass
+class WrongFullUnits(Quantile):
+    def full_units(self, targets: Tensor) -> int:
+        return len(targets)
+
+
+@dataclass
 class Sum(Quantile):
     def mean_loss(self, prediction: Tensor, targets: Tensor, units: float) -> Tensor:
         return (targets - prediction).abs().sum()
@@ -105,10 +119,24 @@ def test_a_task_of_ones_own() -> None:
     check_task(Quantile(), MODEL, INPUTS, NUMBERS)
 
 
+class OwnLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.layer(inputs) - targets).square().mean()}
+
+
+def test_a_model_that_returns_its_loss_alone() -> None:
+    check_task(Custom("model", target_argument="targets"), OwnLoss(), INPUTS, NUMBERS)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         (WrongUnits, "units of the parts"),
+        (WrongFullUnits, r"full_units is 6, less than WrongFullUnits\.units: 18"),
         (Sum, "the loss of two parts, weighted by units"),
         (Rows, r"the mean loss must have no dimensions, not \[3\]"),
         (Constant, "the loss has no gradient"),

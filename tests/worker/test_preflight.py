@@ -16,7 +16,7 @@ from trainer.data.split import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError
 from trainer.models import LSTMLanguageModel
-from trainer.tasks import Custom
+from trainer.tasks import Average, Custom
 from trainer.worker.preflight import check_compatible
 
 WORLD = World.single(torch.device("cpu"))
@@ -118,8 +118,42 @@ def test_what_does_not_fit_is_a_wrong_configuration(model, data, said):
 
 def test_a_loss_that_broadcasts_the_targets_is_refused():
     data = splits(IMAGES.train.inputs, torch.randn(5))
-    with pytest.raises(ConfigError, match=r"task.loss: .* Using a target size \(torch.Size\(\[1\]"):
-        check_compatible(net(classes=1), data, runtime(WORLD, task=Custom(nn.MSELoss())))
+    for loss in (nn.MSELoss(), nn.MSELoss(reduction="none"), nn.L1Loss()):
+        with pytest.raises(
+            ConfigError, match=r"task.loss: .* Using a target size .* such as targets\[:, None\]"
+        ):
+            check_compatible(net(classes=1), data, runtime(WORLD, task=Custom(loss)))
+    flat, column = (
+        nn.Sequential(net(classes=1), nn.Flatten(0)),
+        splits(IMAGES.train.inputs, torch.randn(5, 1)),
+    )
+    with pytest.raises(ConfigError, match=r"task.loss: .* Using a target size"):
+        check_compatible(flat, column, runtime(WORLD, task=Custom(nn.MSELoss())))
+    task = Custom(lambda found, wanted: (found.flatten() - wanted).square().mean())
+    task.measured["mae"] = Average(nn.functional.l1_loss)
+    with pytest.raises(ConfigError, match=r"task.metrics.mae: .* Using a target size"):
+        check_compatible(net(classes=1), data, runtime(WORLD, task=task))
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_broadcast_that_is_right_is_allowed():
+    masks = splits(torch.randn(4, 3, 5, 5), torch.randn(4, 1, 5, 5))
+    check_compatible(nn.Conv2d(3, 3, 1), masks, runtime(WORLD, task=Custom(nn.MSELoss())))
+
+
+def test_a_mean_of_dimension_one_is_refused():
+    data = splits(IMAGES.train.inputs, torch.randn(5, 3))
+
+    def mean(found, wanted):
+        return nn.functional.mse_loss(found, wanted).reshape(1)
+
+    with pytest.raises(
+        ConfigError, match=r"task.loss: .* the loss returned \[1\] for targets \[2, 3"
+    ):
+        check_compatible(net(), data, runtime(WORLD, task=Custom(mean)))
+    task = Custom(nn.MSELoss(), metrics={"mean": Average(mean)})
+    with pytest.raises(ConfigError, match=r"task.metrics.mean: .* returned \[1\] for 2 targets"):
+        check_compatible(net(), data, runtime(WORLD, task=task))
 
 
 def test_a_loss_of_several_outputs_is_the_models():

@@ -168,10 +168,13 @@ def select_weights(
     """
     places = weights(model)
     if not places:
-        raise ConfigError(
-            "the model has no weights that can be compressed; layers with "
-            "torch.nn.utils.parametrizations, such as weight_norm, are left as they are"
-        )
+        reason = ""
+        if any(is_parametrized(module) for module in model.modules()):
+            reason = (
+                "; layers with torch.nn.utils.parametrizations, such as weight_norm, are left as "
+                "they are"
+            )
+        raise ConfigError(f"the model has no weights that can be compressed{reason}")
     wanted = match_patterns(dict.fromkeys(include, True) | dict.fromkeys(exempt, False), places)
     chosen = {name: found for name, found in places.items() if wanted.get(name)}
     if not chosen:

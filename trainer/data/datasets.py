@@ -137,9 +137,9 @@ class SeededBatches(Dataset[Batch | SampleError]):
         if lengths != {len(pairs)}:
             raise SampleError(
                 indices[0],
-                "the first dimension of all tensors of collate must be that of the samples, here "
-                f"{len(pairs)}, not {sorted(lengths)}; pad what differs in length, such as the "
-                "nodes and edges of graphs, and pass a mask to the model",
+                "the first dimension of all tensors of collate must have one entry for each "
+                f"sample: {len(pairs)}, not {sorted(lengths)}; pad what differs in length, "
+                "such as the nodes and edges of graphs, and pass a mask to the model",
             )
         return inputs, targets
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.data.order import shard
 from trainer.data.split import Split
-from trainer.engine.finite import check_inputs
+from trainer.engine.finite import check_samples
 from trainer.engine.gather import all_gather
 from trainer.engine.runtime import Runtime
 from trainer.errors import RunError
@@ -92,7 +92,7 @@ def evaluate(model: nn.Module, split: Split, runtime: Runtime, name: str = "vali
     world.all_reduce(sums)
     loss, count = sums.tolist()
     if not math.isfinite(loss):
-        check_inputs(world, split, name, shares, None)
+        check_samples(world, split, name, shares, None)
     if count == 0:
         raise RunError(f"data: every target of the {name} data is -100, which means ignored")
     gather = partial(all_gather, world)

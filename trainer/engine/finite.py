@@ -1,4 +1,4 @@
-"""Finds the sample that is the reason for a loss that is NaN or infinite."""
+"""Finds the sample that may be the reason for a loss that is NaN or infinite."""
 
 from collections.abc import Iterable
 
@@ -12,10 +12,12 @@ from trainer.engine.world import World
 from trainer.errors import RunError
 
 
-def check_inputs(
+def check_samples(
     world: World, split: Split, name: str, order: Iterable[Tensor], epoch: int | None
-) -> None:
-    """Read samples once more and raise an error if one holds NaN or infinity.
+) -> str:
+    """Read samples once more and raise an error if an input holds NaN or infinity.
+
+    A target may be NaN or infinite if the loss leaves it out, so it is only named.
 
     A collective call: all ranks raise the same error. For use after a loss that is not finite;
     looking at every input beforehand would cost a pass over the memory of each batch.
@@ -26,6 +28,9 @@ def check_inputs(
         name: Of the split, for the message: train, validation or test.
         order: This rank's samples, as for `Split.batches`.
         epoch: As for `Split.batches`.
+
+    Returns:
+        A sentence on a target that is NaN or infinite; "" if there is none.
 
     Raises:
         RunError: Names the split and the sample.
@@ -39,15 +44,18 @@ def check_inputs(
                 if tensor.is_floating_point() and len(tensor):
                     own = tensor[: len(indices)]  # the partners of mixed samples may follow
                     broken |= ~own.isfinite().reshape(len(own), -1).all(1)
-            if bool(broken.any()):
+            if bool(broken.any()) and not part[world.rank]:
                 part[world.rank] = indices[broken][0] + 1
-        if bool(found.any()):
+        if found[0, world.rank]:
             break
         world.heartbeat.beat()
     world.all_reduce(found)
-    for part, what in zip(found, ("input", "target"), strict=True):
-        for index in part[part > 0].tolist():
-            sample = sample_name(split, index - 1)
-            raise RunError(
-                f"data: the {what} of {name} {sample} is NaN or infinite; correct or remove it"
-            )
+    inputs, targets = (part[part > 0].tolist() for part in found)
+    if inputs:
+        sample = sample_name(split, inputs[0] - 1)
+        raise RunError(
+            f"data: the input of {name} {sample} is NaN or infinite; correct or remove it"
+        )
+    if not targets:
+        return ""
+    return f"the target of {name} {sample_name(split, targets[0] - 1)} is NaN or infinite"

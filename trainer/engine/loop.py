@@ -23,7 +23,7 @@ from trainer.data.split import Split
 from trainer.data.streams import stream_of
 from trainer.engine.batchnorm import SyncBatchNorm
 from trainer.engine.buffers import ForwardBuffers
-from trainer.engine.finite import check_inputs
+from trainer.engine.finite import check_samples
 from trainer.engine.freeze import Freezing
 from trainer.engine.late import LateValue, reads_late
 from trainer.engine.local import LocalSteps
@@ -375,10 +375,12 @@ class _Fit:
             self.loaded.close()
         epoch = (loss.step - 1) // self.per_epoch
         samples = [indices for indices in loss.samples if len(indices)]
-        check_inputs(self.world, self.split, "train", samples, self.epochs_before + epoch)
+        epoch_of_run = self.epochs_before + epoch
+        target = check_samples(self.world, self.split, "train", samples, epoch_of_run)
+        advice = f"; {target}: the loss must leave it out" if target else ""
         raise Diverged(
             f"the loss is {value} in step {loss.step} (epoch {epoch + 1}) at a learning rate of "
-            f"{loss.lr:g}: lower optimizer.lr, warm up, or clip"
+            f"{loss.lr:g}: lower optimizer.lr, warm up, or clip{advice}"
         )
 
     def state(self) -> dict[str, Any]:

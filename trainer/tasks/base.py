@@ -96,6 +96,11 @@ class Task:
         """Whether `units` may return fractions."""
         return False
 
+    @property
+    def needs_prediction(self) -> bool:
+        """Whether the loss or the metrics need a prediction in the model's output."""
+        return True
+
     def to(self, device: torch.device) -> None:
         """Move the modules among the settings, such as a loss, to a device."""
         for value in vars(self).values():
@@ -153,7 +158,8 @@ class Task:
             raise NotImplementedError
         if not units:
             return 0 * prediction.sum()
-        found = self.loss(*self.loss_inputs(prediction, targets))
+        inputs = self.loss_inputs(prediction, targets)
+        found = self.loss(*inputs)
         if not isinstance(found, Tensor):
             raise TypeError(
                 f"the loss must return a tensor of losses or their mean, not a "
@@ -161,7 +167,9 @@ class Task:
             )
         if not found.ndim:
             return found
-        if found.numel() not in (units, self.full_units(targets)):
+        # Of mixed samples, `units` are those of the samples, and the targets perhaps the partners'.
+        rows = inputs[1].ndim == 1 and found.shape == inputs[1].shape
+        if not rows and found.numel() not in (units, self.full_units(targets)):
             raise ValueError(
                 f"the loss returned {[*found.shape]} for targets {[*targets.shape]}; it must "
                 f"return their mean, of no dimension, or one loss for each unit: {units:g}"

@@ -171,13 +171,14 @@ class Classification(Task):
             return None
         position = first_wrong(wrong)
         label = targets[position][wrong[position]].flatten()[0]
-        if classes == 1:
+        if classes == 1 and label == 1:
             return position, (
-                f"its target is {int(label)}, but the model has one output; task=multilabel takes "
-                "one output for targets of 0 and 1"
+                "its target is 1, but the model has one output; task=multilabel takes one "
+                "output for targets of 0 and 1"
             )
         return position, (
-            f"its target is {int(label)}, but the model has {classes} outputs, for targets from 0 "
+            f"its target is {int(label)}, but the model has {classes} output"
+            f"{'s' * (classes > 1)}, for targets from 0 "
             f"to {classes - 1} (and {self.ignore_index}, which is ignored)"
         )
 

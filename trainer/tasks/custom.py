@@ -47,6 +47,10 @@ class Custom(Task):
         if self.count not in _COUNTS:
             raise ConfigError(f"count={self.count}: it must be one of {', '.join(_COUNTS)}")
 
+    @property
+    def needs_prediction(self) -> bool:
+        return self.has_own_loss or bool(self.measured) or self.output is not None
+
     def call_with_targets(self, model: nn.Module, inputs: Any, targets: Tensor) -> Any:
         if self.target_argument is None:
             return self.call(model, inputs)
@@ -56,15 +60,12 @@ class Custom(Task):
         return model(*(inputs if isinstance(inputs, tuple | list) else (inputs,)), **named)
 
     def prediction(self, output: Any) -> Tensor:
-        """As in `Task`; the loss, if only that is there, and no metric needs more."""
         try:
             return super().prediction(output)
         except ValueError as error:
             if self.has_own_loss:
                 raise ValueError(f"{error}; {SEVERAL_OUTPUTS}") from None
-            if self.measured or self.output is not None:
-                raise
-            return outputs.model_loss(output)
+            raise
 
     def units(self, targets: Tensor) -> float:
         if self.count == "samples":

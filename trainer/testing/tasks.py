@@ -40,12 +40,14 @@ def check_task(task: Task, model: nn.Module, inputs: Any, targets: Tensor) -> No
 
     assert task.check_type(targets) is None, f"{name}.check_type refuses the targets"
     output = task.call_with_targets(model, inputs, targets)
-    prediction = task.prediction(output)
-    assert isinstance(prediction, Tensor), f"{name}.prediction returns {type(prediction).__name__}"
-    refused = task.check(prediction[:1], targets[:1])
-    assert refused is None, f"{name}.check refuses the first sample: {refused}"
-    refused_values = task.check_values(targets, prediction[:1].shape)
-    assert refused_values is None, f"{name}.check_values refuses a target: {refused_values}"
+    if task.needs_prediction:
+        prediction = task.prediction(output)
+        found_type = type(prediction).__name__
+        assert isinstance(prediction, Tensor), f"{name}.prediction returns {found_type}"
+        refused = task.check(prediction[:1], targets[:1])
+        assert refused is None, f"{name}.check refuses the first sample: {refused}"
+        refused_values = task.check_values(targets, prediction[:1].shape)
+        assert refused_values is None, f"{name}.check_values refuses a target: {refused_values}"
 
     units = [task.units(targets[part]) for part in parts]
     whole = task.units(targets)
@@ -54,6 +56,8 @@ def check_task(task: Task, model: nn.Module, inputs: Any, targets: Tensor) -> No
     full = task.full_units(targets[:1])
     assert full >= 1, f"{name}.full_units of a sample is {full}; it must be at least 1"
     if not task.fractional_units:
+        full = task.full_units(targets)
+        assert full >= whole, f"{name}.full_units is {full}, less than {name}.units: {whole}"
         assert whole == int(whole), f"{name}.units is {whole}: define fractional_units as well"
 
     def losses(indices: Tensor) -> tuple[Tensor, float]:
@@ -78,7 +82,8 @@ def check_task(task: Task, model: nn.Module, inputs: Any, targets: Tensor) -> No
     _check_equal(f"{name}: the loss of two parts, weighted by units,", mean, loss.item())
     _check_equal(f"{name}: evaluation losses of two parts, added,", sum(f[1] for f in found), total)
 
-    _check_metrics(task, name, [(prediction[part], targets[part]) for part in parts])
+    if task.measured:
+        _check_metrics(task, name, [(prediction[part], targets[part]) for part in parts])
 
 
 @torch.no_grad()

@@ -31,6 +31,11 @@ from trainer.tasks.custom import SEVERAL_OUTPUTS
 SCAN_SECONDS = 0.2  # time for finding unusable samples in a split that is not in memory
 _SCAN_BATCH = 16  # samples
 _COMPARED = 4  # samples of a stream that are read twice
+# torch's warning for [k] and [k, 1], which become [k, k]; other broadcasts may be intended
+_BROADCAST = (
+    r"Using a target size \(torch\.Size\(\[(\d+)(, 1)?\]\)\) .*"
+    r"the input size \(torch\.Size\(\[\1(?(2)|, 1)\]\)\)"
+)
 _OF_THE_USER = (RuntimeError, IndexError, KeyError, TypeError, ValueError)  # errors in their code
 _LIBRARY = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[1]
@@ -157,7 +162,9 @@ def _check_split(
         problem += "; convert the model with .float(), since inputs are float32"
     output = _forward(model, inputs, targets, runtime, problem)
     try:
-        prediction = task.prediction(output)
+        prediction = (
+            task.prediction(output) if task.needs_prediction else outputs.model_loss(output)
+        )
         wrong = task.check(prediction, targets)
         shown = outputs.describe(prediction)
     except ValueError as error:
@@ -186,29 +193,40 @@ def _check_split(
 
 
 def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime) -> None:
-    """Refuse a loss or a metric that cannot be computed for the first sample."""
+    """Refuse a loss or a metric that cannot be computed for the first sample, once and twice.
+
+    Of one sample alone, a tensor [1] may be a mean or its value.
+    """
     task = runtime.task
     units = task.units(targets)
     placed = targets.to(runtime.world.device)
     what = "loss"
     try:
         with warnings.catch_warnings():
-            # torch's warning that prediction and target are broadcast, such as [n, 1] and [n]
-            warnings.filterwarnings("error", "Using a target size")
+            warnings.filterwarnings("error", _BROADCAST)
             loss = task.evaluation_loss(output, placed, units)
-        if loss.numel() != 1:
-            raise ValueError(f"it returned {outputs.describe(loss)} for one sample")
-        if task.measured:
-            what = "metrics"
-            inputs = task.metric_inputs(task.prediction(output), placed)
-        for metric_name, metric in task.measured.items():
-            what = f"metrics.{metric_name}"
-            metric.start().add(*inputs)
+            if loss.numel() != 1:
+                raise ValueError(f"it returned {outputs.describe(loss)} for one sample")
+            if task.has_own_loss or task.measured:
+                prediction = task.prediction(output)
+                if prediction.ndim and len(prediction) == 1:
+                    prediction, placed = (torch.cat((x, x)) for x in (prediction, placed))
+                    units *= 2
+            if task.has_own_loss:
+                task.mean_loss(prediction.float(), placed, units)
+            if task.measured:
+                what = "metrics"
+                inputs = task.metric_inputs(prediction, placed)
+            for metric_name, metric in task.measured.items():
+                what = f"metrics.{metric_name}"
+                metric.start().add(*inputs)
     except (*_OF_THE_USER, AttributeError, UserWarning) as error:
         if "CUDA error" in str(error):
             raise
         advice = ""
-        if what == "loss" and task.has_own_loss and not isinstance(output, Tensor):
+        if "Using a target size" in str(error):
+            advice = "; give targets the shape of the output, such as targets[:, None]"
+        elif what == "loss" and task.has_own_loss and not isinstance(output, Tensor):
             shown = outputs.describe(task.prediction(output))
             advice = f"; it is called with {shown} of the output alone: {SEVERAL_OUTPUTS}"
         raise ConfigError(
