@@ -14,6 +14,7 @@ from tests.hardware.tpu.models import quantized
 from trainer import artifact
 from trainer.errors import ConfigError
 from trainer.hardware import HOROWITZ, cpu, stored_weights, workloads
+from trainer.hardware import costs as costs_of
 from trainer.hardware.costs import CostSettings, network_costs, random_samples
 from trainer.hardware.eie import EieSettings, encode, random_activations, shared_matrix, simulate
 from trainer.hardware.figures import Figure
@@ -143,7 +144,7 @@ def test_the_table_marks_how_figures_were_found() -> None:
         ({"threads": -1}, "threads=-1: it must be at least 1"),
         ({"buffer_bytes": -1}, "buffer_bytes=-1: it must not be negative"),
         ({"cpu_watts": 0.0}, "cpu_watts=0.0: it must be above 0"),
-        ({"cpu_watts": float("nan")}, "cpu_watts=nan: it must be above 0"),
+        ({"cpu_watts": float("nan")}, "cpu_watts=nan: it must be above 0 and finite"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -180,3 +181,19 @@ def test_an_lstm_takes_as_long_on_the_tpu_by_its_shapes_as_compiled() -> None:
     assert [x.stage for x in compiled] == ["dense", "quantized"]
     assert compiled[0].tpu.microseconds.value == pytest.approx(by_shapes.value)
     assert compiled[1].tpu.microseconds.value == pytest.approx(by_shapes.value, rel=0.1)
+
+
+def test_calls_of_different_sizes_keep_all_rows_on_the_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            levels = x, x[..., :3, :3], x[..., :2, :2]
+            return torch.cat([self.head(level).flatten(1) for level in levels], 1)
+
+    monkeypatch.setattr(costs_of, "application_cycles", lambda application: application)
+    found = workloads(Pyramid(), torch.rand(2, 8, 5, 5))
+    assert (found[0].rows, found[0].calls) == (25 + 9 + 4, 3)
+    assert [x.rows for x in costs_of._cycles_of_shapes(found, 1).layers] == [13, 13, 12]

@@ -257,6 +257,20 @@ def test_rows_of_embeddings_that_are_read() -> None:
     assert read_fractions(model, tokens) == {}
 
 
+def test_rows_that_embeddings_of_one_weight_read_are_counted_together() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Embedding(20, 4), nn.Embedding(20, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.second(tokens[:, 1:]) + self.first(tokens[:, :1])
+
+    tokens = torch.tensor([[3, 7, 3], [3, 8, 9]])
+    assert read_fractions(Pair(), tokens) == {"first.weight": 4 / 20}
+
+
 def test_arithmetic_is_in_integers_only_if_inputs_are_quantized() -> None:
     state = quantized(small(), torch.rand(3, 40), activations=None).state_dict()
     assert [x.number for x in stored_weights(state, names(small()))] == ["fp32", "fp32"]
@@ -281,6 +295,8 @@ def test_a_layer_that_is_called_for_each_sample() -> None:
 
     found = workloads(OneByOne(), torch.rand(8, 4))[0]
     assert (found.rows, found.input_values, found.output_values, found.calls) == (1, 4, 3, 1)
+    found = workloads(OneByOne(), torch.rand(8, 5, 4))[0]
+    assert (found.rows, found.input_values, found.output_values, found.calls) == (5, 20, 15, 1)
 
 
 def test_padded_sequences_in_an_encoder_of_torch() -> None:

@@ -19,6 +19,7 @@ from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.inference import chosen_kernels, compile, layer_kernels
 from trainer.inference.kernels import vectors
+from trainer.inference.layers import CompiledLayer
 from trainer.inference.matrix import compress
 from trainer.inference.measure import alternate
 from trainer.models import LeNet5, LSTMLanguageModel
@@ -254,7 +255,8 @@ def test_packed_sequences(kind: type[nn.LSTM | nn.GRU], kernel: str) -> None:
     state: Any = torch.rand(2, 4, 24)
     state = (state, torch.rand(2, 4, 24)) if kind is nn.LSTM else state
     expected = model(packed), model(packed, state)
-    compiled = compile(model, kernels={f"layers.{i}": kernel for i in (0, 1)})
+    kernels = {f"layers.{i}": kernel for i in (0, 1)}
+    compiled = compile(model, samples=packed, kernels=kernels)
     found = compiled(packed), compiled(packed, state)
     for (out, end), (expected_out, expected_end) in zip(found, expected, strict=True):
         torch.testing.assert_close(out.data, expected_out.data, rtol=1e-5, atol=1e-5)
@@ -271,6 +273,10 @@ def test_states_of_another_shape_are_refused(everything: nn.Module) -> None:
     for shape in ((1, 3, 24), (2, 4, 24), (2, 3, 25)):
         with pytest.raises(RuntimeError, match=r"layers, N, hidden\], here \[2, 3, 24\]"):
             lstm(x, (torch.zeros(shape), torch.zeros(shape)))
+    packed = pack_sequence([torch.rand(n, 9) for n in (5, 2, 1)])
+    for sequences in (2, 4):
+        with pytest.raises(RuntimeError, match=r"layers, N, hidden\], here \[2, 3, 24\]"):
+            lstm(packed, (torch.zeros(2, sequences, 24),) * 2)
     with pytest.raises(TypeError, match="float32"):
         lstm(x, (torch.zeros(2, 3, 24).double(),) * 2)
 
@@ -350,20 +356,28 @@ def test_masks_of_torch_are_taken_over() -> None:
     assert [row.layer for row in layer_kernels(compiled)] == ["0", "2.layers.0"]
 
 
+def double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return 2 * out
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
 @torch.no_grad()
-def test_encoder_layers_of_torch_use_the_kernels() -> None:
+def test_encoder_layers_of_torch_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their fused kernel in evaluation would decode the weights at each call."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model, x = sparse(nn.TransformerEncoder(layer, 1)), torch.rand(2, 3, 8)
     padded = torch.tensor([[False, False, False], [False, True, True]])
-    expected = model(x), model(x, src_key_padding_mask=padded)
+    model.layers[0].linear1.register_forward_hook(double)
+    expected = model(x), model(x, src_key_padding_mask=padded)[~padded]
     kernels = {f"layers.0.linear{i}": "rows" for i in (1, 2)}
     measured = compile(pickle.loads(pickle.dumps(model)), samples=x)
     assert chosen_kernels(measured).keys() == kernels.keys()  # so they were called
     compiled = compile(model, kernels=kernels)
-    found = compiled(x), compiled(x, src_key_padding_mask=padded)
+    monkeypatch.setattr(CompiledLayer, "weight", property(lambda _: pytest.fail("decoded")))
+    found = compiled(x), compiled(x, src_key_padding_mask=padded)[~padded]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="not nested"):
+        compiled.layers[0].linear1(torch.nested.as_nested_tensor([*x]))
 
 
 @torch.no_grad()

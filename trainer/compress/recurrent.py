@@ -82,18 +82,13 @@ class LinearRecurrent(nn.Module):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        shape = (len(self.layers), x.shape[1], self.hidden_size)
         if hx is None:
+            shape = (len(self.layers), x.shape[1], self.hidden_size)
             initial: State = (x.new_zeros(shape),) * self.states
         else:
             initial = (hx,) if self.states == 1 else tuple(hx)
             initial = initial if batched else tuple(part.unsqueeze(1) for part in initial)
-            for part in initial:
-                if part.shape != shape:
-                    raise RuntimeError(
-                        f"a state of {list(part.shape)}: it must be [layers, N, hidden], here "
-                        f"{list(shape)}"
-                    )
+            self._check_state(initial, x.shape[1])
         ends: list[State] = []
         layers: list[Any] = list(self.layers)
         for number, layer in enumerate(layers):
@@ -108,6 +103,15 @@ class LinearRecurrent(nn.Module):
             x = x.transpose(0, 1)
         return x, (final[0] if self.states == 1 else final)
 
+    def _check_state(self, state: State, sequences: int) -> None:
+        shape = (len(self.layers), sequences, self.hidden_size)
+        for part in state:
+            if part.shape != shape:
+                raise RuntimeError(
+                    f"a state of {list(part.shape)}: it must be [layers, N, hidden], here "
+                    f"{list(shape)}"
+                )
+
     def _packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         """Each sequence by itself: correct, but slower than a padded batch."""
         if self.training:
@@ -115,8 +119,11 @@ class LinearRecurrent(nn.Module):
                 f"a quantized {self.source.__name__} is trained with padded tensors, not packed "
                 "sequences"
             )
+        sequences = unpack_sequence(packed)
+        if hx is not None:
+            self._check_state((hx,) if self.states == 1 else tuple(hx), len(sequences))
         outputs, ends = [], []
-        for number, sequence in enumerate(unpack_sequence(packed)):
+        for number, sequence in enumerate(sequences):
             state = None
             if hx is not None:
                 state = hx[:, number] if self.states == 1 else tuple(x[:, number] for x in hx)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -44,12 +45,12 @@ def call_with(model: Callable[..., Any], inputs: Any) -> Any:
 
     Args:
         model: The model.
-        inputs: A tensor is the argument, a tuple or list the positional ones, a mapping those by
-            keyword.
+        inputs: A tensor or PackedSequence is the argument, a tuple or list the positional ones, a
+            mapping those by keyword.
     """
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, tuple | list):
+    if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
         return model(*inputs)
     return model(inputs)
 

@@ -66,7 +66,7 @@ class CostSettings:
         if self.buffer_bytes < 0:
             raise ConfigError(f"buffer_bytes={self.buffer_bytes}: it must not be negative")
         if self.cpu_watts is not None and not 0 < self.cpu_watts < math.inf:
-            raise ConfigError(f"cpu_watts={self.cpu_watts}: it must be above 0")
+            raise ConfigError(f"cpu_watts={self.cpu_watts}: it must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,9 @@ def _cycles_of_shapes(found: Sequence[Workload], batch: int) -> TpuCycles:
     """
     layers: list[Shape] = []
     for x in found:
-        layers += x.calls * [Shape(x.rows // x.calls, x.inputs, x.outputs, matrices=x.groups)]
+        rows, more = divmod(x.rows, x.calls)
+        for call in range(x.calls):
+            layers.append(Shape(rows + (call < more), x.inputs, x.outputs, matrices=x.groups))
     source = found[0].input_values if found else 1
     return application_cycles(Application(batch, tuple(layers), source))
 

@@ -59,7 +59,8 @@ class EnergyTable:
         for key, value in figures.items():
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(
-                    f"energy table {self.name!r}: {key} must be a number, not {value!r}"
+                    f"energy table {self.name!r}: {key} must be a finite number of at least 0, "
+                    f"not {value!r}"
                 )
         unknown = min(set(self.assumed) - set(figures), default=None)
         if unknown is not None:

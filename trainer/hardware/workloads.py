@@ -94,7 +94,6 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
         raise ConfigError("samples: the costs of a model need at least one")
     found: dict[str, Workload] = {}
     names = {module: name for name, module in model.named_modules()}
-    count = len(samples)
 
     def record(
         module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any
@@ -114,11 +113,15 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
     try:
         with without_fast_path():
             model(samples)
+            whole = list(found.values())
+            found.clear()
+            model(samples[:1])  # for its number of calls
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return [_for_one_sample(x, count) for x in found.values()]
+    calls = {name: x.calls for name, x in found.items()}
+    return [_for_one_sample(x, len(samples), calls.get(x.weight, 1)) for x in whole]
 
 
 def uncounted_macs(model: nn.Module, sample: Tensor, found: Sequence[Workload]) -> int:
@@ -139,26 +142,32 @@ def uncounted_macs(model: nn.Module, sample: Tensor, found: Sequence[Workload]) 
 def read_fractions(model: nn.Module, samples: Tensor) -> dict[str, float]:
     """The fraction of each embedding's rows that a batch looks up, by the name of its weight.
 
-    Embeddings whose weight is also that of another layer, which reads all of it, are left out.
+    A weight that several embeddings share has the name of the first, and the rows that any of them
+    looks up. Embeddings whose weight is also that of another layer, which reads all of it, are left
+    out.
 
     Args:
         model: As for `workloads`.
         samples: The batch.
     """
     names = {module: name for name, module in model.named_modules()}
-    embeddings = [module for module in names if isinstance(module, _EMBEDDINGS)]
+    embeddings: dict[nn.Module, Tensor] = {
+        module: module.weight for module in names if isinstance(module, _EMBEDDINGS)
+    }
     elsewhere = {id(p) for m in names if m not in embeddings for p in m._parameters.values()}
+    stored: dict[int, str] = {}
+    for module, weight in embeddings.items():
+        stored.setdefault(id(weight), f"{names[module]}.weight".removeprefix("."))
     seen: dict[str, set[int]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         tokens = args[0] if args else next(iter(named.values()))
-        name = f"{names[module]}.weight".removeprefix(".")
-        seen.setdefault(name, set()).update(tokens.unique().tolist())
+        seen.setdefault(stored[id(embeddings[module])], set()).update(tokens.unique().tolist())
 
     hooks = [
         module.register_forward_pre_hook(record, with_kwargs=True)
-        for module in embeddings
-        if id(module.weight) not in elsewhere
+        for module, weight in embeddings.items()
+        if id(weight) not in elsewhere
     ]
     training = model.training
     model.eval()
@@ -287,15 +296,15 @@ def _recurrent(name: str, module: nn.RNNBase, source: Any) -> list[Workload]:
     return found
 
 
-def _for_one_sample(x: Workload, samples: int) -> Workload:
-    """A workload of several samples as the average of one, rounded up."""
+def _for_one_sample(x: Workload, samples: int, calls: int) -> Workload:
+    """A workload of several samples as the average of one, rounded up, in so many calls."""
     rows = math.ceil(x.rows / samples)
     return replace(
         x,
         rows=rows,
         input_values=math.ceil(x.input_values / samples),
         output_values=math.ceil(x.output_values / samples),
-        calls=max(1, min(x.calls, rows)),
+        calls=max(1, min(calls, rows)),
     )
 
 

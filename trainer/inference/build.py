@@ -108,9 +108,11 @@ def compile(
             else:
                 model.set_submodule(name, new)
     for module in model.modules():
+        # Their fused kernels would read the weights, which decodes them at each call.
         if isinstance(module, nn.TransformerEncoderLayer) and _choices(module):
-            # Its fused kernel would read the weights, which decodes them at each call.
             module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and _choices(module):
+            module.use_nested_tensor = False
     unknown = set(chosen) - {layer.about.layer for layer in _choices(model)}
     if unknown:
         there = ", ".join(layer.about.layer for layer in _choices(model)) or "none"

@@ -163,11 +163,9 @@ class CompiledLayer(Choice):
         """As the layer that this one replaces; evaluation only.
 
         Raises:
-            TypeError: `input` is not float32.
+            TypeError: `input` is not float32, or nested.
             RuntimeError: `input` needs a gradient, or has a shape that the layer cannot take.
         """
-        if input.is_nested:  # in an nn.TransformerEncoder with a padding mask
-            return torch.nested.as_nested_tensor([self(sample) for sample in input.unbind()])
         check_input(input)
         product = self.product or self.choose(input)
         return self.call(product, input)
@@ -175,6 +173,8 @@ class CompiledLayer(Choice):
 
 def check_input(x: Tensor) -> None:
     """Refuse inputs that kernels cannot compute. Raises TypeError or RuntimeError."""
+    if x.is_nested:
+        raise TypeError("a compiled model takes padded tensors, not nested ones")
     if x.dtype != torch.float32 or x.device.type != "cpu":
         raise TypeError(
             f"a compiled model computes float32 on the CPU, not {x.dtype} on {x.device.type}"

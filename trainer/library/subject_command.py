@@ -49,7 +49,7 @@ def subject_parser(
 def positive(name: str, value: float) -> float:
     """The value of a positive argument. Raises ConfigError if it is not, or not finite."""
     if not 0 < value < math.inf:
-        raise ConfigError(f"{name}={value:g}: it must be above 0")
+        raise ConfigError(f"{name}={value:g}: it must be above 0 and finite")
     return value
 
 

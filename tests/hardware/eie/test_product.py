@@ -114,9 +114,9 @@ def test_vectors_and_codebooks_of_another_length_are_refused() -> None:
     """The loops would read other memory."""
     matrix, codebook = encode(random_codes(50, 70, 0.1), EieSettings()), np.zeros(16)
     for length in (7, 7000):
-        with pytest.raises(ValueError, match=r"it must be \[70\]"):
+        with pytest.raises(ValueError, match=r"it must be \[70\], one value for each"):
             product(matrix, codebook, np.ones(length))
-        with pytest.raises(ValueError, match=r"it must be \[70\]"):
+        with pytest.raises(ValueError, match=r"it must be \[70\], one value for each"):
             simulate(matrix, np.ones(length), EieSettings())
     with pytest.raises(ValueError, match="a codebook of 15 values: the matrix has codes up to 15"):
         product(matrix, codebook[:15], np.ones(70))

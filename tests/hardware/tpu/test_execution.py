@@ -197,7 +197,7 @@ def chain(*layers: nn.Module) -> nn.Sequential:
         (chain(nn.AdaptiveAvgPool2d(2)), "to more than one pixel"),
         (chain(nn.Linear(8, 2)), "of images that are not flattened"),
         (chain(nn.MaxPool2d(2), nn.Tanh()), r"2 \(Tanh\) of what is not the result of a matrix"),
-        (chain(nn.AvgPool2d(2, divisor_override=3)), "a divisor of your own"),
+        (chain(nn.AvgPool2d(2, divisor_override=3)), "or divisor_override"),
         (nn.Sequential(nn.Conv2d(1, 4, 4, padding="same")), "whose padding is uneven"),
         (nn.Sequential(nn.Flatten(), nn.Linear(100, 8), nn.GRU(8, 4)), r"2 \(LinearGRU\)"),
         (chain(Branching()), "torch.fx cannot follow it"),

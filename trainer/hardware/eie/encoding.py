@@ -48,8 +48,8 @@ class EncodedMatrix:
         """Raises ValueError if a vector has not one value for each column."""
         if activations.shape != (self.columns,):
             raise ValueError(
-                f"activations of shape {list(activations.shape)}: it must be [{self.columns}], as "
-                "the matrix has columns"
+                f"activations of shape {list(activations.shape)}: it must be [{self.columns}], one "
+                f"value for each of the {self.columns} columns"
             )
 
     def counts(self) -> Ints:

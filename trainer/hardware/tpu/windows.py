@@ -49,7 +49,5 @@ def pooling_window(trace: Trace, node: fx.Node, source: Value) -> Window:
         unusual = argument(node, "ceil_mode", 4, False) or padding != (0, 0)
         unusual = unusual or argument(node, "divisor_override", 6) is not None
     if unusual:
-        raise trace.refusal(
-            node, "with ceil_mode, dilation, padded averages or a divisor of your own"
-        )
+        raise trace.refusal(node, "with ceil_mode, dilation, padded averages or divisor_override")
     return Window(pair(kernel), pair(stride or kernel), padding, 0)
