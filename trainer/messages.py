@@ -208,11 +208,15 @@ class Evaluated(_Measured):
     parameters: tuple[str, ...] = ()  # the model's entries in its state_dict, tied ones once
 
 
+TRIAL_MEASURES = ("bytes", "latency", "energy", "tpu_cycles", "eie_cycles")
+"""What workers can measure of the final model of a trial: see trainer.worker.trial."""
+
+
 @dataclass(frozen=True)
 class TrialMeasured:
     """A worker measured the final model of a trial."""
 
-    name: str  # of the measure: see trainer.worker.trial
+    name: str  # of TRIAL_MEASURES
     value: float
 
 

@@ -79,22 +79,20 @@ def test_a_variant_of_other_sources_is_never_found(tmp_path) -> None:
 
 
 def test_processes_that_compile_at_once_keep_all_variants(tmp_path) -> None:
-    """Each waits until the other one has written its index and its variant."""
-    index, data = threading.Event(), threading.Event()
+    """The second one does not read the index before the first one has written it."""
     first, second = cache_file(tmp_path, "new"), cache_file(tmp_path, "new")
-    save = first._save_data
+    has_read, save = threading.Event(), first._save_index
 
-    def slow(name: str, content: str) -> None:
-        index.set()
-        assert not data.wait(0.2)
-        save(name, content)
+    def slow(variants: dict[str, str]) -> None:
+        has_read.set()
+        time.sleep(0.2)
+        save(variants)
 
-    first._save_data = slow
+    first._save_index = slow
     thread = threading.Thread(target=first.save, args=("ints", "of ints"))
     thread.start()
-    assert index.wait(10)
+    assert has_read.wait(10)
     second.save("floats", "of floats")
-    data.set()
     thread.join()
     assert second.load("ints") == "of ints"
     assert second.load("floats") == "of floats"

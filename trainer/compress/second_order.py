@@ -118,7 +118,7 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     """The upper triangular U, with a positive diagonal, for which U^T U is the inverse of a matrix.
 
     With rows and columns in reverse order, the matrix is L L^T (Cholesky), and U is L^-1. This
-    takes 0.6 of the time of a factorization of the inverse, and rounds less.
+    takes 0.6 of the time of a factorization of the inverse.
 
     Args:
         matrix: Symmetric and positive definite, [n, n].

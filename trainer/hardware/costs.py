@@ -8,7 +8,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -209,35 +209,46 @@ def network_costs(
     return NetworkCosts(settings, rows, found, measure_limits(settings.threads), notes)
 
 
-def modelled_cost(
-    name: str, model: nn.Module, samples: Tensor, settings: CostSettings | None = None
-) -> float:
-    """A cost of one sample that follows from a model of hardware, without a measurement.
+def modelled_costs(
+    names: Collection[str],
+    model: nn.Module,
+    samples: Tensor,
+    settings: CostSettings | None = None,
+) -> dict[str, float]:
+    """Costs of one sample that follow from models of hardware, without a measurement.
 
     Args:
-        name: `energy`: microjoules of arithmetic and memory accesses in the last stage;
+        names: Which. `energy`: microjoules of arithmetic and memory accesses in the last stage;
             `tpu_cycles`: of the layers' shapes, taken as 8-bit matrices one by one; `eie_cycles`:
             of all linear and recurrent layers, without convolutions.
         model: With plain weights, perhaps quantized, at the end of its phases.
         samples: Inputs [N, ...], of which densities of activations are averages.
-        settings: What the cost is computed for.
+        settings: What the costs are computed for.
 
     Raises:
         ConfigError: EIE cannot execute a layer, or a recurrent layer gets a packed sequence.
     """
     settings = settings or CostSettings()
     found = workloads(model, samples)
-    if name == "tpu_cycles":
-        return _cycles_of_shapes(found, 1).total
-    if name == "eie_cycles":
+    costs = {}
+    if "energy" in names:
+        parameters = [name for name, _ in model.named_parameters()]
+        stages = stored_weights(model.state_dict(), parameters)
+        read = read_fractions(model, samples[:1])
+        *_, last = inference_costs(found, stages, settings.table, settings.buffer_bytes, read=read)
+        costs["energy"] = sum(last.picojoules[cause].value for cause in CAUSES) / 1e6
+    if "tpu_cycles" in names:
+        costs["tpu_cycles"] = _cycles_of_shapes(found, 1).total
+    if "eie_cycles" in names:
         matrices = [x for x in found if x.kind != "convolution"]
         if not matrices:
-            raise ConfigError("the model has no linear or recurrent layer")
-        return float(sum(x.rows * _eie_product(model, x)[0].cycles for x in matrices))
-    stages = stored_weights(model.state_dict(), [name for name, _ in model.named_parameters()])
-    read = read_fractions(model, samples[:1])
-    *_, last = inference_costs(found, stages, settings.table, settings.buffer_bytes, read=read)
-    return sum(last.picojoules[cause].value for cause in CAUSES) / 1e6
+            raise ConfigError("eie_cycles: the model has no linear or recurrent layer")
+        try:
+            cycles = sum(x.rows * _eie_product(model, x)[0].cycles for x in matrices)
+        except ConfigError as error:
+            raise ConfigError(f"eie_cycles: {error}") from error
+        costs["eie_cycles"] = float(cycles)
+    return costs
 
 
 def add_engine(costs: NetworkCosts, cost: CpuCost) -> NetworkCosts:

@@ -4,8 +4,8 @@ The memory is a model: an on-chip buffer holds the activations of the layer at w
 rest as much of the weights as fits; what does not fit is read from off-chip memory for each batch.
 Within a layer, reuse is perfect: each weight and each activation moves once between the buffer and
 the arithmetic units; of an embedding, only the rows that are looked up. So the traffic is a lower
-bound. The energy is that of arithmetic units and
-memories, not that of a CPU; see trainer.hardware.energy.
+bound. The energy is that of arithmetic units and memories, not that of a CPU; see
+trainer.hardware.energy.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
 from trainer import artifact
@@ -17,15 +18,8 @@ from trainer.engine.cost import macs
 from trainer.errors import ConfigError
 from trainer.hardware.figures import Figure
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_INSIDE = Figure(1.0, "assumed")  # density of activations that a layer of torch does not show
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def workloads(model: nn.Module, samples: Tensor) -> list[Workload]:
             old = found.get(new.weight)
             found[new.weight] = new if old is None else _together(old, new)
 
-    kinds = (nn.Linear, nn.RNNBase, nn.MultiheadAttention, *_CONVOLUTIONS)
+    kinds = (nn.Linear, nn.RNNBase, nn.MultiheadAttention, _ConvNd)
     hooks = [
         module.register_forward_hook(record, with_kwargs=True)
         for module in model.modules()
@@ -245,24 +239,9 @@ def _projections(
     weights["out_proj.weight"] = query  # its input is one of queries, with other values
     found = []
     for parameter, source in weights.items():
-        weight = module.get_parameter(parameter)
-        outputs, inputs = weight.shape
-        rows = math.prod(source.shape[:-1])
-        inside = parameter == "out_proj.weight"
-        found.append(
-            Workload(
-                weight=f"{name}.{parameter}".removeprefix("."),
-                kind="linear",
-                rows=rows,
-                inputs=inputs,
-                outputs=outputs,
-                groups=1,
-                nonzero=int(weight.count_nonzero()),
-                input_values=rows * inputs,
-                output_values=rows * outputs,
-                activation_density=Figure(1.0, "assumed") if inside else _density(source),
-            )
-        )
+        weight, rows = module.get_parameter(parameter), math.prod(source.shape[:-1])
+        density = _INSIDE if parameter == "out_proj.weight" else _density(source)
+        found.append(_matrix(f"{name}.{parameter}", "linear", weight, rows, density))
     return found
 
 
@@ -276,24 +255,30 @@ def _recurrent(name: str, module: nn.RNNBase, source: Any) -> list[Workload]:
     for parameter, weight in module.named_parameters():
         if not parameter.startswith("weight"):
             continue
-        first = parameter.startswith("weight_ih_l0")
-        outputs, inputs = weight.shape
-        found.append(
-            Workload(
-                weight=f"{name}.{parameter}".removeprefix("."),
-                kind="recurrent",
-                rows=steps,
-                inputs=inputs,
-                outputs=outputs,
-                groups=1,
-                nonzero=int(weight.count_nonzero()),
-                input_values=steps * inputs,
-                output_values=steps * outputs,
-                activation_density=_density(source) if first else Figure(1.0, "assumed"),
-                calls=1 if parameter.startswith("weight_ih") else length,
-            )
-        )
+        density = _density(source) if parameter.startswith("weight_ih_l0") else _INSIDE
+        calls = 1 if parameter.startswith("weight_ih") else length
+        found.append(_matrix(f"{name}.{parameter}", "recurrent", weight, steps, density, calls))
     return found
+
+
+def _matrix(
+    name: str, kind: str, weight: Tensor, rows: int, density: Figure, calls: int = 1
+) -> Workload:
+    """The product of so many rows with a matrix [outputs, inputs]."""
+    outputs, inputs = weight.shape
+    return Workload(
+        weight=name.removeprefix("."),
+        kind=kind,
+        rows=rows,
+        inputs=inputs,
+        outputs=outputs,
+        groups=1,
+        nonzero=int(weight.count_nonzero()),
+        input_values=rows * inputs,
+        output_values=rows * outputs,
+        activation_density=density,
+        calls=calls,
+    )
 
 
 def _for_one_sample(x: Workload, samples: int, calls: int) -> Workload:

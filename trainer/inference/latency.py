@@ -87,8 +87,8 @@ def _measure(
     }
     integers = _with_integers(model, threads) if has_grid else None
     if integers is None:
-        without = "no layer has integers that oneDNN can multiply"
-        missing[TORCH_INT8] = without if has_grid else "the model is not quantized"
+        reason = "no layer has integers that oneDNN can multiply"
+        missing[TORCH_INT8] = reason if has_grid else "the model is not quantized"
     else:
         calls[TORCH_INT8] = lambda: integers(samples)
     if onnx:

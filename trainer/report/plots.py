@@ -51,8 +51,8 @@ def losses(phases: Sequence[Record], metrics: Sequence[Record]) -> str:
         _over_epochs(axes, phases, metrics, lines)
         axes.set_ylabel("loss")
         values = [entry[key] for entry in metrics for key in ("train_loss", "loss")]
-        positive = [value for value in values if value]
-        if positive and 0 < 20 * min(positive) < max(positive):
+        nonzero = [value for value in values if value]
+        if nonzero and 0 < 20 * min(nonzero) < max(nonzero):
             axes.set_yscale("log")
             log_ticks(axes.yaxis, 10)
         legend(figure, axes, columns=2)

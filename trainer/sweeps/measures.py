@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.config import Config, SweepConfig
 from trainer.errors import ConfigError
-from trainer.messages import PhaseRecord
+from trainer.messages import TRIAL_MEASURES, PhaseRecord
 from trainer.sweeps.compare import Comparison, excess, parse_bound
 
 Record = Mapping[str, Any]
@@ -33,10 +33,7 @@ MEASURES: dict[str, Callable[[Sequence[Record]], float | None]] = {
 The other metrics of the task are measures as well, on validation data after the last phase.
 """
 
-ON_REQUEST = ("bytes", "latency", "energy", "tpu_cycles", "eie_cycles")
-"""Measures that take time, and are made only if a sweep requests them."""
-
-_NO_METRICS = {field.name for field in dataclasses.fields(PhaseRecord)} | {*ON_REQUEST}
+_NO_METRICS = {field.name for field in dataclasses.fields(PhaseRecord)} | {*TRIAL_MEASURES}
 
 
 def task_directions(cfg: Config, objects: Mapping[str, Any]) -> dict[str, str]:
@@ -84,8 +81,8 @@ def measure(records: Sequence[Record]) -> dict[str, float]:
 
 
 def requested(cfg: SweepConfig) -> list[str]:
-    """The measures of ON_REQUEST that the objectives or constraints need."""
-    return [name for name in ON_REQUEST if name in cfg.objectives or name in cfg.constraints]
+    """The measures of workers that the objectives or constraints need: they take time."""
+    return [name for name in TRIAL_MEASURES if name in cfg.objectives or name in cfg.constraints]
 
 
 def check_measures(cfg: SweepConfig, directions: Mapping[str, str]) -> None:

@@ -157,8 +157,8 @@ def range_text(key: str, given: Any) -> Any:
 
     Args:
         key: Of the parameter, for messages.
-        given: One of Optuna's distributions, a list or tuple of values to choose from, or a mapping
-            of these by the last parts of their keys.
+        given: One of Optuna's distributions; a list, tuple or `range` of values to choose from; or
+            a mapping of these by the last parts of their keys.
 
     Raises:
         ConfigError: It holds a value that a configuration cannot hold.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.data.tree import call_with
 from trainer.errors import ConfigError
-from trainer.messages import EpochEnded, Evaluated, PhaseRecord, RoundRecord
+from trainer.messages import TRIAL_MEASURES, EpochEnded, Evaluated, PhaseRecord, RoundRecord
 from trainer.metrics import LOSS, MINIMIZE
 from trainer.tasks import output as outputs
 from trainer.tasks.metrics import AnyMetric, Metric, build_metrics
@@ -20,8 +20,8 @@ _RESERVED = frozenset(
     for record in (EpochEnded, Evaluated, PhaseRecord, RoundRecord)
     for field in dataclasses.fields(record)
 ) | {
-    *("bytes", "ratio", "published", "status", "error", "layers", "stages", "path", "workers"),
-    *("latency", "energy", "tpu_cycles", "eie_cycles"),
+    *("ratio", "published", "status", "error", "layers", "stages", "path", "workers"),
+    *TRIAL_MEASURES,
 }
 
 

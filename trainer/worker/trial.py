@@ -1,7 +1,7 @@
 """The function that workers execute for a trial of a sweep."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from trainer.store.serialization import from_bytes
 from trainer.worker.run import Start, run_phases
 
 MODELLED = ("energy", "tpu_cycles", "eie_cycles")
-"""Measures that follow from models of hardware: see trainer.hardware.costs.modelled_cost."""
+"""Measures that follow from models of hardware: see trainer.hardware.costs.modelled_costs."""
 
 _SECONDS = 0.3  # duration of a latency measurement
 _SAMPLES = 32  # of which densities of activations are averages
@@ -62,27 +62,27 @@ def _measure(
         with world.heartbeat.busy():
             microseconds = 1e6 * _latency(experiment, weights)
         yield TrialMeasured("latency", microseconds)
-    for name in MODELLED:
-        if name in measures:
-            with world.heartbeat.busy():
-                cost = _modelled(name, experiment, weights)
-            yield TrialMeasured(name, cost)
+    if wanted := [name for name in MODELLED if name in measures]:
+        with world.heartbeat.busy():
+            costs = _modelled(wanted, experiment, weights)
+        for name in wanted:
+            yield TrialMeasured(name, costs[name])
 
 
-def _modelled(name: str, experiment: Experiment, content: bytes) -> float:
-    """A cost of a validation sample that follows from a model of hardware."""
-    from trainer.hardware.costs import modelled_cost  # slow to import
+def _modelled(names: Sequence[str], experiment: Experiment, content: bytes) -> Mapping[str, float]:
+    """Costs of a validation sample that follow from models of hardware."""
+    from trainer.hardware.costs import modelled_costs  # slow to import
 
     weights, metadata = from_bytes(content)
     validation = experiment.build_data().validation
     ((samples, _),) = validation.batches([torch.arange(min(_SAMPLES, len(validation)))], None)
     if not isinstance(samples, torch.Tensor):
-        raise RunError(f"{name}: it can be computed for a model with one input only")
+        raise RunError(f"{names[0]}: it can be computed for a model with one input only")
     model = experiment.load_model(weights, from_metadata(metadata))
     try:
-        return modelled_cost(name, model, samples)
+        return modelled_costs(names, model, samples)
     except ConfigError as error:
-        raise RunError(f"{name}: {error}") from error
+        raise RunError(f"the trial cannot be measured: {error}") from error
 
 
 def _latency(experiment: Experiment, content: bytes) -> float:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from trainer.config import SweepConfig
+from trainer.messages import TRIAL_MEASURES
 from trainer.sweeps.analysis.answer import Answer, Row
 from trainer.sweeps.analysis.interference import check as check_interference
 from trainer.sweeps.analysis.interference import interference
 from trainer.sweeps.analysis.sensitivity import check as check_sensitivity
 from trainer.sweeps.analysis.sensitivity import sensitivity
-from trainer.sweeps.measures import MEASURES, ON_REQUEST, requested
+from trainer.sweeps.measures import MEASURES, requested
 from trainer.sweeps.space import Space
 
 
@@ -33,7 +34,8 @@ def check_analysis(cfg: SweepConfig, space: Space) -> None:
         ConfigError: A parameter or a measure is missing, or a parameter must not be searched.
     """
     if cfg.analysis is not None:
-        measured = [name for name in MEASURES if name not in ON_REQUEST or name in requested(cfg)]
+        left_out = {*TRIAL_MEASURES} - {*requested(cfg)}
+        measured = [name for name in MEASURES if name not in left_out]
         ANALYSES[cfg.analysis].check(space, measured)
 
 
