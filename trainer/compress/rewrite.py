@@ -28,6 +28,7 @@ from trainer.compress.quantize import (
 from trainer.compress.state import load_state
 from trainer.errors import ConfigError, first_line
 from trainer.models.copying import copy_model
+from trainer.models.wrappers import unwrapped
 
 # Which batch norm can be folded into which layer. A subclass may compute something else.
 _FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
@@ -54,14 +55,16 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         model = restore(LeNet5(), trainer.artifact.load("model.dcz"))
 
     Args:
-        model: of the same class and settings, as it was built; changed in place and returned.
+        model: of the same class and settings, as it was built; changed in place and returned. The
+            state is that of the module in it if it is `torch.compile(module)`.
         state: a state_dict, or what `trainer.compress.state.model_state` made of one.
 
     Raises:
         RuntimeError: the state is that of another model, or damaged.
     """
-    apply_structure(model, state)
-    load_state(model, state)
+    plain = unwrapped(model)
+    apply_structure(plain, state)
+    load_state(plain, state)
     return model
 
 

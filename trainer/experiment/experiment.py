@@ -55,6 +55,7 @@ from trainer.experiment.phases import (
     stages_of,
 )
 from trainer.models.copying import copy_model
+from trainer.models.wrappers import is_compiled, unwrapped, wrapped_in
 from trainer.phases import Phase, StructuralPhase
 from trainer.phases.structure import (
     StructureChange,
@@ -88,7 +89,8 @@ class Experiment:
     Args:
         model: An `nn.Module`, whose weights are the initial weights; a callable that returns one,
             such as a class or `functools.partial(ConvNet, depth=3)`, called under the seed; or a
-            mapping with a `_target_`.
+            mapping with a `_target_`. Of `torch.compile(module)` and `nn.DataParallel(module)`,
+            the module in it is used.
         data: Splits, Datasets or tensors (see `trainer.data.as_splits`); a callable that returns
             `Splits`; or a mapping with a `_target_`.
         phases: Phases in order, as a sequence or as a mapping by name.
@@ -106,7 +108,8 @@ class Experiment:
         precision: "fp32", "bf16" or "fp16".
         channels_last: Memory format of convolutional models.
         sync_batchnorm: Whether batch norm covers the samples of all workers, or each worker's own.
-        compile: Whether training uses torch.compile, or a mapping of its arguments.
+        compile: Whether training uses torch.compile, or a mapping of its arguments. It is True for
+            a `model` that was compiled.
         recompute: Patterns of modules with gradient checkpointing, such as ["layer*"].
         profile: Whether to measure the parts of each step, and to write traces of some steps.
         init_from: File with initial weights (.safetensors, .pt, .bin or .dcz), or a folder that
@@ -182,6 +185,7 @@ class Experiment:
             )
         if data is None:
             raise ConfigError("data is None: pass Splits, Datasets, tensors, or a mapping")
+        compile = compile or is_compiled(model)
         parts = describe_parts(
             objects,
             model=model,
@@ -329,7 +333,15 @@ class Experiment:
             ConfigError: It cannot be built, or is of a kind that cannot be trained.
         """
         model = self.model.build()
+        if self.model.is_object:
+            model = unwrapped(model)
         for name, module in model.named_modules():
+            if wrapped_in(module) is not None:
+                raise ConfigError(
+                    f"model{name and '.'}{name} is a wrapper, {type(module).__name__}, whose name "
+                    "would be in the names of the weights; return the module in it: the workers "
+                    "share the batches, and compile=true compiles the model"
+                )
             if isinstance(module, torch.jit.ScriptModule):
                 raise ConfigError(
                     f"model{name and '.'}{name}: modules of torch.jit cannot be changed or saved "

@@ -28,6 +28,7 @@ from trainer.inference.products import (
     Int8,
 )
 from trainer.inference.recurrent import FUSED, CompiledSteps, FusedSteps
+from trainer.models.wrappers import unwrapped
 
 COLUMNS: Order = "columns"
 ROWS: Order = "rows"
@@ -84,6 +85,7 @@ def compile(
         OSError: The file cannot be read.
         RuntimeError: The weights do not fit the model.
     """
+    model = unwrapped(model)
     if weights is not None:
         model = restore(model, weights if isinstance(weights, Mapping) else _read(Path(weights)))
     for module in model.modules():

@@ -29,6 +29,7 @@ from trainer.experiment import (
 )
 from trainer.library.objects import dump_objects, load_objects
 from trainer.library.result import Result, SweepResult
+from trainer.models.wrappers import unwrapped
 from trainer.phases import StructuralPhase, StructuredPrune
 from trainer.phases.structure import apply_changes, class_path, from_metadata
 from trainer.report.terminal import Console
@@ -339,7 +340,7 @@ def load(
             ) from error
     known: tuple[type[StructuralPhase], ...] = (StructuredPrune, *phases)
     kinds = {class_path(kind): kind for kind in known}
-    apply_changes(model, from_metadata(metadata), kinds)
+    apply_changes(unwrapped(model), from_metadata(metadata), kinds)
     return restore(model, weights).eval()
 
 
