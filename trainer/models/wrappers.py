@@ -10,7 +10,8 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.DataParallel):
         return module.module
     # Of torch.compile, whose class is slow to import.
-    return module._modules["_orig_mod"] if "_orig_mod" in module._modules else None
+    inner: nn.Module | None = getattr(module, "_orig_mod", None)
+    return inner
 
 
 def unwrapped(model: Any) -> Any:
