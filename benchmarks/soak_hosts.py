@@ -1,11 +1,12 @@
 """An elastic run on hosts that fail at random must lose no step, and a replay must give its bits.
 
-    python benchmarks/soak_hosts.py [--minutes 30] [--seed 0] [--only FAULT ...]
+    python benchmarks/soak_hosts.py [--minutes 30] [--seed 0] [--rate 1gbit] [--only FAULT ...]
 
 LeNet-5 on 1,280 digits is trained, pruned along a ramp, retrained and shared by up to three workers
-(cluster.min_workers=1) on four hosts made of namespaces (trainer/testing/hosts.py; Linux, root),
-with links of 1 Gbit/s. Host 1 is the head of Ray and runs the command. Every 5 to 20 seconds one of
-these happens; what was broken is repaired up to 15 seconds after the run has continued:
+(cluster.min_workers=1) on four hosts made of namespaces (trainer/testing/hosts.py; Linux, root).
+Host 1 is the head of Ray and runs the command. A slow `--rate` of the links makes steps long and
+leaves the processor to others. Every 5 to 20 seconds one of these happens; what was broken is
+repaired up to 15 seconds after the run has continued:
 
     worker killed, worker frozen    SIGKILL or SIGSTOP to a worker
     host killed, Ray killed         SIGKILL to all processes of a host, or to its raylet
@@ -65,8 +66,9 @@ Repair = Callable[[], None]
 class Cluster:
     """The hosts, and the run on them."""
 
-    def __init__(self, hosts: Hosts, folder: Path) -> None:
+    def __init__(self, hosts: Hosts, rate: str, folder: Path) -> None:
         self.hosts = hosts
+        self.rate = rate
         self.folder = folder
         self._output = folder / "output"
         self.command: subprocess.Popen[str]
@@ -175,7 +177,7 @@ def disconnect_pair(cluster: Cluster, host: int) -> Repair:
 
 def slow_link(cluster: Cluster, host: int) -> Repair:
     cluster.hosts.set_rate("20mbit", host)
-    return lambda: cluster.hosts.set_rate("1gbit", host)
+    return lambda: cluster.hosts.set_rate(cluster.rate, host)
 
 
 def drain(cluster: Cluster, host: int) -> Repair:
@@ -319,6 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their times")
+    parser.add_argument("--rate", default="1gbit", help="of every link, as tc takes it")
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT")
     args = parser.parse_args()
     print(
@@ -335,9 +338,11 @@ def main() -> None:
         folder.mkdir()
         size = f"size={DISK_MB}m"
         subprocess.run(["mount", "-t", "tmpfs", "-o", size, "soak", folder], check=True)
-        with Hosts(HOSTS, "1gbit") as hosts:
+        with Hosts(HOSTS, args.rate) as hosts:
             hosts.start_ray(*hosts)
-            done = soak(Cluster(hosts, folder), args.only, until, args.seed + runs, table)
+            done = soak(
+                Cluster(hosts, args.rate, folder), args.only, until, args.seed + runs, table
+            )
         runs += 1
         same = done and replayed(folder / "run", folder / "again")
         equal += same
