@@ -1,7 +1,9 @@
 """Averaged gradients compared with those of one process, and failures."""
 
+import functools
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 
 from trainer.config import AllReduceConfig
+from trainer.engine.links import SharedLink
 from trainer.engine.reducer import Reducer
 from trainer.engine.ring import RingAllReduce
 from trainer.engine.world import World
@@ -237,36 +240,82 @@ def test_types_are_kept_apart(ranks: Ranks) -> None:
     assert ranks(2, body) == [[(dtype, 0.5) for dtype in types]] * 2
 
 
+def last_gradient_within_backward(
+    world: World, length: int, config: AllReduceConfig, tries: int
+) -> float:
+    """What the last layer's gradient is while the first layer has none; its mean is 0.5.
+
+    Waits until it is the mean, at most `tries` times 10 ms.
+    """
+    first, last = nn.Parameter(torch.ones(length)), nn.Parameter(torch.ones(length))
+    seen: list[float] = []
+
+    class Between(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            for _ in range(tries):
+                if last.grad is not None and last.grad[0] == 0.5:
+                    break
+                time.sleep(0.01)
+            seen.append(last.grad[0].item())
+            return gradient
+
+    reducer = Reducer([first, last], world, config)
+    reducer.arm()
+    (Between.apply(first) + last * world.rank).sum().backward()
+    reducer.finish()
+    assert last.grad.unique().tolist() == [0.5]
+    reducer.close()
+    return seen[0]
+
+
 def test_buckets_leave_in_order_while_backward_runs(ranks: Ranks) -> None:
     """The last layer's bucket is averaged before the first layer has its gradient."""
-
-    def body(world: World) -> float:
-        first, last = nn.Parameter(torch.ones(300)), nn.Parameter(torch.ones(300))
-        seen: list[float] = []
-        averaged = threading.Event()
-
-        class Between(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor) -> Tensor:
-                return x.clone()
-
-            @staticmethod
-            def backward(ctx: Any, gradient: Tensor) -> Tensor:
-                for _ in range(1000):  # at most 10 s
-                    if last.grad is not None and last.grad[0] == 0.5:
-                        break
-                    averaged.wait(0.01)
-                seen.append(last.grad[0].item())
-                return gradient
-
-        reducer = Reducer([first, last], world, SMALL)
-        reducer.arm()
-        (Between.apply(first) + last * world.rank).sum().backward()
-        reducer.finish()
-        reducer.close()
-        return seen[0]
-
+    body = functools.partial(last_gradient_within_backward, length=300, config=SMALL, tries=1000)
     assert ranks(2, body) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("quick", "seen"), [(True, [0.0, 1.0]), (False, [0.5, 0.5])])
+def test_small_buckets_leave_together_between_ranks_of_one_host(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, quick: bool, seen: list[float]
+) -> None:
+    """Two buckets of 256 KiB: with another host, the first is sent while backward runs."""
+    monkeypatch.setattr(SharedLink, "quick", quick)
+    body = functools.partial(
+        last_gradient_within_backward,
+        length=64 * 1024,
+        config=AllReduceConfig(),
+        tries=5 if quick else 1000,
+    )
+    assert ranks(2, body) == seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 8),  # an eighth of all
+        ({"bucket_mb": 0.25}, 32),
+        ({"wire": "int8"}, 1),  # its error would depend on the size of the buckets
+    ],
+)
+def test_a_small_model_has_several_buckets(
+    ranks: Ranks, settings: dict[str, Any], count: int
+) -> None:
+    """64 parameters of 128 KiB."""
+
+    def body(world: World) -> int:
+        parameters = [nn.Parameter(torch.ones(32 * 1024)) for _ in range(64)]
+        reducer = Reducer(parameters, world, AllReduceConfig(**settings))
+        sizes = [len(bucket.parameters) for bucket in reducer._buckets if bucket.parameters]
+        reducer.close()
+        assert sum(sizes) == 64
+        return len(sizes)
+
+    assert ranks(2, body) == [count, count]
 
 
 @pytest.mark.parametrize("wire", ["fp32", "bf16"])

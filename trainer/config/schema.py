@@ -136,7 +136,9 @@ class AllReduceConfig:
     wire: str = "fp32"  # number format of gradients on the network: fp32 | bf16 | fp16 | int8
     # Whether a step also sends what was lost in earlier ones; null: with int8 and `compression`.
     error_feedback: bool | None = None
-    bucket_mb: float = 25.0  # MiB of gradients reduced together; a larger parameter: in pieces
+    # Most MiB of gradients reduced together; a larger parameter: in pieces; a small model: on CPUs,
+    # an eighth of its gradients, or 0.25.
+    bucket_mb: float = 25.0
     segment_kb: int = 2048  # KiB of a ring message that are in flight at a time
     # What is sent of a gradient: none (all values) | powersgd (two narrow matrices) | topk (the
     # largest values), or a mapping with a `_target_`, a class of your own.

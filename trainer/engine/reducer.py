@@ -24,6 +24,8 @@ from trainer.engine.lossy.make import make_lossy
 from trainer.engine.ring import WIRE_TYPES, AllReduce, NativeAllReduce, RingAllReduce
 from trainer.engine.world import World
 
+_FEWEST_BUCKETS = 8  # into which gradients are divided, unless that makes them smaller than this:
+_SMALL_BYTES = 256 * 1024
 _CLOSE_S = 1.0  # seconds; the thread ends at once unless the back end holds it until its time-out
 
 _setting_threads = threading.Lock()  # held while torch's number of threads is changed and restored
@@ -37,11 +39,13 @@ class Reducer:
         reducer.finish()     # after it: every .grad is the mean, with the same bits on all ranks
 
     From `arm` on, a bucket is sent as soon as it and all buckets before it are complete: by another
-    thread, or on CUDA on another stream. Call no collective of `world` before `finish`. A rank
-    without a gradient of some parameter contributes zero to its mean; where no rank has one,
-    `.grad` stays None, so that the optimizer leaves the parameter alone. Sparse gradients become
-    dense. After `finish`, gradients are views of the buckets. A world of one has neither buckets
-    nor hooks.
+    thread, or on CUDA on another stream. Between ranks of one host, where waiting takes processor
+    time from backward, small buckets wait until they hold `config.bucket_mb`.
+
+    Call no collective of `world` before `finish`. A rank without a gradient of some parameter
+    contributes zero to its mean; where no rank has one, `.grad` stays None, so that the optimizer
+    leaves the parameter alone. Sparse gradients become dense. After `finish`, gradients are views
+    of the buckets. A world of one has neither buckets nor hooks.
 
     Attributes:
         extra: float32 [extras], averaged along with the gradients, without rounding to the wire
@@ -81,7 +85,8 @@ class Reducer:
         self._hooks: list[RemovableHandle] = []
         if world.size == 1:
             return
-        bucket_bytes = max(1, int(config.bucket_mb * 2**20))
+        bucket_bytes = _bucket_bytes(self._parameters, config, world.device)
+        self._least_bytes = _most_bytes(config) if world.transport.quick else 0  # sent at a time
         _check(self._parameters, bucket_bytes, world)
         # One more extra: how many parameters have no gradient on some rank.
         self._buckets = _assign(self._parameters, bucket_bytes, config, extras + 1, world.device)
@@ -229,11 +234,18 @@ class Reducer:
         self._launch_complete()
 
     def _launch_complete(self) -> None:
-        while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
-            bucket = self._buckets[self._launched]
+        """Send the complete buckets that are next, if they are enough or the last ones."""
+        end = self._launched
+        while end < len(self._buckets) and not self._buckets[end].missing:
+            end += 1
+        ready = self._buckets[self._launched : end]
+        waits = end < len(self._buckets)
+        if waits and sum(bucket.flat.nbytes for bucket in ready) < self._least_bytes:
+            return
+        for bucket in ready:
             for all_reduce, piece in zip(bucket.all_reduces, bucket.pieces, strict=True):
                 self._sender.send(all_reduce, piece)
-            self._launched += 1
+        self._launched = end
 
 
 class _Bucket:
@@ -382,6 +394,26 @@ def _make_lossy(
     return make_lossy(parts, config)
 
 
+def _most_bytes(config: AllReduceConfig) -> int:
+    return max(1, int(config.bucket_mb * 2**20))
+
+
+def _bucket_bytes(
+    parameters: list[nn.Parameter], config: AllReduceConfig, device: torch.device
+) -> int:
+    """Size at which a bucket ends.
+
+    A small model gets smaller buckets than the setting asks for, so that most of its gradients are
+    sent while backward runs. Not on CUDA, where each bucket launches kernels, and not where the
+    average of a bucket is lossy, because then the size changes what is lost. It does not depend on
+    where the ranks are: the order of summation is the same on one host and on several.
+    """
+    if config.is_lossy or device.type == "cuda":
+        return _most_bytes(config)
+    share = sum(p.nbytes for p in parameters) // _FEWEST_BUCKETS
+    return min(_most_bytes(config), max(_SMALL_BYTES, share))
+
+
 def _assign(
     parameters: list[nn.Parameter],
     bucket_bytes: int,
@@ -412,9 +444,10 @@ def _assign(
     exact = wire == torch.float32 and all(p.dtype == torch.float32 for p in groups[-1])
     if groups[-1] and not exact:
         groups.append([])
-    max_bytes = bucket_bytes if config.compression == "none" else sys.maxsize
+    most_bytes = _most_bytes(config)
+    max_bytes = most_bytes if config.compression == "none" else sys.maxsize
     buckets = [_Bucket(group, wire, 0, device, max_bytes) for group in groups[:-1]]
-    return [*buckets, _Bucket(groups[-1], torch.float32, extras, device, bucket_bytes)]
+    return [*buckets, _Bucket(groups[-1], torch.float32, extras, device, most_bytes)]
 
 
 def _check(parameters: list[nn.Parameter], bucket_bytes: int, world: World) -> None:

@@ -57,6 +57,10 @@ class Transport(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def quick(self) -> bool:
+        """Whether all ranks that this one exchanges tensors with answer within microseconds."""
+        ...
 
     def exchange(self, outgoing: Tensor, to: int, incoming: Tensor, source: int) -> Handle:
         """Start to send `outgoing` to rank `to` and to fill `incoming` from rank `source`.
@@ -101,6 +105,7 @@ class SocketTransport:
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
+        self.quick = all(link.quick for link in links)
         self._links = {link.rank: link for link in links}
         self._error: ConnectionError | TimeoutError | None = None
 
@@ -189,6 +194,8 @@ class SocketTransport:
 
 class NcclTransport:
     """CUDA tensors over the default process group, which must be NCCL's."""
+
+    quick = False
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()

@@ -133,8 +133,10 @@ class Hosts:
                 *(f"--node-ip-address={self.address(host)}", f"--num-cpus={cpus}", "--num-gpus=0"),
                 *("--object-store-memory=100000000", "--disable-usage-stats"),
             ]
-            if self.run(host, *command, capture_output=True, check=False).returncode:
-                self.run(host, *command, capture_output=True)  # a machine that is busy
+            for last in (False, False, False, True):  # more than one if the machine is busy
+                if not self.run(host, *command, capture_output=True, check=last).returncode:
+                    return
+                self.run(host, _RAY, "stop", "--force", capture_output=True, check=False)
 
         if 1 in hosts:
             start(1)
