@@ -7,10 +7,9 @@ from torch import nn
 
 def wrapped_in(module: nn.Module) -> nn.Module | None:
     """The module in the wrapper of torch.compile or in `nn.DataParallel`; None: it is neither."""
-    if isinstance(module, nn.DataParallel):
-        return module.module
-    # Of torch.compile, whose class is slow to import.
-    inner: nn.Module | None = getattr(module, "_orig_mod", None)
+    # torch.compile's class is slow to import.
+    name = "module" if isinstance(module, nn.DataParallel) else "_orig_mod"
+    inner: nn.Module | None = getattr(module, name, None)
     return inner
 
 
