@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -435,3 +436,59 @@ def test_a_function_is_no_metric():
         ConfigError, match=r"it lacks update; .* trainer\.tasks\.Average\(function, "
     ):
         TorchMetric(max)
+
+
+@dataclass
+class Parts:
+    """What a variational autoencoder returns."""
+
+    image: Tensor
+    mean: Tensor
+
+
+def loss_of_parts(output: Any, targets: Tensor) -> Tensor:
+    image, mean = output.values() if isinstance(output, dict) else output
+    return F.mse_loss(image, targets) + mean.square().mean()
+
+
+def test_a_loss_may_take_all_that_the_model_returns() -> None:
+    image, targets = NUMBERS[0][:, 0], NUMBERS[1]
+    expected = F.mse_loss(image, targets) + image.square().mean()
+    task = Custom(loss_of_parts, whole_output=True)
+    assert not task.needs_prediction
+    for output in ((image, image), {"image": image, "mean": image}):
+        torch.testing.assert_close(task.training_loss(output, targets, 6), expected)
+        torch.testing.assert_close(task.evaluation_loss(output, targets, 6), 6 * expected)
+    each = Custom(lambda output, targets: (output.image - targets) ** 2, whole_output=True)
+    found = each.training_loss(Parts(image, image), targets, 6)
+    torch.testing.assert_close(found, F.mse_loss(image, targets))
+
+
+def test_a_loss_of_the_whole_output_is_evaluated_in_fp32() -> None:
+    seen = []
+
+    def record(output: Any, targets: Tensor) -> Tensor:
+        seen.append(output)
+        return targets.sum()
+
+    half = torch.ones(2, dtype=torch.bfloat16)
+    named = namedtuple("named", "image")
+    outputs = [half, (half,), {"image": half}, named(half), Parts(half, torch.ones(2).long())]
+    for output in outputs:
+        Custom(record, whole_output=True).evaluation_loss(output, NUMBERS[1], 6)
+    found = [seen[0], seen[1][0], seen[2]["image"], seen[3].image, seen[4].image]
+    assert [value.dtype for value in found] == [torch.float32] * 5
+    assert seen[4].mean.dtype == torch.int64
+    assert outputs[4].image.dtype == torch.bfloat16
+
+
+def test_without_units_a_loss_of_the_whole_output_has_no_gradient() -> None:
+    output = {"image": torch.ones(2, requires_grad=True)}
+    Custom(loss_of_parts, whole_output=True).training_loss(output, torch.ones(0), 0).backward()
+    assert output["image"].grad is not None
+    assert output["image"].grad.eq(0).all()
+
+
+def test_a_loss_that_the_model_computes_is_called_with_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"^whole_output=true with loss=model: .*; leave whole"):
+        Custom("model", whole_output=True)

@@ -92,6 +92,11 @@ class Task:
         return callable(self.loss)
 
     @property
+    def has_loss_of_prediction(self) -> bool:
+        """Whether that is called with the prediction."""
+        return self.has_own_loss
+
+    @property
     def fractional_units(self) -> bool:
         """Whether `units` may return fractions."""
         return False
@@ -158,8 +163,11 @@ class Task:
             raise NotImplementedError
         if not units:
             return 0 * prediction.sum()
-        inputs = self.loss_inputs(prediction, targets)
-        found = self.loss(*inputs)
+        return self._own_loss(*self.loss_inputs(prediction, targets), targets, units)
+
+    def _own_loss(self, output: Any, expected: Tensor, targets: Tensor, units: float) -> Tensor:
+        """The mean of a loss of the user's, which is called with `output` and `expected`."""
+        found = self.loss(output, expected)
         if not isinstance(found, Tensor):
             raise TypeError(
                 f"the loss must return a tensor of losses or their mean, not a "
@@ -168,7 +176,7 @@ class Task:
         if not found.ndim:
             return found
         # Of mixed samples, `units` are those of the samples, and the targets perhaps the partners'.
-        rows = inputs[1].ndim == 1 and found.shape == inputs[1].shape
+        rows = expected.ndim == 1 and found.shape == expected.shape
         if not rows and found.numel() not in (units, self.full_units(targets)):
             raise ValueError(
                 f"the loss returned {[*found.shape]} for targets {[*targets.shape]}; it must "

@@ -1,8 +1,10 @@
 """Outputs of models: finds the prediction and the auxiliary outputs in them."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PREDICTIONS = ("logits", "out", "prediction", "predictions")
@@ -65,6 +67,28 @@ def model_loss(output: Any) -> Tensor:
             "of no dimension"
         )
     return found
+
+
+def in_float(output: Any) -> Any:
+    """An output whose float16 and bfloat16 tensors are float32, of the same type as `output`."""
+    if isinstance(output, Tensor):
+        return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    if isinstance(output, tuple | list):
+        items = [in_float(item) for item in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if isinstance(output, Mapping):
+        changed = copy.copy(output)
+        for key, item in output.items():
+            changed[key] = in_float(item)  # type: ignore[index]
+        return changed
+    if not hasattr(output, "__dict__"):
+        return output
+    changed = copy.copy(output)
+    values = Tensor | tuple | list | Mapping
+    vars(changed).update(
+        {name: in_float(item) for name, item in vars(output).items() if isinstance(item, values)}
+    )
+    return changed
 
 
 def describe(output: Any) -> str:

@@ -162,9 +162,10 @@ def _check_split(
         problem += "; convert the model with .float(), since inputs are float32"
     output = _forward(model, inputs, targets, runtime, problem)
     try:
-        prediction = (
-            task.prediction(output) if task.needs_prediction else outputs.model_loss(output)
-        )
+        if task.needs_prediction:
+            prediction = task.prediction(output)
+        else:  # the loss is looked at instead
+            prediction = torch.empty(0) if task.has_own_loss else outputs.model_loss(output)
         wrong = task.check(prediction, targets)
         shown = outputs.describe(prediction)
     except ValueError as error:
@@ -207,12 +208,12 @@ def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime
             loss = task.evaluation_loss(output, placed, units)
             if loss.numel() != 1:
                 raise ValueError(f"it returned {outputs.describe(loss)} for one sample")
-            if task.has_own_loss or task.measured:
+            if task.has_loss_of_prediction or task.measured:
                 prediction = task.prediction(output)
                 if prediction.ndim and len(prediction) == 1:
                     prediction, placed = (torch.cat((x, x)) for x in (prediction, placed))
                     units *= 2
-            if task.has_own_loss:
+            if task.has_loss_of_prediction:
                 task.mean_loss(prediction.float(), placed, units)
             if task.measured:
                 what = "metrics"
@@ -226,7 +227,7 @@ def _check_measures(name: str, output: object, targets: Tensor, runtime: Runtime
         advice = ""
         if "Using a target size" in str(error):
             advice = "; give targets the shape of the output, such as targets[:, None]"
-        elif what == "loss" and task.has_own_loss and not isinstance(output, Tensor):
+        elif what == "loss" and task.has_loss_of_prediction and not isinstance(output, Tensor):
             shown = outputs.describe(task.prediction(output))
             advice = f"; it is called with {shown} of the output alone: {SEVERAL_OUTPUTS}"
         raise ConfigError(
