@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 from trainer.data.checked import CheckedSplit
 from trainer.data.collate import Pad
 from trainer.data.datasets import dataset
+from trainer.data.tree import first_samples, map_tensors
 from trainer.errors import RunError
 
 SAMPLES = [(torch.arange(1, 2 + n % 4), torch.arange(1, 2 + n % 4)) for n in range(20)]
@@ -47,12 +49,56 @@ def test_random_numbers_of_collate_are_seeded_by_the_batch():
     [
         (lambda samples: torch.stack([x for x, _ in samples]), "collate raised RuntimeError"),
         (
-            lambda samples: (torch.zeros(1), torch.zeros(1)),
-            r"entry for each sample: 2, not \[1\]; pad",
+            lambda samples: (torch.zeros(2), [{"boxes": torch.zeros(4)}] * 2),
+            r"the targets of collate must be a tensor \[n, ...\], not list; what the loss needs",
         ),
     ],
 )
 def test_a_wrong_function_is_named(collate, said):
     split = CheckedSplit(dataset(SAMPLES, SAMPLES, SAMPLES, collate=collate).train, "train", None)
     with pytest.raises(RunError, match=said):
+        next(split.batches([torch.arange(2)], 0))
+
+
+def _graphs(samples):
+    """Nodes and edges of all graphs in one list each, and targets of the graphs."""
+    nodes = torch.cat([x for x, _ in samples])
+    edges = torch.arange(2 * len(nodes) + 3).reshape(1, -1)
+    return {"nodes": nodes, "edges": edges}, torch.tensor([len(target) for _, target in samples])
+
+
+def test_batches_need_not_have_a_row_for_each_sample():
+    split = dataset(SAMPLES, SAMPLES, SAMPLES, collate=_graphs).train
+    ((inputs, targets),) = split.batches([torch.tensor([0, 2])], 0)
+    assert inputs["nodes"].tolist() == [1, 1, 2, 3]
+    assert inputs["edges"].shape == (1, 11)
+    assert targets.tolist() == [1, 3]
+    assert first_samples(inputs, 1) is inputs
+    assert first_samples((torch.zeros(3), torch.zeros(3, 2)), 1)[1].shape == (1, 2)
+
+
+def test_a_wrong_target_that_belongs_to_no_row_is_named_by_its_batch():
+    def nodes(samples):
+        return _graphs(samples)[0], torch.cat([target for _, target in samples])
+
+    def check(targets):
+        return 3, "it is wrong"
+
+    split = CheckedSplit(dataset(SAMPLES, SAMPLES, SAMPLES, collate=nodes).train, "train", check)
+    with pytest.raises(RunError, match=r"train sample 2: in a batch of 2, it is wrong"):
+        next(split.batches([torch.tensor([2, 0])], 0))
+
+
+def test_packed_sequences_move_without_their_batch_sizes():
+    packed = pack_sequence([torch.zeros(1), torch.ones(2)], enforce_sorted=False)
+    moved = map_tensors(lambda tensor: tensor.to("meta"), packed)
+    assert moved.data.is_meta
+    assert not moved.batch_sizes.is_meta
+    assert moved.sorted_indices.is_meta
+
+
+def test_a_dictionary_as_target_belongs_into_the_input():
+    samples = [(torch.zeros(1), {"boxes": torch.zeros(1, 4)})] * 20
+    split = CheckedSplit(dataset(samples, samples, samples).train, "train", None)
+    with pytest.raises(RunError, match=r"not dict; .* can be a part of the input"):
         next(split.batches([torch.arange(2)], 0))

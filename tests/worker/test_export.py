@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import trainer.data
 import trainer.worker.export
 from tests.exporter import exporter_reads_its_operators_once  # noqa: F401 - a fixture
 from tests.test_resume import config
@@ -130,3 +131,26 @@ def test_the_final_model_is_compared_with_the_dense_one(monkeypatch: pytest.Monk
     assert len(told[1].content) == told[1].file_bytes < 0.35 * told[0].file_bytes
     assert all(abs(one.accuracy - one.torch_metrics["accuracy"]) <= 0.05 for one in told)
     assert told[0].difference < 1e-4
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, nodes: Tensor, counts: Tensor) -> Tensor:
+        logits: Tensor = self.fc(nodes).unflatten(0, (len(counts), 2)).sum(1)
+        return logits
+
+
+def _pairs(samples: Any) -> Any:
+    nodes = torch.zeros(2 * len(samples), 2)
+    return (nodes, torch.zeros(len(samples))), torch.tensor([target for _, target in samples])
+
+
+def test_inputs_without_rows_are_refused() -> None:
+    samples = [(torch.zeros(2), 1)] * 20
+    data = trainer.data.dataset(samples, collate=_pairs)  # type: ignore[arg-type]
+    given = Experiment(model=Pairs, data=data, phases=[Quantize(epochs=1)])
+    with pytest.raises(ConfigError, match=r"^export.onnx=true: .* no row for each sample"):
+        list(try_export(WORLD, given))

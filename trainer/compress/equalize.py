@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from trainer.compress.dependencies import Unit, output_tensors, removable_units
 from trainer.compress.layer_inputs import evaluation
-from trainer.data.tree import map_tensors, tensors
+from trainer.data.tree import first_samples, map_tensors, tensors
 
 _SAMPLES = 4  # with which channels are found and tried
 _PROBE = 2.0**8  # factor with which a pair is tried: an operation that saturates shows at once
@@ -87,8 +87,9 @@ def equalize(model: nn.Module, inputs: Any, names: Container[str]) -> int:
     Returns:
         The number of pairs.
     """
-    count = max(2, min(len(next(tensors(inputs))), _SAMPLES))
-    inputs = map_tensors(lambda x: torch.cat((x, x))[:count], inputs)
+    inputs = first_samples(inputs, _SAMPLES)
+    if all(len(tensor) == 1 for tensor in tensors(inputs)):
+        inputs = map_tensors(lambda x: torch.cat((x, x)), inputs)
     layers: dict[frozenset[tuple[str, int]], list[Unit]] = {}
     for unit in removable_units(model, inputs):
         layers.setdefault(unit.dimensions, []).append(unit)

@@ -70,11 +70,13 @@ class CheckedSplit:
 
         Args:
             indices: Of the samples [n].
-            targets: Of the samples [n, ...].
+            targets: Of the samples [n, ...], or more, such as one for each node of n graphs.
         """
         if len(targets) and (found := self.check(targets)) is not None:
             position, reason = found
-            raise SampleError(int(indices[position]), reason)
+            if len(targets) == len(indices):
+                raise SampleError(int(indices[position]), reason)
+            raise SampleError(int(indices[0]), f"in a batch of {len(indices)}, {reason}")
 
     def describe(self, error: SampleError) -> str:
         """The error in words, with the names of split and sample."""

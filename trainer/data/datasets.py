@@ -25,7 +25,7 @@ from trainer.data.loaders import fork_server, start_loader
 from trainer.data.order import permutation
 from trainer.data.prefetch import spare_cpus
 from trainer.data.split import SampleError, Split, Splits, name_sample
-from trainer.data.tree import map_tensors, merge, tensors
+from trainer.data.tree import map_tensors, merge
 from trainer.errors import ConfigError, first_line
 
 SPLIT_SEED = 0
@@ -124,22 +124,23 @@ class SeededBatches(Dataset[Batch | SampleError]):
         except SampleError as error:
             return error
         targets = targets.float() if targets.is_floating_point() else targets.long()
-        return map_tensors(lambda tensor: tensor[: len(wanted)], inputs), targets[: len(wanted)]
+        if not wanted:
+            return map_tensors(lambda tensor: tensor[:0], inputs), targets[:0]
+        return inputs, targets
 
     def _collated(self, pairs: Sequence[tuple[Any, Any]], indices: Sequence[int]) -> Batch:
         assert self._collate is not None
         try:
             inputs, targets = self._collate(pairs)
-            lengths = {len(tensor) for tensor in (*tensors(inputs), targets)}
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             reason = f"collate raised {type(error).__name__}: {first_line(error)}"
             raise SampleError(indices[0], f"in a batch of {len(pairs)}, {reason}") from error
-        if lengths != {len(pairs)}:
+        if not isinstance(targets, Tensor) or not targets.ndim:
             raise SampleError(
                 indices[0],
-                "the first dimension of all tensors of collate must have one entry for each "
-                f"sample: {len(pairs)}, not {sorted(lengths)}; pad what differs in length, "
-                "such as the nodes and edges of graphs, and pass a mask to the model",
+                f"the targets of collate must be a tensor [n, ...], not {_type_name(targets)}; "
+                "what the loss needs besides, such as the boxes of images, can be a part of the "
+                "inputs",
             )
         return inputs, targets
 
@@ -380,7 +381,9 @@ def _check_item(item: Any, index: int) -> tuple[Any, Any]:
         known = isinstance(target, int | float)
     if not known:
         raise SampleError(
-            index, f"its target must be a number or a tensor, not {_type_name(target)}"
+            index,
+            f"its target must be a number or a tensor, not {_type_name(target)}; what the loss "
+            "needs besides, such as the boxes of images, can be a part of the input",
         )
     return _check_input(value, index), target
 

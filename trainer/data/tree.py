@@ -22,10 +22,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return function(value)
     if isinstance(value, Mapping):
         return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, PackedSequence):  # its batch_sizes stay on the CPU
+        data, sizes, *orders = value
+        return PackedSequence(function(data), sizes, *(map_tensors(function, i) for i in orders))
     if isinstance(value, tuple | list):
         items = [map_tensors(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def first_samples(inputs: Any, count: int) -> Any:
+    """The first samples of a batch; the whole batch if they are not its rows, as of graphs."""
+    if len({len(tensor) for tensor in tensors(inputs)}) > 1:
+        return inputs
+    return map_tensors(lambda tensor: tensor[:count], inputs)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.checked import sample_name
-from trainer.data.split import Split
+from trainer.data.split import Split, unwrapped
 from trainer.data.tree import tensors
 from trainer.engine.world import World
 from trainer.errors import RunError
@@ -35,17 +35,18 @@ def check_samples(
     Raises:
         RunError: Names the split and the sample.
     """
-    order = list(order)
+    samples = [index for indices in order for index in indices.split(1)]
     found = torch.zeros(2, world.size, dtype=torch.int64)  # a sample's index + 1, or 0
-    for indices, batch in zip(order, split.batches(order, epoch), strict=True):
-        for part, values in zip(found, batch, strict=True):
-            broken = torch.zeros(len(indices), dtype=torch.bool)
-            for tensor in tensors(values):
-                if tensor.is_floating_point() and len(tensor):
-                    own = tensor[: len(indices)]  # the partners of mixed samples may follow
-                    broken |= ~own.isfinite().reshape(len(own), -1).all(1)
-            if bool(broken.any()) and not part[world.rank]:
-                part[world.rank] = indices[broken][0] + 1
+    # One by one, since batches need not have a row for each sample; without the partners of mixed
+    # samples, which are in the batches of a wrapper.
+    for index, sample in zip(samples, unwrapped(split).batches(samples, epoch), strict=True):
+        for part, values in zip(found, sample, strict=True):
+            broken = any(
+                tensor.is_floating_point() and not bool(tensor.isfinite().all())
+                for tensor in tensors(values)
+            )
+            if broken and not part[world.rank]:
+                part[world.rank] = index + 1
         if found[0, world.rank]:
             break
         world.heartbeat.beat()

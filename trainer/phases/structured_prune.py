@@ -22,7 +22,7 @@ from trainer.compress.select import select_weights, weights
 from trainer.compress.slicing import find_units, remove, to_change
 from trainer.config import check_choice, check_min
 from trainer.config.drop import is_worse
-from trainer.data.tree import call_with, map_tensors, tensors
+from trainer.data.tree import call_with, first_samples, tensors
 from trainer.engine.cost import macs
 from trainer.engine.world import World
 from trainer.errors import ConfigError, Diverged, RunError
@@ -170,7 +170,7 @@ class _Search:
 
     def __init__(self, phase: StructuredPrune, model: nn.Module, inputs: Any) -> None:
         self._phase = phase
-        self._sample = map_tensors(lambda tensor: tensor[:1], inputs)
+        self._sample = first_samples(inputs, 1)
         self._model, self._units, refused = find_units(model, inputs)
         chosen = select_weights(self._model, phase.include, phase.exempt)
         exempt = weights(self._model).keys() - chosen.keys()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.split import Split
-from trainer.data.tree import map_tensors
+from trainer.data.tree import first_samples, tensors
 from trainer.engine.world import World
 from trainer.errors import ConfigError, RunError, first_line
 from trainer.experiment import Experiment, check_phases
@@ -54,6 +54,11 @@ def _try(experiment: Experiment) -> None:
     check_phases(experiment, model)
     check_compatible(model, data, experiment.build_runtime(alone))
     sample = _inputs(data.validation, 2)
+    if {len(tensor) for tensor in tensors(sample)} != {2}:
+        raise ConfigError(
+            "export.onnx=true: the inputs of a batch have no row for each sample, which the sizes "
+            "in a file need; set export.onnx=false"
+        )
     for name, phase in experiment.phases.items():
         if phase.samples:
             phase.observe(model, alone, [sample])
@@ -101,11 +106,14 @@ def _exported(experiment: Experiment, final: bytes, dense: bytes | None) -> Iter
     count = max(2, min(max(BATCHES), len(split)))
     sample = _inputs(split, count)
     files = {
-        name: _file(experiment.task, model, _first(sample, 2)) for name, model in models.items()
+        name: _file(experiment.task, model, first_samples(sample, 2))
+        for name, model in models.items()
     }
     loaded = {name: OnnxModel(content) for name, content in files.items()}
     speeds = {
-        batch: latencies(loaded, _first(sample, batch)) for batch in BATCHES if batch <= count
+        batch: latencies(loaded, first_samples(sample, batch))
+        for batch in BATCHES
+        if batch <= count
     }
     last, batch_size = list(models)[-1], min(MAX_BATCH, experiment.config.batch_size)
     for name, model in models.items():
@@ -133,10 +141,6 @@ def _inputs(split: Split, count: int) -> Any:
     indices = torch.arange(count) % len(split)
     ((inputs, _),) = split.batches([indices], None)
     return inputs
-
-
-def _first(inputs: Any, count: int) -> Any:
-    return map_tensors(lambda tensor: tensor[:count], inputs)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.config import FitConfig
 from trainer.data.checked import CheckedSplit, describe_sample
 from trainer.data.datasets import DatasetSplit, preserved_generators
-from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit
+from trainer.data.split import IGNORED, SampleError, Split, Splits, TensorSplit, unwrapped
 from trainer.data.streams import stream_of
 from trainer.data.tree import describe, map_tensors, tensors
 from trainer.engine.compiled import check_compiler
@@ -82,7 +82,7 @@ def check_compatible(
         _, inputs, targets = checked["train"]
         for fit in fits:
             _check_mixing(inputs, targets, fit)
-            _check_smallest_batch(inputs, targets, len(data.train), model, runtime, fit)
+            _check_smallest_batch(data.train, inputs, targets, model, runtime, fit)
     splits = Splits(**{name: split for name, (split, _, _) in checked.items()})
     return splits, targets.shape[1:]
 
@@ -331,21 +331,21 @@ def _check_mixing(inputs: Any, targets: Tensor, fit: FitConfig) -> None:
 
 
 def _check_smallest_batch(
-    inputs: Any, targets: Tensor, samples: int, model: nn.Module, runtime: Runtime, fit: FitConfig
+    split: Split, inputs: Any, targets: Tensor, model: nn.Module, runtime: Runtime, fit: FitConfig
 ) -> None:
     """Try a forward pass in training mode with as few samples as the training will have.
 
     Batch norm, for example, may need two.
 
     Args:
-        inputs: Of one sample [1, ...].
+        split: Of the training samples.
+        inputs: Of the first sample [1, ...].
         targets: Likewise.
-        samples: Number of training samples.
         model: In training mode.
         runtime: What all phases share.
         fit: Settings of the training.
     """
-    size, batch_size = runtime.world.size, runtime.batch_size
+    size, batch_size, samples = runtime.world.size, runtime.batch_size, len(split)
     # Synchronized batch norm sees the samples of all ranks.
     parts = 1 if runtime.sync_batchnorm else size
     per_epoch, steps = steps_in(samples, batch_size, fit)
@@ -369,7 +369,12 @@ def _check_smallest_batch(
         f"fit.accumulate={fit.accumulate}: {kind} cannot be trained on as little as {count} of "
         f"the {samples} training samples at a time; change data.batch_size if that is too few"
     )
-    few, given = map_tensors(repeated, inputs), repeated(targets)
+    source = unwrapped(split)
+    if isinstance(source, TensorSplit) or getattr(source, "collate", split) is None:
+        few, given = map_tensors(repeated, inputs), repeated(targets)
+    else:  # the samples of a batch need not be its rows
+        with _readable("train", split):
+            ((few, given),) = _read(split, [torch.zeros(count, dtype=torch.int64)])
     units = task.units(given)
     with torch.enable_grad():
         output = _forward(model, few, given, runtime, problem)
