@@ -84,10 +84,9 @@ def in_float(output: Any) -> Any:
     if not hasattr(output, "__dict__"):
         return output
     changed = copy.copy(output)
-    values = Tensor | tuple | list | Mapping
-    vars(changed).update(
-        {name: in_float(item) for name, item in vars(output).items() if isinstance(item, values)}
-    )
+    for name, item in vars(output).items():
+        if isinstance(item, Tensor | tuple | list | Mapping):
+            vars(changed)[name] = in_float(item)
     return changed
 
 
