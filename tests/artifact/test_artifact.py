@@ -16,6 +16,7 @@ from trainer.artifact import read, tensors
 from trainer.artifact.container import HEADER_LIMIT, MAGIC, join, split
 from trainer.compress.codebooks import cluster
 from trainer.compress.coding import encode_floats, encode_layer, varint
+from trainer.compress.trellis import round_paths
 
 
 def pruned(*shape: int, density: float = 0.1) -> Tensor:
@@ -46,6 +47,7 @@ def model() -> dict[str, Tensor]:
         "decoder.weight": tied.half().float(),
         "mask": torch.rand(4, 5) < 0.5,
         "steps": torch.arange(-3, 4, dtype=torch.int32),
+        "trellis.weight": round_paths(torch.randn(12, 7) * 2, 0.0) * 0.25,
     }
 
 
@@ -243,6 +245,20 @@ def test_integers_times_a_step_take_a_step_and_not_a_codebook(stored) -> None:
         assert layer["distinct"] == int(integers.max() - integers.min())
 
 
+@pytest.mark.parametrize("coder", ["auto", "context", "columns", "huffman", "ans"])
+def test_paths_of_a_trellis_take_levels_of_the_coarse_grid(coder: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(60, 5, 2, 2)
+    weight[0, 0, 0, 0] = 40.0  # few values, far apart
+    weight = round_paths(weight / 0.25, 0.1) * 0.25
+    content = artifact.encode({"w": weight, "b": torch.zeros(4)}, coder=coder)
+    assert content[3] == 3
+    same(artifact.loads(content), {"w": weight, "b": torch.zeros(4)})
+    layer = artifact.describe(content).layers[0]
+    assert layer["kind"] == "trellis"
+    assert layer["distinct"] < weight.max() / 0.25 + 20  # half of the multiples of half a step
+
+
 def test_values_off_a_grid_keep_their_codebook_and_the_first_version() -> None:
     values = torch.tensor([0.0, -0.5, 0.25, 0.75, 100.25])
     for weight in (values[torch.randint(0, 5, (30, 9))], values[torch.randint(0, 3, (30, 9))]):
@@ -258,7 +274,7 @@ def test_describe(model: dict[str, Tensor]) -> None:
     found = artifact.describe(content)
     assert found.about == about
     # Floating tensors but the running mean, and what is tied once.
-    assert found.parameters == 162 + 6 + 600 + 600 + 35 + 240
+    assert found.parameters == 162 + 6 + 600 + 600 + 35 + 240 + 84
     layers = {layer["name"]: layer for layer in found.layers}
     assert list(layers) == list(model)
     for name, tensor in model.items():
@@ -276,6 +292,7 @@ def test_describe(model: dict[str, Tensor]) -> None:
     assert kinds["dense.weight"] == ("plain", 32)
     assert kinds["norm.num_batches_tracked"] == ("plain", 64)
     assert kinds["mask"] == ("plain", 8)
+    assert kinds["trellis.weight"][0] == "trellis"
     assert kinds["decoder.weight"] == ("= encoder.weight", 32)
     assert layers["decoder.weight"]["bytes"] == 0
     assert sum(layer["bytes"] for layer in found.layers) + found.frame == len(content)
@@ -388,8 +405,8 @@ def test_noise_is_refused(noise: bytes) -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(artifact.ArtifactError, match="version 03"):
-        artifact.loads(b"DCZ\x03" + artifact.encode({})[4:])
+    with pytest.raises(artifact.ArtifactError, match="version 04"):
+        artifact.loads(b"DCZ\x04" + artifact.encode({})[4:])
     with pytest.raises(artifact.ArtifactError, match="does not begin with DCZ"):
         artifact.loads(b"PK\x03\x04")
 
@@ -490,6 +507,22 @@ HOSTILE = {
     "a grid with a step of integers": (
         {"tensors": [["w", "f32", [2, 2], "u", 0, 2, "i32"]]},
         [LAYER, encode_floats(b"\1\0\0\0", 4)],
+    ),
+    "a trellis without levels": (
+        {"tensors": [["w", "f32", [2, 2], "t", 0, 0, "f32"]]},
+        [LAYER, encode_floats(b"\0\0\x80?", 4)],
+    ),
+    "a trellis of fewer levels than are used": (
+        {"tensors": [["w", "f32", [2, 2], "t", 0, 1, "f32"]]},
+        [LAYER, encode_floats(b"\0\0\x80?", 4)],
+    ),
+    "a trellis with a step of NaN": (
+        {"tensors": [["w", "f32", [2, 2], "t", 0, 2, "f16"]]},
+        [LAYER, encode_floats(b"\0\x7e", 2)],
+    ),
+    "a trellis of gigabytes": (
+        {"tensors": [["w", "f32", [1 << 16, 1 << 16], "t", 0, 2, "f32"]]},
+        [LAYER, encode_floats(b"\0\0\x80?", 4)],
     ),
     "a grid of bf16": (
         {"tensors": [["w", "bf16", [2, 2], "u", 0, 2, "bf16"]]},

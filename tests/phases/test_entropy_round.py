@@ -30,11 +30,11 @@ INPUTS = torch.arange(600).view(100, 6).remainder(30)
 
 
 @torch.no_grad()
-def rounded(step: float, rate: float) -> tuple[nn.Sequential, float, int]:
+def rounded(step: float, rate: float, trellis: bool = False) -> tuple[nn.Sequential, float, int]:
     """The model, the error of its outputs relative to them, and the bytes of its file."""
     model = make_model()
     expected = model(INPUTS)
-    phase = EntropyRound(step=step, rate=rate, samples=50)
+    phase = EntropyRound(step=step, rate=rate, trellis=trellis, samples=50)
     phase.observe(model, WORLD, [INPUTS[:50]])
     phase.enter(model, WORLD)
     phase.leave(model)
@@ -62,6 +62,30 @@ def test_weights_are_integers_times_a_step_and_zeros_stay() -> None:
     content = artifact.encode(model.state_dict())
     kinds = {layer["name"]: layer["kind"] for layer in artifact.describe(content).layers}
     assert kinds["0.weight"] == kinds["1.weight"] == kinds["3.weight"] == "uniform"
+
+
+def test_a_trellis_makes_the_error_smaller_at_the_same_bytes() -> None:
+    _, error, size = rounded(0.4, 0.0)
+    model, trellis_error, trellis_size = rounded(0.44, 0.0, trellis=True)
+    assert trellis_error < 0.95 * error
+    assert trellis_size <= size
+    assert not model[3].weight[:, ::4].any()
+    layers = artifact.describe(artifact.encode(model.state_dict())).layers
+    assert [layer["kind"] for layer in layers if layer["name"].endswith("weight")] == 3 * [
+        "trellis"
+    ]
+
+
+def test_groups_of_a_convolution_are_rounded_without_a_trellis() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 30, 3), nn.Conv2d(30, 30, 3, groups=10))
+    phase = EntropyRound(step=0.5, trellis=True, samples=8)
+    phase.observe(model, WORLD, [torch.randn(8, 2, 7, 7)])
+    phase.enter(model, WORLD)
+    layers = artifact.describe(artifact.encode(model.state_dict())).layers
+    kinds = {layer["name"]: layer["kind"] for layer in layers}
+    assert kinds["0.weight"] == "trellis"
+    assert kinds["1.weight"] == "uniform"
 
 
 def test_biases_restore_the_mean_of_each_output() -> None:

@@ -50,6 +50,7 @@ BOTH = ["zeros", "sharing"]
         (EntropyPenalty(0.5, vectors=True, refresh=1, epochs=2), [{"ramp": -1}, {"keep": ["x"]}]),
         (EntropyPenalty(0.5, bytes=900, sort_units=True, keep=[], epochs=2), [{"bytes": 0}]),
         (EntropyPenalty(keep=[]), [{"step": 0}, {"refresh": 0}, {"size_weight": -1}]),
+        (EntropyRound(samples=16, trellis=True), []),
         (EntropyRound(samples=16), [{"step": 0}, {"rate": -1}, {"samples": 0}]),
         (Quantize(4, epochs=2), [{"bits": 9}, {"outputs": ["*"], "activations": None}]),
         (Quantize(4, samples=16, epochs=0), [{"samples": 0}, {"ranges": "x"}, {"rounding": "x"}]),

@@ -21,7 +21,8 @@ from trainer.compress.coding import CorruptError, varint
 
 MAGIC = b"DCZ\x01"
 MAGIC_2 = b"DCZ\x02"
-"""Of version 2, which has more kinds of entries, and is only used for files with such entries."""
+MAGIC_3 = b"DCZ\x03"
+"""Of versions 2 and 3, which have more kinds of entries, and are only used for files with such."""
 
 HEADER_LIMIT = 1 << 22  # bytes of JSON
 
@@ -89,7 +90,7 @@ def split(content: bytes) -> tuple[dict[str, Any], list[memoryview]]:
     """
     if content[:3] != MAGIC[:3]:
         raise ArtifactError("this is not a .dcz file: it does not begin with DCZ")
-    if content[:4] not in (MAGIC, MAGIC_2):
+    if content[:4] not in (MAGIC, MAGIC_2, MAGIC_3):
         raise ArtifactError(f"version {content[3:4].hex() or 'none'} of the format is unknown")
     view = memoryview(content)
     place, checksum = 4, zlib.crc32(content[:4])

@@ -22,6 +22,8 @@ from trainer.artifact.tensors import (
     MASK,
     RAW,
     SCALE,
+    STEPPED,
+    TRELLIS,
     UNIFORM,
     Entry,
     coder_path,
@@ -32,11 +34,19 @@ from trainer.artifact.tensors import (
 )
 from trainer.compress.coding import Coder, CorruptError, decode_floats, decode_layer
 from trainer.compress.quantize import is_quantizer_entry
+from trainer.compress.trellis import multiples_of
 
 T = TypeVar("T")
 
-_KINDS = {CODEBOOK: "shared", GRID: "quantized", UNIFORM: "uniform", MASK: "pruned", RAW: "plain"}
-_CODED = (CODEBOOK, GRID, UNIFORM, MASK)
+_KINDS = {
+    CODEBOOK: "shared",
+    GRID: "quantized",
+    UNIFORM: "uniform",
+    TRELLIS: "trellis",
+    MASK: "pruned",
+    RAW: "plain",
+}
+_CODED = (CODEBOOK, GRID, *STEPPED, MASK)
 
 # Maximum bytes of all decoded tensors by default: `_MIN_ALLOWED`, or `_GROWTH` times the size of
 # the file if that is more.
@@ -197,8 +207,8 @@ class _File:
         entry = self._own[name]
         stream = len(self._streams[entry.stored]) * entry.count
         share = stream / max(1, self._counts[entry.stored])
-        bits, coded = 8 * DTYPES[entry.stored].itemsize, entry.kind in (CODEBOOK, GRID, UNIFORM)
-        distinct = entry.clusters if entry.kind == UNIFORM else entry.count
+        bits, coded = 8 * DTYPES[entry.stored].itemsize, entry.kind in (CODEBOOK, GRID, *STEPPED)
+        distinct = entry.clusters if entry.kind in STEPPED else entry.count
         if coded:
             bits = max(1, (distinct - 1).bit_length())
         return {
@@ -247,23 +257,25 @@ class _File:
     def _tensor(self, entry: Entry, values: Tensor) -> Tensor:
         if entry.kind not in _CODED:
             return values.reshape(entry.shape)
-        if entry.kind == UNIFORM:
-            values = _multiples_of(entry, values)
-        negatives = 0 if entry.kind == MASK else int((values < 0).sum())
+        meanings = _integers(entry, values) if entry.kind in STEPPED else values
+        negatives = 0 if entry.kind == MASK else int((meanings < 0).sum())
         layer = bytes(self._layers[entry.name])
         try:
             levels = decode_layer(layer, entry.shape, entry.clusters, negatives, self._coder)
         except CorruptError as error:
             raise ArtifactError(f"{entry.name!r}: {error}") from error
-        numbers = values.numpy()
+        levels = levels.reshape(entry.shape)
+        if entry.kind == TRELLIS:
+            return torch.from_numpy(multiples_of(_meant(entry, levels, meanings))) * values
+        if entry.kind == UNIFORM:
+            meanings = meanings * values
         if entry.kind != MASK:
-            table = np.zeros(entry.clusters + 1, dtype=numbers.dtype)
-            table[1 : 1 + len(numbers)] = numbers
-            return torch.from_numpy(look_up(table, levels.reshape(entry.shape)))
+            return torch.from_numpy(_meant(entry, levels, meanings))
+        numbers = values.numpy()
         dense = np.zeros(entry.shape, dtype=numbers.dtype)
         if int(levels.sum(dtype=np.int64)) != entry.count:
             raise ArtifactError(f"{entry.name!r}: the numbers of its positions and values differ")
-        dense[levels.reshape(entry.shape) != 0] = numbers
+        dense[levels != 0] = numbers
         return torch.from_numpy(dense)
 
 
@@ -313,12 +325,24 @@ def _scaled(entry: Entry, integers: Tensor, scale: Tensor | None) -> Tensor:
     return multiplied(integers, scale).reshape(entry.shape)
 
 
-def _multiples_of(entry: Entry, step: Tensor) -> Tensor:
-    """Nonzero values of a UNIFORM entry, ascending. Raises ArtifactError for an invalid step."""
+def _meant(entry: Entry, levels: NDArray[np.uint16], meanings: Tensor) -> NDArray[Any]:
+    """What levels stand for: 0 for 0, and `meanings` for 1, 2, ..."""
+    numbers = meanings.numpy()
+    table = np.zeros(entry.clusters + 1, dtype=numbers.dtype)
+    table[1 : 1 + len(numbers)] = numbers
+    return look_up(table, levels)
+
+
+def _integers(entry: Entry, step: Tensor) -> Tensor:
+    """What the levels of an entry with a step stand for, ascending; int32.
+
+    Raises:
+        ArtifactError: The step is invalid.
+    """
     if not 0 < float(step) < math.inf:
         raise ArtifactError(f"{entry.name!r} has a step of {float(step)}")
-    below = torch.arange(-entry.below, 0)
-    return torch.cat((below, torch.arange(1, entry.above + 1))) * step
+    below = torch.arange(-entry.below, 0, dtype=torch.int32)
+    return torch.cat((below, torch.arange(1, entry.above + 1, dtype=torch.int32)))
 
 
 def _statistic(entry: Entry) -> bool:

@@ -29,7 +29,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-CODEBOOK, GRID, UNIFORM, MASK, RAW, ALIAS = "c", "q", "u", "m", "r", "a"
+CODEBOOK, GRID, UNIFORM, TRELLIS, MASK, RAW, ALIAS = "c", "q", "u", "t", "m", "r", "a"
+STEPPED = (UNIFORM, TRELLIS)  # kinds with a step
 # Suffixes of the names of the tensors that hold the scales and the bits of a GRID.
 SCALE, WIDTH = "_quantizer.scale", "_quantizer.width"
 
@@ -48,8 +49,10 @@ class Entry:
         NAME_quantizer.scale, which has one element, or one for each index of the first dimension.
     UNIFORM: a coded layer of integers in its section, from -`below` to `above`, and in a stream of
         `stored` type the step that they are multiplied by.
+    TRELLIS: the same, but the integers are levels of trainer.compress.trellis, and its multiples
+        are multiplied by the step.
     MASK: a coded layer of positions in its section, `count` other values in the stream. These
-        four are of type f32 and not empty.
+        five are of type f32 and not empty.
     RAW: all its values in the stream.
     ALIAS: the tensor named `of`, again.
     """
@@ -77,7 +80,7 @@ class Entry:
     @property
     def clusters(self) -> int:
         """Number of clusters of a coded layer: its largest level, at least 1."""
-        if self.kind == UNIFORM:
+        if self.kind in STEPPED:
             return self.below + self.above
         return 1 if self.kind == MASK else max(1, self.count)
 
@@ -86,7 +89,7 @@ class Entry:
         if self.kind == ALIAS:
             return [self.name, self.of]
         head = [self.name, self.dtype, list(self.shape), self.kind]
-        if self.kind == UNIFORM:
+        if self.kind in STEPPED:
             return [*head, self.below, self.above, self.stored]
         return [*head, self.stored] if self.kind == RAW else [*head, self.count, self.stored]
 
@@ -152,7 +155,7 @@ def parse(row: Any) -> Entry:
             int(below),
             int(above),
             str(stored),
-        ] if kind == UNIFORM:
+        ] if kind in STEPPED:
             count = 1
         case _:
             raise ArtifactError(f"the header has an invalid entry: {reprlib.repr(row)}")
@@ -167,7 +170,7 @@ def parse(row: Any) -> Entry:
     max_count = min(size, (1 << 16) - 1) if kind in (CODEBOOK, GRID) else size
     if not possible or (count or 0) > max_count:
         raise ArtifactError(f"{name[:80]!r} exceeds the limits of the format: {reprlib.repr(row)}")
-    if kind == UNIFORM and (not 0 < below + above < 1 << 16 or stored not in ("f32", "f16")):
+    if kind in STEPPED and (not 0 < below + above < 1 << 16 or stored not in ("f32", "f16")):
         raise ArtifactError(f"the header is wrong about {name[:80]!r}: {reprlib.repr(row)}")
     if kind != RAW and (dtype != "f32" or not size):
         raise ArtifactError(f"{name[:80]!r} cannot be of this kind: it is empty, or not f32")

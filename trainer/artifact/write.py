@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.artifact.container import MAGIC, MAGIC_2, header_text, join
+from trainer.artifact.container import MAGIC, MAGIC_2, MAGIC_3, header_text, join
 from trainer.artifact.tensors import (
     ALIAS,
     CODEBOOK,
@@ -22,6 +22,8 @@ from trainer.artifact.tensors import (
     NAMES,
     RAW,
     SCALE,
+    STEPPED,
+    TRELLIS,
     UNIFORM,
     Entry,
     coder_path,
@@ -33,8 +35,10 @@ from trainer.artifact.tensors import (
 from trainer.compress.coding import MAX_CLUSTERS, Budget, Coder, encode_floats, encode_layer
 from trainer.compress.half import is_exact, shared_values, to_half
 from trainer.compress.quantize import broadcast_scale
+from trainer.compress.trellis import levels_of
 
 Levels = NDArray[np.uint16] | NDArray[np.bool_]
+Ints = NDArray[np.int32]
 
 _MIN_ON_GRID = 3  # distinct values below which a codebook takes hardly more bytes than a step
 _SPARE_ON_GRID = 16  # unused integers that a grid may have, besides one per value
@@ -50,9 +54,10 @@ def encode(
     """The content of a .dcz file.
 
     A quantized weight is written as coded integers, next to the scales of its quantizer; another
-    float32 tensor of integers times a step as coded integers and the step, one with few distinct
-    values as a codebook and coded indices, one with zeros as coded positions and its other values;
-    all others, such as half-precision weights, as their values.
+    float32 tensor of integers times a step as coded integers and the step (as coded levels if the
+    integers are paths of a trellis: trainer.compress.trellis), one with few distinct values as a
+    codebook and coded indices, one with zeros as coded positions and its other values; all others,
+    such as half-precision weights, as their values.
     Tensors that are equal are written once. Only `dtype` rounds values; all others are exact. In
     addition to the weights, about three bytes of memory per element of the largest tensor are used.
 
@@ -101,8 +106,9 @@ def encode(
         encode_floats(b"".join(streams.pop(stored)), DTYPES[stored].itemsize)
         for stored in sorted(streams)
     ]
-    is_new = any(entry.kind == UNIFORM for entry in entries)
-    return join(header, [*layers, *coded], MAGIC_2 if is_new else MAGIC)
+    kinds = {entry.kind for entry in entries}
+    magic = MAGIC_3 if TRELLIS in kinds else MAGIC_2 if UNIFORM in kinds else MAGIC
+    return join(header, [*layers, *coded], magic)
 
 
 def try_coder(coder: Coder) -> None:
@@ -151,7 +157,7 @@ def _written(
     entry, levels, values = found or _plan(name, tensor, exact)
     if levels is None:
         return entry, None, values
-    if entry.kind == UNIFORM:
+    if entry.kind in STEPPED:
         negatives = entry.below
     else:
         negatives = 0 if entry.kind == MASK else int((values < 0).sum())
@@ -192,12 +198,11 @@ def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None,
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
     found = shared_values(tensor)
     if found is not None:
-        if uniform := _uniform(found):
-            step, below, above = uniform
-            entry = Entry(
-                name, UNIFORM, dtype, shape, 1, NAMES[step.dtype], below=below, above=above
-            )
-            return entry, _multiples(tensor, float(step), below), step.reshape(1)
+        if stepped := _stepped(tensor, found):
+            kind, step, integers = stepped
+            below, above = max(0, -int(integers.min())), max(0, int(integers.max()))
+            entry = Entry(name, kind, dtype, shape, 1, NAMES[step.dtype], below=below, above=above)
+            return entry, _levels(integers, below), step.reshape(1)
         values, survivors = found if exact else to_half(found), int(tensor.count_nonzero())
         if _bits_of_shared(values, survivors) <= 32 * survivors:
             entry = Entry(name, CODEBOOK, dtype, shape, len(values), NAMES[values.dtype])
@@ -212,15 +217,17 @@ def _plan(name: str, tensor: Tensor, exact: bool) -> tuple[Entry, Levels | None,
     return Entry(name, RAW, dtype, shape, tensor.numel(), NAMES[values.dtype]), None, values
 
 
-def _uniform(values: Tensor) -> tuple[Tensor, int, int] | None:
-    """The uniform grid that some values are on.
+def _stepped(tensor: Tensor, values: Tensor) -> tuple[str, Tensor, Ints] | None:
+    """A tensor as integers and a step.
 
     Args:
-        values: float32, distinct and finite or infinite, ascending, without zero.
+        tensor: float32.
+        values: Its distinct values other than zero, finite or infinite, ascending.
 
     Returns:
-        The step, in fp16 if it is exact in that, and how many integers below and above zero are
-        needed; None if there is no grid, or if a codebook takes hardly more bytes.
+        The kind of the entry; the step, in fp16 if it is exact in that; and the integers of that
+        kind, int32 in the tensor's shape. None if there is no grid, or if a codebook takes hardly
+        more bytes.
     """
     if len(values) < _MIN_ON_GRID or not bool(values.isfinite().all()):
         return None
@@ -229,17 +236,21 @@ def _uniform(values: Tensor) -> tuple[Tensor, int, int] | None:
     unit = max(below for _, below in ratios)
     step = math.gcd(*(above * (unit // below) for above, below in ratios))
     low, high = (round(value * unit / step) for value in (values[0].item(), values[-1].item()))
-    below, above = max(0, -low), max(0, high)
-    if below + above > min(MAX_CLUSTERS, 2 * len(values) + _SPARE_ON_GRID):
+    span = max(0, -low) + max(0, high)
+    if span > 2 * MAX_CLUSTERS - 2:
         return None
     exact = torch.tensor(step / unit, dtype=torch.float32)
     half = exact.half()
-    return (half if float(half) == float(exact) else exact), below, above
+    stored = half if float(half) == float(exact) else exact
+    integers = np.rint(tensor.numpy() / np.float32(exact)).astype(np.int32)
+    if (levels := levels_of(integers.copy())) is not None:  # span is about twice theirs
+        return TRELLIS, stored, levels
+    longest = min(MAX_CLUSTERS, 2 * len(values) + _SPARE_ON_GRID)
+    return (UNIFORM, stored, integers) if span <= longest else None
 
 
-def _multiples(tensor: Tensor, step: float, below: int) -> NDArray[np.uint16]:
-    """The level of each element of a tensor on a uniform grid."""
-    integers = np.rint(tensor.numpy() / np.float32(step)).astype(np.int32)
+def _levels(integers: Ints, below: int) -> NDArray[np.uint16]:
+    """The level of each integer from -`below` on: 0 for 0, else from 1 on."""
     levels = integers + below + (integers < 0)
     return np.where(integers == 0, 0, levels).astype(np.uint16)
 

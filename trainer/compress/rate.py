@@ -67,17 +67,18 @@ def _fullness(there: Tensor, dim: int, density: Tensor) -> Tensor:
     return (there.sum(dim, keepdim=True) + _PRIOR) / (expected + _PRIOR)
 
 
-def magnitude_bits(integers: Tensor) -> Tensor:
+def magnitude_bits(integers: Tensor, largest: int = 0) -> Tensor:
     """The bits of each magnitude with its sign, by how often it occurs.
 
     Args:
-        integers: Whole numbers in any floating type and shape.
+        integers: Whole numbers in any type and shape.
+        largest: Magnitude up to which there are bits, if these integers are smaller.
 
     Returns:
         float32 [1 + the largest magnitude].
     """
     sizes = integers.abs().long().flatten()
-    counts = torch.bincount(sizes).double() + _PRIOR
+    counts = torch.bincount(sizes, minlength=1 + largest).double() + _PRIOR
     bits = -(counts / counts.sum()).log2()
     bits[1:] += 1
     return bits.float()

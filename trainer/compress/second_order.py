@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.compress.masks import largest, largest_in_groups
 from trainer.compress.rate import cheapest, magnitude_bits, round_alone
+from trainer.compress.trellis import cheapest_path, level_bits
 
 _BLOCK = 128  # columns whose errors are passed on at once
 _DAMPING = 0.01  # of the mean of the diagonal, added to it
@@ -44,7 +45,9 @@ def round_second_order(weight: Tensor, gram: Tensor, scale: Tensor, limit: int) 
 
 
 @torch.no_grad()
-def round_by_rate(weight: Tensor, gram: Tensor, step: Tensor, rate: float) -> Tensor:
+def round_by_rate(
+    weight: Tensor, gram: Tensor, step: Tensor, rate: float, trellis: bool = False
+) -> Tensor:
     """Round a matrix to a grid so that its products with typical inputs change least for its bits.
 
     As `round_second_order`, but each weight becomes the integer with the smallest sum of the error
@@ -56,17 +59,24 @@ def round_by_rate(weight: Tensor, gram: Tensor, step: Tensor, rate: float) -> Te
         gram: As for `round_second_order`.
         step: Of the grid, [].
         rate: What a bit costs: this times the mean error of a weight that is wrong by a step.
+        trellis: Whether each column is a path of a trellis (trainer.compress.trellis), and its
+            weights are multiples of half a step.
 
     Returns:
         Values on the grid, [rows, columns], float32.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    bits = magnitude_bits(round_alone(weight / step, rate))
+    alive = (weight != 0)[:, order]
+    scaled = weight / step
+    bits = level_bits(scaled, rate) if trellis else magnitude_bits(round_alone(scaled, rate))
 
     def by_rate(left: Tensor, column: int, spread: Tensor) -> Tensor:
         mean = spread.pow(-2).mean()  # of the errors in the products by an error of 1 in a weight
         price = rate * mean * spread[column].square()
-        return cheapest(left[:, column : column + 1] / step, bits, price) * step
+        value = left[:, column : column + 1] / step
+        if trellis:
+            return cheapest_path(value[:, 0], alive[:, column], bits, price)[:, None] * step
+        return cheapest(value, bits, price) * step
 
     return _replace_columns(weight, gram, order, _BLOCK, by_rate)
 

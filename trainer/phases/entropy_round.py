@@ -12,6 +12,7 @@ from trainer.compress.layer_inputs import evaluation, observe_layers, with_input
 from trainer.compress.rate import round_alone
 from trainer.compress.second_order import round_by_rate
 from trainer.compress.select import select_weights
+from trainer.compress.trellis import round_paths
 from trainer.config import check_min
 from trainer.engine.world import World
 from trainer.errors import ConfigError
@@ -36,6 +37,9 @@ class EntropyRound(Phase):
         step: Of the grid of each layer, in root mean squares of its weights. It decides the size.
         rate: What a bit costs: this times the mean error of a weight that is wrong by a step. 0:
             the nearest integers. Larger values with smaller steps give sparser weights.
+        trellis: Whether the weights of a column are on two grids in turns, as the ones before
+            them decide (trainer.compress.trellis): about as many bytes at a smaller error.
+            Convolutions with groups are rounded without it.
         samples: Number of training samples whose inputs are looked at.
         include: Name patterns of the weights that are rounded.
         exempt: Name patterns of weights that are excluded.
@@ -46,6 +50,7 @@ class EntropyRound(Phase):
 
     step: float = 0.2
     rate: float = 0.1
+    trellis: bool = False
     samples: int = 256
     include: list[str] = field(default_factory=lambda: ["*"])
     exempt: list[str] = field(default_factory=list)
@@ -92,20 +97,26 @@ class EntropyRound(Phase):
             for name in chosen.keys() - observed.keys():
                 weight = chosen[name][0].value
                 step = self._step(weight)
-                weight.copy_(round_alone(weight / step, self.rate) * step + 0.0)  # no minus zero
+                alone = round_paths if self.trellis else round_alone
+                weight.copy_(alone(weight / step, self.rate) * step + 0.0)  # no minus zero
             for layers in with_inputs(model, observed, self._inputs, products=True):
                 for name, layer in layers.items():
                     weight = chosen[name][0].value
+                    trellis = self.trellis and getattr(layer.layer, "groups", 1) == 1
+                    rounded = partial(_rounded, self._step(weight), self.rate, trellis)
                     with layer.rounding() as statistics:
-                        statistics.replace(weight, partial(self._rounded, self._step(weight)))
+                        statistics.replace(weight, rounded)
         self._inputs = ()
         world.broadcast(model.parameters())
-
-    def _rounded(self, step: Tensor, block: Tensor, gram: Tensor, group: int) -> Tensor:
-        return round_by_rate(block, gram, step, self.rate) + 0.0  # no minus zero
 
     def _step(self, weight: Tensor) -> Tensor:
         """Of the grid of a weight, a value that fp16 holds."""
         there = weight[weight != 0]
         spread = there.square().mean().sqrt() if len(there) else weight.new_ones(())
         return (self.step * spread).half().clamp_min(_SMALLEST).float()
+
+
+def _rounded(
+    step: Tensor, rate: float, trellis: bool, block: Tensor, gram: Tensor, group: int
+) -> Tensor:
+    return round_by_rate(block, gram, step, rate, trellis) + 0.0  # no minus zero

@@ -33,7 +33,7 @@ def preset_dictionary() -> bytes:
 
 def decode_file(content: bytes) -> dict[str, Decoded]:
     """The tensors of a file by name, in its order."""
-    assert content[:4] in (b"DCZ\1", b"DCZ\2")
+    assert content[:4] in (b"DCZ\1", b"DCZ\2", b"DCZ\3")
     sections = []
     at, checksum = 4, zlib.crc32(content[:4])
     while at < len(content):
@@ -45,7 +45,8 @@ def decode_file(content: bytes) -> dict[str, Decoded]:
         at += 4
     inflate = zlib.decompressobj(-15, zdict=preset_dictionary())
     rows = json.loads(inflate.decompress(sections.pop(0)))["tensors"]
-    assert (content[3] == 2) == any(len(row) == 7 for row in rows)
+    kinds = {row[3] for row in rows if len(row) > 2}
+    assert content[3] == (3 if "t" in kinds else 2 if "u" in kinds else 1)
     coded = {row[0]: sections.pop(0) for row in rows if len(row) > 5}
     need = defaultdict(int)
     for row in rows:
@@ -59,11 +60,14 @@ def decode_file(content: bytes) -> dict[str, Decoded]:
             found[name] = found[row[0]]
             continue
         dtype, shape, kind, *counted, stored = row
-        if kind == "u":
+        if kind in ("u", "t"):
             step, (below, above) = next(streams[stored]), counted
             levels = layer(coded[name], shape, below + above, below)
-            grid = [i * step for i in range(-below, above + 1) if i]
-            found[name] = (dtype, shape, [grid[level - 1] if level else 0 for level in levels])
+            integers = [0, *range(-below, 0), *range(1, above + 1)]
+            values = [integers[level] for level in levels]
+            if kind == "t":
+                values = multiples(values, math.prod(shape[1:]))
+            found[name] = (dtype, shape, [i * step for i in values])
             continue
         count = counted[0] if counted else math.prod(shape)
         values = [next(streams[stored]) for _ in range(count)]
@@ -89,6 +93,18 @@ def decode_file(content: bytes) -> dict[str, Decoded]:
             found[row[0]] = found[row[1]]
     assert all(next(stream, None) is None for stream in streams.values())
     return {name: (t, shape, packed(values, t)) for name, (t, shape, values) in found.items()}
+
+
+def multiples(levels: list[int], columns: int) -> list[int]:
+    """What the levels of a trellis stand for, row-major."""
+    states = [0] * columns
+    found = []
+    for place, level in enumerate(levels):
+        state = states[place % columns]
+        size = 2 * abs(level) - (1 if state % 2 and level else 0)
+        found.append(size if level > 0 else -size)
+        states[place % columns] = state // 2 ^ state % 2 * 33 ^ abs(level) % 2 * 10
+    return found
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from trainer.compress.codebooks import cluster
 from trainer.compress.coding import ans, context
 from trainer.compress.coding.layer import CODERS
 from trainer.compress.coding.tables import LIMIT, SQUASH
+from trainer.compress.trellis import round_paths
 
 Levels = NDArray[np.uint16]
 
@@ -134,6 +135,18 @@ def uniform_model() -> dict[str, Tensor]:
     }
 
 
+def trellis_model() -> dict[str, Tensor]:
+    def paths(*shape: int, step: float) -> Tensor:
+        return round_paths(torch.randn(shape) * 3, 0.0) * torch.tensor(step)
+
+    return {
+        "conv.weight": paths(9, 4, 3, 3, step=0.0371),
+        "fc.weight": paths(20, 30, step=3e-9),
+        "uniform": torch.randint(-3, 4, (9, 14)) * torch.tensor(0.25),
+        "plain": torch.randn(3, 4),
+    }
+
+
 def tied_model() -> dict[str, Tensor]:
     weight = shared(20, 12, density=0.5)
     return {"encoder.weight": weight, "bias": torch.randn(3), "decoder.weight": weight}
@@ -160,7 +173,11 @@ def odd_model() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("coder", ["auto", *CODERS])
 @pytest.mark.parametrize(
-    "model", [pruned_model, shared_model, quantized_model, uniform_model, tied_model, odd_model]
+    "model",
+    [
+        *(pruned_model, shared_model, quantized_model, uniform_model, trellis_model),
+        *(tied_model, odd_model),
+    ],
 )
 @pytest.mark.slow
 def test_second_decoder_of_whole_files(model: Callable[[], dict[str, Tensor]], coder: str) -> None:
