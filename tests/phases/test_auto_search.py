@@ -114,7 +114,7 @@ def test_units_are_removed_within_the_limit() -> None:
     phase = StructuredPrune("auto", max_drop=0.02)
     phase.observe(model, WORLD, [distance.inputs])
     (line,) = phase.search(model, WORLD, distance, None)
-    assert "of 60 units are removed" in line
+    assert "of 60 units removed" in line
     phase.apply_change(model, phase.plan_change(model, WORLD))
     assert distance(model).first >= 0.98
     assert 15 <= 40 - model[0].out_features <= 22

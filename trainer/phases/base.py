@@ -6,9 +6,9 @@ is visible in their values (a pruned weight is zero) and, after quantization, in
 stored beside them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -21,8 +21,15 @@ from trainer.messages import RoundRecord
 STRUCTURE = "structure"
 """The property of a model that has fewer channels than the dense one. No phase can destroy it."""
 
-Evaluate = Callable[[nn.Module], Metrics]
-"""Evaluates a model on the validation split; returns the same metrics on every rank."""
+
+class Evaluate(Protocol):
+    """Evaluates a model on the validation split: a collective call, and the same result everywhere.
+
+    `after` is a phase that a copy of the model goes through first, training included, as it would
+    in this place of the run. Only `search` may ask for that.
+    """
+
+    def __call__(self, model: nn.Module, after: "Phase | None" = None) -> Metrics: ...
 
 
 @dataclass
@@ -150,7 +157,7 @@ class Phase:
 
     def search(
         self, model: nn.Module, world: World, evaluate: Evaluate, dense: nn.Module | None
-    ) -> list[str]:
+    ) -> Iterable[str]:
         """Choose settings by measuring. Called once, after `observe`; not when a phase is resumed.
 
         What is chosen must be in `state`, or in the plan of a `StructuralPhase`.
@@ -161,7 +168,7 @@ class Phase:
             dense: The dense model, or None if `model` still is the dense model.
 
         Returns:
-            Lines that report the choice.
+            Lines that report the search and the choice; a generator's are shown as they come.
         """
         return []
 

@@ -4,8 +4,8 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from trainer.config import check_choice, check_min
 from trainer.config.drop import is_worse
 from trainer.data.tree import call_with, first_samples, tensors
 from trainer.engine.cost import macs
+from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
 from trainer.errors import ConfigError, Diverged, RunError
 from trainer.metrics import format_metric
@@ -35,6 +36,7 @@ from trainer.phases.retrain import preserve
 
 _SAMPLES = 2  # of the forward passes in which units are found and tried
 _PRECISION = 0.01  # of the fraction of units that a search keeps
+_TRAINED_PRECISION = 0.05  # likewise, if each step of the search trains
 _TIMINGS = 15  # forward passes of each model whose latency is measured
 
 Layers = dict[frozenset[tuple[str, int]], list[Unit]]
@@ -62,7 +64,9 @@ class StructuredPrune(StructuralPhase):
     Args:
         remaining: Largest fraction of the cost that remains, in (0, 1). "auto": as many units are
             removed, from each layer according to its measured sensitivity, as the first metric on
-            validation data stays within `max_drop`, before training.
+            validation data stays within `max_drop` at the end of the phase. With `fit.epochs`, the
+            phase is tried about five times, training included, with more units or fewer, and the
+            best of these is repeated.
         cost: "macs": multiply-accumulates by weights that are not zero. "parameters". "latency":
             measured on rank 0 with PyTorch, for one sample, so that equal runs may differ.
         scope: "global": the units of all layers compete. "layer": each layer loses the same
@@ -72,8 +76,8 @@ class StructuredPrune(StructuralPhase):
         include: Name patterns of weights whose channels may be removed.
         exempt: Name patterns of weights that are excluded, with their inputs and outputs.
         max_drop: With `remaining="auto"`: how much worse than the dense model's the first metric
-            may be before training. None: the phase's share of the limit of the experiment. What
-            follows trains the smaller model, so that more may be allowed here.
+            may be at the end of the phase. None: the phase's share of the limit of the experiment.
+            If later phases train the smaller model, more may be allowed here.
     """
 
     kind: ClassVar[str] = "structured_prune"
@@ -133,13 +137,19 @@ class StructuredPrune(StructuralPhase):
 
     def search(
         self, model: nn.Module, world: World, evaluate: Evaluate, dense: nn.Module | None
-    ) -> list[str]:
-        if not self.searches:
-            return []
+    ) -> Iterator[str]:
+        if not self.searches or self._found is not None:
+            return
         assert self._inputs is not None  # observe() was called
         limit = limit_for(model, evaluate, dense, self.max_drop)
-        self._found, line = _Search(self, model, self._inputs).by_sensitivity(evaluate, limit)
-        return [line]
+        search = _Search(self, model, self._inputs)
+        self._found = yield from search.by_sensitivity(evaluate, limit)
+
+    def with_change(self, change: dict[str, Any]) -> "StructuredPrune":
+        """This phase as it is after the search has found a change."""
+        found = replace(self)
+        found._found = change
+        return found
 
     def plan_change(self, model: nn.Module, world: World) -> dict[str, Any]:
         assert self._inputs is not None  # observe() was called
@@ -170,6 +180,7 @@ class _Search:
 
     def __init__(self, phase: StructuredPrune, model: nn.Module, inputs: Any) -> None:
         self._phase = phase
+        self._original = model
         self._sample = first_samples(inputs, 1)
         self._model, self._units, refused = find_units(model, inputs)
         chosen = select_weights(self._model, phase.include, phase.exempt)
@@ -205,14 +216,17 @@ class _Search:
             low, high = (low, middle) if self._reached(middle, world) else (middle, high)
         return to_change(self._model, self._removed(high), self._units)
 
-    def by_sensitivity(self, evaluate: Evaluate, limit: float) -> tuple[dict[str, Any], str]:
+    def by_sensitivity(
+        self, evaluate: Evaluate, limit: float
+    ) -> Generator[str, None, dict[str, Any]]:
         """As `plan`, with as many units removed as the first metric stays within a limit.
 
         Each layer loses units as far as its own curve allows (`trainer.compress.allocation`).
 
-        Returns:
-            The change, and a line that reports it.
+        Yields:
+            Lines that report the search.
         """
+        trains = bool(self._phase.fit.epochs)
         sizes = dict(enumerate(self._sizes))
         exact = evaluate(self._model)
         curves: dict[int, Curve] = {
@@ -228,21 +242,30 @@ class _Search:
         floors = {layer: self._floor(layer) for layer in sizes}
         removed: list[Unit] = []
         best, low, high = exact, 0.0, 1.0  # fractions of the units: beyond the limit, within it
-        while high - low > _PRECISION:
+        while high - low > (_TRAINED_PRECISION if trains else _PRECISION):
             middle = (low + high) / 2
             kept = allocate(sizes, curves, floors, middle)
-            metrics = evaluate(self._without(kept))
+            if trains:
+                change = to_change(self._model, self._units_beyond(kept), self._units)
+                metrics = evaluate(self._original, self._phase.with_change(change))
+                yield f"trying {self._report(self._units_beyond(kept), metrics, limit)}"
+            else:
+                metrics = evaluate(self._without(kept))
             if is_worse(metrics.first, limit, metrics.direction):
                 low = middle
             else:
                 high, best, removed = middle, metrics, self._units_beyond(kept)
-        line = (
-            f"{len(removed)} of {sum(self._sizes)} units are removed, "
-            f"{self._fraction(removed):.1%} of the {self._phase.cost} remain; before "
-            f"training, {best.name} is "
-            f"{format_metric(best.name, best.first)}, the limit {format_metric(best.name, limit)}"
+        yield self._report(removed, best, limit)
+        return to_change(self._model, removed, self._units)
+
+    def _report(self, removed: Sequence[Unit], metrics: Metrics, limit: float) -> str:
+        name = metrics.name
+        return (
+            f"{len(removed)} of {sum(self._sizes)} units removed, {self._fraction(removed):.1%} of "
+            f"the {self._phase.cost} remain, {name} {format_metric(name, metrics.first)} "
+            f"{'after' if self._phase.fit.epochs else 'without'} training, the limit is "
+            f"{format_metric(name, limit)}"
         )
-        return to_change(self._model, removed, self._units), line
 
     def _without(self, kept: Mapping[int, int]) -> nn.Module:
         """A copy of the model whose layers keep so many units."""

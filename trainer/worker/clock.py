@@ -1,7 +1,8 @@
 """Training loss and speed of a phase, for each of its epochs."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from trainer.engine.evaluate import Metrics
@@ -75,6 +76,14 @@ class PhaseClock:
         self._epoch_started = time.monotonic() - state["epoch_seconds"]
         self._all_samples, self._all_seconds = state["all_samples"], state["all_seconds"]
         self._waited_before += state.get("waited", 0.0)  # earlier versions did not measure it
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within this context, in the middle of an epoch, is not its training."""
+        begun, waited = time.monotonic(), self._waited()
+        yield
+        self._epoch_started += time.monotonic() - begun
+        self._waited_before -= self._waited() - waited
 
     def seconds(self) -> float:
         """Seconds that the phase has taken."""

@@ -53,6 +53,7 @@ from trainer.messages import (
     RunStopped,
     Traced,
 )
+from trainer.models.copying import copy_model
 from trainer.phases import Phase, RoundPhase, StructuralPhase
 from trainer.phases.structure import StructureChange, class_path, to_metadata
 from trainer.store.directory import as_json, from_json
@@ -82,6 +83,14 @@ def observed(split: Split, samples: int, runtime: Runtime) -> list[Any]:
     split = apart(split)
     order = permutation(len(split), runtime.seed, 0, shuffled)[:samples].split(runtime.batch_size)
     return [runtime.place_batch(*batch)[0] for batch in split.batches(order, None)]
+
+
+class _Interrupted(Exception):
+    """Raised where a phase that is tried is requested to stop."""
+
+    def __init__(self, changes_members: bool) -> None:
+        super().__init__()
+        self.changes_members = changes_members
 
 
 class _Leave(Exception):
@@ -134,8 +143,13 @@ class PhaseRun:
         rounds = self.rounds
         if resumed is not None:
             self._load_state(resumed)
-        for line in self._prepare(resumed):
-            yield Notice(f"phase {self.name}: {line}")
+        try:
+            with self.clock.paused():
+                for line in self._prepare(resumed):
+                    yield Notice(f"phase {self.name}: {line}")
+        except _Interrupted as request:
+            yield from self._stop(changes_members=request.changes_members)
+            return
         while True:
             yield from self._round(resumed)
             if self.stopped:
@@ -186,23 +200,24 @@ class PhaseRun:
         if self._stream is not None and (state := resumed.get("stream")):
             self._stream.load_state(state)
 
-    def _prepare(self, resumed: Mapping[str, Any] | None) -> list[str]:
+    def _prepare(self, resumed: Mapping[str, Any] | None) -> Iterator[str]:
         """Let the phase observe the model, choose its settings and change the structure.
 
-        Returns:
-            What was chosen, in lines for the user.
+        Yields:
+            What is chosen, in lines for the user.
+
+        Raises:
+            _Interrupted: The run was requested to stop meanwhile.
         """
         world, phase, model = self.runtime.world, self.phase, self.model
         with world.heartbeat.busy():
             if phase.samples:
                 world.barrier()  # no rank that is a thread may call a model while another traces
                 phase.observe(model, world, observed(self.data.train, phase.samples, self.runtime))
-            chosen = []
             if resumed is None:
-                chosen = phase.search(model, world, self._evaluate, self.dense)
+                yield from phase.search(model, world, self._evaluate, self.dense)
             if isinstance(phase, StructuralPhase):
                 self._change_structure(phase, resumed)
-        return chosen
 
     def _end(self, metrics: Metrics, after: Counts) -> Iterator[Message]:
         """Report the phase, what the user should know about it, and its weights."""
@@ -442,8 +457,27 @@ class PhaseRun:
             message += f", after step {self.last.step} at a learning rate of {self.last.lr:g}"
         raise Diverged(f"{message}: lower optimizer.lr, warm up, or clip")
 
-    def _evaluate(self, model: nn.Module) -> Metrics:
-        return evaluate(model, self.data.validation, self.runtime)
+    def _evaluate(self, model: nn.Module, after: Phase | None = None) -> Metrics:
+        """See `trainer.phases.Evaluate`."""
+        if after is None:
+            return evaluate(model, self.data.validation, self.runtime)
+        scale = self.runtime.mixed_precision.state()
+        trial = dataclasses.replace(
+            self,
+            phase=after,
+            model=copy_model(model),
+            data=dataclasses.replace(self.data, train=apart(self.data.train)),
+            changes=[*self.changes],
+            checkpoint=CheckpointConfig(every_steps=None, every_seconds=None),
+            earlier=None,
+            profile=False,
+            leave_at=None,
+        )
+        for message in trial.messages(None):
+            if isinstance(message, RunStopped):
+                raise _Interrupted(message.changes_members)
+        self.runtime.mixed_precision.load(scale)
+        return self._evaluate(trial.model)
 
     def _steps_per_round(self) -> int:
         return steps_in(len(self.data.train), self.runtime.batch_size, self.phase.fit)[1]
