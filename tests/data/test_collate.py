@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pack_sequence
 from trainer.data.checked import CheckedSplit
 from trainer.data.collate import Pad
 from trainer.data.datasets import dataset
+from trainer.data.split import TensorSplit
 from trainer.data.tree import first_samples, map_tensors
 from trainer.errors import RunError
 
@@ -102,3 +103,24 @@ def test_a_dictionary_as_target_belongs_into_the_input():
     split = CheckedSplit(dataset(samples, samples, samples).train, "train", None)
     with pytest.raises(RunError, match=r"not dict; .* can be a part of the input"):
         next(split.batches([torch.arange(2)], 0))
+
+
+def test_sparse_samples_need_a_function_that_makes_batches():
+    samples = [(torch.eye(3)[n % 3].to_sparse(), 1) for n in range(20)]
+    split = CheckedSplit(dataset(samples, samples, samples).train, "train", None)
+    with pytest.raises(RunError, match=r"its inputs are a sparse tensor; give to_dense\(\)"):
+        next(split.batches([torch.arange(2)], 0))
+    with pytest.raises(ValueError, match=r"the inputs are a sparse tensor, .*to_dense\(\)"):
+        TensorSplit(torch.eye(3).to_sparse(), torch.zeros(3))
+
+    def stacked(samples):
+        return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
+
+    split = dataset(samples, samples, samples, collate=stacked).train
+    assert next(split.batches([torch.arange(2)], 0))[0].is_sparse
+
+
+def test_complex_samples_are_stacked():
+    samples = [(torch.tensor([1j * n]), 1) for n in range(20)]
+    ((inputs, _),) = dataset(samples, samples, samples).train.batches([torch.arange(2)], 0)
+    assert inputs.tolist() == [[0j], [1j]]

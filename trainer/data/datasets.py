@@ -402,7 +402,9 @@ def _check_input(value: Any, index: int) -> Any:
     except TypeError:  # as above
         pass
     if not isinstance(value, Tensor) or not (
-        value.is_floating_point() or value.dtype in (torch.int32, torch.int64, torch.bool)
+        value.is_floating_point()
+        or value.is_complex()
+        or value.dtype in (torch.int32, torch.int64, torch.bool)
     ):
         raise SampleError(
             index,
@@ -437,6 +439,12 @@ def _stack(values: Sequence[Any], indices: Sequence[int], what: str) -> Any:
     """
 
     def stack(tensors: Sequence[Tensor]) -> Tensor:
+        if tensors[0].layout != torch.strided:
+            raise SampleError(
+                indices[0],
+                f"its {what} are a sparse tensor; give to_dense() of it, or batches of your own "
+                "with data.collate",
+            )
         for index, tensor in zip(indices, tensors, strict=True):
             if tensor.shape != tensors[0].shape:
                 raise SampleError(

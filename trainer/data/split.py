@@ -116,6 +116,11 @@ class TensorSplit:
         numbers: Tensor | None = None,
     ) -> None:
         for tensor in tensors(inputs):
+            if tensor.layout != torch.strided:
+                raise ValueError(
+                    "data: the inputs are a sparse tensor, of which no samples can be taken; give "
+                    "to_dense() of it, or a Dataset of its rows with data.collate"
+                )
             if len(tensor) != len(targets):
                 raise ValueError(
                     f"{len(tensor)} inputs with {len(targets)} targets: give one for each"
