@@ -75,6 +75,8 @@ def test_batches_need_not_have_a_row_for_each_sample():
     assert inputs["edges"].shape == (1, 11)
     assert targets.tolist() == [1, 3]
     assert first_samples(inputs, 1) is inputs
+    with_limit = {"x": torch.zeros(3), "limit": torch.tensor(0.5)}
+    assert first_samples(with_limit, 1) is with_limit
     assert first_samples((torch.zeros(3), torch.zeros(3, 2)), 1)[1].shape == (1, 2)
 
 

@@ -88,7 +88,7 @@ def equalize(model: nn.Module, inputs: Any, names: Container[str]) -> int:
         The number of pairs.
     """
     inputs = first_samples(inputs, _SAMPLES)
-    if all(len(tensor) == 1 for tensor in tensors(inputs)):
+    if all(tensor.shape[:1] == (1,) for tensor in tensors(inputs)):
         inputs = map_tensors(lambda x: torch.cat((x, x)), inputs)
     layers: dict[frozenset[tuple[str, int]], list[Unit]] = {}
     for unit in removable_units(model, inputs):

@@ -33,7 +33,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def first_samples(inputs: Any, count: int) -> Any:
     """The first samples of a batch; the whole batch if they are not its rows, as of graphs."""
-    if len({len(tensor) for tensor in tensors(inputs)}) > 1:
+    if len({tensor.shape[:1] for tensor in tensors(inputs)}) > 1:
         return inputs
     return map_tensors(lambda tensor: tensor[:count], inputs)
 

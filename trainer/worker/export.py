@@ -54,7 +54,7 @@ def _try(experiment: Experiment) -> None:
     check_phases(experiment, model)
     check_compatible(model, data, experiment.build_runtime(alone))
     sample = _inputs(data.validation, 2)
-    if {len(tensor) for tensor in tensors(sample)} != {2}:
+    if {tensor.shape[:1] for tensor in tensors(sample)} != {(2,)}:
         raise ConfigError(
             "export.onnx=true: the inputs of a batch have no row for each sample, which the sizes "
             "in a file need; set export.onnx=false"
