@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 from trainer.compress.attention import LinearAttention
 from trainer.compress.layers import rebuild, rebuild_as
@@ -90,9 +91,39 @@ def test_other_recurrent_networks_are_left() -> None:
     for module in model.values():
         with pytest.raises(ValueError, match="cannot be built from Linear layers"):
             LinearLSTM(module)
-    for kind in (LinearLSTM, LinearGRU, LinearRNN):
-        with pytest.raises(TypeError, match=f"{kind.source.__name__} .* not packed sequences"):
-            kind(kind.source(3, 4))(nn.utils.rnn.pack_sequence([torch.randn(2, 3)]))
+
+
+@pytest.mark.parametrize("kind", [LinearLSTM, LinearGRU, LinearRNN])
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_packed_sequences_are_as_in_torch(kind: Any, is_sorted: bool, given: bool) -> None:
+    """Each time step computes the sequences that are not over, and no padding."""
+    torch.manual_seed(0)
+    rnn = kind.source(3, 4, num_layers=2)
+    made = kind(rnn)
+    lengths = (5, 5, 2, 1) if is_sorted else (2, 5, 1, 5)
+    packed = pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=is_sorted)
+    state = None
+    if given:
+        state = torch.randn(2, 4, 4)
+        state = (state, torch.randn(2, 4, 4)) if kind.states > 1 else state
+    expected, ends = rnn(packed, state)
+    rows = []
+    made.layers[1].hh.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    found, found_ends = made(packed, state)
+    assert rows == packed.batch_sizes.tolist()
+    torch.testing.assert_close(found.data, expected.data)
+    torch.testing.assert_close(found_ends, ends)
+    assert found.sorted_indices is packed.sorted_indices
+    expected.data.sum().backward()
+    wanted = rnn.weight_hh_l0.grad.clone()
+    rnn.weight_hh_l0.grad = None
+    found.data.sum().backward()
+    torch.testing.assert_close(rnn.weight_hh_l0.grad, wanted)
+    wrong: Any = torch.zeros(1, 4, 4)
+    wrong = (wrong, wrong) if kind.states > 1 else wrong
+    with pytest.raises(RuntimeError, match=r"a state of \[1, 4, 4\]: it must be \[layers"):
+        made(packed, wrong)
 
 
 def causal(length: int) -> Tensor:

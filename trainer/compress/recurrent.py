@@ -5,13 +5,13 @@ time step after the other. Layer n has the Linears `layers.n.ih`, applied to its
 `layers.n.hh`, applied to its hidden state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
-from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 State = tuple[Tensor, ...]
 """Hidden state [N, hidden] of one layer; for an LSTM followed by its cell state."""
@@ -73,7 +73,7 @@ class LinearRecurrent(nn.Module):
         """Does nothing: models call this method of torch's layers before they run them."""
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        """Raises TypeError for a packed sequence in training, RuntimeError for other shapes."""
+        """Raises RuntimeError for a wrong shape."""
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
         if input.ndim not in (2, 3):
@@ -82,26 +82,55 @@ class LinearRecurrent(nn.Module):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        if hx is None:
-            shape = (len(self.layers), x.shape[1], self.hidden_size)
-            initial: State = (x.new_zeros(shape),) * self.states
-        else:
-            initial = (hx,) if self.states == 1 else tuple(hx)
-            initial = initial if batched else tuple(part.unsqueeze(1) for part in initial)
-            self._check_state(initial, x.shape[1])
-        ends: list[State] = []
-        layers: list[Any] = list(self.layers)
-        for number, layer in enumerate(layers):
-            if number:
-                x = dropout(x, self.dropout, self.training)
-            x, end = layer.run(x, tuple(part[number] for part in initial), self.step)
-            ends.append(end)
-        final = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+        if hx is not None and not batched:
+            hx = hx.unsqueeze(1) if self.states == 1 else tuple(part.unsqueeze(1) for part in hx)
+        x, final = self._run(x, self._initial(hx, x, x.shape[1]))
         if not batched:
             x, final = x.squeeze(1), tuple(part.squeeze(1) for part in final)
         elif self.batch_first:
             x = x.transpose(0, 1)
         return x, (final[0] if self.states == 1 else final)
+
+    def _packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        """As `forward`; the sequences are sorted by length, the longest first."""
+        sizes: list[int] = packed.batch_sizes.tolist()
+        state = self._initial(hx, packed.data, sizes[0])
+        if packed.sorted_indices is not None:
+            state = tuple(part[:, packed.sorted_indices] for part in state)
+        data, final = self._run(packed.data, state, sizes)
+        if packed.unsorted_indices is not None:
+            final = tuple(part[:, packed.unsorted_indices] for part in final)
+        return packed._replace(data=data), (final[0] if self.states == 1 else final)
+
+    def _run(
+        self, x: Tensor, initial: State, sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, State]:
+        """Run all layers.
+
+        Args:
+            x: [T, N, input]; with `sizes`, the time steps one after another, [sum of sizes, input].
+            initial: Parts [layers, N, hidden].
+            sizes: The number of sequences in each time step: the first ones. It never grows.
+
+        Returns:
+            The output of the last layer, in the order of `x`, and the final state.
+        """
+        ends: list[State] = []
+        layers: list[Any] = list(self.layers)
+        for number, layer in enumerate(layers):
+            if number:
+                x = dropout(x, self.dropout, self.training)
+            x, end = layer.run(x, tuple(part[number] for part in initial), self.step, sizes)
+            ends.append(end)
+        return x, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+
+    def _initial(self, hx: Any, x: Tensor, sequences: int) -> State:
+        """The state before the first step: `hx`, or zeros of the type of `x`."""
+        if hx is None:
+            return (x.new_zeros(len(self.layers), sequences, self.hidden_size),) * self.states
+        state = (hx,) if self.states == 1 else tuple(hx)
+        self._check_state(state, sequences)
+        return state
 
     def _check_state(self, state: State, sequences: int) -> None:
         shape = (len(self.layers), sequences, self.hidden_size)
@@ -111,29 +140,6 @@ class LinearRecurrent(nn.Module):
                     f"a state of {list(part.shape)}: it must be [layers, N, hidden], here "
                     f"{list(shape)}"
                 )
-
-    def _packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
-        """Each sequence by itself: correct, but slower than a padded batch."""
-        if self.training:
-            raise TypeError(
-                f"a quantized {self.source.__name__} is trained with padded tensors, not packed "
-                "sequences"
-            )
-        sequences = unpack_sequence(packed)
-        if hx is not None:
-            self._check_state((hx,) if self.states == 1 else tuple(hx), len(sequences))
-        outputs, ends = [], []
-        for number, sequence in enumerate(sequences):
-            state = None
-            if hx is not None:
-                state = hx[:, number] if self.states == 1 else tuple(x[:, number] for x in hx)
-            output, end = self.forward(sequence, state)
-            outputs.append(output)
-            ends.append((end,) if self.states == 1 else end)
-        order = range(len(outputs)) if packed.sorted_indices is None else packed.sorted_indices
-        data = pack_sequence([outputs[number] for number in order]).data
-        final = tuple(torch.stack(parts, 1) for parts in zip(*ends, strict=True))
-        return packed._replace(data=data), (final[0] if self.states == 1 else final)
 
 
 class LinearLSTM(LinearRecurrent):
@@ -183,15 +189,25 @@ class _Layer(nn.Module):
         self.hh = _linear(_Recurrent, source, f"hh_l{number}")
 
     def run(
-        self, inputs: Tensor, state: State, step: Callable[[Tensor, Tensor, State], State]
+        self,
+        inputs: Tensor,
+        state: State,
+        step: Callable[[Tensor, Tensor, State], State],
+        sizes: Sequence[int] | None,
     ) -> tuple[Tensor, State]:
         """Run over all steps; products with the inputs are computed for all at once."""
-        outputs = []
+        outputs, ended = [], []
         weight = self.hh.weight  # read once for all steps: a trained one is computed at each use
-        for gates in self.ih(inputs).unbind():
+        products = self.ih(inputs)
+        for gates in products.unbind() if sizes is None else products.split(sizes):
+            if len(gates) < len(state[0]):
+                ended.append(tuple(part[len(gates) :] for part in state))
+                state = tuple(part[: len(gates)] for part in state)
             state = step(gates, self.hh(state[0], weight), state)
             outputs.append(state[0])
-        return torch.stack(outputs), state
+        if ended:
+            state = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
+        return torch.stack(outputs) if sizes is None else torch.cat(outputs), state
 
 
 class _Recurrent(nn.Linear):

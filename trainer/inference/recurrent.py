@@ -1,6 +1,7 @@
 """LSTM and GRU layers with compressed gates."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,16 +109,40 @@ class CompiledSteps(Choice):
             module.bias_hh_l0.copy_(self.recurrent_bias)
         return DenseSteps(module.requires_grad_(False).eval())
 
-    def run(self, inputs: Tensor, state: State, step: Callable[..., State]) -> Any:
+    def run(
+        self,
+        inputs: Tensor,
+        state: State,
+        step: Callable[..., State],
+        sizes: Sequence[int] | None,
+    ) -> Any:
         """Run over all steps: inputs [T, N, inputs] -> outputs [T, N, hidden], and the last state.
 
         Args:
             step: Not used: the kernels compute the same.
+            sizes: As for `LinearRecurrent`: inputs and outputs are of packed sequences then.
         """
+        if sizes is not None:
+            return self._one_by_one(inputs, state, step, sizes)
         for tensor in (inputs, *state):
             check_input(tensor)
         product = self.product or self.choose(inputs, state)
         return self.call(product, inputs, state)
+
+    def _one_by_one(
+        self, inputs: Tensor, state: State, step: Callable[..., State], sizes: Sequence[int]
+    ) -> Any:
+        starts = [end - size for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+        outputs, ends = inputs.new_empty(len(inputs), state[0].shape[1]), []
+        for number in range(sizes[0]):
+            rows = [
+                start + number for start, size in zip(starts, sizes, strict=True) if size > number
+            ]
+            own = tuple(part[number : number + 1] for part in state)
+            out, end = self.run(inputs[rows].unsqueeze(1), own, step, None)
+            outputs[rows] = out.squeeze(1)
+            ends.append(end)
+        return outputs, tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
 
     def call(self, product: Any, x: Tensor, state: State) -> Any:
         return product(x, state, (self.input_bias, self.recurrent_bias))
