@@ -200,7 +200,7 @@ class _Layer(nn.Module):
         weight = self.hh.weight  # read once for all steps: a trained one is computed at each use
         products = self.ih(inputs)
         for gates in products.unbind() if sizes is None else products.split(sizes):
-            if len(gates) < len(state[0]):
+            if sizes is not None and len(gates) < len(state[0]):  # a file for ONNX keeps any size
                 ended.append(tuple(part[len(gates) :] for part in state))
                 state = tuple(part[: len(gates)] for part in state)
             state = step(gates, self.hh(state[0], weight), state)
