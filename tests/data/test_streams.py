@@ -244,9 +244,10 @@ def test_a_stream_that_cannot_be_copied_is_read_again_after_its_samples_were_obs
 
 def test_samples_of_loader_processes_are_observed_in_a_process_of_their_own() -> None:
     split = stream(Numbers(known=True), TEST, TEST, loader_workers=3).train
-    other = apart(split)
-    assert isinstance(other, DatasetSplit)
-    assert (other.loader_workers, stream_of(other) is stream_of(split)) == (1, False)
+    for most, workers in ((None, 3), (1, 1)):
+        other = apart(split, most)
+        assert isinstance(other, DatasetSplit)
+        assert (other.loader_workers, stream_of(other) is stream_of(split)) == (workers, False)
     tensors = as_splits(TEST, hold_out=0.4).train
     assert apart(tensors) is tensors
 

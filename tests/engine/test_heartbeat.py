@@ -29,3 +29,15 @@ def test_only_the_first_batch_may_take_long():
     assert list(heartbeat.busy_until_first(batches())) == [0, 1, 2]
     assert waiting == [True, False, False]
     assert list(heartbeat.busy_until_first(iter(()))) == []
+
+
+def test_in_a_watched_block_the_busy_blocks_around_it_do_not_count():
+    heartbeat = Heartbeat()
+    with heartbeat.busy():
+        with heartbeat.watched():
+            assert not heartbeat.is_busy
+            with heartbeat.busy():
+                assert heartbeat.is_busy
+            assert not heartbeat.is_busy
+        assert heartbeat.is_busy
+    assert not heartbeat.is_busy

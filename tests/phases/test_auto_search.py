@@ -1,7 +1,8 @@
 """Settings that are searched for: bits of each layer and units, within a share of the limit."""
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from trainer.compress.allocation import bit_allocations
 from trainer.engine.evaluate import Metrics
 from trainer.engine.world import World
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Diverged
 from trainer.experiment import Experiment
+from trainer.metrics import MAXIMIZE
 from trainer.phases import Phase, Prune, Quantize, Share, StructuredPrune, Train
 from trainer.phases.auto import search_bits
 
@@ -121,6 +123,64 @@ def test_units_are_removed_within_the_limit() -> None:
     fresh = StructuredPrune("auto", max_drop=0.02)
     fresh.observe(model, WORLD, [distance.inputs])
     assert fresh.plan_change(model, WORLD)["removed"] == []  # nothing was searched for
+
+
+def removed_by(phase: StructuredPrune) -> int:
+    """How many of the 60 units of `net` a phase removes."""
+    model = net()
+    phase.observe(model, WORLD, [torch.zeros(2, 6)])
+    phase.apply_change(model, phase.plan_change(model, WORLD))
+    return 60 - model[0].out_features - model[2].out_features
+
+
+class Trained:
+    """Evaluates models by the number of units that a phase removes before it trains them."""
+
+    def __init__(self, accuracy: Callable[[int], float]) -> None:
+        self.accuracy = accuracy
+        self.removed: list[int] = []
+
+    def __call__(self, model: nn.Module, after: Phase | None = None) -> Metrics:
+        if after is None:
+            return Metrics(0.0, {"accuracy": 1.0}, MAXIMIZE)
+        assert isinstance(after, StructuredPrune)
+        removed = removed_by(after)
+        self.removed.append(removed)
+        return Metrics(0.0, {"accuracy": self.accuracy(removed)}, MAXIMIZE)
+
+
+def search_with_training(evaluate: Trained) -> tuple[list[str], int]:
+    """The lines of a search, and how many units it removes."""
+    phase, model = StructuredPrune("auto", max_drop=0.02, epochs=1), net()
+    phase.observe(model, WORLD, [torch.randn(8, 6)])
+    lines = list(phase.search(model, WORLD, evaluate, None))
+    assert len(lines) == len(evaluate.removed) + 1
+    assert len({*evaluate.removed}) == len(evaluate.removed)  # each model is trained once
+    return lines, removed_by(phase)
+
+
+def test_a_trial_that_diverges_is_beyond_the_limit() -> None:
+    def accuracy(removed: int) -> float:
+        if removed > 20:
+            raise Diverged("phase p0: the loss is nan in step 7")
+        return 0.99
+
+    evaluate = Trained(accuracy)
+    lines, removed = search_with_training(evaluate)
+    assert removed == max(number for number in evaluate.removed if number <= 20) > 10
+    assert re.match(
+        r"trying \d+ of 60 units removed, .* remain: phase p0: the loss is nan", lines[0]
+    )
+    assert lines[-1].endswith("accuracy 99.00% after training, the limit is 98.00%")
+
+
+def test_if_no_smaller_model_is_within_the_limit_nothing_is_removed() -> None:
+    lines, removed = search_with_training(Trained(lambda removed: 0.9))
+    assert removed == 0
+    assert lines[-1] == (
+        "no unit is removed: no smaller model that was tried is within the limit, 98.00%, after "
+        "training"
+    )
 
 
 def drops(limits: Mapping[str, Any], *phases: Phase) -> list[Any]:

@@ -1,6 +1,7 @@
 """Phases that choose a setting by trying themselves, training included."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from trainer.data.split import Splits, TensorSplit
 from trainer.engine.world import World
 from trainer.experiment import Experiment, initial_weights
 from trainer.messages import Notice, PhaseEnded, RunStopped
+from trainer.models.copying import copy_model
 from trainer.phases import StructuredPrune, Train
 from trainer.testing import ExampleNet
 from trainer.worker.run import Start, run_phases
@@ -58,6 +60,20 @@ def test_the_phase_ends_as_the_best_of_its_trials(precision):
     assert narrow.parameters < dense.parameters
     removed = [int(re.search(r"(\d+) of \d+ units", trial)[1]) for trial in trials]
     assert max(removed) > min(removed)
+
+
+def test_a_trial_is_released_before_the_next_one(monkeypatch):
+    made = []
+
+    def copied(model):
+        assert all(trial() is None for trial in made)
+        trial = copy_model(model)
+        made.append(weakref.ref(trial))
+        return trial
+
+    monkeypatch.setattr("trainer.worker.phase.copy_model", copied)
+    found = messages(experiment())
+    assert len(made) == sum("trying" in text for text in said(found)) >= 4
 
 
 def test_two_workers_try_the_same():

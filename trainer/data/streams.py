@@ -377,18 +377,24 @@ def stream_of(split: Any) -> Stream | None:
     return dataset if isinstance(dataset, Stream) else None
 
 
-def apart(split: Split) -> Split:
+def apart(split: Split, most_workers: int | None = None) -> Split:
     """A split of the same samples, which can be read without moving the stream of `split`.
 
     Samples that do not come from a stream can be read in any order: such a split is returned as it
     is.
+
+    Args:
+        split: What to read apart.
+        most_workers: Maximum number of loader processes, if it is a stream; None: those of `split`.
     """
     stream = stream_of(split)
     if stream is None or not isinstance(unwrapped(split), DatasetSplit):
         return split
     if isinstance(split, DatasetSplit):
-        workers = min(1, split.loader_workers)  # enough for a few batches
+        workers = split.loader_workers
+        if most_workers is not None:
+            workers = min(workers, most_workers)
         return DatasetSplit(stream.apart(), split.seed, workers, split.prepare, split.collate)
     other: Any = copy.copy(split)  # a wrapper
-    other.split = apart(other.split)
+    other.split = apart(other.split, most_workers)
     return other  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ class Heartbeat:
         self._activity = "at the start"
         # One entry per open `busy` block, in any thread: list.append and list.pop are atomic.
         self._busy: list[None] = []
+        self._expected = 0  # open blocks around a `watched` one, which do not count
 
     @property
     def position(self) -> tuple[int, int]:
@@ -37,7 +38,7 @@ class Heartbeat:
     @property
     def is_busy(self) -> bool:
         """Whether a `busy` block is open: a missing beat is then no sign of a hang."""
-        return bool(self._busy)
+        return len(self._busy) > self._expected
 
     def begin(self, activity: str, phase: int, step: int = 0) -> None:
         """Announce what starts now.
@@ -66,6 +67,15 @@ class Heartbeat:
             yield
         finally:
             self._busy.pop()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Mark a block within a `busy` one in which beats are expected all the same."""
+        before, self._expected = self._expected, len(self._busy)
+        try:
+            yield
+        finally:
+            self._expected = before
 
     def busy_until_first(self, items: Iterator[T]) -> Generator[T]:
         """Yield `items`, busy until the first one arrives: data loaders start processes for it."""

@@ -229,48 +229,77 @@ class _Search:
         trains = bool(self._phase.fit.epochs)
         sizes = dict(enumerate(self._sizes))
         exact = evaluate(self._model)
-        curves: dict[int, Curve] = {
-            layer: [
-                (
-                    fraction,
-                    evaluate(self._without({layer: round(fraction * size)})).loss - exact.loss,
-                )
-                for fraction in PROBES
-            ]
-            for layer, size in sizes.items()
-        }
+        curves: dict[int, Curve] = {}
+        for layer, size in sizes.items():
+            probes = [self._units_beyond({layer: round(fraction * size)}) for fraction in PROBES]
+            rises = [evaluate(self._without(units)).loss - exact.loss for units in probes]
+            curves[layer] = list(zip(PROBES, rises, strict=True))
         floors = {layer: self._floor(layer) for layer in sizes}
         removed: list[Unit] = []
+        tried: dict[tuple[int, ...], Metrics | None] = {(): exact}  # by the units removed
         best, low, high = exact, 0.0, 1.0  # fractions of the units: beyond the limit, within it
         while high - low > (_TRAINED_PRECISION if trains else _PRECISION):
             middle = (low + high) / 2
             kept = allocate(sizes, curves, floors, middle)
-            if trains:
-                change = to_change(self._model, self._units_beyond(kept), self._units)
-                metrics = evaluate(self._original, self._phase.with_change(change))
-                yield f"trying {self._report(self._units_beyond(kept), metrics, limit)}"
-            else:
-                metrics = evaluate(self._without(kept))
-            if is_worse(metrics.first, limit, metrics.direction):
+            beyond = self._units_beyond(kept)
+            key = tuple(id(unit) for unit in beyond)
+            if key not in tried:
+                tried[key] = yield from self._try(beyond, evaluate, limit)
+            metrics = tried[key]
+            if metrics is None or is_worse(metrics.first, limit, metrics.direction):
                 low = middle
             else:
-                high, best, removed = middle, metrics, self._units_beyond(kept)
-        yield self._report(removed, best, limit)
+                high, best, removed = middle, metrics, beyond
+        if trains and not removed:
+            yield (
+                f"no unit is removed: no smaller model that was tried is within the limit, "
+                f"{format_metric(exact.name, limit)}, after training"
+            )
+        else:
+            yield self._report(removed, best, limit)
         return to_change(self._model, removed, self._units)
+
+    def _try(
+        self, removed: Sequence[Unit], evaluate: Evaluate, limit: float
+    ) -> Generator[str, None, Metrics | None]:
+        """Measure the model without these units, trained if the phase trains.
+
+        Yields:
+            A line about the training.
+
+        Returns:
+            The metrics; None: the training diverged.
+        """
+        if not self._phase.fit.epochs:
+            return evaluate(self._without(removed))
+        change = to_change(self._model, removed, self._units)
+        try:
+            metrics = evaluate(self._original, self._phase.with_change(change))
+        except Diverged as error:
+            yield f"trying {self._amount(removed)}: {error}"
+            return None
+        yield f"trying {self._report(removed, metrics, limit)}"
+        return metrics
+
+    def _amount(self, removed: Sequence[Unit]) -> str:
+        """What is removed and what remains, in words."""
+        return (
+            f"{len(removed)} of {sum(self._sizes)} units removed, {self._fraction(removed):.1%} of "
+            f"the {self._phase.cost} remain"
+        )
 
     def _report(self, removed: Sequence[Unit], metrics: Metrics, limit: float) -> str:
         name = metrics.name
         return (
-            f"{len(removed)} of {sum(self._sizes)} units removed, {self._fraction(removed):.1%} of "
-            f"the {self._phase.cost} remain, {name} {format_metric(name, metrics.first)} "
+            f"{self._amount(removed)}, {name} {format_metric(name, metrics.first)} "
             f"{'after' if self._phase.fit.epochs else 'without'} training, the limit is "
             f"{format_metric(name, limit)}"
         )
 
-    def _without(self, kept: Mapping[int, int]) -> nn.Module:
-        """A copy of the model whose layers keep so many units."""
+    def _without(self, removed: Sequence[Unit]) -> nn.Module:
+        """A copy of the model without these units."""
         model = copy_model(self._model)
-        remove(model, to_change(self._model, self._units_beyond(kept), self._units))
+        remove(model, to_change(self._model, removed, self._units))
         return model
 
     def _reached(self, count: int, world: World) -> bool:

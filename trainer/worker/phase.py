@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import time
@@ -80,7 +81,7 @@ _PLAIN_FIELDS = tuple(
 def observed(split: Split, samples: int, runtime: Runtime) -> list[Any]:
     """The inputs that `Phase.observe` gets: batches on the device, the same on all ranks."""
     shuffled = stream_of(split) is None
-    split = apart(split)
+    split = apart(split, most_workers=1)  # enough for a few batches
     order = permutation(len(split), runtime.seed, 0, shuffled)[:samples].split(runtime.batch_size)
     return [runtime.place_batch(*batch)[0] for batch in split.batches(order, None)]
 
@@ -473,11 +474,18 @@ class PhaseRun:
             profile=False,
             leave_at=None,
         )
-        for message in trial.messages(None):
-            if isinstance(message, RunStopped):
-                raise _Interrupted(message.changes_members)
-        self.runtime.mixed_precision.load(scale)
-        return self._evaluate(trial.model)
+        trial.meter = self.meter
+        try:
+            with self.runtime.world.heartbeat.watched():
+                for message in trial.messages(None):
+                    if isinstance(message, RunStopped):
+                        raise _Interrupted(message.changes_members)
+            return self._evaluate(trial.model)
+        finally:
+            self.runtime.mixed_precision.load(scale)
+            del trial
+            gc.collect()  # the loop of a trial refers to itself, and holds a model and loaders
+            self.runtime.release_memory()
 
     def _steps_per_round(self) -> int:
         return steps_in(len(self.data.train), self.runtime.batch_size, self.phase.fit)[1]
