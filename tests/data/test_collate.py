@@ -78,6 +78,20 @@ def test_batches_need_not_have_a_row_for_each_sample():
     with_limit = {"x": torch.zeros(3), "limit": torch.tensor(0.5)}
     assert first_samples(with_limit, 1) is with_limit
     assert first_samples((torch.zeros(3), torch.zeros(3, 2)), 1)[1].shape == (1, 2)
+    number, packed = torch.tensor(0.5), pack_sequence([torch.zeros(1)])
+    assert first_samples(number, 1) is number
+    assert first_samples(packed, 1) is packed
+
+
+def test_an_empty_batch_with_a_number_among_its_inputs_has_the_inputs_of_a_sample():
+    def collate(samples):
+        inputs = {"x": torch.cat([x for x, _ in samples]), "limit": torch.tensor(0.5)}
+        return inputs, torch.tensor([len(target) for _, target in samples])
+
+    split = dataset(SAMPLES, SAMPLES, SAMPLES, collate=collate).train
+    ((inputs, targets),) = split.batches([torch.tensor([], dtype=torch.int64)], 0)
+    assert inputs["x"].tolist() == [1]
+    assert targets.shape == (0,)
 
 
 def test_a_wrong_target_that_belongs_to_no_row_is_named_by_its_batch():

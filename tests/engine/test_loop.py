@@ -262,6 +262,9 @@ def test_a_target_that_is_not_finite_is_a_hint_and_an_input_the_reason():
     split.inputs[60] = torch.nan
     with pytest.raises(RunError, match=r"the input of test sample 60 is NaN or infinite"):
         check_samples(ALONE, data, "test", [torch.tensor([57]), torch.tensor([60])], None)
+    signal = TensorSplit(split.inputs * 1j, targets)
+    with pytest.raises(RunError, match=r"the input of test sample 60 is NaN or infinite"):
+        check_samples(ALONE, signal, "test", [torch.tensor([60])], None)
 
 
 def test_a_held_out_sample_is_named_by_its_number_in_the_data_set():

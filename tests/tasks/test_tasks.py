@@ -446,6 +446,11 @@ class Parts:
     mean: Tensor
 
 
+@dataclass(slots=True, frozen=True)
+class SlottedParts:
+    image: Tensor
+
+
 def loss_of_parts(output: Any, targets: Tensor) -> Tensor:
     image, mean = output.values() if isinstance(output, dict) else output
     return F.mse_loss(image, targets) + mean.square().mean()
@@ -473,20 +478,33 @@ def test_a_loss_of_the_whole_output_is_evaluated_in_fp32() -> None:
 
     half = torch.ones(2, dtype=torch.bfloat16)
     named = namedtuple("named", "image")
-    outputs = [half, (half,), {"image": half}, named(half), Parts(half, torch.ones(2).long())]
+    parts = Parts(half, torch.ones(2).long())
+    outputs = [half, (half,), {"image": half}, named(half), parts, SlottedParts(half)]
     for output in outputs:
         Custom(record, whole_output=True).evaluation_loss(output, NUMBERS[1], 6)
-    found = [seen[0], seen[1][0], seen[2]["image"], seen[3].image, seen[4].image]
-    assert [value.dtype for value in found] == [torch.float32] * 5
+    found = [seen[0], seen[1][0], seen[2]["image"], *(one.image for one in seen[3:])]
+    assert [value.dtype for value in found] == [torch.float32] * 6
     assert seen[4].mean.dtype == torch.int64
     assert outputs[4].image.dtype == torch.bfloat16
 
 
-def test_without_units_a_loss_of_the_whole_output_has_no_gradient() -> None:
-    output = {"image": torch.ones(2, requires_grad=True)}
-    Custom(loss_of_parts, whole_output=True).training_loss(output, torch.ones(0), 0).backward()
-    assert output["image"].grad is not None
-    assert output["image"].grad.eq(0).all()
+@pytest.mark.parametrize(
+    ("wrap", "whole"),
+    [
+        (lambda values: {"image": values}, True),
+        (SlottedParts, True),
+        (lambda values: values, False),
+    ],
+)
+def test_without_units_the_loss_has_no_gradient(wrap: Any, whole: bool) -> None:
+    values = torch.tensor([1.0, -torch.inf, torch.nan], requires_grad=True)
+    ignored = torch.full((3,), -100)
+    task = Custom(loss_of_parts, count="targets", whole_output=whole)
+    loss = task.training_loss(wrap(values), ignored, task.units(ignored))
+    loss.backward()
+    assert loss == 0
+    assert values.grad is not None
+    assert values.grad.eq(0).all()
 
 
 def test_a_loss_that_the_model_computes_is_called_with_nothing() -> None:

@@ -25,7 +25,7 @@ from trainer.data.loaders import fork_server, start_loader
 from trainer.data.order import permutation
 from trainer.data.prefetch import spare_cpus
 from trainer.data.split import SampleError, Split, Splits, name_sample
-from trainer.data.tree import map_tensors, merge
+from trainer.data.tree import first_samples, merge
 from trainer.errors import ConfigError, first_line
 
 SPLIT_SEED = 0
@@ -125,7 +125,7 @@ class SeededBatches(Dataset[Batch | SampleError]):
             return error
         targets = targets.float() if targets.is_floating_point() else targets.long()
         if not wanted:
-            return map_tensors(lambda tensor: tensor[:0], inputs), targets[:0]
+            return first_samples(inputs, 0), targets[:0]
         return inputs, targets
 
     def _collated(self, pairs: Sequence[tuple[Any, Any]], indices: Sequence[int]) -> Batch:

@@ -4,9 +4,11 @@ The inputs of a model with several arguments are a tuple (positional arguments) 
 (keyword arguments).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -33,7 +35,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def first_samples(inputs: Any, count: int) -> Any:
     """The first samples of a batch; the whole batch if they are not its rows, as of graphs."""
-    if len({tensor.shape[:1] for tensor in tensors(inputs)}) > 1:
+    lengths = {tensor.shape[:1] for tensor in tensors(inputs)}
+    if len(lengths) > 1 or torch.Size([]) in lengths or isinstance(inputs, PackedSequence):
         return inputs
     return map_tensors(lambda tensor: tensor[:count], inputs)
 
@@ -67,8 +70,14 @@ def call_with(model: Callable[..., Any], inputs: Any) -> Any:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors that a model returned, also those in the attributes of an object."""
-    found = list(tensors(output))
-    return found or list(tensors(getattr(output, "__dict__", {})))
+    return list(tensors(output)) or list(tensors(attributes(output)))
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object by name, also of a dataclass with slots."""
+    if not hasattr(value, "__dict__") and dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(getattr(value, "__dict__", {}))
 
 
 def merge(function: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -> Any:

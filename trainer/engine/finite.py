@@ -42,7 +42,8 @@ def check_samples(
     for index, sample in zip(samples, unwrapped(split).batches(samples, epoch), strict=True):
         for part, values in zip(found, sample, strict=True):
             broken = any(
-                tensor.is_floating_point() and not bool(tensor.isfinite().all())
+                (tensor.is_floating_point() or tensor.is_complex())
+                and not bool(tensor.isfinite().all())
                 for tensor in tensors(values)
             )
             if broken and not part[world.rank]:

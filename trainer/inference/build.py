@@ -65,7 +65,8 @@ def compile(
     zero; `dense` is torch's; `int8` computes quantized layers with integers.
 
     Args:
-        model: A model of the same class and settings as the one compressed. It is changed.
+        model: A model of the same class and settings as the one compressed. It is changed in place,
+            and loses wrappers of torch.compile and `nn.DataParallel`.
         weights: A model.dcz or model.safetensors file, or a state_dict; None: the model has its
             weights, as after `trainer.load`.
         samples: A typical batch, on which the kernels are measured now: a tensor is the model's

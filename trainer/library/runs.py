@@ -301,7 +301,8 @@ def load(
     Args:
         path: A model.dcz or model.safetensors, or the folder of a run.
         model: A model of the same class and settings, with any weights. It is changed in place:
-            the structure that quantization or pruning gave it is restored, too.
+            the structure that quantization or pruning gave it is restored, too, and wrappers of
+            torch.compile and `nn.DataParallel` are removed.
         phases: Classes of your own phases that changed the structure. Code named in a file is never
             imported.
         max_bytes: Largest size of the decoded tensors; see `trainer.artifact.load`.

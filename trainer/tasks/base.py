@@ -162,7 +162,7 @@ class Task:
         if not self.has_own_loss:
             raise NotImplementedError
         if not units:
-            return 0 * prediction.sum()
+            return zero_of([prediction])
         return self._own_loss(*self.loss_inputs(prediction, targets), targets, units)
 
     def _own_loss(self, output: Any, expected: Tensor, targets: Tensor, units: float) -> Tensor:
@@ -258,6 +258,12 @@ class Task:
             Its position, and what is wrong with it; None: all can be used.
         """
         return None
+
+
+def zero_of(tensors: Sequence[Tensor]) -> Tensor:
+    """0, whose gradient is 0 for all that the tensors depend on, even where they are Inf or NaN."""
+    parts = [torch.where(tensor.isfinite(), tensor, 0).mul(0.0).sum().real for tensor in tensors]
+    return torch.stack(parts).sum()
 
 
 def first_wrong(wrong: Tensor) -> int:

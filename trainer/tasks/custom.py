@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from trainer.data.split import IGNORED
 from trainer.data.tree import tensors_of
 from trainer.errors import ConfigError
 from trainer.tasks import output as outputs
-from trainer.tasks.base import Task
+from trainer.tasks.base import Task, zero_of
 
 MODEL = "model"
 SEVERAL_OUTPUTS = (
@@ -30,7 +29,7 @@ class Custom(Task):
             returns their mean loss, or one loss for each unit. "model": the model computes its
             loss, `loss` of its output.
         whole_output: Whether the loss is called with all that the model returns, such as a tuple, a
-            mapping or a dataclass, instead of the prediction in it.
+            mapping or a dataclass, instead of the prediction in it. `auxiliary` is not used then.
         target_argument: Name of the argument by which the model receives the targets; None: it
             does not need them.
         count: What the loss is a mean over: "samples", or "targets": all values of the targets but
@@ -109,5 +108,5 @@ class Custom(Task):
 
     def _loss_of_all(self, output: Any, targets: Tensor, units: float) -> Tensor:
         if not units:
-            return torch.stack([0.0 * tensor.sum() for tensor in tensors_of(output)]).sum()
+            return zero_of(tensors_of(output))
         return self._own_loss(output, targets, targets, units)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.data.tree import attributes
+
 PREDICTIONS = ("logits", "out", "prediction", "predictions")
 """Names of the prediction in outputs with names: of transformers, of torchvision's segmentation."""
 
@@ -81,12 +83,11 @@ def in_float(output: Any) -> Any:
         for key, item in output.items():
             changed[key] = in_float(item)  # type: ignore[index]
         return changed
-    if not hasattr(output, "__dict__"):
-        return output
-    changed = copy.copy(output)
-    for name, item in vars(output).items():
+    named = attributes(output)
+    changed = copy.copy(output) if named else output
+    for name, item in named.items():
         if isinstance(item, Tensor | tuple | list | Mapping):
-            vars(changed)[name] = in_float(item)
+            object.__setattr__(changed, name, in_float(item))  # it may be frozen
     return changed
 
 
@@ -116,7 +117,7 @@ def _named(output: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, Tensor | tuple | list):
         items = []
     else:
-        items = list(getattr(output, "__dict__", {}).items())
+        items = list(attributes(output).items())
     for name, value in items:
         if isinstance(value, Tensor):
             yield str(name), value
