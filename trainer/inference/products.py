@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.compress.quantize import ActivationQuantizer
+from trainer.inference.kernels.llvm import LANES
 from trainer.inference.kernels.multiply import (
     convolve,
     linear_columns,
@@ -23,7 +24,6 @@ from trainer.inference.kernels.multiply import (
     multiply_planes,
     to_grid,
 )
-from trainer.inference.kernels.vectors import LANES
 from trainer.inference.matrix import CompressedMatrix
 from trainer.inference.threads import run_parts
 

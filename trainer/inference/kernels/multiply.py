@@ -8,8 +8,8 @@ block begins and ends. A line is a column in `multiply_columns`, a row in the ot
 import numpy as np
 
 from trainer.compress.jit import jit
+from trainer.inference.kernels.llvm import LANES
 from trainer.inference.kernels.vectors import (
-    LANES,
     add_column,
     add_planes_1,
     add_planes_4,
