@@ -24,8 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _RAY = Path(sys.executable).with_name("ray")
 
 # The first process of a host or switch. It lives until its standard input is closed; then the
@@ -222,7 +220,10 @@ class Hosts:
 
     def drain(self, host: int, deadline_s: int = 600) -> None:
         """Give Ray notice that a host will be preempted within `deadline_s` seconds."""
-        words = [word for pid in self.processes(host) for word in psutil.Process(pid).cmdline()]
+        words: list[str] = []
+        for pid in self.processes(host):
+            with contextlib.suppress(OSError):  # it may have ended
+                words += Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         id_ = next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
         self.run(
             *(1, _RAY, "drain-node", f"--address={self.address(1)}:6379", f"--node-id={id_}"),
