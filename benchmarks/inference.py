@@ -28,6 +28,7 @@ from trainer.compress.quantize import INPUT, ActivationQuantizer, WeightQuantize
 from trainer.export.onnx import to_onnx
 from trainer.export.runtime import OnnxModel
 from trainer.inference import compile, layer_kernels
+from trainer.inference.build import MIN_DENSITY
 from trainer.inference.latency import ENGINE, ONNX, ONNX_INT8, TORCH, measure_latencies
 from trainer.inference.measure import alternate, medians
 from trainer.library.subject import quantized_copy
@@ -130,8 +131,8 @@ def layers(shapes: dict, seconds: float) -> None:
 
 def density_map(side: int, densities: tuple, batches: tuple, seconds: float) -> None:
     print(
-        f"\ndense fp32 / compressed kernels (the faster of `columns` and `rows`), {side} x {side}, "
-        "35% of activations\n\n| density | "
+        "\ndense fp32 / compressed kernels (the fastest of `columns`, `rows` and `codes`), "
+        f"{side} x {side}, 35% of activations\n\n| density | "
         + " | ".join(f"batch {b}" for b in batches)
         + " |\n|"
         + " --- |" * (1 + len(batches))
@@ -143,13 +144,14 @@ def density_map(side: int, densities: tuple, batches: tuple, seconds: float) -> 
         for batch in batches:
             x = torch.cat(vectors(batch, side, 0.353))
             functions = {"dense": lambda x=x, dense=dense: dense(x)}
-            for kernel in ("columns", "rows"):
+            compressed = ("columns", "rows") + (("codes",) if density >= MIN_DENSITY else ())
+            for kernel in compressed:
                 engine = compile(
                     nn.Sequential(copy.deepcopy(dense)), kernels={"0": kernel}, threads=1
                 )
                 functions[kernel] = lambda x=x, engine=engine: engine(x)
             t = medians(alternate(functions, seconds / 3, 5, time.thread_time))
-            kernel = min(("columns", "rows"), key=lambda name: t[name])
+            kernel = min(compressed, key=lambda name: t[name])
             cells.append(f"{t['dense'] / t[kernel]:.1f} {kernel}")
         print(f"| {density:.0%} | " + " | ".join(cells) + " |", flush=True)
 

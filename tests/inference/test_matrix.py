@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.inference.codes import to_codes
 from trainer.inference.matrix import compress
 
 
@@ -29,6 +30,22 @@ def test_back_again(values: int, order, parts: int) -> None:
     assert matrix.nonzero == int(weight.count_nonzero())
     assert matrix.bits == (max(1, (values - 1).bit_length()) if values else 0)
     assert (len(matrix.starts) - 1) % parts == 0
+
+
+@pytest.mark.parametrize("rows", [5, 128, 700])
+@pytest.mark.parametrize(("values", "bits"), [(1, 4), (15, 4), (16, 5), (31, 5)])
+def test_codes_and_back_again(rows: int, values: int, bits: int) -> None:
+    weight = random_weight(rows, 70, values, 0.6)
+    matrix = to_codes(weight)
+    assert matrix is not None
+    assert torch.equal(matrix.dense(), weight)
+    assert matrix.bits == bits
+    assert matrix.words.nbytes >= weight.numel() * bits / 8
+
+
+def test_codes_of_too_many_values() -> None:
+    assert to_codes(random_weight(90, 90, 32)) is None
+    assert to_codes(random_weight(90, 90, 0)) is None
 
 
 def test_two_bytes_a_weight() -> None:

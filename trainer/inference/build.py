@@ -17,6 +17,7 @@ from trainer.compress.recurrent import LinearRecurrent
 from trainer.compress.rewrite import restore
 from trainer.data.tree import call_with
 from trainer.errors import ConfigError
+from trainer.inference.codes import to_codes
 from trainer.inference.layers import DENSE, INT8, Choice, CompiledLayer, LayerKernel
 from trainer.inference.matrix import Order, compress
 from trainer.inference.products import (
@@ -32,6 +33,7 @@ from trainer.models.wrappers import unwrapped
 
 COLUMNS: Order = "columns"
 ROWS: Order = "rows"
+CODES = "codes"
 _ORDERS = (COLUMNS, ROWS)
 _HOOKS = (
     "_forward_pre_hooks",
@@ -42,7 +44,9 @@ _HOOKS = (
 )
 _REPLACED = (nn.Linear, nn.Conv1d, nn.Conv2d, *FUSED)
 MAX_DENSITY = 0.5
-"""Fraction of nonzero weights above which compressed kernels are not tried."""
+"""Fraction of nonzero weights above which kernels of entries are not tried."""
+MIN_DENSITY = 0.05
+"""Fraction of nonzero weights below which kernels of codes are not tried."""
 
 
 def compile(
@@ -59,9 +63,10 @@ def compile(
         logits = model(images)
 
     Linear, Conv1d, Conv2d, LSTM and GRU layers are replaced if at least half of their weights are
-    zero, or if quantization left them on a grid. Each takes the kernel that is fastest in a short
-    measurement: `columns` and `rows` compute with 16 bits for each weight that is not zero (its
-    position, and its code into the codebook of a shared weight); `columns` skips inputs that are
+    zero, or if quantization left them on a grid; a Linear also if it has at most 32 values. Each
+    takes the kernel that is fastest in a short measurement: `columns` and `rows` compute with 16
+    bits for each weight that is not zero (its position, and its code into the codebook of a shared
+    weight), `codes` with 4 or 5 bits for each weight; `columns` and `codes` skip inputs that are
     zero; `dense` is torch's; `int8` computes quantized layers with integers.
 
     Args:
@@ -184,6 +189,8 @@ def _linear(
         for order in _ORDERS:
             parts = threads if order == COLUMNS else 1
             candidates[order] = CompressedLinear(compress(matrix, order, parts), threads, scale)
+    if _density(matrix) >= MIN_DENSITY and (codes := to_codes(matrix)) is not None:
+        candidates[CODES] = CompressedLinear(codes, threads, scale)
     if quantizer is not None and scale is not None:
         candidates[INT8] = Int8(matrix.to(torch.int8), scale, quantizer)
     return _layer(name, module, candidates, DenseLinear, chosen, quantizer)
@@ -223,7 +230,7 @@ def _layer(
 ) -> CompiledLayer | None:
     if not candidates:
         return None
-    compressed = next((candidates[o] for o in (ROWS, COLUMNS) if o in candidates), None)
+    compressed = next((candidates[o] for o in (ROWS, COLUMNS, CODES) if o in candidates), None)
     # If there is a compressed form, the dense weight is decoded from it for the measurement.
     candidates[DENSE] = None if compressed else dense(module.weight.detach())
     made = CompiledLayer(

@@ -38,7 +38,7 @@ class LayerKernel:
     code_bits: int | None
     """Bits of a code in a compressed weight; 0: values are stored; None: not compressed."""
     kernel: str | None
-    """columns, rows (both compressed), dense or int8; None: chosen at the first call."""
+    """columns, rows, codes (all compressed), dense or int8; None: chosen at the first call."""
     microseconds: Mapping[str, float]
     """Median time of each kernel that was measured; empty if there was no choice."""
     nbytes: int

@@ -8,6 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.inference.kernels.multiply import linear_columns, linear_rows
+from trainer.inference.threads import run_parts
+
 Order = Literal["rows", "columns"]
 
 MAX_CODE_BITS = 8
@@ -42,6 +45,39 @@ class CompressedMatrix:
         """Bytes of memory."""
         arrays = (self.table, self.entries, self.starts, self.pointers)
         return sum(array.nbytes for array in arrays)
+
+    def multiply(
+        self, x: NDArray[np.float32], bias: NDArray[np.float32], threads: int
+    ) -> NDArray[np.float32]:
+        """W x + bias for each sample; in the order of columns, those with zero inputs are skipped.
+
+        Args:
+            x: [N, columns].
+            bias: [rows].
+
+        Returns:
+            [N, rows].
+        """
+        out = np.empty((len(x), self.shape[0]), np.float32)  # faster than torch
+        columns = self.order == "columns"
+        linear: Any = linear_columns if columns else linear_rows
+
+        def part(first: int, last: int) -> None:
+            linear(
+                self.entries,
+                self.pointers,
+                self.starts,
+                self.bits,
+                self.table,
+                x,
+                bias,
+                out,
+                first,
+                last,
+            )
+
+        run_parts(part, len(self.starts) - 1 if columns else self.shape[0], threads)
+        return out
 
     def dense(self) -> Tensor:
         """The matrix as a float32 tensor [rows, columns]."""

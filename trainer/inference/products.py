@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.compress.quantize import ActivationQuantizer
+from trainer.inference.codes import CodeMatrix
 from trainer.inference.kernels.llvm import LANES
 from trainer.inference.kernels.multiply import (
     convolve,
-    linear_columns,
-    linear_rows,
     multiply_planes,
     to_grid,
 )
@@ -48,7 +47,7 @@ class Product(Protocol):
 class CompressedLinear:
     """A compressed weight times vectors: [..., inputs] -> [..., outputs]."""
 
-    matrix: CompressedMatrix
+    matrix: CompressedMatrix | CodeMatrix
     threads: int = 1
     scale: Tensor | None = None
     """[outputs], if the codebook has integers."""
@@ -67,8 +66,12 @@ class CompressedLinear:
             raise RuntimeError(f"an input of {list(x.shape)}: its last dimension must be {inputs}")
         flat = x if x.ndim == 2 else x.reshape(-1, inputs)
         own = None if self.scale is not None else bias
-        if self.matrix.order == "rows" and len(flat) >= _FEW:
-            out = self._planes(flat)
+        if (
+            isinstance(self.matrix, CompressedMatrix)
+            and self.matrix.order == "rows"
+            and len(flat) >= _FEW
+        ):
+            out = self._planes(self.matrix, flat)
             out = out if own is None else out + own
         else:
             out = self._one_by_one(flat, own)
@@ -77,37 +80,15 @@ class CompressedLinear:
         return out if x.ndim == 2 else out.view(*x.shape[:-1], self.matrix.shape[0])
 
     def _one_by_one(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        m = self.matrix
-        inputs = x.contiguous().numpy()
         start = self._zeros if bias is None else bias.numpy()
-        out = np.empty((len(inputs), m.shape[0]), np.float32)  # faster than torch
-        columns = m.order == "columns"
-        multiply: Any = linear_columns if columns else linear_rows
-
-        def part(first: int, last: int) -> None:
-            multiply(
-                m.entries,
-                m.pointers,
-                m.starts,
-                m.bits,
-                m.table,
-                inputs,
-                start,
-                out,
-                first,
-                last,
-            )
-
-        run_parts(part, len(m.starts) - 1 if columns else m.shape[0], self.threads)
-        return torch.from_numpy(out)
+        return torch.from_numpy(self.matrix.multiply(x.contiguous().numpy(), start, self.threads))
 
     @cached_property
     def _zeros(self) -> NDArray[np.float32]:
         return np.zeros(self.matrix.shape[0], np.float32)
 
-    def _planes(self, x: Tensor) -> Tensor:
+    def _planes(self, m: CompressedMatrix, x: Tensor) -> Tensor:
         """All samples together: a plane holds one input of all samples."""
-        m = self.matrix
         samples = _round_up(len(x))
         planes = x.new_zeros(x.shape[1], samples)
         planes[:, : len(x)] = x.t()
