@@ -2,12 +2,11 @@
 
     python benchmarks/operations.py [--precision fp32] [--quick]
 
-On a GPU, each operation costs the host 5 to 10 us to launch, and each value that the host reads, such
-as a loss, waits for what was launched before. Both are counted here on a CPU, with the loss
-read a step late, as on a single GPU: one of the values is then of the step before, which does not
-wait. ResNet-50, images of 64 pixels, batch 4, SGD with momentum; a step is all from one result of
-`trainer.engine.loop.fit` to the next, the phase's own work after a step included. Views are not
-counted.
+On a GPU, the host launches each operation, and it waits for what was launched before whenever it
+reads a value, such as a loss. Both are counted here on a CPU, with the loss read a step late, as on
+a single GPU: one of the values is then of the step before, which does not wait. ResNet-50, images
+of 64 pixels, batch 4, SGD with momentum; a step is all from one result of `trainer.engine.loop.fit`
+to the next, the phase's own work after a step included. Views are not counted.
 """
 
 import argparse
