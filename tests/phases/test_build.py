@@ -177,6 +177,9 @@ def test_order() -> None:
 def test_a_phase_without_a_kind_is_refused():
     with pytest.raises(ConfigError, match=r"phases.own has no _target_.*; \+phase@phases.own=KIND"):
         experiment(phases={"own": {"sparsity": 0.5}})
+    train = {"_target_": "trainer.phases.Train", "fit": {"epochs": 1}}
+    with pytest.raises(ConfigError, match=r"phases.trian has .* does; did you mean phases.train\?"):
+        experiment(phases={"train": train, "trian": {"fit": {"freeze": {"conv1": 1}}}})
 
 
 @pytest.mark.parametrize(

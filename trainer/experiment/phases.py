@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -46,6 +47,16 @@ def build_phases(
     """
     if not settings:
         raise ConfigError("phases: there are none; an experiment needs at least one, such as train")
+    for name, chosen in settings.items():
+        if "_target_" not in chosen and OBJECT not in chosen:
+            close = difflib.get_close_matches(
+                name, [other for other in settings if other != name], 1
+            )
+            hint = f"did you mean phases.{close[0]}? " if close else ""
+            raise ConfigError(
+                f"phases.{name} has no _target_, so it is unknown what it does; "
+                f"{hint}+phase@phases.{name}=KIND adds a phase of a kind, such as prune"
+            )
     found = {name: _build_phase(name, chosen, objects) for name, chosen in settings.items()}
     sharing = [
         name
@@ -71,11 +82,6 @@ def _build_phase(name: str, settings: Mapping[str, Any], objects: Mapping[str, A
     fit = settings.get("fit", {})
     if not isinstance(fit, Mapping):
         raise ConfigError(f"{key}.fit={fit}: it must be a mapping, such as {{epochs: 0}}")
-    if "_target_" not in settings:
-        raise ConfigError(
-            f"{key} has no _target_, so it is unknown what it does; +phase@{key}=KIND adds a phase "
-            "of a kind, such as prune"
-        )
     kind = locate(key, settings, objects)
     if not (isinstance(kind, type) and issubclass(kind, Phase) and dataclasses.is_dataclass(kind)):
         raise ConfigError(
