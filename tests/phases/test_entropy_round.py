@@ -1,5 +1,7 @@
 """Rounding after training: fewer bits at the same error, from the inputs of layers alone."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,8 +9,8 @@ from torch import Tensor, nn
 from trainer import artifact
 from trainer.compress.rate import cheapest, magnitude_bits
 from trainer.engine.world import World
-from trainer.errors import ConfigError
-from trainer.phases import EntropyRound
+from trainer.errors import ConfigError, Diverged
+from trainer.phases import EntropyPenalty, EntropyRound, Phase, StructuralPhase, StructuredPrune
 
 WORLD = World.single(torch.device("cpu"))
 
@@ -138,3 +140,27 @@ def test_tiny_weights_are_rounded_and_other_types_are_refused() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         EntropyRound(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("make", [EntropyRound, EntropyPenalty, StructuredPrune])
+def test_weights_that_diverged_are_refused(value: float, make: type[Phase]) -> None:
+    phases = {
+        EntropyRound: EntropyRound(trellis=True),
+        EntropyPenalty: EntropyPenalty(epochs=1, sort_units=True),
+        StructuredPrune: StructuredPrune(0.5),
+    }
+    phase, model = phases[make], nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    nn.init.constant_(model[0].weight[0, :1], value)
+    said = "weights are Inf or NaN: the training before"
+    if value == 1e30:
+        said = r"weights reach 1e\+30, and a file holds steps of a grid up to 65,504: the training"
+    refused = pytest.raises(Diverged, match=said)
+    if value == 1e30 and make is StructuredPrune:
+        refused = contextlib.nullcontext()  # a valid model of very different weights
+    with refused:
+        phase.observe(model, WORLD, [torch.rand(4, 6)])
+        if isinstance(phase, StructuralPhase):
+            phase.plan_change(model, WORLD)
+        else:
+            phase.enter(model, WORLD)

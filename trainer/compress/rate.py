@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.errors import Diverged
+
 # Survivors of average fullness that are assumed besides those counted: in a row or column; in a
 # kernel, which is too small to tell chance from structure; and among magnitudes.
 _PRIOR, _KERNEL_PRIOR = 0.5, 2.0
@@ -65,6 +67,33 @@ def _fullness(there: Tensor, dim: int, density: Tensor) -> Tensor:
     """How many times fuller than the layer each row (dim=1) or column (dim=0) is; broadcastable."""
     expected = there.shape[dim] * density
     return (there.sum(dim, keepdim=True) + _PRIOR) / (expected + _PRIOR)
+
+
+_LARGEST_STEP = 65504.0  # that fp16 holds
+
+
+@torch.no_grad()
+def spread_of(weight: Tensor, ratio: float) -> Tensor:
+    """The root mean square of the values that are not zero, 0-dim; 1 if there are none.
+
+    Args:
+        weight: Any shape.
+        ratio: Step of a grid for the weight, in root mean squares.
+
+    Raises:
+        Diverged: A value is Inf or NaN, or the step is larger than fp16 holds, in which the file
+            stores it.
+    """
+    there = weight[weight != 0]
+    if not bool(there.isfinite().all()):
+        raise Diverged("weights are Inf or NaN: the training before the phase diverged")
+    spread = there.square().mean().sqrt() if len(there) else weight.new_ones(())
+    if not ratio * float(spread) <= _LARGEST_STEP:
+        raise Diverged(
+            f"weights reach {float(there.abs().max()):.2g}, and a file holds steps of a grid up to "
+            f"{_LARGEST_STEP:,.0f}: the training before the phase diverged"
+        )
+    return spread
 
 
 def magnitude_bits(integers: Tensor, largest: int = 0) -> Tensor:

@@ -1,5 +1,6 @@
 """Removes slices of parameters from a model, so that its layers become smaller."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from trainer.compress.dependencies import Unit, output_tensors, removable_units
 from trainer.compress.layers import is_transposed, rebuild_attention
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, Diverged, first_line
 from trainer.models.copying import copy_model
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -116,7 +117,10 @@ def find_units(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Unit], li
 
     Raises:
         ConfigError: The model cannot be copied.
+        Diverged: A weight is Inf or NaN.
     """
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise Diverged("weights are Inf or NaN: the training before the phase diverged")
     try:
         rebuilt = copy_model(model)
     except Exception as error:
@@ -178,7 +182,10 @@ def _problem(
     if shapes != [[*output.shape] for output in expected]:
         return f"the output has the shape {', '.join(map(str, shapes))}"
     for one, other in zip(found, expected, strict=True):
-        if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * float(other.abs().amax())):
+        largest = float(other.abs().amax())
+        if not math.isfinite(largest):
+            return "the output is Inf or NaN"
+        if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * largest):
             return "without one of its units the model computes something else"
     return None
 

@@ -13,6 +13,7 @@ from trainer.compress.dependencies import Unit
 from trainer.compress.entropy import EntropyCoded, entropy_coded
 from trainer.compress.install import fold, install
 from trainer.compress.parametrize import compression
+from trainer.compress.rate import spread_of
 from trainer.compress.select import ParameterRef, parameters, select_weights, vectors
 from trainer.compress.state import model_state
 from trainer.compress.unit_order import own_units, sort_units
@@ -122,8 +123,7 @@ class EntropyPenalty(Phase):
         made = {}
         for name, places in chosen.items():
             weight = places[0].value.detach()
-            there = weight[weight != 0]
-            spread = float(there.square().mean().sqrt()) if len(there) else 1.0
+            spread = float(spread_of(weight, self.step))
             made[name] = EntropyCoded(weight, self.step * max(spread, 1e-6), inner.get(name))
         install(model, inner | made)
         world.broadcast(coded.log_step for coded, _ in entropy_coded(model))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.compress.layer_inputs import evaluation, observe_layers, with_inputs
-from trainer.compress.rate import round_alone
+from trainer.compress.rate import round_alone, spread_of
 from trainer.compress.second_order import round_by_rate
 from trainer.compress.select import select_weights
 from trainer.compress.trellis import round_paths
@@ -111,9 +111,8 @@ class EntropyRound(Phase):
 
     def _step(self, weight: Tensor) -> Tensor:
         """Of the grid of a weight, a value that fp16 holds."""
-        there = weight[weight != 0]
-        spread = there.square().mean().sqrt() if len(there) else weight.new_ones(())
-        return (self.step * spread).half().clamp_min(_SMALLEST).float()
+        step = self.step * spread_of(weight, self.step)
+        return step.half().clamp_min(_SMALLEST).float()
 
 
 def _rounded(
