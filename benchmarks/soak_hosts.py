@@ -294,7 +294,9 @@ def soak(cluster: Cluster, faults: list[str], until: float, seed: int, table: Ta
     cluster.wait_for_epoch(RECOVERED_S)
     while cluster.command.poll() is None:
         if time.monotonic() > until:
-            cluster.command.wait(REPLAY_S)
+            if cluster.wait_for_epoch(RECOVERED_S) is None:
+                table.fail(f"no epoch for {RECOVERED_S:.0f} s at the end:\n{cluster.said()}")
+                return False
         elif not disturb(cluster, chance.choice(faults), chance, table):
             return False
         with contextlib.suppress(subprocess.TimeoutExpired):
