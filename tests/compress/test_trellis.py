@@ -1,12 +1,14 @@
 """Trellis-coded quantization: paths, their levels, and what they gain."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from trainer.compress import trellis
 from trainer.compress.rate import magnitude_bits
 from trainer.compress.trellis import (
     cheapest_path,
@@ -49,7 +51,7 @@ def test_the_path_is_the_cheapest_of_all(price: float) -> None:
     levels = np.array(list(itertools.product(range(-2, 3), repeat=7)), np.int32).T
     multiples = multiples_of(levels.copy())
     for column in scaled.t():
-        path = cheapest_path(column, torch.ones(7, dtype=torch.bool), bits, price)
+        path = cheapest_path(column[:, None], torch.ones(7, 1).bool(), bits, price)[:, 0]
         errors = (column[:, None] - torch.from_numpy(multiples) / 2).square().sum(0)
         costs = errors + price * bits[np.abs(levels)].sum(0)
         assert torch.equal(path, torch.from_numpy(multiples[:, costs.argmin()]) / 2)
@@ -67,7 +69,7 @@ def test_fewer_bits_than_the_nearest_integers_at_the_same_error(rate: float) -> 
 
 
 def test_weights_beyond_the_largest_level_become_it() -> None:
-    path = cheapest_path(torch.full((40,), 9.0), torch.ones(40).bool(), torch.zeros(4), 0.0)
+    path = cheapest_path(torch.full((40, 1), 9.0), torch.ones(40, 1).bool(), torch.zeros(4), 0.0)
     assert bool((path >= 1.5).all())  # of levels 2 and 3, whichever parity the trellis needs
     assert float(path.max()) == 3.0
 
@@ -80,3 +82,20 @@ def test_zeros_stay_and_a_layer_of_zeros_is_a_path() -> None:
     assert levels_of((2 * paths).int().numpy()) is not None
     assert not round_paths(torch.zeros(5, 3), 0.1).any()
     assert level_bits(torch.zeros(0, 3), 0.0).shape == (2,)
+
+
+def test_many_columns_take_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    paths = trellis._cheapest
+
+    def counted(weights: np.ndarray, *others: Any) -> None:
+        calls.append(weights.shape)
+        paths(weights, *others)
+
+    monkeypatch.setattr(trellis, "_cheapest", counted)
+    scaled = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    found = round_paths(scaled, 0.0)
+    assert calls == [(3, 200)]
+    bits = torch.zeros(2 + int(scaled.abs().max().round()))
+    one = [cheapest_path(c[:, None], c[:, None] != 0, bits, 0.0) for c in scaled.t()]
+    assert torch.equal(found, torch.cat(one, 1))

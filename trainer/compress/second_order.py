@@ -75,7 +75,7 @@ def round_by_rate(
         price = rate * mean * spread[column].square()
         value = left[:, column : column + 1] / step
         if trellis:
-            return cheapest_path(value[:, 0], alive[:, column], bits, price)[:, None] * step
+            return cheapest_path(value, alive[:, column : column + 1], bits, price) * step
         return cheapest(value, bits, price) * step
 
     return _replace_columns(weight, gram, order, _BLOCK, by_rate)

@@ -24,7 +24,7 @@ from trainer.compress.jit import jit
 from trainer.compress.rate import magnitude_bits
 
 Ints = NDArray[np.int32]
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 _STATES = 64
 _FEEDBACK, _INPUT = 33, 10  # what an odd state, and an odd level, change in the next state
@@ -76,49 +76,54 @@ def _encode(multiples: Ints, states: Ints) -> bool:
 def _cheapest(
     weights: Floats, alive: NDArray[np.bool_], bits: Floats, price: float, multiples: Ints
 ) -> None:
-    """Find the path of least cost over a column; see `cheapest_path`.
+    """Find the path of least cost over each column; see `cheapest_path`.
 
     Args:
-        weights: In halves of a step.
-        multiples: Filled with the path.
+        weights: In steps, [rows, columns].
+        alive: Likewise.
+        price: In squares of half a step.
+        multiples: Filled with the paths, likewise.
     """
-    count, largest = weights.size, bits.size - 1
-    costs, new = np.full(_STATES, np.inf), np.empty(_STATES)
-    costs[0] = 0.0
+    count, largest = len(weights), bits.size - 1
+    costs, new = np.empty(_STATES), np.empty(_STATES)
     choices = np.empty((count, 4), np.int32)  # the multiple for each grid and parity of the level
-    taken = np.zeros((count, _STATES), np.bool_)  # whether the level that led to a state was odd
+    taken = np.empty((count, _STATES), np.bool_)  # whether the level that led to a state was odd
     added = np.empty(4)
-    for row in range(count):
-        weight = weights[row] if alive[row] else 0.0
-        for grid in range(2):
-            for parity in range(2):
-                found, best = 0, np.inf
-                if parity == 0:
-                    best = weight * weight + price * bits[0]
-                if alive[row]:
-                    # The multiples of one grid and parity are 4 apart on either side of zero.
-                    first = (2 if parity else 4) - grid
-                    last = 2 * (largest - ((largest - parity) & 1)) - grid
-                    nearest = first + 4 * max(0, int(np.rint((abs(weight) - first) / 4)))
-                    nearest = min(nearest, last)
-                    for size in range(max(first, nearest - 4), nearest + 1, 4):
-                        cost = (abs(weight) - size) ** 2 + price * bits[(size + grid) // 2]
-                        if cost < best:
-                            best, found = cost, (size if weight > 0 else -size)
-                choices[row, 2 * grid + parity] = found
-                added[2 * grid + parity] = best
-        for state in range(_STATES):
-            grid = _BEFORE[0, state] & 1
-            cost = costs[_BEFORE[0, state]] + added[2 * grid]
-            other = costs[_BEFORE[1, state]] + added[2 * grid + 1]
-            taken[row, state] = other < cost
-            new[state] = min(cost, other)
-        costs, new = new, costs
-    state = int(np.argmin(costs))
-    for row in range(count - 1, -1, -1):
-        parity = int(taken[row, state])
-        state = _BEFORE[parity, state]
-        multiples[row] = choices[row, 2 * (state & 1) + parity]
+    for column in range(weights.shape[1]):
+        costs[:] = np.inf
+        costs[0] = 0.0
+        for row in range(count):
+            there = alive[row, column]
+            weight = 2 * np.float64(weights[row, column]) if there else 0.0
+            for grid in range(2):
+                for parity in range(2):
+                    found, best = 0, np.inf
+                    if parity == 0:
+                        best = weight * weight + price * bits[0]
+                    if there:
+                        # The multiples of one grid and parity are 4 apart on each side of zero.
+                        first = (2 if parity else 4) - grid
+                        last = 2 * (largest - ((largest - parity) & 1)) - grid
+                        nearest = first + 4 * max(0, int(np.rint((abs(weight) - first) / 4)))
+                        nearest = min(nearest, last)
+                        for size in range(max(first, nearest - 4), nearest + 1, 4):
+                            cost = (abs(weight) - size) ** 2 + price * bits[(size + grid) // 2]
+                            if cost < best:
+                                best, found = cost, (size if weight > 0 else -size)
+                    choices[row, 2 * grid + parity] = found
+                    added[2 * grid + parity] = best
+            for state in range(_STATES):
+                grid = _BEFORE[0, state] & 1
+                cost = costs[_BEFORE[0, state]] + added[2 * grid]
+                other = costs[_BEFORE[1, state]] + added[2 * grid + 1]
+                taken[row, state] = other < cost
+                new[state] = min(cost, other)
+            costs, new = new, costs
+        state = int(np.argmin(costs))
+        for row in range(count - 1, -1, -1):
+            parity = int(taken[row, state])
+            state = _BEFORE[parity, state]
+            multiples[row, column] = choices[row, 2 * (state & 1) + parity]
 
 
 def multiples_of(levels: Ints) -> Ints:
@@ -160,26 +165,27 @@ def level_bits(scaled: Tensor, rate: float) -> Tensor:
     bits = torch.zeros(1 + largest)
     sample = scaled[:, :: max(1, scaled.numel() // _SAMPLE)]
     for _ in range(_PASSES if rate else 0):
-        levels = levels_of((2 * _paths(sample, bits, rate)).int().cpu().numpy())
+        paths = cheapest_path(sample, sample != 0, bits, rate)
+        levels = levels_of((2 * paths).int().cpu().numpy())
         bits = magnitude_bits(torch.as_tensor(levels), largest)
     return bits
 
 
 def cheapest_path(scaled: Tensor, alive: Tensor, bits: Tensor, price: Any) -> Tensor:
-    """The path with the smallest sum of squared error and price of its bits.
+    """The path of each column with the smallest sum of squared error and price of its bits.
 
     Args:
-        scaled: Weights in steps, [rows].
-        alive: Which of them may be other than zero, bool [rows].
+        scaled: Weights in steps, [rows, columns].
+        alive: Which of them may be other than zero, bool [rows, columns].
         bits: Of the magnitudes of levels (`level_bits`); larger ones are not used.
         price: Squared error in steps that a bit is worth.
 
     Returns:
-        Multiples of 1/2, [rows].
+        Multiples of 1/2, [rows, columns].
     """
-    weights = 2 * scaled.double().cpu().numpy()
-    multiples = np.empty(len(weights), np.int32)
-    _cheapest(weights, alive.cpu().numpy(), bits.double().numpy(), 4 * float(price), multiples)
+    multiples = np.empty(scaled.shape, np.int32)
+    weights, there = scaled.cpu().numpy(), alive.cpu().numpy()
+    _cheapest(weights, there, bits.double().numpy(), 4 * float(price), multiples)
     return (torch.from_numpy(multiples) / 2).to(scaled)
 
 
@@ -194,9 +200,5 @@ def round_paths(scaled: Tensor, rate: float) -> Tensor:
         Multiples of 1/2, in the same shape.
     """
     matrix = scaled.reshape(len(scaled), -1)
-    return _paths(matrix, level_bits(matrix, rate), rate).reshape(scaled.shape)
-
-
-def _paths(matrix: Tensor, bits: Tensor, rate: float) -> Tensor:
-    """The cheapest path of each column."""
-    return torch.stack([cheapest_path(x, x != 0, bits, rate) for x in matrix.t()], 1)
+    paths = cheapest_path(matrix, matrix != 0, level_bits(matrix, rate), rate)
+    return paths.reshape(scaled.shape)
