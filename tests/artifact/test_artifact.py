@@ -259,6 +259,14 @@ def test_paths_of_a_trellis_take_levels_of_the_coarse_grid(coder: str) -> None:
     assert layer["distinct"] < weight.max() / 0.25 + 20  # half of the multiples of half a step
 
 
+@pytest.mark.parametrize("kind", ["u", "t"])
+def test_a_grid_of_no_dimensions_keeps_its_shape(kind: str) -> None:
+    layer = encode_layer(torch.tensor(1).numpy(), (), 1, 0, "context")
+    header = {"tensors": [["w", "f32", [], kind, 0, 1, "f32"]]}
+    content = join(header, [layer, encode_floats(b"\0\0\x80?", 4)])
+    assert artifact.loads(content)["w"].shape == ()
+
+
 def test_values_off_a_grid_keep_their_codebook_and_the_first_version() -> None:
     values = torch.tensor([0.0, -0.5, 0.25, 0.75, 100.25])
     for weight in (values[torch.randint(0, 5, (30, 9))], values[torch.randint(0, 3, (30, 9))]):

@@ -266,7 +266,7 @@ class _File:
             raise ArtifactError(f"{entry.name!r}: {error}") from error
         levels = levels.reshape(entry.shape)
         if entry.kind == TRELLIS:
-            return torch.from_numpy(multiples_of(_meant(entry, levels, meanings))) * values
+            return torch.from_numpy(multiples_of(_meant(entry, levels, meanings))) * values[0]
         if entry.kind == UNIFORM:
             meanings = meanings * values
         if entry.kind != MASK:
