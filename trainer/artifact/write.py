@@ -58,8 +58,10 @@ def encode(
     integers are paths of a trellis: trainer.compress.trellis), one with few distinct values as a
     codebook and coded indices, one with zeros as coded positions and its other values; all others,
     such as half-precision weights, as their values.
-    Tensors that are equal are written once. Only `dtype` rounds values; all others are exact. In
-    addition to the weights, about three bytes of memory per element of the largest tensor are used.
+    Tensors that are equal are written once. Only `dtype` rounds values; all others are exact, minus
+    zero included: a weight times a mask has one in place of each negative weight, and takes many
+    fewer bytes as `weight * mask + 0.0`. In addition to the weights, up to about 25 bytes of memory
+    per element of the largest tensor are used.
 
     Args:
         weights: a state_dict: tensors by name.
