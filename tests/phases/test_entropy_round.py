@@ -128,6 +128,48 @@ def test_tiny_weights_are_rounded_and_other_types_are_refused() -> None:
         phase.check_model(model.bfloat16())
 
 
+@pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.parametrize("factor", [2.0**-80, 2.0**-24, 2.0**12])
+def test_tiny_and_large_weights_are_rounded_alike(factor: float, trellis: bool) -> None:
+    found = []
+    for scale in (1.0, factor):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 8, bias=False)
+        phase = EntropyRound(trellis=trellis, samples=16)
+        phase.observe(layer, WORLD, [torch.randn(16, 6)])
+        with torch.no_grad():
+            layer.weight.mul_(scale)
+        phase.enter(layer, WORLD)
+        found.append(layer.weight.detach())
+    assert found[0].any()
+    assert torch.equal(found[0] * factor, found[1])
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_a_step_too_small_for_fp32_is_enlarged(trellis: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 80, bias=False), nn.Embedding(50, 9))
+    with torch.no_grad():
+        before = [weight.mul_(4).clone() for weight in model.parameters()]
+    phase = EntropyRound(step=1e-9, trellis=trellis, samples=16)
+    phase.observe(model[0], WORLD, [torch.randn(16, 6)])
+    phase.enter(model[0], WORLD)
+    phase.enter(model[1], WORLD)
+    for weight, old in zip(model.parameters(), before, strict=True):
+        step = float(old.abs().max()) / 4095
+        assert float((weight.detach() - old).abs().mean()) < step
+        assert float(weight.detach().abs().max()) > 4000 * step
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_of_inf_or_nan_are_refused(value: float) -> None:
+    model = nn.Sequential(nn.Linear(6, 8))
+    phase = EntropyRound(samples=16)
+    phase.observe(model, WORLD, [torch.full((16, 6), value)])
+    with pytest.raises(Diverged, match="the inputs of a layer, or their squares, are Inf or NaN"):
+        phase.enter(model, WORLD)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -74,7 +74,7 @@ _LARGEST_STEP = 65504.0  # that fp16 holds
 
 @torch.no_grad()
 def spread_of(weight: Tensor, ratio: float) -> Tensor:
-    """The root mean square of the values that are not zero, 0-dim; 1 if there are none.
+    """The root mean square of the values that are not zero, float64, 0-dim; 1 if there are none.
 
     Args:
         weight: Any shape.
@@ -87,7 +87,8 @@ def spread_of(weight: Tensor, ratio: float) -> Tensor:
     there = weight[weight != 0]
     if not bool(there.isfinite().all()):
         raise Diverged("weights are Inf or NaN: the training before the phase diverged")
-    spread = there.square().mean().sqrt() if len(there) else weight.new_ones(())
+    # In fp32, squares of weights below 1e-23 would be zero.
+    spread = there.double().square().mean().sqrt() if len(there) else there.double().new_ones(())
     if not ratio * float(spread) <= _LARGEST_STEP:
         raise Diverged(
             f"weights reach {float(there.abs().max()):.2g}, and a file holds steps of a grid up to "

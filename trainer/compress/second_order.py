@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer.compress.masks import largest, largest_in_groups
 from trainer.compress.rate import cheapest, magnitude_bits, round_alone
 from trainer.compress.trellis import cheapest_path, level_bits
+from trainer.errors import Diverged
 
 _BLOCK = 128  # columns whose errors are passed on at once
 _DAMPING = 0.01  # of the mean of the diagonal, added to it
@@ -169,8 +170,16 @@ def _replace_columns(
         replace: Called with the matrix in this order, in which this column and the rest of its
             block are up to date; the column; and d of each column (see `prune_second_order`),
             [columns]. Returns the column's final values, [rows, 1].
+
+    Raises:
+        Diverged: The products of the inputs are Inf or NaN.
     """
     matrix = gram[order][:, order]  # a copy
+    if not bool(matrix.isfinite().all()):
+        raise Diverged(
+            "the inputs of a layer, or their squares, are Inf or NaN: the training before "
+            "diverged, or the data contain such values"
+        )
     diagonal = matrix.diagonal()
     diagonal.clamp_min_(0)  # an input that is always the same is correlated with nothing
     diagonal += _DAMPING * diagonal.mean() if diagonal.any() else 1.0

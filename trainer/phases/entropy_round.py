@@ -18,7 +18,9 @@ from trainer.engine.world import World
 from trainer.errors import ConfigError
 from trainer.phases.base import Phase
 
-_SMALLEST = 2.0**-24  # number above zero that fp16 holds
+# Significant bits of a step, as fp16 has them, and the largest weight in steps: fp32 holds all
+# multiples of half of such a step.
+_STEP_BITS, _MAX_STEPS = 11, 4095
 
 
 @dataclass
@@ -35,11 +37,14 @@ class EntropyRound(Phase):
 
     Args:
         step: Of the grid of each layer, in root mean squares of its weights. It decides the size.
+            A layer whose largest weight would take more than 4095 steps gets a larger step, since
+            fp32 does not hold all multiples of a smaller one.
         rate: What a bit costs: this times the mean error of a weight that is wrong by a step. 0:
             the nearest integers. Larger values with smaller steps give sparser weights.
         trellis: Whether the weights of a column are on two grids in turns, as the ones before
             them decide (trainer.compress.trellis): about as many bytes at a smaller error.
-            Convolutions with groups are rounded without it.
+            Convolutions with groups are rounded without it. A later phase that changes some of the
+            weights, such as prune, leaves multiples of half a step, which take more bytes.
         samples: Number of training samples whose inputs are looked at.
         include: Name patterns of the weights that are rounded.
         exempt: Name patterns of weights that are excluded.
@@ -110,9 +115,11 @@ class EntropyRound(Phase):
         world.broadcast(model.parameters())
 
     def _step(self, weight: Tensor) -> Tensor:
-        """Of the grid of a weight, a value that fp16 holds."""
-        step = self.step * spread_of(weight, self.step)
-        return step.half().clamp_min(_SMALLEST).float()
+        """Of the grid of a weight, 0-dim; in the normal range of fp16, a value that fp16 holds."""
+        spread, largest = spread_of(weight, self.step), weight.abs().max().double()
+        mantissa, exponent = torch.frexp(torch.maximum(self.step * spread, largest / _MAX_STEPS))
+        step = torch.ldexp((mantissa * 2**_STEP_BITS).round(), exponent - _STEP_BITS)
+        return step.clamp_min(torch.finfo(torch.float32).tiny).float()
 
 
 def _rounded(
