@@ -1,14 +1,14 @@
 """The engine beside PyTorch and onnxruntime: layers of the literature, a map, and whole networks.
 
     pip install -e '.[onnx]'
-    python benchmarks/inference.py [layers] [map] [nets] [--seconds 3] [--quick]
+    python benchmarks/inference.py [layers] [kernels] [map] [nets] [--seconds 3] [--quick]
 
 layers: fully connected layers with the densities of weights and activations in table III of EIE
 (Han et al., ISCA 2016, arXiv:1602.01528), weights drawn at random, shared with 4 bits; one sample,
-drawn anew from 8 in turn. map: a layer of 4096 x 4096 over densities and batches. nets:
-LeNet-300-100, LeNet-5 and the LSTM of lstm_text with random weights of the densities in
-docs/measured.md, one sample. Contestants take turns, one thread; figures are medians, ratios are of
-medians, of the CPU time of the thread that computes.
+drawn anew from 8 in turn. kernels: the compressed kernels on these layers. map: a layer of 4096 x
+4096 over densities and batches. nets: LeNet-300-100, LeNet-5 and the LSTM of lstm_text with random
+weights of the densities in docs/measured.md, one sample. Contestants take turns, one thread;
+figures are medians, ratios are of medians, of the CPU time of the thread that computes.
 """
 
 import argparse
@@ -129,6 +129,36 @@ def layers(shapes: dict, seconds: float) -> None:
     print(f"\nGeometric means: {means['dense']:.1f}x dense fp32, {means['int8']:.1f}x int8")
 
 
+def compressed_kernels(weight: Tensor) -> tuple[str, ...]:
+    """The kernels that the engine tries for a weight of few values."""
+    density = int(weight.count_nonzero()) / weight.numel()
+    return ("columns", "rows", "codes") if density >= MIN_DENSITY else ("columns", "rows")
+
+
+def kernels(shapes: dict, seconds: float) -> None:
+    print(
+        "\n| layer | columns, ms | rows | codes | codes / the faster of the others | rounds |\n|"
+        + " --- |" * 6
+    )
+    for name, (inputs, outputs, weights, activations) in shapes.items():
+        dense = nn.Linear(inputs, outputs).eval().requires_grad_(False)
+        sparse(dense.weight, weights, 15)
+        xs = vectors(8, inputs, activations)
+        contestants = [("dense", dense)]  # so that the weights are not in the cache each time
+        for kernel in compressed_kernels(dense.weight):
+            engine = nn.Sequential(copy.deepcopy(dense))
+            contestants.append((kernel, compile(engine, kernels={"0": kernel}, threads=1)))
+        taken = alternate(in_turn(contestants, xs), seconds, clock=time.thread_time)
+        t = {key: 1e3 * value for key, value in medians(taken).items()}
+        codes = "- | -"
+        if "codes" in t:
+            codes = f"{t['codes']:.3f} | {t['codes'] / min(t['columns'], t['rows']):.2f}"
+        print(
+            f"| {name} | {t['columns']:.3f} | {t['rows']:.3f} | {codes} | {len(taken['dense'])} |",
+            flush=True,
+        )
+
+
 def density_map(side: int, densities: tuple, batches: tuple, seconds: float) -> None:
     print(
         "\ndense fp32 / compressed kernels (the fastest of `columns`, `rows` and `codes`), "
@@ -144,7 +174,7 @@ def density_map(side: int, densities: tuple, batches: tuple, seconds: float) -> 
         for batch in batches:
             x = torch.cat(vectors(batch, side, 0.353))
             functions = {"dense": lambda x=x, dense=dense: dense(x)}
-            compressed = ("columns", "rows") + (("codes",) if density >= MIN_DENSITY else ())
+            compressed = compressed_kernels(dense.weight)
             for kernel in compressed:
                 engine = compile(
                     nn.Sequential(copy.deepcopy(dense)), kernels={"0": kernel}, threads=1
@@ -181,7 +211,7 @@ def nets(networks: dict, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parts = ["layers", "map", "nets"]
+    parts = ["layers", "kernels", "map", "nets"]
     parser.add_argument("parts", nargs="*", choices=[*parts, []])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
     parser.add_argument("--quick", action="store_true", help="next to nothing: does it run?")
@@ -203,6 +233,8 @@ def main() -> None:
     with torch.inference_mode():
         if "layers" in chosen:
             layers(QUICK_LAYERS if args.quick else LAYERS, seconds)
+        if "kernels" in chosen:
+            kernels(QUICK_LAYERS if args.quick else LAYERS, seconds)
         if "map" in chosen:
             side = 64 if args.quick else SIDE
             density_map(side, DENSITIES[:number], BATCHES[:number], seconds)
