@@ -87,6 +87,7 @@ def test_plain_settings_become_nested_dataclasses():
         ({"phases": [1]}, ["list"]),
         ({"model": 3}, ["model"]),
         ({"data": {"batch_size": 0}}, ["data.batch_size=0", "above 0"]),
+        ({"data": {"batch_size": "32"}}, ["data.batch_size='32'", "whole number"]),
         ({"data": {"batch_size": 1}}, ["data.batch_size=1", "cluster.workers=2"]),
     ],
 )

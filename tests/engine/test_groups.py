@@ -108,7 +108,7 @@ def test_a_resumed_training_ends_in_the_same_bits():
         ({"a": {"params": [], "weight_decay": 0}}, r"groups\.a\.params=\[\]: it must be a pattern"),
         ({"a": {"kind": "norms", "weight_decay": 0}}, r"kind=norms: it must be one of all"),
         ({"a": {"lr_factor": -1}}, r"groups\.a\.lr_factor=-1: it must be at least 0"),
-        ({"a": {"lr_factor": "x"}}, r"lr_factor=x: it must be a number"),
+        ({"a": {"lr_factor": "x"}}, r"lr_factor='x': it must be a number"),
         ({"a": {"lr": 0.1}}, r"groups\.a\.lr=0\.1: .*set lr_factor"),
         ({"a": {"weight_decai": 0}}, r"groups\.a\.weight_decai: unknown; SGD takes .*weight_decay"),
         ({"a": {"weight_decay": -1}}, r"optimizer\.groups\.a: .*weight_decay"),

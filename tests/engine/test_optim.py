@@ -100,7 +100,7 @@ def test_a_kernel_of_ones_own_choice(choice):
             r"optimizer\.momentun.*momentum",
         ),
         ({"_target_": "torch.optim.SGD", "lr": -0.1}, r"optimizer\.lr=-0\.1"),
-        ({"_target_": "torch.optim.SGD", "lr": "fast"}, r"optimizer\.lr=fast"),
+        ({"_target_": "torch.optim.SGD", "lr": "fast"}, r"optimizer\.lr='fast'"),
         ({"_target_": "torch.optim.SGD"}, r"optimizer\.lr=None"),
         ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": -1}, "momentum"),
         ({"lr": 0.1}, "_target_"),
@@ -108,6 +108,10 @@ def test_a_kernel_of_ones_own_choice(choice):
         (
             {"_target_": "torch.optim.SparseAdam", "lr": 0.1},
             r"dense tensors; use torch\.optim\.Adam",
+        ),
+        (
+            {"_target_": "torch.optim.SGD", "lr": "0.1"},
+            r"optimizer\.lr='0\.1': it must be a number above 0",
         ),
     ],
 )

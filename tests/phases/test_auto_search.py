@@ -209,9 +209,10 @@ def test_each_search_has_a_share_of_the_limit() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
-        (Share, {"bits": "few"}, "bits=few: it must be a number or auto"),
-        (Quantize, {"bits": "few"}, "bits=few: it must be a number or auto"),
-        (StructuredPrune, {"remaining": "half"}, "remaining=half: it must be a number or auto"),
+        (Share, {"bits": "few"}, "bits='few': it must be a number or auto"),
+        (Share, {"bits": "4"}, "bits='4': it must be a number or auto"),
+        (Quantize, {"bits": "few"}, "bits='few': it must be a number or auto"),
+        (StructuredPrune, {"remaining": "half"}, "remaining='half': it must be a number or auto"),
         (Share, {"bits": "auto", "max_drop": -1}, "max_drop=-1: it must be a number of at least 0"),
     ],
 )

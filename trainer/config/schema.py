@@ -474,7 +474,7 @@ class Config:
             raise ConfigError(f"seed={self.seed}: it must be at least 0 and below 2^63")
         batch_size = self.data.get("batch_size")
         if type(batch_size) is not int or batch_size < 1:
-            raise ConfigError(f"data.batch_size={batch_size}: it must be a whole number above 0")
+            raise ConfigError(f"data.batch_size={batch_size!r}: it must be a whole number above 0")
         if batch_size < self.cluster.workers:
             raise ConfigError(
                 f"data.batch_size={batch_size} with cluster.workers={self.cluster.workers}: the "

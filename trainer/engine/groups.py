@@ -62,7 +62,7 @@ def _parse_group(name: str, settings: Any, kind: type[torch.optim.Optimizer]) ->
         raise ConfigError(f"{key}.params={params}: it must be a pattern, or a list of patterns")
     check_choice(f"{key}.kind", which, ("all", "weights", "vectors"))
     if not isinstance(factor, int | float | None):
-        raise ConfigError(f"{key}.{LR_FACTOR}={factor}: it must be a number")
+        raise ConfigError(f"{key}.{LR_FACTOR}={factor!r}: it must be a number")
     check_min(f"{key}.{LR_FACTOR}", factor, 0)
     if "lr" in options:
         raise ConfigError(

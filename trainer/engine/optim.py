@@ -92,7 +92,7 @@ def parse_optimizer(
     options = {key: value for key, value in settings.items() if key != "_target_"}
     lr = options.get("lr")
     if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
-        raise ConfigError(f"optimizer.lr={lr}: it must be a number above 0")
+        raise ConfigError(f"optimizer.lr={lr!r}: it must be a number above 0")
     spec = OptimizerSpec(kind, options, parse_groups(groups, kind))
     spec.build([nn.Parameter(torch.zeros(1))])
     for group in spec.groups:

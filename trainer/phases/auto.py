@@ -20,7 +20,7 @@ MAX_BITS = 8
 def check_auto(key: str, value: Any, max_drop: Any) -> None:
     """Raise ConfigError for a text other than "auto", and for a wrong `max_drop`."""
     if isinstance(value, str) and value != AUTO:
-        raise ConfigError(f"{key}={value}: it must be a number or auto")
+        raise ConfigError(f"{key}={value!r}: it must be a number or auto")
     check_drop("max_drop", max_drop)
 
 

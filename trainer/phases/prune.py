@@ -159,7 +159,7 @@ class Prune(Phase):
     def _check_pattern(self, sparsity: str) -> None:
         if (pattern := _parse_pattern(sparsity)) is None:
             raise ConfigError(
-                f"sparsity={sparsity}: it must be a number in [0, 1), auto, or a pattern such as "
+                f"sparsity={sparsity!r}: it must be a number in [0, 1), auto, or a pattern such as "
                 '"2:4"'
             )
         if not 1 <= pattern[0] < pattern[1]:
