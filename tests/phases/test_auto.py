@@ -29,6 +29,7 @@ TRAINING = FitConfig(epochs=1)
     [
         ({"sparsity": "most", "max_drop": 0.1}, "sparsity='most': it must be a number in"),
         ({"max_drop": -0.1}, "max_drop=-0.1: it must be a number of at least 0"),
+        ({"max_drop": "2"}, "max_drop='2': it must be a number of at least 0, .* such as \"5%\""),
         ({"max_drop": 0.1, "rounds": 0}, "rounds=0: it must be at least 1"),
         ({"max_drop": 0.1, "fit": FitConfig(epochs=0)}, "auto with fit.epochs=0"),
         ({"max_drop": 0.1, "schedule": "cubic"}, "sparsity=auto with schedule=cubic"),

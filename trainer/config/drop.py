@@ -17,9 +17,10 @@ def check_drop(key: str, value: Any) -> None:
         amount = _amount(value)
     except (TypeError, ValueError):
         amount = math.nan
-    if isinstance(value, bool) or not (math.isfinite(amount) and amount >= 0):
+    wrong_type = isinstance(value, bool) or (isinstance(value, str) and not is_relative(value))
+    if wrong_type or not (math.isfinite(amount) and amount >= 0):
         raise ConfigError(
-            f"{key}={value}: it must be a number of at least 0, in units of the metric, or a "
+            f"{key}={value!r}: it must be a number of at least 0, in units of the metric, or a "
             'percentage of the dense model\'s value, such as "5%"'
         )
 
