@@ -39,15 +39,7 @@ class CodeMatrix:
     def multiply(
         self, x: NDArray[np.float32], bias: NDArray[np.float32], threads: int
     ) -> NDArray[np.float32]:
-        """W x + bias for each sample; columns whose input is zero are skipped.
-
-        Args:
-            x: [N, columns].
-            bias: [rows].
-
-        Returns:
-            [N, rows].
-        """
+        """As `CompressedMatrix.multiply`; columns whose input is zero are skipped."""
         tiles, _, vectors, lanes = self.words.shape
         size = vectors * (32 // self.bits) * lanes
         out = np.empty((len(x), tiles * size), np.float32)
