@@ -9,8 +9,8 @@ compression, ICIP 2020, which has 8 states. The machine is Ungerboeck's code of 
 dimension, with the parity-check polynomials 103 and 024 (octal): Channel coding with
 multilevel/phase signals, 1982.
 
-Each column of a layer's matrix is a path that begins in state 0, and leads over its rows. Then
-second-order rounding, which takes one column after another in any order, knows all it needs.
+Each column of a layer's matrix is a path that begins in state 0, from the first row to the last: so
+second-order rounding can take the columns one by one in any order.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.floating[Any]]
 
 _STATES = 64
-_FEEDBACK, _INPUT = 33, 10  # what an odd state, and an odd level, change in the next state
+_FEEDBACK, _INPUT = 33, 10  # bits of the next state that an odd state, and an odd level, invert
 _PASSES = 3  # in which the bits of levels are counted again after rounding by them
 _SAMPLE = 1 << 18  # weights by which they are counted
 

@@ -43,8 +43,8 @@ class EntropyRound(Phase):
             the nearest integers. Larger values with smaller steps give sparser weights.
         trellis: Whether the weights of a column are on two grids in turns, as the ones before
             them decide (trainer.compress.trellis): about as many bytes at a smaller error.
-            Convolutions with groups are rounded without it. A later phase that changes some of the
-            weights, such as prune, leaves multiples of half a step, which take more bytes.
+            Convolutions with groups are rounded without it. A later phase that changes weights,
+            such as prune or retrain, breaks the paths, so that they take more bytes than without.
         samples: Number of training samples whose inputs are looked at.
         include: Name patterns of the weights that are rounded.
         exempt: Name patterns of weights that are excluded.
